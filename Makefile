@@ -1,0 +1,37 @@
+# setup: a virtual environment in .venv    demo: a coordinator and three hospitals on this machine
+# test: the tests    check: format, lint, types, tests    bench: the benchmarks, each against its target
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check bench clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or 3.12 is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/fedsim demo
+
+# small networks; more threads only get in each other's way
+test check: export OMP_NUM_THREADS ?= 1
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m simulations.bench.overhead
+	$(BIN)/python -m simulations.bench.server_memory
+	$(BIN)/python -m simulations.bench.deployed_round
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,60 @@
+"""The client as Flower sees it: shells of a few lines around `fedclient.work`."""
+
+import logging
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedclient.parcels import answered
+from fedclient.site import Site, open_site
+from fedclient.work import Learner, carry_out, refusal
+from shared_models.errors import FederationError, OrderRefused, WeightsInvalid
+from shared_models.wire import Order, pack, read_order, tensors_of, write_reply
+
+log = logging.getLogger("fedclient")
+
+
+def client_app(learner: Learner) -> ClientApp:
+    """A ClientApp whose orders `learner` carries out."""
+    app = ClientApp()
+
+    def answer(message: Message, context: Context) -> Message:
+        order, site = read_order(message), open_site(context.node_config)
+        try:
+            if site.deployed:
+                return write_reply(answered(order, site, learner), message)
+            weights = tensors_of(message, f"order of round {order.round}") or {}
+            done = carry_out(order, weights, site, learner)
+            return write_reply(done.reply, message, pack(done.delta) if done.delta else None)
+        except FederationError as e:
+            return _refused(order, site, e, message)
+
+    app.train()(answer)
+    app.evaluate()(answer)
+    app.query()(answer)
+    return app
+
+
+def _refused(order: Order, site: Site, error: FederationError, message: Message) -> Message:
+    """Tells the coordinator a code and the site's own log the words."""
+    code = error.code if isinstance(error, OrderRefused) else CODES.get(type(error).__name__, "SITE_ERROR")
+    log.error("order of run %s, round %s refused as %s: %s", order.run, order.round, code, error)
+    return write_reply(refusal(order, site, code), message)
+
+
+CODES = {
+    "ManifestInvalid": "DATA_INVALID",
+    "ImageUnreadable": "DATA_INVALID",
+    WeightsInvalid.__name__: "WEIGHTS_MISMATCH",
+    "TransferFailed": "TRANSFER_FAILED",
+    "StudyInvalid": "STUDY_INVALID",
+}
+
+
+def _learner() -> Learner:
+    from fedclient.training.learner import ImageLearner  # torch is imported when the app is, not when a test is
+
+    return ImageLearner()
+
+
+app = client_app(_learner())

@@ -1,0 +1,56 @@
+"""A first look at a site's data: every file read once, counted, nothing told to anybody else."""
+
+from pathlib import Path
+from typing import Any
+
+from fedclient.data.images import read_image, read_labels
+from fedclient.data.manifest import Case, Progress, read_sites
+from fedclient.site import Site
+from shared_models.errors import ImageUnreadable, ManifestInvalid
+
+
+def look(site: Site, study: str | None, progress: Progress) -> dict[str, Any]:
+    """Counts by split, after reading every image and mask; with a study, prepares its cache as well.
+
+    Raises:
+        ManifestInvalid, ImageUnreadable: with the rows that have to be mended; the first ten of them.
+    """
+    cases = read_sites(site.data, site.manifest_sites, site.salt)
+    bad: list[str] = []
+    for done, case in enumerate(cases, start=1):
+        if complaint := _complaint(case):
+            bad.append(complaint)
+        progress(done, len(cases))
+    if bad:
+        more = f"\n... and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise ImageUnreadable(f"{len(bad)} of {len(cases)} cases cannot be used:\n" + "\n".join(bad[:10]) + more)
+    if not cases:
+        raise ManifestInvalid(f"{site.data / 'manifest.csv'}: lists no case of this site. Add rows.")
+    if study is not None:
+        from fedclient.data.dataset import prepare
+        from shared_models.study import load_study
+
+        prepare([c for c in cases if c.mask is not None], load_study(study), Path(site.folder) / "cache", progress)
+    return {
+        "cases": len(cases),
+        "readable": len(cases),
+        "splits": {
+            split: {
+                "cases": sum(c.split == split for c in cases),
+                "patients": len({c.patient for c in cases if c.split == split}),
+                "labelled": sum(c.split == split and c.mask is not None for c in cases),
+            }
+            for split in ("train", "val", "test")
+        },
+    }
+
+
+def _complaint(case: Case) -> str | None:
+    """What is wrong with a case, by its row; no name of a file or patient."""
+    try:
+        image = read_image(case.image)
+        if case.mask is not None:
+            read_labels(case.mask, image)
+    except ImageUnreadable as e:
+        return f"row {case.row}: {e}"
+    return None

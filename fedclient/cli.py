@@ -1,0 +1,127 @@
+"""`fedclient`: a hospital's node, from the invite to training."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+
+from shared_models.cli import guarded, print_json
+from shared_models.errors import EnrolmentFailed
+from shared_models.files import write_atomic
+
+app = typer.Typer(
+    help="A hospital's node: it trains on images that never leave, and runs only what is installed here.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console(soft_wrap=True)
+Folder = Annotated[
+    Path, typer.Option("--site", envvar="FEDCLIENT_SITE", help="Folder of this node: keys, settings, cache.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
+
+
+@app.command()
+@guarded
+def join(
+    invite: Annotated[str, typer.Argument(help="The line that the coordinator sent: fl1.…")],
+    data: Annotated[Path, typer.Option(help="Folder of images with manifest.csv; only read.")],
+    manifest_site: Annotated[str | None, typer.Option(help="Which site of a manifest that lists several.")] = None,
+    site: Folder = Path("site"),
+    as_json: AsJson = False,
+) -> None:
+    """Makes this site's keys here, gets its certificate, and writes site.toml."""
+    from fedclient.enrol import join as enrol
+    from fedclient.site import Data, SiteFile, site_toml
+
+    if (site / "site.toml").exists():
+        raise EnrolmentFailed(f"{site}: belongs to a federation already. Use another folder with --site.")
+    if not data.is_dir():
+        raise EnrolmentFailed(f"{data}: is no folder. Point --data to the folder that holds manifest.csv.")
+    if not _is_text(str(data.resolve())):  # before the invite is spent: site.toml is UTF-8
+        raise EnrolmentFailed(f"{str(data)!r}: its name is not UTF-8. Rename the folder.")
+    joined = enrol(invite, site)
+    file = SiteFile(joined.site, joined.address, joined.federation, Data(str(data.resolve()), manifest_site))
+    write_atomic(site / "site.toml", site_toml(file).encode())
+    if as_json:
+        print_json({**asdict(joined), "keys": str(joined.keys), "settings": str(site / "site.toml")})
+        return
+    console.print(f"[bold]{joined.site}[/] has joined [bold]{joined.federation}[/] at {joined.address}.")
+    console.print(f"Coordinator, to be compared by telephone: [bold]{joined.authority_words}[/]")
+    console.print(f"This site's certificate:                 [bold]{joined.certificate_words}[/]")
+    console.print(f"Settings: {escape(str(site / 'site.toml'))}. Next: `fedclient check`, then `fedclient start`.")
+
+
+@app.command()
+@guarded
+def check(
+    study: Annotated[str, typer.Option(help="Also prepare the images as this study needs them.")] = "",
+    site: Folder = Path("site"),
+    as_json: AsJson = False,
+) -> None:
+    """Reads every image and label of the data folder and says what is there; nothing leaves this machine."""
+    from fedclient.checks import look
+    from fedclient.site import open_site
+
+    here = open_site({"site-dir": str(site)})
+    to = Console(stderr=True)
+    with Progress(console=to, transient=True, disable=not to.is_terminal) as bars:
+        bar = bars.add_task("reading images", total=None)
+        found = look(here, study or None, lambda done, of: bars.update(bar, completed=done, total=of))
+    if as_json:
+        print_json(found)
+        return
+    for split, part in found["splits"].items():
+        console.print(
+            f"{split:6} {part['cases']:5} cases  {part['patients']:5} patients  {part['labelled']:5} labelled"
+        )
+    console.print(f"{found['readable']} of {found['cases']} cases can be read.")
+
+
+@app.command()
+@guarded
+def start(site: Folder = Path("site")) -> None:
+    """Connects to the coordinator and works until Ctrl-C; restarts whatever dies."""
+    from fedclient.site import read_site_file
+    from fedclient.start import start as supervise
+    from shared_models.supervise import stop_on_signals
+
+    file = read_site_file(site)
+    logs = escape(str(site / "logs"))
+    console.print(f"[bold]{file.name}[/]: node of {file.federation}, coordinator {file.coordinator}. Logs: {logs}")
+    supervise(site, stop_on_signals())
+
+
+@app.command()
+@guarded
+def status(site: Folder = Path("site"), as_json: AsJson = False) -> None:
+    """What this node is doing: its processes and the last work done."""
+    from fedclient.site import read_site_file
+    from shared_models.supervise import read_status
+
+    file, running = read_site_file(site), read_status(site)
+    work = sorted(str(p.relative_to(site / "runs")) for p in (site / "runs").glob("*/*.json"))
+    facts = {"site": file.name, "coordinator": file.coordinator, "processes": running, "finished_work": work}
+    if as_json:
+        print_json(facts)
+        return
+    alive = "running" if running.get("supervisor") else "stopped; `fedclient start` starts it"
+    console.print(f"[bold]{file.name}[/], coordinator {file.coordinator}: {alive}")
+    for name, child in running.get("children", {}).items():
+        console.print(f"  {name}: {child['state']}, restarts {child['restarts']}")
+    for path in work:
+        console.print(f"  finished {path}")
+
+
+def _is_text(name: str) -> bool:
+    """Whether Python read the name of a file as text; bytes that are not UTF-8 it carries along as they are."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+if __name__ == "__main__":
+    app()

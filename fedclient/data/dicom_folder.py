@@ -1,0 +1,221 @@
+"""Which series a folder holds: headers only, and no trust in names, DICOMDIR or instance numbers."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from pydicom import Dataset
+from pydicom.datadict import tag_for_keyword
+
+from fedclient.data.dicom_header import load_head, number, numbers, text, unbroken
+from fedclient.data.formats import HEAD_BYTES, is_dicom
+from fedclient.data.provenance import MEASURED, MODALITIES, one_of
+from fedclient.data.stack import TOLERANCE_MM, Plane, along_normal, parallel, plane
+from shared_models.errors import ImageUnreadable
+
+KEYWORDS = (
+    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "ImageType", "Rows", "Columns", "PixelSpacing",
+    "ImagePositionPatient", "ImageOrientationPatient", "InstanceNumber", "NumberOfFrames", "AcquisitionNumber",
+    "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue",
+)  # fmt: skip
+OBJECTS = frozenset(
+    ("SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "RTIMAGE", "SR", "PR", "KO", "REG", "FID", "DOC", "PLAN", "ECG")
+)  # modalities that are no images
+DIRECTORY = "1.2.840.10008.1.3.10"
+TAKES = ("AcquisitionNumber", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue")
+_TAGS = [tag for keyword in KEYWORDS if (tag := tag_for_keyword(keyword)) is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One file of a series; the identifiers are for matching labels, not for logs.
+
+    Attributes:
+        where: None for an image without a place in the patient (radiographs), or of several frames.
+    """
+
+    path: Path = field(repr=False)
+    sop_uid: str = field(repr=False)
+    instance_number: int | None
+    where: Plane | None
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Slices that make one image, along their normal where they have one.
+
+    Attributes:
+        frames: above 1 for one file that holds them all.
+    """
+
+    uid: str = field(repr=False)
+    modality: str | None
+    rows: int
+    columns: int
+    frames: int
+    slices: tuple[Slice, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(each.path for each in self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a folder holds.
+
+    Attributes:
+        objects: DICOM files that are no images (SEG, RTSTRUCT, SR, ...), for whoever reads labels.
+        unreadable: DICOM, or named `.dcm`, but broken.
+        ignored: how many files of what kind were passed over: `not DICOM`, `DICOMDIR`, `localiser`, `link`.
+    """
+
+    series: tuple[Series, ...]
+    objects: tuple[Path, ...] = field(repr=False)
+    unreadable: tuple[Path, ...] = field(repr=False)
+    ignored: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    slice: Slice
+    key: tuple[str, ...]
+    take: tuple[str, ...]
+    frames: int
+
+
+def find_series(folder: Path) -> Found:
+    """The image series below a folder.
+
+    Files belong together that share series, modality, rows, columns, image type, orientation and pixel size. Where
+    several acquisitions, echoes, time points or b-values of such a group cover the same part of the patient, each is
+    a series of its own; where they follow one another, as in step-and-shoot CT, they are one. About 0.4 ms a file.
+
+    Raises:
+        ImageUnreadable: PATH_ESCAPE, for a link out of the folder.
+    """
+    groups: dict[tuple[str, ...], list[_Head]] = {}
+    objects: list[Path] = []
+    unreadable: list[Path] = []
+    ignored: Counter[str] = Counter()
+    for path in _files(folder.resolve(), ignored):
+        try:
+            data = _head(path)
+        except ImageUnreadable:
+            unreadable.append(path)
+            continue
+        if data is None:
+            ignored["not DICOM"] += 1
+        elif text(data.file_meta, "MediaStorageSOPClassUID") == DIRECTORY:
+            ignored["DICOMDIR"] += 1
+        elif text(data, "Modality") in OBJECTS:
+            objects.append(path)
+        elif not (number(data, "Rows") and number(data, "Columns")):
+            whole = "SOPClassUID" in data and text(data, "Modality") not in MODALITIES
+            (objects if whole else unreadable).append(path)
+        elif "LOCALIZER" in text(data, "ImageType").split("\\"):
+            ignored["localiser"] += 1
+        else:
+            head = _described(path, data)
+            groups.setdefault(head.key, []).append(head)
+    series = [made for group in groups.values() for stack in _by_plane(group) for made in _by_take(stack)]
+    return Found(tuple(series), tuple(objects), tuple(unreadable), dict(ignored))
+
+
+def _files(root: Path, ignored: Counter[str]) -> Iterator[Path]:
+    """Every file below a folder, sorted; links are passed over, as what they lead to comes by itself or is outside."""
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        for name in sorted(names + folders):
+            path = Path(folder, name)
+            if path.is_symlink():
+                if not path.resolve().is_relative_to(root):
+                    raise ImageUnreadable(
+                        "the folder holds a link that leads out of it. Put the files themselves there.",
+                        code="PATH_ESCAPE",
+                    )
+                ignored["link"] += 1
+            elif name in names:
+                yield path
+
+
+def _head(path: Path) -> Dataset | None:
+    """Some elements; None for what is no DICOM."""
+    if not path.is_file():  # a pipe or a device
+        return None
+    with unbroken():
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        return load_head(path, _TAGS) if is_dicom(head) or path.suffix.lower() == ".dcm" else None
+
+
+def _described(path: Path, data: Dataset) -> _Head:
+    frames, instance = int(number(data, "NumberOfFrames") or 1), number(data, "InstanceNumber")
+    where = None
+    if frames == 1:
+        try:
+            where = plane(
+                numbers(data, "ImagePositionPatient", 3),
+                numbers(data, "ImageOrientationPatient", 6),
+                numbers(data, "PixelSpacing", 2),
+            )
+        except ImageUnreadable:  # who reads the series is told
+            where = None
+    shared = ("SeriesInstanceUID", "Modality", "Rows", "Columns", "ImageType")
+    placeless = "ImageOrientationPatient" not in data and text(data, "Modality") not in MEASURED
+    alone = str(path) if frames > 1 or placeless else ""
+    return _Head(
+        slice=Slice(path, text(data, "SOPInstanceUID"), None if instance is None else int(instance), where),
+        key=(*(text(data, keyword) for keyword in shared), alone),
+        take=tuple(text(data, keyword) for keyword in TAKES),
+        frames=frames,
+    )
+
+
+def _by_plane(heads: Sequence[_Head]) -> list[list[_Head]]:
+    """Heads of one orientation and pixel size each; those without a place together."""
+    stacks: list[list[_Head]] = []
+    for head in heads:
+        for stack in stacks:
+            ours, theirs = head.slice.where, stack[0].slice.where
+            if (ours is None and theirs is None) or (ours and theirs and parallel(ours, theirs)):
+                stack.append(head)
+                break
+        else:
+            stacks.append([head])
+    return stacks
+
+
+def _by_take(heads: Sequence[_Head]) -> Iterator[Series]:
+    """One series, or one for each take if two takes overlap."""
+    planes = [head.slice.where for head in heads]
+    if any(where is None for where in planes):
+        yield _series(heads)
+        return
+    heights = along_normal([where for where in planes if where is not None])
+    takes: dict[tuple[str, ...], list[tuple[float, _Head]]] = {}
+    for height, head in sorted(zip(heights.tolist(), heads, strict=True), key=lambda pair: pair[0]):
+        takes.setdefault(head.take, []).append((height, head))
+    ranges = sorted((stack[0][0], stack[-1][0]) for stack in takes.values())
+    overlap = any(
+        after[0] < before[1] - TOLERANCE_MM or np.allclose(after, before, rtol=0, atol=TOLERANCE_MM)
+        for before, after in pairwise(ranges)
+    )
+    for stack in takes.values() if overlap else [[pair for each in takes.values() for pair in each]]:
+        yield _series([head for _, head in sorted(stack, key=lambda pair: pair[0])])
+
+
+def _series(heads: Sequence[_Head]) -> Series:
+    uid, modality, rows, columns = heads[0].key[:4]
+    return Series(
+        uid=uid,
+        modality=one_of(modality, MODALITIES),
+        rows=int(float(rows)),
+        columns=int(float(columns)),
+        frames=heads[0].frames,
+        slices=tuple(head.slice for head in heads),
+    )

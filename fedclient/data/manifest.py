@@ -1,0 +1,233 @@
+"""`manifest.csv`: which files make a case, whose they are, and what each is for.
+
+Columns: `patient_id`, `image`, `mask` (paths inside the data folder), and if wanted `site` and `split`
+(train, val, test); others are ignored. No message names a patient or a file, only rows (the heading is row 1).
+"""
+
+import csv
+import hmac
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar, cast, get_args
+
+from shared_models.errors import ImageUnreadable, ManifestInvalid
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]  # cases done, cases in all
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the patients, where the manifest leaves the split to us
+SHOWN = 5  # complaints in one message
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One image of one patient; only `key`, `split` and `row` may appear in logs.
+
+    Attributes:
+        key: 16 hex digits, HMAC-SHA256(salt, patient and image path): says nothing to who has not the salt.
+        mask: None where the manifest names none.
+        row: in the manifest, as a spreadsheet counts; 0 for a case that came from elsewhere.
+    """
+
+    key: str
+    patient: str = field(repr=False)
+    image: Path = field(repr=False)
+    mask: Path | None = field(repr=False)
+    split: Split
+    row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    number: int
+    values: dict[str, str]
+
+    def get(self, column: str) -> str:
+        value = self.values[column]
+        if not value:
+            raise ManifestInvalid(f"row {self.number}: `{column}` is empty")
+        return value
+
+
+def read_manifest(folder: Path, site: str | None, salt: str) -> tuple[Case, ...]:
+    """The cases of `site` (or of all rows, where no site is named), ordered by key.
+
+    Without a `split` column the split is a function of salt and patient: cases that come later move nobody.
+
+    Raises:
+        ManifestInvalid: a missing or empty column, an unknown split or site, a file that is missing or lies outside
+            the folder, an image listed twice, or a patient in two splits.
+    """
+    path = folder / "manifest.csv"
+    rows = _of_site(_rows(folder), site, path)
+    cases: list[Case] = []
+    complaints: list[str] = []
+    for row in rows:
+        try:
+            cases.append(_case(folder.resolve(), row, salt))
+        except ManifestInvalid as e:
+            complaints.append(str(e))
+    complaints += _twice(cases)
+    if complaints:
+        more = f"\n... and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
+        raise ManifestInvalid(f"{path}:\n" + "\n".join(complaints[:SHOWN]) + f"{more}\nMend these rows.")
+    _check_splits(cases, path)
+    return tuple(sorted(cases, key=lambda case: case.key))
+
+
+def read_sites(folder: Path, sites: Sequence[str], salt: str) -> tuple[Case, ...]:
+    """The cases of each of `sites`, one after the other; none named is every row, as in `read_manifest`."""
+    return tuple(case for site in sites or (None,) for case in read_manifest(folder, site, salt))
+
+
+def usable(cases: Sequence[Case], use: Callable[[Case], T], progress: Progress | None = None) -> Iterator[T]:
+    """What `use` makes of each case, one at a time.
+
+    Raises:
+        ImageUnreadable: when all have been tried, the rows that `use` could not read.
+    """
+    complaints: list[str] = []
+    for done, case in enumerate(cases, start=1):
+        try:
+            yield use(case)
+        except ImageUnreadable as e:
+            complaints.append(f"row {case.row} (case {case.key}): {e}")
+        if progress is not None:
+            progress(done, len(cases))
+    if complaints:
+        more = f"\n... and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
+        raise ImageUnreadable(
+            f"{len(complaints)} of {len(cases)} cases of the manifest cannot be used:\n"
+            + "\n".join(complaints[:SHOWN])
+            + f"{more}\nMend these files, or take their rows out."
+        )
+
+
+def sites_of(folder: Path) -> tuple[str, ...]:
+    """The sites that the manifest of `folder` names, sorted; none if it has no such column."""
+    return tuple(sorted({row.values["site"] for row in _rows(folder) if row.values.get("site")}))
+
+
+def split_of(patient: str, salt: str) -> Split:
+    """70 of 100 patients train, 10 validate, 20 test; the same patient always the same."""
+    drawn = int.from_bytes(_hmac(salt, "split", patient)[:8]) / 2**64
+    if drawn < SHARES["train"]:
+        return "train"
+    return "val" if drawn < SHARES["train"] + SHARES["val"] else "test"
+
+
+def _hmac(salt: str, *words: str) -> bytes:
+    return hmac.digest(salt.encode(), "\0".join(words).encode(), "sha256")
+
+
+def _rows(folder: Path) -> list[_Row]:
+    path = folder / "manifest.csv"
+    if not path.is_file():
+        raise ManifestInvalid(
+            f"{path}: there is no such file. Make one with the columns patient_id, image, mask; a row for each image."
+        )
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ManifestInvalid(f"{path}: it is a link out of the data folder. Put the file itself there.")
+    try:
+        table = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+    except UnicodeDecodeError as e:
+        raise ManifestInvalid(f"{path}: byte {e.start} is not UTF-8. Save it as `CSV UTF-8`.") from None
+    except csv.Error as e:
+        raise ManifestInvalid(f"{path}: not CSV: {e}. Save it as `CSV UTF-8`.") from None
+    columns = [name.strip() for name in table[0]] if table else []
+    missing = [name for name in ("patient_id", "image", "mask") if name not in columns]
+    if missing:
+        hint = " The columns must be separated by commas." if len(columns) < 2 else ""
+        raise ManifestInvalid(f"{path}: row 1 lacks the columns {', '.join(missing)}.{hint} Add them.")
+    doubled = [name for name, times in Counter(columns).items() if name and times > 1]
+    if doubled:
+        raise ManifestInvalid(f"{path}: row 1 has the columns {', '.join(doubled)} twice. Remove one.")
+    rows: list[_Row] = []
+    for number, values in enumerate(table[1:], start=2):
+        if not any(value.strip() for value in values):
+            continue
+        if len(values) != len(columns):
+            raise ManifestInvalid(
+                f"{path}: row {number} has {len(values)} fields, the heading {len(columns)}. Quote fields with commas."
+            )
+        rows.append(_Row(number, {name: value.strip() for name, value in zip(columns, values, strict=True)}))
+    if not rows:
+        raise ManifestInvalid(f"{path}: it has a heading and no rows. Add a row for each image.")
+    return rows
+
+
+def _of_site(rows: Sequence[_Row], site: str | None, path: Path) -> Sequence[_Row]:
+    if "site" not in rows[0].values:
+        if site is not None:
+            raise ManifestInvalid(f"{path}: site {site!r} was chosen, but there is no column `site`. Choose none.")
+        return rows
+    empty = [row.number for row in rows if not row.values["site"]]
+    if empty:
+        raise ManifestInvalid(f"{path}: row {empty[0]}: `site` is empty. Fill it, or remove the column.")
+    sites = sorted({row.values["site"] for row in rows})
+    if site is None and len(sites) > 1:
+        raise ManifestInvalid(f"{path}: it holds the sites {', '.join(sites)}. Choose one of them.")
+    if site is not None and site not in sites:
+        raise ManifestInvalid(f"{path}: there is no site {site!r}. It holds: {', '.join(sites)}.")
+    return [row for row in rows if site is None or row.values["site"] == site]
+
+
+def _case(root: Path, row: _Row, salt: str) -> Case:
+    patient = row.get("patient_id")
+    image = _inside(root, row, "image")
+    if "split" not in row.values:
+        split = split_of(patient, salt)
+    elif row.get("split") in SPLITS:
+        split = cast(Split, row.get("split"))
+    else:
+        raise ManifestInvalid(f"row {row.number}: `split` is {row.get('split')!r}; allowed: {', '.join(SPLITS)}")
+    return Case(
+        key=_hmac(salt, "case", patient, image.relative_to(root).as_posix()).hex()[:16],
+        patient=patient,
+        image=image,
+        mask=_inside(root, row, "mask") if row.values["mask"] else None,
+        split=split,
+        row=row.number,
+    )
+
+
+def _inside(root: Path, row: _Row, column: str) -> Path:
+    """The file a manifest names, links followed, if it lies in the data folder."""
+    named = Path(row.get(column))
+    if named.is_absolute() or ".." in named.parts or "\0" in str(named):
+        raise ManifestInvalid(f"row {row.number}: `{column}` must be a path inside the data folder, without `..`")
+    try:
+        path = (root / named).resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: a ring of links
+        raise ManifestInvalid(f"row {row.number}: `{column}`: there is no such file in the data folder") from None
+    if not path.is_relative_to(root):
+        raise ManifestInvalid(f"row {row.number}: `{column}` is a link out of the data folder")
+    if not path.is_file():
+        raise ManifestInvalid(f"row {row.number}: `{column}` is not a file")
+    return path
+
+
+def _twice(cases: Sequence[Case]) -> list[str]:
+    first: dict[Path, int] = {}
+    found: list[str] = []
+    for case in cases:
+        row = first.setdefault(case.image, case.row)
+        if row != case.row:
+            found.append(f"row {case.row}: the same image as in row {row}")
+    return found
+
+
+def _check_splits(cases: Sequence[Case], path: Path) -> None:
+    splits: dict[str, set[str]] = {}
+    for case in cases:
+        splits.setdefault(case.patient, set()).add(case.split)
+    torn = sum(len(of) > 1 for of in splits.values())
+    if torn:
+        raise ManifestInvalid(
+            f"{path}: {torn} of {len(splits)} patients are in more than one split, so that training would see test "
+            f"patients. Give all rows of a patient the same `split`, or remove that column."
+        )

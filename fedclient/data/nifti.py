@@ -1,0 +1,127 @@
+"""NIfTI: geometry from sform, else qform; scaled by its slope; turned to RAS+ by whole axes."""
+
+import gzip
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import OrientationError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+from numpy.typing import NDArray
+
+from fedclient.data.volume import MAX_VOXELS, Volume, contiguous, turn_to_ras, turned
+from shared_models.errors import ImageUnreadable
+
+MAX_OFFSET_BYTES = 64 * 1024**2  # of the voxels in the file: room for extensions
+_MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
+
+
+def read_nifti(path: Path) -> Volume:
+    """A 3-D (or 2-D) NIfTI image, scaled by its slope and turned to RAS+ by axis flips and swaps; never resampled."""
+    values, affine_ras = nifti_values(path)
+    voxels = contiguous(values)
+    if not np.isfinite(voxels).all():
+        raise ImageUnreadable(
+            "NIfTI: some voxels are NaN or infinite. Replace them (air is -1000 HU) and save again.",
+            code="INTENSITY_INVALID",
+        )
+    return Volume(voxels[None], affine_ras)
+
+
+def nifti_values(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Scaled values [I, J, K] in RAS+, finite or not, and their affine in mm."""
+    try:
+        with _opened(path) as (file, version):
+            image: Any = (nibabel.Nifti2Image if version == 2 else nibabel.Nifti1Image).from_stream(file)
+            header = image.header
+            _check_values(header)
+            affine_ras = _affine(header)
+            shape = _shape(header)  # before a header that lies makes room for its voxels
+            with np.errstate(over="ignore"):  # too large for float32 is refused as infinite
+                values = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
+            turn = turn_to_ras(affine_ras, shape)
+            return turned(values, turn), affine_ras @ turn.stored_of_voxel
+    except (
+        OSError, EOFError, ValueError, struct.error, zlib.error, ImageFileError, HeaderDataError, WrapStructError,
+        OrientationError,
+    ) as e:  # fmt: skip
+        raise ImageUnreadable(
+            f"NIfTI: the file is broken or cut short ({type(e).__name__}). Copy or export it again."
+        ) from None  # their messages hold the path
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, int]]:
+    """The unpacked file at its beginning, whatever its name, and the version of its header."""
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        stream: Any = gzip.GzipFile(fileobj=file) if packed else file
+        head = stream.read(348)
+        order = "<" if head[:2] in (b"\x5c\1", b"\x1c\2") else ">"
+        version = 2 if struct.unpack_from(order + "i", head) == (540,) else 1
+        (offset,) = (
+            struct.unpack_from(order + "q", head, 168) if version == 2 else struct.unpack_from(order + "f", head, 108)
+        )
+        if not 0 <= offset <= MAX_OFFSET_BYTES:
+            raise ImageUnreadable(
+                f"NIfTI: the voxels begin after more than {MAX_OFFSET_BYTES} bytes. Save it without its extensions.",
+                code="INPUT_TOO_LARGE",
+            )
+        stream.seek(0)
+        yield stream, version
+
+
+def _shape(header: Any) -> tuple[int, ...]:
+    stored = tuple(int(n) for n in header.get_data_shape())
+    shape = (*stored, 1) if len(stored) == 2 else stored
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        raise ImageUnreadable(
+            f"NIfTI: {len(stored)}-D with shape {stored}; one volume of 3 dimensions a file is read. "
+            f"Split it (fslsplit, or nibabel.four_to_three) and list each volume.",
+            code="MODALITY_MISMATCH",
+        )
+    if not 0 < math.prod(shape) <= MAX_VOXELS:
+        raise ImageUnreadable(
+            f"NIfTI: {math.prod(shape)} voxels; 1 to {MAX_VOXELS} are read. Crop or resample it.", "INPUT_TOO_LARGE"
+        )
+    return shape
+
+
+def _check_values(header: Any) -> None:
+    kind = header.get_data_dtype()
+    if kind.kind not in "iuf":
+        raise ImageUnreadable(
+            f"NIfTI: voxels of type {kind}; whole or real numbers are read. Convert it to int16.", "MODALITY_MISMATCH"
+        )
+
+
+def _affine(header: Any) -> NDArray[np.float64]:
+    """sform if its code is set, else qform (domain rule); in mm."""
+    sform, sform_code = header.get_sform(coded=True)
+    affine = sform if sform_code > 0 else header.get_qform(coded=True)[0]
+    if affine is None:
+        raise ImageUnreadable(
+            "NIfTI: sform_code and qform_code are both 0, so nobody knows left from right. "
+            "Export it again with its orientation (dcm2niix writes it).",
+            code="GEOMETRY_MISSING",
+        )
+    mm = np.array(affine, dtype=np.float64)
+    mm[:3] *= _MM.get(header.get_xyzt_units()[0], 1.0)
+    spacing = np.linalg.norm(mm[:3, :3], axis=0)
+    if not np.isfinite(mm).all() or spacing.min() <= 0 or abs(np.linalg.det(mm[:3, :3] / spacing)) < 0.01:
+        raise ImageUnreadable(
+            f"NIfTI: the {'sform' if sform_code > 0 else 'qform'} is no invertible map to mm. Export it again.",
+            code="GEOMETRY_INVALID",
+        )
+    return mm

@@ -1,0 +1,99 @@
+"""PNG, JPEG and TIFF: rows first as displayed, at their bit depth."""
+
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
+
+from fedclient.data.provenance import Provenance
+from fedclient.data.volume import FRONTAL_RAS, MAX_PIXELS, PICTURE_PIXELS, Volume
+from shared_models.errors import ImageUnreadable
+
+_GREY = ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "LA", "F")
+_COLOUR = ("P", "PA", "RGB", "RGBA")
+_PHOTOMETRIC = 262  # TIFF: 0 is white at zero
+
+
+def read_picture(path: Path) -> Volume:
+    """A PNG, JPEG or TIFF as grey levels, rows first as the file has them.
+
+    Grey of 8, 16 or 32 bit and real numbers keep their depth; colour and palettes become luminance (ITU-R 601),
+    transparency is dropped, and Pillow hands out 16-bit colour as 8 bit. An EXIF orientation is ignored: scanners write
+    none, and a mask drawn on the stored pixels would no longer fit.
+    """
+    with _picture(path) as image:
+        grey = image.convert("RGBA").convert("L") if image.mode in _COLOUR else _without_alpha(image)
+        rows = np.asarray(grey, dtype=np.float32)
+        lossy = image.format == "JPEG"
+    if not np.isfinite(rows).all():
+        raise ImageUnreadable("some pixels are NaN or infinite. Replace them and save again.", "INTENSITY_INVALID")
+    facts = Provenance(rows=rows.shape[0], columns=rows.shape[1], slices=1, lossy=lossy)
+    return Volume(rows[None, :, :, None], FRONTAL_RAS.copy(), None, facts, PICTURE_PIXELS.copy())
+
+
+def picture_values(path: Path) -> NDArray[Any]:
+    """[rows, columns] of a mask, as stored; a mask in colours is refused."""
+    with _picture(path) as image:
+        if image.mode in _COLOUR:
+            rgb = np.asarray(image.convert("RGBA"))[..., :3]
+            if (rgb != rgb[..., :1]).any():
+                raise ImageUnreadable(
+                    "the mask is coloured; which colour is which label? Save it as an 8-bit grey PNG.",
+                    code="LABEL_VALUES",
+                )
+            values = rgb[..., 0]
+        else:
+            values = np.asarray(_without_alpha(image))
+    return values
+
+
+@contextmanager
+def _picture(path: Path) -> Iterator[Image.Image]:
+    """The opened, not yet decoded picture; what goes wrong while decoding in the block is an ImageUnreadable too."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they quote metadata; size is checked here
+            with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+                _check(image)
+                yield image
+    except Image.DecompressionBombError:
+        raise _too_large() from None
+    except (
+        OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error,
+        zlib.error,
+    ) as e:  # fmt: skip
+        # SyntaxError: Pillow's word for a bad header
+        raise ImageUnreadable(
+            f"the file is no PNG, JPEG or TIFF, or broken ({type(e).__name__}). Copy or export it again."
+        ) from None  # their messages hold the path
+
+
+def _check(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large()
+    if getattr(image, "n_frames", 1) > 1:
+        raise ImageUnreadable(
+            "the picture is animated or has several pages. Save each as a file of its own.", "MODALITY_MISMATCH"
+        )
+    if image.mode not in _GREY + _COLOUR:
+        raise ImageUnreadable(f"the picture has colour mode {image.mode}. Save it as grey or RGB.", "MODALITY_MISMATCH")
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0 and image.mode not in ("1", "L"):
+        raise ImageUnreadable("TIFF: its zero is white. Save it with black at zero.", "MODALITY_MISMATCH")
+
+
+def _too_large() -> ImageUnreadable:
+    return ImageUnreadable(
+        f"the picture has more than {MAX_PIXELS} pixels. Scale it down and save again.", code="INPUT_TOO_LARGE"
+    )
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    return image.convert("L") if image.mode in ("1", "LA") else image

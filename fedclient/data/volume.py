@@ -1,0 +1,95 @@
+"""What every reader gives: voxels, where they lie in the patient, and what may be known of how they were made."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import nibabel
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclient.data.provenance import UNKNOWN, Provenance
+
+MAX_PIXELS = 64 * 1024**2  # of a picture or a slice; the largest mammograms have 27 million
+MAX_VOXELS = 1024**3  # of a volume: 4 GiB as float32
+# A picture has no patient frame: it gets the one of a frontal radiograph as it is displayed, its rows running to the
+# feet and its columns to the patient's left, one millimetre a pixel.
+FRONTAL_RAS = np.array([[0, -1, 0, 0], [0, 0, 1, 0], [-1, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
+PLANES = 8  # transposed at a time
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+PICTURE_PIXELS = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=np.float64)
+_orientations: Any = nibabel.orientations  # has no types
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """One image on its grid.
+
+    Attributes:
+        voxels: float32[C, I, J, K], contiguous. Volumes: I runs to the patient's right, J to the front, K
+            to the head (RAS+), in Hounsfield units for CT, as stored (times slope) for the others. Pictures and
+            radiographs: [1, rows, columns, 1], in the file's own grey levels.
+        affine_ras: float64[4, 4]; index (i, j, k, 1) -> patient position in mm, RAS+.
+        modality: `CT`, `MR`, `DX`, ... where the file says so.
+        voxel_of_pixel: float64[4, 4]; (column, row, slice, 1) as displayed -> (i, j, k, 1); slices are counted along
+            DICOM's normal. None for files that know no rows and columns (NIfTI, MetaImage, NRRD).
+    """
+
+    voxels: NDArray[np.float32]
+    affine_ras: NDArray[np.float64]
+    modality: str | None = None
+    provenance: Provenance = UNKNOWN
+    voxel_of_pixel: NDArray[np.float64] | None = None
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance of neighbouring voxels along I, J, K; 1 for pictures, whose pixel size nobody states reliably."""
+        i, j, k = np.linalg.norm(self.affine_ras[:3, :3], axis=0)
+        return float(i), float(j), float(k)
+
+    @property
+    def left_right_axis(self) -> int:
+        """0 if I runs between the patient's left and right (volumes), 1 if J does (pictures)."""
+        return int(np.abs(self.affine_ras[0, :2] / self.spacing_mm[:2]).argmax())
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """How a stored grid is brought to RAS+ by swapping and flipping whole axes.
+
+    Attributes:
+        axes: stored axis that becomes I, J, K.
+        flips: for each stored axis: 1, or -1 if it is reversed.
+        stored_of_voxel: float64[4, 4]; index (i, j, k, 1) -> stored index.
+    """
+
+    axes: tuple[int, int, int]
+    flips: tuple[int, int, int]
+    stored_of_voxel: NDArray[np.float64]
+
+    @property
+    def voxel_of_stored(self) -> NDArray[np.float64]:
+        return np.linalg.inv(self.stored_of_voxel).round().astype(np.float64)
+
+
+def turn_to_ras(affine_ras: NDArray[np.float64], shape: tuple[int, ...]) -> Turn:
+    """The turn for a grid of that stored affine and shape; affine_ras @ turn.stored_of_voxel is the new affine."""
+    to_ras = _orientations.io_orientation(affine_ras)
+    i, j, k = (int(axis) for axis in np.argsort(to_ras[:, 0]))
+    a, b, c = (int(flip) for flip in to_ras[:, 1])
+    return Turn((i, j, k), (a, b, c), _orientations.inv_ornt_aff(to_ras, shape))
+
+
+def turned(values: NDArray[Any], turn: Turn) -> NDArray[Any]:
+    """A view of a stored grid along I, J, K."""
+    return values[tuple(slice(None, None, flip) for flip in turn.flips)].transpose(turn.axes)
+
+
+def contiguous(values: NDArray[Any]) -> NDArray[np.float32]:
+    """float32[I, J, K] in that order of memory, which what comes after is 4 times faster on, from any other.
+
+    A few planes at a time, so that cache lines are filled whole: 512 x 512 x 100 in 70 ms, numpy's own copy 320.
+    """
+    voxels = np.empty(values.shape, np.float32)
+    for k in range(0, values.shape[2], PLANES):
+        voxels[:, :, k : k + PLANES] = values[:, :, k : k + PLANES]
+    return voxels

@@ -1,0 +1,159 @@
+"""What a hospital's node knows of itself: `site.toml` in a deployment, a few words of a simulation's node."""
+
+import json
+import os
+import re
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from shared_models.errors import StateInvalid
+from shared_models.files import write_atomic
+from shared_models.parse import STRICT, parse, plain, read_toml
+
+UNIT = "\x1f"  # ASCII's unit separator, between the sites of a simulated node: a manifest's names may hold commas
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """`[data]`: where the images are.
+
+    Attributes:
+        folder: holds manifest.csv; only read.
+        manifest_site: which site of a manifest that lists several.
+    """
+
+    __pydantic_config__ = STRICT
+    folder: str
+    manifest_site: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """`[compute]`: `device` is auto (the first GPU, else CPU), cpu or cuda:N; `threads` 0 leaves it to PyTorch."""
+
+    __pydantic_config__ = STRICT
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """`[policy]`: what may leave; a score's histogram needs at least `smallest_count` cases (CMS and PCORnet: 11)."""
+
+    __pydantic_config__ = STRICT
+    smallest_count: Annotated[int, Field(ge=1, le=10_000)] = 11
+
+
+@dataclass(frozen=True, slots=True)
+class SiteFile:
+    """`site.toml`: owned by the hospital, never sent."""
+
+    __pydantic_config__ = STRICT
+    name: Name
+    coordinator: Annotated[str, Field(pattern=r"^[^\s/]+:\d{1,5}$")]
+    federation: str
+    data: Data
+    compute: Compute = field(default_factory=Compute)
+    policy: Policy = field(default_factory=Policy)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One institution at work.
+
+    Attributes:
+        folder: where the node keeps its own: cache, finished work, blobs.
+        manifest_sites: the rows of the manifest that are this site's; none named are all of a manifest of one site.
+        salt: secret of the site that case keys and splits are derived with.
+        deployed: tensors travel as blobs, and finished work is kept for an order that comes again.
+    """
+
+    name: str
+    folder: Path
+    data: Path
+    manifest_sites: tuple[str, ...]
+    device: str
+    threads: int
+    smallest_count: int
+    salt: str
+    deployed: bool
+    coordinator: str = ""
+
+
+def read_site_file(folder: Path) -> SiteFile:
+    path = folder / "site.toml"
+    if not path.exists():
+        raise StateInvalid(f"{path}: is missing, so {folder} is no site folder. Run `fedclient join INVITE` first.")
+    return parse(SiteFile, read_toml(path), str(path))
+
+
+def site_toml(site: SiteFile) -> str:
+    """The text of a site file; every value that a hospital may change stands in it."""
+    tables = plain(site)
+    lines = [f"{key} = {_toml(tables.pop(key))}" for key in ("name", "coordinator", "federation")]
+    for table, values in tables.items():
+        lines += ["", f"[{table}]"] + [f"{k} = {_toml(v)}" for k, v in values.items() if v is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML escapes and JSON does not
+    return str(value)
+
+
+def secret(path: Path) -> str:
+    """The site's own secret for case keys, made on first use; of two processes that make it, both get the first one's.
+
+    Raises:
+        StateInvalid: a file that holds no such secret. Another one would give every case another key and split.
+    """
+    if not path.exists():
+        made = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.made")
+        write_atomic(made, os.urandom(32).hex().encode())
+        try:
+            with suppress(FileExistsError):
+                os.link(made, path)  # whole, and only where there is none yet
+        finally:
+            made.unlink()
+    kept = path.read_bytes()
+    if not re.fullmatch(rb"[0-9a-f]{64}", kept):
+        raise StateInvalid(f"{path}: holds no secret of 64 hexadecimal digits. Restore it from your backup.")
+    return kept.decode()
+
+
+def open_site(node_config: Mapping[str, object]) -> Site:
+    """The site behind a Flower node: by its folder in a deployment, by what the engine says in a simulation."""
+    if "site-dir" in node_config:
+        folder = Path(str(node_config["site-dir"]))
+        file = read_site_file(folder)
+        return Site(
+            name=file.name,
+            folder=folder,
+            data=Path(file.data.folder),
+            manifest_sites=(file.data.manifest_site,) if file.data.manifest_site else (),
+            device=file.compute.device,
+            threads=file.compute.threads,
+            smallest_count=file.policy.smallest_count,
+            salt=secret(folder / "secrets" / "case-keys"),
+            deployed=True,
+            coordinator=file.coordinator,
+        )
+    return Site(
+        name=str(node_config["site"]),
+        folder=Path(str(node_config["work"])),
+        data=Path(str(node_config["data"])),
+        manifest_sites=tuple(filter(None, str(node_config.get("manifest-site", "")).split(UNIT))),
+        device=str(node_config.get("device", "auto")),
+        threads=int(str(node_config.get("threads", 0))),
+        smallest_count=1,
+        salt="simulation",
+        deployed=False,
+    )

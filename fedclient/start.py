@@ -1,0 +1,36 @@
+"""A site's two processes under one supervisor: node and executor."""
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+from shared_models.archive import CLIENT_APP, quiet_flower
+from shared_models.supervise import Child, kept_port, kept_secret, only_one, supervise
+
+
+def start(site: Path, stop: threading.Event, app: str = CLIENT_APP) -> None:
+    """Keeps a site in the federation until `stop`.
+
+    Raises:
+        ProcessFailed: the site is being served already.
+    """
+    site = site.resolve()
+    with only_one(site):
+        supervise(_children(site, app), stop, site)
+
+
+def _children(site: Path, app: str) -> list[Child]:
+    kept_secret(site / "secrets/superexec")
+    port = str(kept_port(site / "node/port"))
+    env = quiet_flower(site / "node/flower", os.environ)
+    python, logs = (sys.executable, "-m"), site / "logs"
+    return [
+        Child("node", [*python, "fedclient.node", str(site), "--port", port], logs / "node.log", env),
+        Child(
+            "executor",
+            [*python, "fedclient.executor", str(site), "--port", port, "--app", app],
+            logs / "executor.log",
+            env,
+        ),
+    ]

@@ -1,0 +1,98 @@
+"""Training and scoring on this site's images: data set, network and loop put together."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fedclient.data.dataset import DataSet, prepare
+from fedclient.data.manifest import Case, read_sites
+from fedclient.site import Site
+from fedclient.training.evaluate import evaluate
+from fedclient.training.trainer import fit, scheduled
+from fedclient.work import Holding, Learned
+from shared_models import nets
+from shared_models.errors import OrderRefused
+from shared_models.metrics import DiceCounts
+from shared_models.seeds import rng, seed_of
+from shared_models.study import Study
+from shared_models.tasks.segmentation import loss_of
+from shared_models.weights import Arrays
+from shared_models.wire import Split
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLearner:
+    """The learner of a real site; holds nothing, so that every order reads the data that is there."""
+
+    def learn(self, site: Site, study: Study, round_number: int, weights: Arrays) -> Learned:
+        device = device_of(site)
+        settle(site, study, seed_of(study.seed, study.name, round_number, site.name, "torch"))
+        cases = data_set(site, study, "train")
+        net = nets.network(study)
+        nets.load_arrays(net, weights)
+        net.to(device)
+        draw = rng(study.seed, study.name, round_number, site.name, "batches")
+        steps, epochs = study.train.local_steps, None if study.train.local_steps else study.train.local_epochs
+        ahead = device.type == "cuda"  # on a CPU the thread that prepares takes from the one that trains
+        batches = cases.batches(
+            study.train.batch_size, draw, epochs=epochs, steps=steps, augment=study.augment, ahead=ahead
+        )
+        train = scheduled(study.train, round_number, study.rounds.count)
+        fitted = fit(net, batches, loss_of(study.task), train, device)
+        return Learned(nets.arrays_of(net), len(cases), fitted.steps, fitted.losses, str(device))
+
+    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
+        device = device_of(site)
+        settle(site, study, 0)
+        net = nets.network(study)
+        nets.load_arrays(net, weights)
+        return evaluate(net.to(device), data_set(site, study, split), study, device, site.smallest_count)
+
+    def holding(self, site: Site, study: Study) -> Holding:
+        cases = [case for case in _cases(site) if case.mask is not None]
+        return Holding(sum(c.split == "train" for c in cases), sum(c.split == "test" for c in cases))
+
+
+def device_of(site: Site) -> torch.device:
+    """The device that the site's file names.
+
+    Raises:
+        OrderRefused: a GPU that is not there.
+    """
+    if site.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = site.device.partition(":")
+    there = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= there:
+        raise OrderRefused(
+            "DEVICE_MISSING", f'site.toml asks for {site.device}, PyTorch sees {there} GPUs. Set device = "cpu".'
+        )
+    return torch.device(site.device)
+
+
+def settle(site: Site, study: Study, seed: int) -> None:
+    """Global state of PyTorch that training depends on."""
+    if site.threads:
+        torch.set_num_threads(site.threads)
+    if study.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has no deterministic sums without it
+    torch.use_deterministic_algorithms(study.train.deterministic)
+    torch.manual_seed(seed)
+
+
+def data_set(site: Site, study: Study, split: str) -> DataSet:
+    """The prepared cases of one split.
+
+    Raises:
+        OrderRefused: the site has none for training.
+    """
+    cases = [case for case in _cases(site) if case.split == split and case.mask is not None]
+    if not cases and split == "train":
+        raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Check manifest.csv.")
+    return prepare(cases, study, site.folder / "cache")
+
+
+def _cases(site: Site) -> tuple[Case, ...]:
+    return read_sites(site.data, site.manifest_sites, site.salt)

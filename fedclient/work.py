@@ -1,0 +1,163 @@
+"""An order carried out: doubted, trained or scored, and answered in the words that may leave the site."""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from fedclient.site import Site
+from shared_models.errors import OrderRefused
+from shared_models.metrics import DiceCounts
+from shared_models.parse import parse_json
+from shared_models.plan import Plan
+from shared_models.planned import planned
+from shared_models.study import Study, from_json
+from shared_models.weights import Arrays
+from shared_models.wire import Order, Reply, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What local training gave.
+
+    Attributes:
+        weights: after training; same names, shapes and dtypes as received.
+        examples: examples trained on, each counted once.
+    """
+
+    weights: Arrays
+    examples: int
+    steps: int
+    losses: tuple[float | None, ...] = ()
+    device: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """How much a site has for a study."""
+
+    train_cases: int = 0
+    test_cases: int = 0
+
+
+class Learner(Protocol):
+    """The part of an order that touches images; training.learner is the real one."""
+
+    def learn(self, site: Site, study: Study, round_number: int, weights: Arrays) -> Learned: ...
+
+    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]: ...
+
+    def holding(self, site: Site, study: Study) -> Holding: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reply, and the delta that goes with it where there is one."""
+
+    reply: Reply
+    delta: Arrays = field(default_factory=dict)
+
+
+_STUDIES: dict[str, tuple[Study, str]] = {}  # the last study and its digest, by its text: every order of a run has it
+
+
+def study_of(order: Order) -> Study:
+    """The study inside an order.
+
+    Raises:
+        OrderRefused: its digest is not the one that the order names.
+    """
+    if order.study not in _STUDIES:
+        study = from_json(order.study, f"study of run {order.run}")
+        _STUDIES.clear()
+        _STUDIES[order.study] = study, hashlib.sha256(order.study.encode()).hexdigest()
+    study, digest = _STUDIES[order.study]
+    if digest != order.study_sha256:
+        raise OrderRefused("STUDY_MISMATCH", f"run {order.run}: the study is not the one that the order names.")
+    return study
+
+
+def planned_study(order: Order, study: Study) -> Study:
+    """`study` as the plan of an order has it, or as it is where its plan is given.
+
+    Raises:
+        OrderRefused: there is no plan where the study wants one, one where it does not, or another than is named.
+        StudyInvalid: a plan that the study cannot be trained by.
+    """
+    if (study.plan == "given") != (order.plan is None):
+        raise OrderRefused(
+            "PLAN_MISMATCH", f"round {order.round}: the study's plan is {study.plan!r}, the order's not."
+        )
+    if order.plan is None:
+        return study
+    if hashlib.sha256(order.plan.encode()).hexdigest() != order.plan_sha256:
+        raise OrderRefused("PLAN_MISMATCH", f"run {order.run}: the plan is not the one that the order names.")
+    return planned(study, parse_json(Plan, order.plan, f"plan of run {order.run}"))
+
+
+def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner) -> Answer:
+    """Scores the received weights where asked, trains where asked, and tells what may be told.
+
+    Raises:
+        OrderRefused: the order does not hold together, or training left numbers that are not finite.
+    """
+    began = time.monotonic()
+    study = study_of(order)
+    reply = Reply(
+        kind="hello",
+        site=site.name,
+        run=order.run,
+        round=order.round,
+        attempt=order.attempt,
+        study_sha256=order.study_sha256,
+        base_sha256=order.base_sha256,
+        plan_sha256=order.plan_sha256,
+    )
+    if order.kind == "hello":
+        held = learner.holding(site, study)
+        return Answer(replace(reply, train_cases=held.train_cases, test_cases=held.test_cases))
+    if order.kind == "statistics":
+        if study.plan == "given":
+            raise OrderRefused("PLAN_GIVEN", f"run {order.run}: the study's plan is given, it needs no statistics.")
+        from fedclient.fingerprint import site_fingerprint  # imports the image readers
+
+        found = site_fingerprint(site, study)
+        return Answer(replace(reply, kind="statistics", fingerprint=found, seconds=time.monotonic() - began))
+    study = planned_study(order, study)
+    if order.evaluate is not None:
+        reply = replace(reply, scored=order.evaluate, scores=learner.score(site, study, weights, order.evaluate))
+    if order.kind == "evaluate":
+        return Answer(replace(reply, kind="evaluation", seconds=time.monotonic() - began))
+    learned = learner.learn(site, study, order.round, weights)
+    delta = {name: learned.weights[name] - weights[name] for name in weights}
+    odd = [n for n, d in delta.items() if d.dtype.kind == "f" and not np.isfinite(d).all()]
+    if odd:
+        raise OrderRefused("TRAINING_DIVERGED", f"round {order.round}: {odd[0]!r} is not finite after training.")
+    done = replace(
+        reply,
+        kind="update",
+        examples=learned.examples,
+        steps=learned.steps,
+        losses=learned.losses,
+        device=learned.device,
+        seconds=time.monotonic() - began,
+    )
+    return Answer(done, delta)
+
+
+def refusal(order: Order, site: Site, code: str) -> Reply:
+    """A refused order; the reason's words stay in the site's log."""
+    return Reply(
+        kind="refusal",
+        site=site.name,
+        run=order.run,
+        round=order.round,
+        attempt=order.attempt,
+        study_sha256=order.study_sha256,
+        base_sha256=order.base_sha256,
+        plan_sha256=order.plan_sha256,
+        refusal=code,
+    )

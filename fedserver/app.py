@@ -1,0 +1,56 @@
+"""The coordinator as Flower sees it: one ServerApp, a shell around `fedserver.rounds`."""
+
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedserver.checkpoint import RunFolder
+from fedserver.cohort import Presence
+from fedserver.courier import Beside
+from fedserver.enrol import Federation, open_federation
+from fedserver.report import write_report
+from fedserver.rounds import Setting, carry_out
+from fedserver.state import list_sites
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Carries out the run that the dispatcher names, from its last finished round."""
+    federation = open_federation(Path(str(context.run_config["federation"])))
+    run = RunFolder(federation.runs / str(context.run_config["run"]))
+    carry_out(
+        Setting(
+            grid,
+            run,
+            presence=lambda: presence(grid, federation),
+            courier=Beside(federation.blobs / "out", federation.blobs / "in"),
+            poll_s=0.15,
+        )
+    )
+    try:
+        write_report(run)
+    except Exception:  # the run is done and its weights are saved: a page that cannot be drawn does not undo that
+        logging.getLogger("fedserver").exception("run %s is finished, but its report could not be written", run.id)
+
+
+def presence(grid: Grid, federation: Federation) -> Presence:
+    """Which enrolled sites are online: by the node that the gateway saw behind each site's certificate."""
+    online = {node.node_id for node in grid.get_nodes() if node.status == "online"}
+    nodes: dict[str, int] = {}
+    away: dict[str, str] = {}
+    for site in list_sites(federation.state):
+        if site.state == "revoked":
+            continue
+        if site.flower_node_id in online and site.flower_node_id is not None:
+            nodes[site.name] = site.flower_node_id
+        elif site.state == "invited":
+            away[site.name] = "was invited and has not joined"
+        elif site.flower_node_id is None:
+            away[site.name] = "has joined and never connected; is `fedclient start` running there?"
+        else:
+            away[site.name] = "is offline"
+    return Presence(nodes, away)

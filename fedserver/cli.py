@@ -1,0 +1,178 @@
+"""`fedserver`: a coordinator, from the empty folder to the finished run."""
+
+import socket
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from shared_models.cli import guarded, print_json
+from shared_models.errors import ProcessFailed, StateInvalid
+from shared_models.files import read_json
+
+app = typer.Typer(
+    help="A coordinator: it invites hospitals, runs studies over them, and never sees an image.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console(soft_wrap=True)
+Folder = Annotated[Path, typer.Option("--federation", envvar="FEDSERVER_FEDERATION", help="Folder of the federation.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
+HERE = Path("federation")
+
+
+@app.command()
+@guarded
+def init(
+    name: Annotated[str, typer.Option(help="What the federation is called.")] = "federation",
+    address: Annotated[str | None, typer.Option(help="HOST:PORT that the hospitals dial.")] = None,
+    federation: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Makes a federation: its certificate authority, server certificate, secrets and state."""
+    from fedserver.enrol import ca_fingerprint, init_federation
+    from shared_models.identity import fingerprint_words
+
+    made = init_federation(federation, name, address or f"{socket.gethostname()}:8443")
+    words = fingerprint_words(ca_fingerprint(made))
+    if as_json:
+        print_json({"name": made.name, "address": made.address, "folder": str(made.folder), "words": words})
+        return
+    console.print(f"[bold]{made.name}[/] is in {escape(str(made.folder))}. Hospitals dial {made.address}.")
+    console.print(f"This coordinator, to be compared by telephone: [bold]{words}[/]")
+    console.print("Next: `fedserver serve`, and `fedserver invite SITE` for each hospital.")
+
+
+@app.command()
+@guarded
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on for hospitals.")] = "0.0.0.0",  # noqa: S104 they dial it
+    port: Annotated[int | None, typer.Option(help="Port to listen on; the one of the federation's address.")] = None,
+    federation: Folder = HERE,
+) -> None:
+    """Serves hospitals and carries out queued runs until Ctrl-C; restarts whatever dies."""
+    from fedserver.enrol import open_federation
+    from fedserver.serve import serve as supervise
+    from shared_models.supervise import stop_on_signals
+
+    opened = open_federation(federation)
+    listening, logs = port or int(opened.address.rpartition(":")[2]), escape(str(opened.logs))
+    console.print(f"[bold]{opened.name}[/] listens on {host}:{listening} (mutual TLS). Logs: {logs}")
+    supervise(federation, host, listening, stop_on_signals())
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises ProcessFailed when something else listens there; the supervisor would try again for ever."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as e:
+            raise ProcessFailed(
+                f"{host}:{port}: cannot be listened on ({e.strerror}). Stop what uses it, or choose another --port."
+            ) from None
+
+
+@app.command()
+@guarded
+def invite(
+    site: Annotated[str, typer.Argument(help="Name of the hospital: lower-case letters, digits, -.")],
+    federation: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Prints one line for one hospital: good for one enrolment within 72 hours."""
+    from fedserver.enrol import invite as make
+    from fedserver.enrol import open_federation
+
+    line = make(open_federation(federation), site)
+    if as_json:
+        print_json({"site": site, "invite": line})
+    else:
+        print(line)
+
+
+@app.command()
+@guarded
+def run(
+    study: Annotated[str, typer.Argument(help="A ready study or the path of a study.toml.")],
+    name: Annotated[str | None, typer.Option(help="Name of the run; default: the study's, numbered.")] = None,
+    new: Annotated[bool, typer.Option("--new", help="Begin anew even if this study has an unfinished run.")] = False,
+    wait: Annotated[bool, typer.Option(help="Show progress until the run ends.")] = True,
+    federation: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Carries out a study with the enrolled hospitals; goes on with an unfinished run of the same study."""
+    from fedserver.enrol import open_federation
+    from fedserver.show import follow, run_table
+    from fedserver.submit import outcome, submit
+    from shared_models.study import load_study
+    from shared_models.supervise import read_status
+
+    opened = open_federation(federation)
+    submitted = submit(opened, load_study(study), name, new)
+    served = read_status(federation).get("supervisor") is not None
+    if not served and not as_json:
+        console.print("The run is queued. Nothing serves this federation yet: start `fedserver serve`.")
+    if not wait or not served:
+        if as_json:
+            print_json({"run": submitted.id, "state": "queued"})
+        return
+    ended = follow(submitted.folder, lambda: outcome(opened, submitted.id), as_json)
+    if ended != "finished":
+        raise ProcessFailed(_why(opened.state, submitted.id, ended))
+    if not as_json:
+        console.print(run_table(read_json(submitted.folder.path / "report.json")))
+        report, weights = submitted.folder.path / "report.html", submitted.folder.weights(submitted.rounds)
+        console.print(f"report   {report}\nweights  {weights}", markup=False)
+
+
+def _why(state: Path, run_id: str, ended: str) -> str:
+    from fedserver.state import find_run
+
+    found = find_run(state, run_id)
+    words = found.message if found is not None and found.message else "see the logs"
+    return f"run {run_id} is {ended}: {words} The same command goes on from the last finished round."
+
+
+@app.command()
+@guarded
+def stop(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Name of the run, as `fedserver status` shows it.")],
+    federation: Folder = HERE,
+) -> None:
+    """Stops a run after what it has finished; `fedserver run` with the same study goes on with it."""
+    from fedserver.enrol import open_federation
+    from fedserver.state import change_run, find_run
+
+    opened = open_federation(federation)
+    found = find_run(opened.state, run_id)
+    if found is None:
+        raise StateInvalid(f"run {run_id!r}: is not known here. `fedserver status` lists the runs.")
+    if found.state == "finished":
+        raise StateInvalid(f"run {run_id!r}: is finished already. There is nothing to stop.")
+    change_run(opened.state, run_id, time.time(), "stopped", "stopped by the coordinator")
+    console.print(f"{run_id} is stopped.")
+
+
+@app.command()
+@guarded
+def status(federation: Folder = HERE, as_json: AsJson = False) -> None:
+    """Shows the sites, the runs, and for each run whom it waits for and why."""
+    from fedserver.enrol import open_federation
+    from fedserver.show import status_table
+    from fedserver.submit import overview
+
+    facts: dict[str, Any] = overview(open_federation(federation))
+    if as_json:
+        print_json(facts)
+    else:
+        console.print(status_table(facts))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,209 @@
+"""What federation was worth: the federated model beside pooled training and every site alone, over one seed or more."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, nan
+from statistics import fmean, stdev
+from typing import Any
+
+from shared_models.metrics import NO_DICE, DiceCounts
+
+MINUS, DASH = "\u2212", "\u2013"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The models of one seed on the test patients of every site, for the first label of the study.
+
+    Attributes:
+        local: site that trained alone -> site that was tested -> Dice; empty where nobody trained alone.
+        pooled: site that was tested -> Dice of the model trained on all images together; empty where there is none.
+        federated: site that was tested -> Dice of the federated model.
+    """
+
+    local: Mapping[str, Mapping[str, DiceCounts]]
+    pooled: Mapping[str, DiceCounts]
+    federated: Mapping[str, DiceCounts]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean over seeds, NaN without a value, and the standard deviation (n - 1), NaN with fewer than two."""
+
+    mean: float = nan
+    deviation: float = nan
+
+
+@dataclass(frozen=True, slots=True)
+class SiteResult:
+    """How one site fares, as mean test Dice.
+
+    Attributes:
+        own: of the model that it trained alone, on its own patients.
+        elsewhere: of the model that it trained alone, mean over the other sites.
+        pooled, federated: of those models, on its own patients.
+        gain_points: federated less own, in Dice points (hundredths).
+    """
+
+    site: str
+    own: Spread
+    elsewhere: Spread
+    pooled: Spread
+    federated: Spread
+    gain_points: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """One row of the site x model matrix; `trained` is the site of a local model, else None."""
+
+    name: str
+    trained: str | None
+    dice: Mapping[str, Spread]
+
+
+def spread(values: Iterable[float]) -> Spread:
+    known = [v for v in values if isfinite(v)]
+    return Spread(fmean(known) if known else nan, stdev(known) if len(known) > 1 else nan)
+
+
+def sites_of(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    return tuple(sorted({s for c in comparisons for s in (*c.federated, *c.pooled, *c.local)}))
+
+
+def _dice(scores: Mapping[str, DiceCounts], site: str) -> float:
+    return scores.get(site, NO_DICE).mean
+
+
+def _elsewhere(scores: Mapping[str, DiceCounts], site: str) -> float:
+    return spread(_dice(scores, s) for s in scores if s != site).mean
+
+
+def results(comparisons: Sequence[Comparison]) -> tuple[SiteResult, ...]:
+    """One result for each site, each figure taken per seed and then over the seeds."""
+
+    def of(site: str) -> SiteResult:
+        own = [_dice(c.local.get(site, {}), site) for c in comparisons]
+        federated = [_dice(c.federated, site) for c in comparisons]
+        return SiteResult(
+            site,
+            own=spread(own),
+            elsewhere=spread(_elsewhere(c.local.get(site, {}), site) for c in comparisons),
+            pooled=spread(_dice(c.pooled, site) for c in comparisons),
+            federated=spread(federated),
+            gain_points=spread(100 * (f - o) for f, o in zip(federated, own, strict=True)),
+        )
+
+    return tuple(of(site) for site in sites_of(comparisons))
+
+
+def mean_over_sites(comparisons: Sequence[Comparison]) -> SiteResult:
+    """Every site weighs the same; the spread is that of the seeds' means."""
+    by_seed = [results([c]) for c in comparisons]
+
+    def over(name: str) -> Spread:
+        return spread(spread(getattr(r, name).mean for r in rows).mean for rows in by_seed)
+
+    names = ("own", "elsewhere", "pooled", "federated", "gain_points")
+    return SiteResult("mean over sites", **{name: over(name) for name in names})
+
+
+def matrix(comparisons: Sequence[Comparison]) -> tuple[ModelRow, ...]:
+    """Every model on every site's test patients: a row for each site's own model, then pooled, then federated."""
+    sites = sites_of(comparisons)
+    trained = sorted({s for c in comparisons for s in c.local})
+    rows = [
+        ModelRow(f"{m} alone", m, {s: spread(_dice(c.local.get(m, {}), s) for c in comparisons) for s in sites})
+        for m in trained
+    ]
+    for name in ("pooled", "federated"):
+        if any(getattr(c, name) for c in comparisons):
+            row = {s: spread(_dice(getattr(c, name), s) for c in comparisons) for s in sites}
+            rows.append(ModelRow(name, None, row))
+    return tuple(rows)
+
+
+def dice_text(value: float | None) -> str:
+    """Three decimals, which a Dice over tens of cases can bear; a dash for no value."""
+    return DASH if value is None or not isfinite(value) else f"{value:.3f}"
+
+
+def spread_text(spread: Spread) -> str:
+    return dice_text(spread.mean) + (f" ± {spread.deviation:.3f}" if isfinite(spread.deviation) else "")
+
+
+def points_text(spread: Spread) -> str:
+    if not isfinite(spread.mean):
+        return DASH
+    sign = "+" if round(spread.mean, 1) > 0 else MINUS if round(spread.mean, 1) < 0 else ""
+    more = f" ± {spread.deviation:.1f}" if isfinite(spread.deviation) else ""
+    return f"{sign}{abs(spread.mean):.1f}{more}"
+
+
+def verdict(result: SiteResult, seeds: int) -> str:
+    """One sentence on whether federation helped a site; over several seeds a gain within its deviation is no gain."""
+    gain, site = result.gain_points, result.site
+    if not isfinite(gain.mean):
+        return f"{site}: cannot be compared, a test score is missing."
+    figures = f"{dice_text(result.federated.mean)} with the federated model, {dice_text(result.own.mean)} alone"
+    change = f"({points_text(gain)} Dice points{f', {seeds} seeds' if seeds > 1 else ''})"
+    if round(gain.mean, 1) == 0:
+        return f"Federation made no difference to {site}: {figures} {change}."
+    if isfinite(gain.deviation) and abs(gain.mean) <= gain.deviation:
+        return f"Federation made no clear difference to {site}: {figures} {change}."
+    return f"Federation {'helped' if gain.mean > 0 else 'did not help'} {site}: {figures} {change}."
+
+
+def as_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """All figures for report.json; NaN as null."""
+    rows, means = results(comparisons), mean_over_sites(comparisons)
+    known = [r for r in rows if isfinite(r.federated.mean)]
+    worst = min(known, key=lambda r: r.federated.mean, default=None)
+    cells = [(m.dice[s].mean, m.trained, s) for m in matrix(comparisons) if m.trained is not None for s in m.dice]
+    low = min((c for c in cells if isfinite(c[0])), default=None)
+    return {
+        "seeds": len(comparisons),
+        "has_local": any(c.local for c in comparisons),
+        "has_pooled": any(c.pooled for c in comparisons),
+        "sites": {r.site: {**_row(r), "verdict": verdict(r, len(comparisons))} for r in rows},
+        "mean": _row(means),
+        "worst_federated": worst and {"site": worst.site, "dice": _number(worst.federated.mean)},
+        "worst_local": low and {"trained": low[1], "tested": low[2], "dice": _number(low[0])},
+        "matrix": [
+            {"model": m.name, "trained": m.trained, "dice": {s: _spread(d) for s, d in m.dice.items()}}
+            for m in matrix(comparisons)
+        ],
+        "by_seed": [by_seed(c) for c in comparisons],
+    }
+
+
+def by_seed(comparison: Comparison) -> dict[str, Any]:
+    """The mean Dice of one seed: {"local": {site: {site: dice}}, "pooled": {site: dice}, "federated": {site: dice}}."""
+
+    def flat(scores: Mapping[str, DiceCounts]) -> dict[str, float | None]:
+        return {s: _number(d.mean) for s, d in sorted(scores.items())}
+
+    return {
+        "local": {trained: flat(scores) for trained, scores in sorted(comparison.local.items())},
+        "pooled": flat(comparison.pooled),
+        "federated": flat(comparison.federated),
+    }
+
+
+def _row(result: SiteResult) -> dict[str, Any]:
+    names = ("own", "elsewhere", "pooled", "federated", "gain_points")
+    return {name: _spread(getattr(result, name)) for name in names}
+
+
+def _spread(spread: Spread) -> dict[str, float | None]:
+    return {"mean": _number(spread.mean), "deviation": _number(spread.deviation)}
+
+
+def spread_of(figures: Mapping[str, float | None]) -> Spread:
+    """The spread that report.json holds as `figures`."""
+    mean, deviation = figures["mean"], figures["deviation"]
+    return Spread(nan if mean is None else mean, nan if deviation is None else deviation)
+
+
+def _number(value: float) -> float | None:
+    return round(value, 6) if isfinite(value) else None

@@ -1,0 +1,106 @@
+"""How tensors get to the sites and back: inside the message in a simulation, as blobs beside it in a deployment."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from shared_models.errors import UpdateRejected
+from shared_models.weights import InMemory, Tensors, load, open_tensors
+from shared_models.wire import BlobRef, Reply, pack, tensors_of
+
+if TYPE_CHECKING:
+    from flwr.app import ArrayRecord, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """The weights of a round, ready for every order of it."""
+
+    blob: BlobRef | None
+    tensors: "ArrayRecord | None"
+
+
+class Courier(Protocol):
+    """What a round needs of it."""
+
+    @property
+    def one_by_one(self) -> bool:
+        """True where a reply holds its tensors, so that only one may be pulled at a time."""
+        ...
+
+    def publish(self, weights: Path, digest: str) -> Parcel: ...
+
+    def collect(self, site: str, reply: Reply, message: "Message") -> Tensors:
+        """The delta that `reply` is about; raises UpdateRejected or WeightsInvalid."""
+        ...
+
+    def drop(self, site: str, reply: Reply) -> None:
+        """Lets go of what `collect` gave, counted or not."""
+        ...
+
+    def retire(self, digest: str) -> None:
+        """The weights of `digest` are no longer sent to anybody."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Inline:
+    """Tensors travel in the message."""
+
+    one_by_one: bool = True
+
+    def publish(self, weights: Path, digest: str) -> Parcel:
+        return Parcel(None, pack(load(weights)))
+
+    def collect(self, site: str, reply: Reply, message: "Message") -> Tensors:
+        arrays = tensors_of(message, f"round {reply.round}, site {site!r}")
+        if arrays is None:
+            raise UpdateRejected(
+                "UPDATE_MISSING", f"round {reply.round}, site {site!r}: sent no tensors. Ask it again."
+            )
+        return InMemory(arrays)
+
+    def drop(self, site: str, reply: Reply) -> None:
+        return None
+
+    def retire(self, digest: str) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Tensors travel as files named by their digest; the gateway serves `out` and fills `incoming/SITE`.
+
+    An upload is there whole and under the digest that it has, or not at all: the gateway compares before it keeps it.
+    """
+
+    out: Path
+    incoming: Path
+    one_by_one: bool = False
+
+    def publish(self, weights: Path, digest: str) -> Parcel:
+        self.out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        target = self.out / digest
+        if not target.exists():
+            part = self.out / f".{digest}.{os.getpid()}"
+            part.unlink(missing_ok=True)
+            os.link(weights, part)  # the same bytes, no copy; weights of a finished round never change
+            part.replace(target)
+        return Parcel(BlobRef(digest, weights.stat().st_size), None)
+
+    def collect(self, site: str, reply: Reply, message: "Message") -> Tensors:
+        where = f"round {reply.round}, site {site!r}"
+        if reply.blob is None:
+            raise UpdateRejected("UPDATE_MISSING", f"{where}: names no blob. Ask it again.")
+        path = self.incoming / site / reply.blob.sha256
+        if not path.is_file():
+            raise UpdateRejected("UPDATE_MISSING", f"{where}: its blob has not arrived. Ask it again.")
+        return open_tensors(path, where)
+
+    def drop(self, site: str, reply: Reply) -> None:
+        if reply.blob is not None:
+            (self.incoming / site / reply.blob.sha256).unlink(missing_ok=True)
+
+    def retire(self, digest: str) -> None:
+        (self.out / digest).unlink(missing_ok=True)

@@ -1,0 +1,335 @@
+"""Carries out the runs that are queued: each is a Flower run with a process of its own for the ServerApp.
+
+Flower 1.41 never resumes a run whose ServerApp died. Here the run of ours outlives it: the Flower run is stopped and
+another one started, whose process goes on from the last finished round. The process runs the installed package's app;
+the archive is compared, never unpacked. Its task token comes through stdin (Flower's own executor shows it in `ps`).
+"""
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from queue import Queue
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from fedserver.link import Link, open_link, run_states, start_run, stop_run
+from fedserver.state import Run, change_run, check_state, find_run, list_runs
+from shared_models.archive import (
+    RUN_KEY,
+    SERVER_APP,
+    app_archive,
+    digest,
+    flower_module,
+    load_app,
+    patch_client,
+    quiet_flower,
+    replace_name,
+    start_log,
+)
+from shared_models.errors import FederationError, ProcessFailed, RoundPaused
+from shared_models.files import read_json
+from shared_models.supervise import Child, end, kept_secret, reap, rotate, spawn, stop_on_signals
+
+if TYPE_CHECKING:  # flwr reads some switches when it is imported: see `quiet_flower`
+    from flwr.app import Context
+    from flwr.serverapp import Grid
+    from flwr.supercore.runtime import RuntimeHttpClient
+
+POLL_S = 0.2
+LINK_PATIENCE_S = 2.0  # the loop comes back to what it could not do
+MOST_DEATHS, WITHIN_S = 5, 120.0
+ACQUIRE_S = 30.0  # a Flower run whose task has not been handed out by then is given up
+GRACE_S = 8.0  # from SIGTERM to SIGKILL; Flower ends by force after 5
+FINISHED, PAUSED = 40, 41  # exit codes of the ServerApp's process; Flower itself ends with 0 when it is told to stop
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What the dispatcher works with."""
+
+    folder: Path
+    superlink: str
+    app: str
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state.db"
+
+    def link(self) -> Link:
+        return replace(open_link(self.folder, self.superlink), patience_s=LINK_PATIENCE_S)
+
+
+@dataclass(slots=True)
+class Job:
+    """A run that is being carried out.
+
+    Attributes:
+        flower_run_id: the Flower run that carries it out, once there is one.
+        stale: Flower runs that have lost their process and are still to be stopped.
+        deaths: when its processes died, without a finished round between.
+        ending_since: when its process was told to end.
+    """
+
+    run_id: str
+    flower_run_id: int | None = None
+    stale: list[int] = field(default_factory=list)
+    child: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    next_start: float = 0.0
+    deaths: list[float] = field(default_factory=list)
+    round: int = 0
+    ending_since: float | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fedserver.dispatch", description="Carries out queued runs.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--superlink", required=True, metavar="127.0.0.1:PORT")
+    parser.add_argument("--app", default=SERVER_APP, metavar="MODULE:NAME", help="installed app to run")
+    parser.add_argument("--child", action="store_true", help="be the process of one run; reads a task token from stdin")
+    arguments = parser.parse_args()
+    desk = Desk(arguments.folder.resolve(), arguments.superlink, arguments.app)
+    os.umask(0o077)
+    os.environ.update(quiet_flower(desk.folder / "superlink/flower", os.environ))
+    start_log()
+    try:
+        if arguments.child:
+            run_child(desk, sys.stdin.readline().strip())
+        else:
+            dispatch(desk, stop_on_signals())
+    except FederationError as error:
+        sys.exit(f"fedserver.dispatch: {error}")
+
+
+# ---- the dispatcher ----
+
+
+def dispatch(desk: Desk, stop: threading.Event) -> None:
+    """Takes up queued runs, and running ones that have no process, until `stop`; their processes end with it."""
+    check_state(desk.state)
+    jobs: dict[str, Job] = {}
+    with _task_client(desk) as client:
+        try:
+            while not stop.wait(POLL_S):
+                try:
+                    step(desk, jobs, client)
+                except (FederationError, httpx.HTTPError) as error:  # the SuperLink is away, or the disk is full
+                    log.warning("%s; trying again", error)
+        finally:
+            for job in jobs.values():
+                if job.child is not None:
+                    end(job.child, GRACE_S)
+
+
+def step(desk: Desk, jobs: dict[str, Job], client: "RuntimeHttpClient") -> None:
+    """Looks at each run once and does what is due."""
+    runs = {run.id: run for run in list_runs(desk.state)}
+    for run in runs.values():
+        if run.state in ("queued", "running") and run.id not in jobs:
+            stale = [run.flower_run_id] if run.flower_run_id is not None else []
+            jobs[run.id] = Job(run.id, stale=stale, round=finished_round(desk.folder, run.id))
+    for job in list(jobs.values()):
+        watch(desk, job, runs[job.run_id])
+    for job in list(jobs.values()):
+        while job.stale:
+            stop_run(desk.link(), job.stale[0])
+            del job.stale[0]
+        if job.child is None and find_state(desk, job.run_id) not in ("queued", "running"):
+            del jobs[job.run_id]
+            run_states(desk.link(), limit=20)  # Flower clears what a finished run left when runs are listed
+        elif job.child is None and job.flower_run_id is None and time.monotonic() >= job.next_start:
+            begin(desk, job)
+    acquire(desk, jobs, client)
+
+
+def watch(desk: Desk, job: Job, run: Run) -> None:
+    """Ends the process of a stopped run, and settles a run whose process has ended."""
+    now = time.monotonic()
+    if job.child is None:
+        if job.flower_run_id is not None and now - job.started_at > ACQUIRE_S:
+            log.warning("run %s: Flower handed out no task for it", job.run_id)
+            job.stale.append(job.flower_run_id)
+            job.flower_run_id = None
+        elif job.flower_run_id is not None and run.state not in ("queued", "running"):
+            job.stale.append(job.flower_run_id)
+            job.flower_run_id = None
+        return
+    if run.state == "stopped" and job.ending_since is None:
+        job.ending_since = now
+        os.kill(job.child.pid, signal.SIGTERM)
+    elif job.ending_since is not None and now - job.ending_since > GRACE_S:
+        os.kill(job.child.pid, signal.SIGKILL)
+    rotate(desk.folder / f"logs/run-{job.run_id}.log")
+    code = reap(job.child)
+    if code is not None:
+        job.child, job.ending_since = None, None
+        if job.flower_run_id is not None and code != FINISHED:  # then Flower has finished it itself
+            job.stale.append(job.flower_run_id)
+        job.flower_run_id = None
+        settle(desk, job, run, code)
+
+
+def settle(desk: Desk, job: Job, run: Run, code: int) -> None:
+    """Decides what becomes of a run whose process ended with `code`; its state may have been set by that process."""
+    if run.state not in ("queued", "running") or code == PAUSED:
+        return
+    if code == FINISHED:
+        change_run(desk.state, job.run_id, time.time(), "finished")
+        return
+    now, done = time.monotonic(), finished_round(desk.folder, job.run_id)
+    if done > job.round:
+        job.deaths.clear()
+        job.round = done
+    job.deaths = [*(at for at in job.deaths if now - at < WITHIN_S), now]
+    how = f"ended by signal {-code}" if code < 0 else f"ended with status {code}"
+    where = f"see logs/run-{job.run_id}.log"
+    if len(job.deaths) >= MOST_DEATHS:
+        words = f"its process {how}, {len(job.deaths)} times in {WITHIN_S:.0f} s after round {done}; {where}"
+        change_run(desk.state, job.run_id, time.time(), "failed", f"{words}. {run.message}".strip())
+        return
+    job.next_start = now + (2.0 ** (len(job.deaths) - 2) if len(job.deaths) > 1 else 0.0)
+    log.warning("run %s: its process %s; goes on after round %s, %s", job.run_id, how, done, where)
+
+
+def begin(desk: Desk, job: Job) -> None:
+    """Starts the Flower run of a job."""
+    flower_run_id = start_run(desk.link(), app_archive(), {RUN_KEY: job.run_id})
+    if find_state(desk, job.run_id) not in ("queued", "running"):  # stopped meanwhile
+        job.stale.append(flower_run_id)
+        return
+    job.flower_run_id, job.started_at = flower_run_id, time.monotonic()
+    change_run(desk.state, job.run_id, time.time(), "running", flower_run_id=flower_run_id)
+
+
+def acquire(desk: Desk, jobs: Mapping[str, Job], client: "RuntimeHttpClient") -> None:
+    """Takes the tasks of the Flower runs that were begun, and gives each a process."""
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest
+    from flwr.supercore.constant import TaskType
+
+    while waiting := {j.flower_run_id: j for j in jobs.values() if j.flower_run_id is not None and j.child is None}:
+        answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+        if not (answer.HasField("task") and answer.token):
+            return
+        job = waiting.get(answer.task.run_id)
+        if job is None:
+            log.warning("Flower run %s: is none of ours and is stopped", answer.task.run_id)
+            stop_run(desk.link(), answer.task.run_id)
+            continue
+        child = Child(
+            f"run {job.run_id}",
+            [
+                *(sys.executable, "-m", "fedserver.dispatch", str(desk.folder)),
+                *("--superlink", desk.superlink, "--app", desk.app, "--child"),
+            ],
+            desk.folder / f"logs/run-{job.run_id}.log",
+        )
+        job.child = spawn(child, stdin=subprocess.PIPE)
+        if job.child.stdin is not None:
+            with suppress(BrokenPipeError), job.child.stdin as stdin:  # a child that died already is settled later
+                stdin.write(answer.token.encode() + b"\n")
+        log.info("run %s: process %s, Flower run %s", job.run_id, job.child.pid, job.flower_run_id)
+
+
+def finished_round(folder: Path, run_id: str) -> int:
+    """Last finished round of a run; 0 before the first, or when nobody can tell: its process will say why."""
+    try:
+        return int(read_json(folder / "runs" / run_id / "state.json")["round"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def find_state(desk: Desk, run_id: str) -> str:
+    run = find_run(desk.state, run_id)
+    return run.state if run else "stopped"
+
+
+def _task_client(desk: Desk) -> "RuntimeHttpClient":
+    """A client that may ask the SuperLink for tasks."""
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+    from flwr.supercore.runtime import RuntimeHttpClient
+
+    methods = flower_module("flwr.supercore.superexec.run_superexec")._SUPEREXEC_AUTH_METHODS
+    secret = kept_secret(desk.folder / "secrets/superexec")
+    interceptors: list[Any] = [
+        RuntimeVersionHttpInterceptor("fedserver"),
+        SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=methods),
+    ]
+    ca_pem = (desk.folder / "ca/ca.pem").read_bytes()
+    return RuntimeHttpClient.from_server_address(desk.superlink, False, ca_pem, interceptors)
+
+
+# ---- the process of one run ----
+
+
+def run_child(desk: Desk, token: str) -> None:
+    """Runs Flower's own ServerApp runtime in this process and never returns; the exit code says how it went."""
+    outcome = {"code": 1}
+    flower = flower_module("flwr.superlink.runtime.run_serverapp")
+    patch_client()
+    replace_name(flower, "install_from_fab", _check_archive)
+    components = {"tool": {"flwr": {"app": {"components": {"serverapp": desk.app}}}}}
+    replace_name(flower, "get_project_config", lambda _folder: components)
+    replace_name(flower, "get_fused_config_from_dir", partial(_run_config, desk.folder))
+    replace_name(flower, "start_log_uploader", lambda **_: None)  # logs stay in logs/, not in Flower's database
+    replace_name(flower, "run_", partial(_run_app, desk, outcome))
+    try:
+        flower.run_serverapp(
+            runtime_api_address=desk.superlink,
+            log_queue=Queue(),
+            token=token,
+            insecure=False,
+            certificates=(desk.folder / "ca/ca.pem").read_bytes(),
+            parent_pid=os.getppid(),  # for systems without PR_SET_PDEATHSIG
+        )
+    except SystemExit:
+        log.info("Flower has ended")
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(outcome["code"])
+
+
+def _check_archive(archive: bytes, **_: object) -> None:
+    """In place of unpacking it."""
+    if digest(archive) != digest(app_archive()):
+        raise ProcessFailed(f"archive {digest(archive)[:12]}: is not of this package. Start runs with `fedserver run`.")
+
+
+def _run_config(folder: Path, _app_folder: Path, sent: Mapping[str, Any]) -> dict[str, Any]:
+    """What the ServerApp is told; the folder is added here, so that it is not sent to the hospitals."""
+    return {RUN_KEY: "", **sent, "federation": str(folder)}
+
+
+def _run_app(desk: Desk, outcome: dict[str, int], grid: "Grid", context: "Context", **_: object) -> "Context":
+    """Calls the installed app, and keeps how it ended."""
+    run_id = str(context.run_config[RUN_KEY])
+    try:
+        load_app(desk.app)(grid=grid, context=context)
+    except RoundPaused as paused:
+        outcome["code"] = PAUSED
+        if find_state(desk, run_id) == "running":
+            change_run(desk.state, run_id, time.time(), "paused", str(paused))
+        raise
+    except FederationError as error:
+        if find_state(desk, run_id) == "running":
+            change_run(desk.state, run_id, time.time(), "running", str(error))
+        raise
+    outcome["code"] = FINISHED
+    return context
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""`report.html` from the facts of a report: one page without scripts or links, the charts drawn inside."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import nan
+from statistics import fmean
+from typing import Any
+
+from fedserver import plots
+from fedserver.comparison import DASH, dice_text, points_text, spread_of, spread_text
+
+PARTS = {  # a seat's last state -> words, and how high its cell stands (colour alone would not do for everyone)
+    "counted": ("counted", 20),
+    "late": ("late", 13),
+    "refused": ("refused", 8),
+    "rejected": ("answer not accepted", 8),
+    "failed": ("failed", 8),
+    "lost": ("lost", 4),
+    "away": ("away", 4),
+    "not asked": ("not asked", 1),
+}
+LONGEST_REASON = 240
+MOST_SPANS = 6  # kinds of absence that are spelt out for one site
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Rounds in a row with the same part: `at` and `wide` count rounds."""
+
+    at: int
+    wide: int
+    part: str
+    high: int
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    at: int
+    high: float
+    words: str
+
+
+def render(found: Mapping[str, Any], loss: plots.Series, dice: Mapping[str, plots.Series]) -> str:
+    """The page; every value that comes from a study or a site is escaped, and nothing in it is ever run or fetched."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("fedserver"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "dice": dice_text,
+        "duration": duration_text,
+        "points": lambda figures: points_text(spread_of(figures)),
+        "size": size_text,
+        "spread": lambda figures: spread_text(spread_of(figures)),
+    }
+    style_of = plots.styles(found["sites"])
+    charts = [plots.line_chart("Training loss", "mean loss of the round", loss, style_of, (0.0, 0.0))]
+    for label, series in dice.items():
+        charts.append(plots.line_chart(f"Validation Dice: {label}", "mean Dice", series, style_of, (0.9, 1.0)))
+    return environment.get_template("report.html").render(
+        found=found,
+        style_of=style_of,
+        shapes=plots.SHAPES,
+        light=plots.LIGHT,
+        dark=plots.DARK,
+        charts=[chart for chart in charts if chart.lines],
+        part_of={site: parts_in_words(found["rounds"], site) for site in found["sites"]},
+        cells_of={site: cells(found["rounds"], site) for site in found["sites"]},
+        work_of={site: work(found["rounds"], site) for site in found["sites"]},
+        parts=PARTS,
+        parts_seen=[
+            p for p in PARTS if any(_part(line, s)[0] == p for line in found["rounds"] for s in found["sites"])
+        ],
+        bars_of={label: histograms(test["sites"]) for label, test in found["test"].items()},
+        heat=heat_map(found["comparison"]["matrix"] if found["comparison"] else []),
+    )
+
+
+def _part(line: Mapping[str, Any], site: str) -> tuple[str, str]:
+    """A site's part in a round, and the reason for it."""
+    found = line["sites"].get(site)
+    return (found["part"], found["reason"]) if found else ("not asked", "")
+
+
+def cells(rounds: Sequence[Mapping[str, Any]], site: str) -> list[Cell]:
+    """The strip of a site: neighbouring rounds of one part are one cell, so that a thousand rounds stay a few cells."""
+    strip: list[Cell] = []
+    for part, together in groupby(enumerate(rounds), key=lambda pair: _part(pair[1], site)[0]):
+        lines = list(together)
+        words, high = PARTS.get(part, (part, 4))
+        numbers = ranges([line["round"] for _, line in lines])
+        strip.append(Cell(lines[0][0], len(lines), part, high, f"{words}: {numbers}"))
+    return strip
+
+
+def parts_in_words(rounds: Sequence[Mapping[str, Any]], site: str) -> list[str]:
+    """How often a site was counted, and for each kind of absence in which rounds and why (the latest reason)."""
+    counted, absent, asked = 0, dict[tuple[str, str], tuple[list[int], str]](), 0
+    late: list[int] = []
+    for line in rounds:
+        part, reason = _part(line, site)
+        asked += part != "not asked"
+        counted += part == "counted"
+        if part not in ("counted", "not asked"):
+            kind = (part, reason.split(": ", 1)[0] if part == "rejected" else reason)
+            absent[kind] = ([*absent.get(kind, ([], ""))[0], line["round"]], reason)
+        updates = line["sites"][site]["updates"] if site in line["sites"] else []
+        late += [u["round"] for u in updates if u["round"] != line["round"]]
+    said = [f"counted in {counted} of {asked} rounds"] if asked else ["was not asked in any round"]
+    for (part, _), (numbers, reason) in list(absent.items())[:MOST_SPANS]:
+        why = f" ({reason[:LONGEST_REASON]})" if reason else ""
+        said.append(f"{PARTS.get(part, (part, 0))[0]} in {ranges(numbers)}{why}")
+    if len(absent) > MOST_SPANS:
+        said.append(f"and {len(absent) - MOST_SPANS} more kinds of absence, see report.json")
+    return said + ([f"its late work of {ranges(late)} was counted afterwards"] if late else [])
+
+
+def work(rounds: Sequence[Mapping[str, Any]], site: str) -> dict[str, Any] | None:
+    """What a site did for its updates: examples and device of the last one, mean seconds."""
+    updates = [u for line in rounds if site in line["sites"] for u in line["sites"][site]["updates"]]
+    if not updates:
+        return None
+    return {**updates[-1], "seconds": fmean(u["seconds"] for u in updates)}
+
+
+def histograms(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Bar]]:
+    """Site -> bars of its Dice histogram, high as shares of its cases on one scale; none where it is withheld."""
+    shares = {s: [n / row["cases"] for n in row["histogram"]] for s, row in rows.items() if row["cases"]}
+    most = max((share for line in shares.values() for share in line), default=1.0)
+    bars = {}
+    for site, line in shares.items():
+        wide, counts = 1 / max(len(line), 1), rows[site]["histogram"]
+        bars[site] = [
+            Bar(
+                i,
+                round(50 * share / most, 1),
+                f"Dice {i * wide:.2f} to {(i + 1) * wide:.2f}: {counts[i]} of {rows[site]['cases']} cases",
+            )
+            for i, share in enumerate(line)
+            if share
+        ]
+    return bars
+
+
+def heat_map(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The matrix with background and ink of each cell, and the ends of the scale."""
+    values = [[nan if d["mean"] is None else d["mean"] for d in row["dice"].values()] for row in rows]
+    low, high = plots.bounds(values)
+
+    def cell(row: Mapping[str, Any], site: str, value: float) -> dict[str, Any]:
+        background, ink = plots.heat(value, low, high)
+        return {"dice": value, "background": background, "ink": ink, "own": row["trained"] == site}
+
+    drawn = [
+        {"model": row["model"], "cells": [cell(row, s, v) for s, v in zip(row["dice"], line, strict=True)]}
+        for row, line in zip(rows, values, strict=True)
+    ]
+    return {"rows": drawn, "low": low, "high": high}
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """'round 3' or 'rounds 3, 5-7'."""
+    spans: list[list[int]] = []
+    for n in numbers:
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    words = ", ".join(str(a) if a == b else f"{a}{DASH}{b}" for a, b in spans)
+    return f"round{'s' if len(numbers) > 1 else ''} {words}"
+
+
+def size_text(size_bytes: float) -> str:
+    """Three digits of a size, in powers of a thousand."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 999.5:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" or size_bytes >= 99.5 else f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:,.1f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"

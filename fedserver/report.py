@@ -1,0 +1,209 @@
+"""What a run has come to: `report.html` for people, `report.json`, curves as PNG, and events for TensorBoard.
+
+All of it is sums and counts that sites chose to send: no case, no patient, no path of a hospital.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from math import nan
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from urllib.parse import quote
+
+from fedserver import comparison as compared
+from fedserver import plots
+from fedserver.checkpoint import RunFolder, read_state, trained_study
+from fedserver.comparison import Comparison
+from fedserver.page import render
+from shared_models.files import read_lines, replacing, write_atomic, write_json
+from shared_models.study import Study
+
+__all__ = ["Comparison", "facts", "write_events", "write_report"]
+
+_LATE = re.compile(r"(?P<site>.+) \(round (?P<round>\d+)\)")  # an update of an earlier round, counted in this one
+
+_PROPER = {
+    "unet": "U-Net", "dynunet": "DynUNet", "adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "fedavg": "FedAvg",
+    "fedavgm": "FedAvgM",
+}  # fmt: skip
+
+
+def write_report(run: RunFolder, comparison: Comparison | Sequence[Comparison] | None = None) -> Path:
+    """Writes report.html, report.json, curves.png, matrix.png (with a comparison) and tensorboard/ into the run folder.
+
+    A run that has not finished gets a report of what there is. Several comparisons are those of several seeds, the
+    first of them this run's. Returns the path of report.html.
+    """
+    seeds = [comparison] if isinstance(comparison, Comparison) else list(comparison or ())
+    found = facts(run, seeds)
+    write_json(run.path / "report.json", found)
+    loss, dice = curves(found)
+    write_atomic(run.path / "curves.png", plots.curves_png(loss, dice, found["sites"]))
+    rows = compared.matrix(seeds)
+    (run.path / "matrix.png").unlink(missing_ok=True)  # of an earlier report
+    if len(rows) > 1:
+        write_atomic(run.path / "matrix.png", plots.matrix_png(rows, found["labels"][0]))
+    write_events(run, found)
+    page = run.path / "report.html"
+    write_atomic(page, render(found, loss, dice).encode())
+    return page
+
+
+def facts(run: RunFolder, comparisons: Sequence[Comparison] = ()) -> dict[str, Any]:
+    """All that report.json holds; the page and the tables of the command line are made from it alone."""
+    study, state, lines = trained_study(run), read_state(run), read_lines(run.metrics)
+    rounds = [_round(line) for line in lines if not line.get("final")]
+    final = next((line for line in reversed(lines) if line.get("final")), None)
+    sites = {s for r in rounds for s in r["sites"]} | set(compared.sites_of(comparisons))
+    if final is not None:
+        sites |= {*final["sites"], *final["left_out"]}
+    return {
+        "run": run.id,
+        "study": {
+            "name": study.name,
+            "title": study.title or study.name,
+            "sha256": state.study_sha256,
+            "seed": study.seed,
+            "trained": in_words(study),
+        },
+        "labels": list(study.task.labels),
+        "sites": sorted(sites),
+        "rounds_planned": study.rounds.count,
+        "rounds_done": state.round,
+        "finished": state.round >= study.rounds.count and (final is not None or not study.evaluate.every),
+        "weights": {"file": run.weights(state.round).name, "sha256": state.weights_sha256},
+        "rounds": rounds,
+        "totals": {key: round(sum(r[key] for r in rounds), 3) for key in ("seconds", "bytes_down", "bytes_up")},
+        "test": {label: _test(final, label) for label in study.task.labels} if final is not None else {},
+        "not_tested": final["left_out"] if final is not None else {},
+        "comparison": compared.as_json(comparisons) if comparisons else None,
+    }
+
+
+def in_words(study: Study) -> str:
+    """What is trained, in a paragraph."""
+    plan, train, task = study.preprocess, study.train, study.task
+    kind = {"ct": "CT", "xray": "X-ray", "mr": "MR"}[study.modality]
+    amount = f"{train.local_steps} batches" if train.local_steps else f"local epochs: {train.local_epochs}"
+    loss = {"bce": "binary cross-entropy", "dice_bce": "soft Dice and binary cross-entropy"}[task.loss]
+    pull = f", with a pull towards the received weights of {train.proximal_mu:g} (FedProx)" if train.proximal_mu else ""
+    share = {"examples": "by its number of examples", "uniform": "like every other"}[study.strategy.weighting]
+    return (
+        f"{_PROPER.get(study.model.name, study.model.name)} in {study.model.spatial_dims}-D that marks "
+        f"{', '.join(task.labels)} on {kind} images of {' x '.join(map(str, plan.size))}. In each of "
+        f"{study.rounds.count} rounds every site trains ({amount}, batches of {train.batch_size}, "
+        f"{_PROPER.get(train.optimizer, train.optimizer)} with learning rate {train.learning_rate:g}, against "
+        f"{loss}{pull}), and {_PROPER.get(study.strategy.name, study.strategy.name)} combines what they learned, each "
+        f"site weighing {share}."
+    )
+
+
+def curves(found: Mapping[str, Any]) -> tuple[plots.Series, dict[str, plots.Series]]:
+    """Training loss, and validation Dice per label: site -> (round, value).
+
+    The loss is the mean over a site's steps of the round, None where one was not finite; Dice of the weights after
+    round r stands at r, though sites measure it as round r + 1 begins.
+    """
+    loss: dict[str, dict[int, float | None]] = {}
+    dice: dict[str, dict[str, dict[int, float | None]]] = {label: {} for label in found["labels"]}
+    for site, update in _updates(found["rounds"]):
+        loss.setdefault(site, {})[update["round"]] = update["loss"]
+        for label, row in update["validation"].items():
+            dice.setdefault(label, {}).setdefault(site, {})[update["round"] - 1] = row["dice"]
+    return _series(loss), {label: _series(by_site) for label, by_site in dice.items()}
+
+
+def write_events(run: RunFolder, found: Mapping[str, Any]) -> Path:
+    """TensorBoard events, one folder for each site, so that it lays the sites over each other; returns their folder.
+
+    Steps are rounds; wall time begins with the run and counts the seconds of its rounds alone.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    folder = run.path / "tensorboard"
+    folder.mkdir(exist_ok=True, mode=0o700)
+    began = int((run.path / "study.json").stat().st_mtime)  # written once, as the run begins
+    ends = accumulate((line["seconds"] for line in found["rounds"]), initial=float(began))
+    wall = dict(zip([0, *(line["round"] for line in found["rounds"])], ends, strict=True))
+    points: dict[str, list[tuple[int, str, float]]] = {}
+    for site, update in _updates(found["rounds"]):
+        values = {f"train/{name}": update[name] for name in ("loss", "examples", "seconds")}
+        mine = points.setdefault(site, [])
+        mine += [(update["round"], tag, nan if value is None else value) for tag, value in values.items()]
+        for label, row in update["validation"].items():
+            mine.append((update["round"] - 1, f"validation_dice/{label}", nan if row["dice"] is None else row["dice"]))
+    for site, mine in points.items():
+        with replacing(folder / _folder_name(site) / f"events.out.tfevents.{began}.rounds") as file:
+            writer = RecordWriter(file)
+            writer.write(Event(wall_time=began, file_version="brain.Event:2").SerializeToString())
+            for step, tag, value in sorted(mine):
+                summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+                writer.write(Event(wall_time=wall[step], step=step, summary=summary).SerializeToString())
+    return folder
+
+
+def _updates(rounds: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every counted update with its site."""
+    for line in rounds:
+        for site, part in line["sites"].items():
+            for update in part["updates"]:
+                yield site, update
+
+
+def _series(by_site: Mapping[str, Mapping[int, float | None]]) -> plots.Series:
+    return {site: sorted(points.items()) for site, points in sorted(by_site.items())}
+
+
+def _round(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl by site: its part, and the updates that were counted, late ones among them."""
+    sites: dict[str, Any] = {
+        site: {"part": seat["state"], "reason": seat["reason"], "updates": []}
+        for site, seat in line["left_out"].items()
+    }
+    for key, update in line["sites"].items():
+        late = _LATE.fullmatch(key)
+        site, number = (late["site"], int(late["round"])) if late else (key, line["round"])
+        part = sites.setdefault(site, {"part": "not asked" if late else "counted", "reason": "", "updates": []})
+        part["updates"].append(
+            {
+                "round": number,
+                "loss": _mean_loss(update["losses"]),
+                **{key: update[key] for key in ("examples", "steps", "seconds", "attempt", "device")},
+                "validation": {label: _without_bins(row) for label, row in update["scores"].items()},
+            }
+        )
+    kept = ("round", "seconds", "bytes_down", "bytes_up", "weights_sha256")
+    return {**{key: line[key] for key in kept}, "sites": dict(sorted(sites.items()))}
+
+
+def _mean_loss(losses: Sequence[float | None]) -> float | None:
+    known = [loss for loss in losses if loss is not None]
+    return round(fmean(known), 6) if known and len(known) == len(losses) else None
+
+
+def _without_bins(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("dice", "deviation", "cases", "empty")}
+
+
+def _test(final: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """The final test of one label: every site, all cases together, the mean over sites, and the worst site."""
+    rows = {site: part["scores"][label] for site, part in final["sites"].items() if label in part["scores"]}
+    known = {site: row["dice"] for site, row in rows.items() if row["dice"] is not None}
+    worst, best = min(known, key=known.__getitem__, default=None), max(known, key=known.__getitem__, default=None)
+    return {
+        "sites": rows,
+        "all_cases": final["federation"].get(label),
+        "mean_over_sites": round(fmean(known.values()), 6) if known else None,
+        "worst": worst,
+        "best": best,
+        "gap": None if worst is None or best is None else round(known[best] - known[worst], 6),
+    }
+
+
+def _folder_name(site: str) -> str:
+    """One folder name for one site name, whatever it holds."""
+    return quote(site, safe="").replace(".", "%2E")

@@ -1,0 +1,503 @@
+"""The rounds of a run: who is asked, what is counted, when a round ends, and what is told meanwhile.
+
+Own loop on Flower's `Grid`: `Strategy.start` of Flower 1.41 begins at round 1 whatever was there, holds all replies in
+a list, waits for missing nodes without bound, and ends the run on one malformed reply.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedserver.checkpoint import (
+    RunFolder,
+    State,
+    adopt_plan,
+    check_weights,
+    finish_round,
+    forget_unfinished,
+    read_plan,
+    read_state,
+    read_study,
+    schema_on_disk,
+    write_progress,
+)
+from fedserver.cohort import Presence, choose
+from fedserver.courier import Courier, Parcel
+from fedserver.optimizers import optimizer_of
+from shared_models.errors import FederationError, RoundPaused, StateInvalid, UpdateRejected, WeightsInvalid
+from shared_models.files import append_json, read_lines
+from shared_models.metrics import as_row, total
+from shared_models.plan import Fingerprint, derive, doubted
+from shared_models.plan import total as merged
+from shared_models.planned import constraints
+from shared_models.study import Study
+from shared_models.update import Expected, Total, Update, admit, weight_of
+from shared_models.weights import Arrays, Schema, size_bytes
+from shared_models.wire import MessageInvalid, Order, Reply, read_reply, write_order
+
+log = logging.getLogger("fedserver")
+MOST_REASON = 500  # characters of a reason in files and on screens
+MOST_ATTEMPTS = 6  # orders to one site in one round
+LOST = frozenset({3, 4, 5, 8})  # Flower's error codes of a node or app that went away, not of one that said no
+
+
+def _first_weights(study: Study) -> Arrays:
+    from shared_models.nets import initial_weights  # imports torch
+
+    return initial_weights(study)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Everything that varies between a deployment, a simulation and a test."""
+
+    grid: Grid
+    folder: RunFolder
+    presence: Callable[[], Presence]
+    courier: Courier
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    poll_s: float = 0.1
+    presence_s: float = 1.0
+    reask_s: float = 60.0
+    first_weights: Callable[[Study], Arrays] = _first_weights
+
+
+@dataclass(slots=True)
+class Seat:
+    """One site in one phase; `state` is away, asked, lost, counted, refused, rejected, failed or late."""
+
+    state: str = "away"
+    reason: str = "is not online"
+    attempt: int = 0
+    asked_at: float = 0.0
+
+    @property
+    def open(self) -> bool:
+        return self.state in ("asked", "lost")
+
+
+@dataclass(slots=True)
+class Table:
+    """What one run keeps between its rounds, in memory: nothing that a restart may not forget."""
+
+    study: Study
+    text: str  # of study.json, which the study is known by
+    plan: str | None = None  # of plan.json
+    seats: dict[str, Seat] = field(default_factory=dict)
+    late: dict[str, tuple[str, Expected]] = field(default_factory=dict)  # message id -> site, what it was asked
+    counted: set[tuple[str, int]] = field(default_factory=set)  # (site, round): an update counts once
+    durations: list[float] = field(default_factory=list)
+    shown_at: float = float("-inf")
+
+
+Accept = Callable[[str, Reply, Message, Expected, bool], None]  # site, reply, message, what was asked, late?
+
+
+def carry_out(setting: Setting) -> State:
+    """Runs every round that is still to do, then the final evaluation; returns the last state.
+
+    Raises:
+        RoundPaused: the quorum was missing for longer than `rounds.pause_s`; the same run can be carried on later.
+    """
+    folder = setting.folder
+    state = read_state(folder)
+    study = read_study(folder)
+    forget_unfinished(folder, state)
+    table = Table(study, (folder.path / "study.json").read_text())
+    if study.plan == "federated" and state.plan_sha256 is None:
+        state = statistics(setting, table, state)
+    check_weights(folder, state)
+    table.plan = read_plan(folder, state)
+    schema = schema_on_disk(folder, state.round)
+    while state.round < study.rounds.count:
+        began = setting.clock()
+        state = one_round(setting, table, state, schema)
+        table.durations.append(setting.clock() - began)
+    final_evaluation(setting, table, state, schema)
+    show(setting, table, "finished", state.round, 0.0, always=True)
+    return state
+
+
+def statistics(setting: Setting, table: Table, state: State) -> State:
+    """Asks every site for its fingerprint and derives the plan of the run from their sum; a quorum of sites decides.
+
+    Counted once, whoever answers late or joins later trains by the same plan.
+
+    Raises:
+        StudyInvalid: the memory that the study allows is too small for any plan.
+    """
+    study, parts = table.study, dict[str, Fingerprint]()
+
+    def add(site: str, reply: Reply, message: Message, asked: Expected, late: bool) -> None:
+        if reply.kind != "statistics" or reply.fingerprint is None:
+            raise UpdateRejected("MESSAGE_INVALID", f"site {site!r}: answered statistics with {reply.kind!r}.")
+        if (reply.run, reply.study_sha256) != (asked.run, asked.study_sha256):
+            raise UpdateRejected("OTHER_STUDY", f"site {site!r}: counted for another study or run. Ask it again.")
+        parts[site] = doubted(reply.fingerprint, site, study.modality == "ct", len(study.task.labels))
+
+    expected = Expected(state.run, 0, state.study_sha256, state.weights_sha256, {})
+    order, cohort = _order("statistics", table, state, 0), gather(setting, table, state).sites
+    converse(setting, table, order, Parcel(None, None), cohort, expected, add, study.rounds.quorum)
+    whole = merged(parts.values())
+    plan = derive(whole, constraints(study))
+    return adopt_plan(setting.folder, state, plan, whole, tuple(sorted(parts)), setting.first_weights)
+
+
+def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> State:
+    """Opens, collects and closes round `state.round + 1`."""
+    study, number = table.study, state.round + 1
+    sums, lines, weights = Total(schema), dict[str, dict[str, Any]](), study.rounds
+    score = bool(study.evaluate.every) and state.round > 0 and state.round % study.evaluate.every == 0
+    order = _order("train", table, state, number, "val" if score else None)
+    expected = Expected(
+        state.run, number, state.study_sha256, state.weights_sha256, schema, plan_sha256=state.plan_sha256
+    )
+    cohort = choose(study, number, gather(setting, table, state))
+    parcel = setting.courier.publish(setting.folder.weights(state.round), state.weights_sha256)
+
+    def count(site: str, reply: Reply, message: Message, asked: Expected, late: bool) -> None:
+        if reply.kind != "update":
+            raise UpdateRejected("MESSAGE_INVALID", f"round {number}, site {site!r}: answered with {reply.kind!r}.")
+        _check_labels(study, site, reply)
+        delta = setting.courier.collect(site, reply, message)
+        admit(_update(site, reply, delta), asked)
+        share = weights.late_weight ** (number - asked.round)
+        try:
+            sums.add(delta, weight_of(reply.examples, study.strategy.weighting, share))
+        except (WeightsInvalid, ValueError) as e:  # half of it may be in the sum: the round begins again
+            raise StateInvalid(
+                f"round {number}: the sum was spoilt ({e}). It begins again from the last weights."
+            ) from e
+        lines[site if not late else f"{site} (round {asked.round})"] = _line(reply)
+
+    began = setting.clock()
+    converse(setting, table, order, parcel, cohort, expected, count, weights.quorum)
+    scores = {site: line["scores"] for site, line in lines.items() if line["scores"]}
+    line = {
+        "seconds": round(setting.clock() - began, 3),
+        "sites": lines,
+        "left_out": {s: {"state": a.state, "reason": a.reason} for s, a in table.seats.items() if a.state != "counted"},
+        "scored_round": state.round if scores else None,
+        "bytes_down": size_bytes(schema) * len(cohort),
+        "bytes_up": size_bytes(schema) * len(lines),
+    }
+    counted = tuple(sorted(s for s, a in table.seats.items() if a.state == "counted"))
+    done = finish_round(setting.folder, state, sums, optimizer_of(study.strategy), counted, line)
+    setting.courier.retire(state.weights_sha256)
+    return done
+
+
+def final_evaluation(setting: Setting, table: Table, state: State, schema: Schema) -> None:
+    """Scores the last weights at every site, on its own test patients, and adds the line to metrics.jsonl, once."""
+    study = table.study
+    if not study.evaluate.every or any(line.get("final") for line in read_lines(setting.folder.metrics)):
+        return
+    replies: dict[str, Reply] = {}
+
+    def keep(site: str, reply: Reply, message: Message, asked: Expected, late: bool) -> None:
+        if reply.kind != "evaluation" or late:
+            raise UpdateRejected("MESSAGE_INVALID", f"site {site!r}: answered an evaluation with {reply.kind!r}.")
+        _check_labels(study, site, reply)
+        replies[site] = reply
+
+    expected = Expected(state.run, state.round, state.study_sha256, state.weights_sha256, schema)
+    order = _order("evaluate", table, state, state.round, "test")
+    parcel = setting.courier.publish(setting.folder.weights(state.round), state.weights_sha256)
+    converse(setting, table, order, parcel, setting.presence().sites, expected, keep, quorum=1)
+    setting.courier.retire(state.weights_sha256)
+    pooled = {label: as_row(total(r.scores[label] for r in replies.values() if label in r.scores)) for label in
+              study.task.labels}  # fmt: skip
+    append_json(
+        setting.folder.metrics,
+        {
+            "round": state.round,
+            "final": True,
+            "scored_round": state.round,
+            "sites": {site: {"scores": _rows(r)} for site, r in sorted(replies.items())},
+            "federation": pooled,
+            "left_out": {s: {"state": a.state, "reason": a.reason} for s, a in table.seats.items() if s not in replies},
+        },
+    )
+
+
+def gather(setting: Setting, table: Table, state: State) -> Presence:
+    """Waits, at most `rounds.gather_s`, for the sites of the last round (in the first: for all that are enrolled)."""
+    until = setting.clock() + table.study.rounds.gather_s
+    while True:
+        presence = setting.presence()
+        wanted = state.cohort or presence.sites
+        missing = [site for site in wanted if site not in presence.nodes]
+        if (not missing and presence.nodes) or setting.clock() >= until:
+            return presence
+        table.seats = {s: Seat("away", presence.away.get(s, "is not online")) for s in missing}
+        show(setting, table, "gathering", state.round + 1, until)
+        setting.sleep(setting.poll_s)
+
+
+def converse(
+    setting: Setting,
+    table: Table,
+    order: Order,
+    parcel: Parcel,
+    cohort: tuple[str, ...],
+    expected: Expected,
+    accept: Accept,
+    quorum: int,
+) -> None:
+    """Asks every site of `cohort` and takes replies as they arrive, until all have settled or the deadline has passed.
+
+    A site that is online as the phase opens, or is asked since, is waited for until the deadline; one that is away, or
+    joins the federation meanwhile (unless the cohort is a part of it), is asked as soon as it appears. With fewer
+    accepted replies than `quorum` the phase stays open, shown as paused, for `rounds.pause_s` more.
+
+    Raises:
+        RoundPaused: the quorum is still missing then, or everybody has settled and it cannot be reached.
+    """
+    rounds = table.study.rounds
+    began = setting.clock()
+    deadline, give_up = began + rounds.deadline_s, began + rounds.deadline_s + rounds.pause_s
+    reask_s = max(setting.reask_s, rounds.deadline_s / 4)
+    seats = table.seats = {site: Seat() for site in cohort}
+    asked: dict[str, str] = {}  # message id -> site
+    presence, looked_at = setting.presence(), setting.clock()
+    while True:
+        now = setting.clock()
+        if now - looked_at >= setting.presence_s:
+            presence, looked_at = setting.presence(), now
+        if rounds.cohort == 1.0:
+            for newcomer in presence.sites:
+                seats.setdefault(newcomer, Seat())
+        for site, seat in seats.items():
+            if site in presence.nodes and _is_due(seat, now, reask_s):
+                asked |= _ask(setting, order, parcel, site, presence.nodes[site], seat, now, rounds.deadline_s)
+            elif seat.state == "away":
+                seat.reason = presence.away.get(site, "is not online")
+        arrived = _take(setting, table, asked, seats, accept, expected)
+        answered = sum(seat.state == "counted" for seat in seats.values())
+        now, waiting = setting.clock(), [s for s, seat in seats.items() if seat.open]
+        if answered >= quorum and (not waiting or now >= deadline):
+            break
+        idle = not waiting and all(seat.state != "away" for seat in seats.values())
+        if arrived and now >= deadline:
+            continue  # a pull may have taken long: look once more before anybody is called late
+        if now >= give_up or (idle and len(seats) >= quorum):
+            raise RoundPaused(
+                f"round {order.round}: {answered} of {quorum} sites needed have answered after "
+                f"{now - began:.0f} s. {_reasons(seats)} Mend that, or wait for them, and run the study again."
+            )
+        show(setting, table, "paused" if now >= deadline or idle else order.kind, order.round, deadline)
+        if not arrived:
+            setting.sleep(setting.poll_s)
+    for message_id, site in asked.items():
+        if seats[site].open:
+            seats[site].state, seats[site].reason = "late", f"did not answer within {rounds.deadline_s:.0f} s"
+        table.late[message_id] = (site, expected)  # also second answers of a site that was counted: their blobs go
+    show(setting, table, order.kind, order.round, deadline, always=True)
+
+
+def _is_due(seat: Seat, now: float, reask_s: float) -> bool:
+    """An order is due to a new site, to one that was lost, and again after a silence: a site that has the answer
+    sends the same one, and only one is counted (Flower delivers at most once and loses replies with a process)."""
+    if seat.attempt >= MOST_ATTEMPTS:
+        return False
+    if seat.state == "asked":
+        return now - seat.asked_at >= reask_s * seat.attempt
+    return seat.state in ("away", "lost")
+
+
+def _ask(
+    setting: Setting, order: Order, parcel: Parcel, site: str, node: int, seat: Seat, now: float, ttl_s: float
+) -> dict[str, str]:
+    message = write_order(
+        replace(order, attempt=seat.attempt + 1, blob=parcel.blob), node, parcel.tensors, ttl_s=max(600.0, 2 * ttl_s)
+    )
+    ids = [i for i in setting.grid.push_messages([message]) if i]
+    if not ids:
+        seat.state, seat.reason = "lost", "the order could not be handed to its node"
+        return {}
+    seat.state, seat.reason, seat.attempt, seat.asked_at = "asked", "is working on it", seat.attempt + 1, now
+    return {ids[0]: site}
+
+
+def _take(
+    setting: Setting,
+    table: Table,
+    asked: dict[str, str],
+    seats: dict[str, Seat],
+    accept: Accept,
+    expected: Expected,
+) -> bool:
+    """Pulls what has arrived and settles its seats; true when there was anything."""
+    pending = [*asked, *table.late]
+    arrived = False
+    for ids in [[i] for i in pending] if setting.courier.one_by_one else [pending] if pending else []:
+        messages, unreadable = _pull(setting, ids)
+        arrived = arrived or bool(messages or unreadable)
+        for message_id in unreadable:
+            table.late.pop(message_id, None)
+            if message_id in asked:
+                seat = seats[asked.pop(message_id)]
+                if seat.open:
+                    seat.state, seat.reason = "rejected", "MESSAGE_UNREADABLE: its reply is no message of Flower"
+        for message in messages:
+            message_id = message.metadata.reply_to_message_id
+            if message_id in table.late:
+                site, was_asked = table.late.pop(message_id)
+                _take_late(setting, table, site, message, was_asked, accept)
+            elif message_id in asked:
+                site = asked.pop(message_id)
+                _settle(setting, site, seats[site], message, accept, expected)
+                if seats[site].state == "counted":
+                    table.counted.add((site, expected.round))
+    return arrived
+
+
+def _pull(setting: Setting, ids: list[str]) -> tuple[list[Message], list[str]]:
+    """Replies that are there, and the orders whose reply cannot even be read: Flower raises what its parser raises."""
+    try:
+        return list(setting.grid.pull_messages(ids)), []
+    except (httpx.HTTPError, OSError, MemoryError):
+        raise  # not the doing of one site
+    except Exception:
+        log.exception("a reply could not be read")
+        if len(ids) == 1:
+            return [], ids
+        parts = [_pull(setting, [i]) for i in ids]
+        return [m for part, _ in parts for m in part], [i for _, part in parts for i in part]
+
+
+def _settle(setting: Setting, site: str, seat: Seat, message: Message, accept: Accept, expected: Expected) -> None:
+    """One reply: counted, or left out with its reason; nothing that a site sends ends the run."""
+    if seat.state == "counted":  # an answer to an order that was given twice
+        _forget(setting, site, message)
+        return
+    if message.has_error():
+        if message.error.code in LOST:
+            seat.state, seat.reason = "lost", "its node went away while working"
+        else:
+            seat.state, seat.reason = "failed", _code(message.error.reason)
+        return
+    where, reply = f"site {site!r}", None
+    try:
+        reply = read_reply(message, where)
+        if reply.site != site:
+            raise UpdateRejected("OTHER_SITE", f"{where}: the reply calls itself {reply.site!r}. It was left out.")
+        if reply.kind == "refusal":
+            seat.state, seat.reason = "refused", reply.refusal or "REFUSED"
+            return
+        accept(site, reply, message, expected, False)
+        seat.state, seat.reason = "counted", ""
+    except (UpdateRejected, WeightsInvalid, MessageInvalid) as e:
+        seat.state, seat.reason = "rejected", f"{getattr(e, 'code', 'MESSAGE_INVALID')}: {e}"[:MOST_REASON]
+    except (FederationError, OSError, MemoryError):
+        raise  # ours to mend, not the site's
+    except Exception:  # a gap in our doubt: this site is left out, and the log says where the gap is
+        log.exception("%s: its reply could not be used", where)
+        seat.state, seat.reason = "rejected", "MESSAGE_INVALID: its reply could not be used"
+    finally:
+        if reply is not None:
+            setting.courier.drop(site, reply)
+
+
+def _check_labels(study: Study, site: str, reply: Reply) -> None:
+    """Scores go into files and reports by the names of their labels; only the study's own may."""
+    if strange := set(reply.scores) - set(study.task.labels):
+        raise UpdateRejected(
+            "OTHER_LABELS", f"site {site!r}: scores {len(strange)} labels that the study does not have."
+        )
+
+
+def _forget(setting: Setting, site: str, message: Message) -> None:
+    """Lets go of what a reply that is not looked at has sent: a site may have few uploads waiting."""
+    with suppress(MessageInvalid):
+        if not message.has_error():
+            setting.courier.drop(site, read_reply(message, f"site {site!r}"))
+
+
+def _take_late(
+    setting: Setting, table: Table, site: str, message: Message, was_asked: Expected, accept: Accept
+) -> None:
+    """A reply to an order of an earlier round: counted at its staleness weight, or dropped, as the study says."""
+    if message.has_error():
+        return
+    reply = None
+    try:
+        reply = read_reply(message, f"site {site!r}")
+        fresh = (site, was_asked.round) not in table.counted
+        if table.study.rounds.late == "next" and fresh and reply.site == site and reply.kind == "update":
+            accept(site, reply, message, was_asked, True)
+            table.counted.add((site, was_asked.round))
+    except FederationError as e:
+        seat = table.seats.setdefault(site, Seat())
+        seat.reason = f"{seat.reason}; its late update was left out: {e}"
+    finally:
+        if reply is not None:
+            setting.courier.drop(site, reply)
+
+
+def show(setting: Setting, table: Table, phase: str, round_number: int, deadline: float, always: bool = False) -> None:
+    """Writes progress.json, at most four times a second."""
+    now = setting.clock()
+    if not always and now - table.shown_at < 0.25:
+        return
+    table.shown_at = now
+    count = table.study.rounds.count
+    mean = sum(table.durations) / len(table.durations) if table.durations else None
+    write_progress(
+        setting.folder,
+        {
+            "phase": phase,
+            "round": round_number,
+            "rounds": count,
+            "quorum": table.study.rounds.quorum,
+            "updated_at": round(time.time(), 3),
+            "deadline_in_s": round(max(0.0, deadline - now), 1),
+            "left_s": None if mean is None else round(mean * (count - round_number + 1), 1),
+            "sites": {s: {"state": a.state, "reason": a.reason, "attempt": a.attempt} for s, a in table.seats.items()},
+        },
+    )
+
+
+def _order(kind: Any, table: Table, state: State, round_number: int, evaluate: Any = None) -> Order:
+    digests = (state.study_sha256, state.weights_sha256)
+    order = Order(kind, state.run, round_number, 1, table.text, *digests, evaluate)
+    return replace(order, plan=table.plan, plan_sha256=state.plan_sha256)
+
+
+def _update(site: str, reply: Reply, delta: Any) -> Update:
+    known = (reply.run, reply.round, reply.study_sha256, reply.base_sha256)
+    return Update(site, *known, delta, reply.examples, reply.plan_sha256)
+
+
+def _line(reply: Reply) -> dict[str, Any]:
+    return {
+        "examples": reply.examples,
+        "steps": reply.steps,
+        "seconds": round(reply.seconds, 3),
+        "losses": list(reply.losses),
+        "attempt": reply.attempt,
+        "device": reply.device,
+        "scores": _rows(reply),
+    }
+
+
+def _rows(reply: Reply) -> dict[str, Any]:
+    return {label: as_row(counts) for label, counts in sorted(reply.scores.items())}
+
+
+def _code(reason: str | None) -> str:
+    """The upper-case code of an error that our client sent; other words stay out of status files."""
+    first = (reason or "").split(" ", 1)[0]
+    return first if first.isupper() and len(first) <= 40 else "CLIENT_ERROR"
+
+
+def _reasons(seats: Mapping[str, Seat]) -> str:
+    return " ".join(f"{s}: {a.reason}." for s, a in sorted(seats.items()) if a.state != "counted")

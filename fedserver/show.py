@@ -1,0 +1,346 @@
+"""What the command line shows of runs: a live view while one goes on, and tables of how they stand and end.
+
+Everything is drawn from a run folder's files or from values that are handed in; text of sites is never read as markup,
+nor its control characters sent to a terminal.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedserver.checkpoint import RunFolder, read_progress
+from fedserver.comparison import dice_text, points_text, spread_of, spread_text
+from fedserver.page import duration_text
+
+PHASES = {
+    "gathering": "waiting for sites",
+    "train": "training",
+    "evaluate": "final test",
+    "paused": "paused, too few sites have answered",
+    "finished": "finished",
+}
+STATES = {"asked": "working", "rejected": "answer not accepted"}  # others are words already
+COLOURS = {"counted": "green", "working": "cyan", "late": "yellow", "lost": "yellow", "away": "yellow"}
+UNDER_WAY = ("gathering", "train", "paused")
+WAITED_FOR = ("asked", "away", "lost")
+STALE_S = 5.0  # progress.json older than this, as one begins to follow, is of a process that has gone
+QUIET_S = 30.0  # without a change of progress.json, before the live view says so
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A look at a run: its progress, the lines of rounds that were finished since the last look, and Dice by site."""
+
+    progress: Mapping[str, Any]
+    finished: Sequence[Mapping[str, Any]] = ()
+    dice: Mapping[str, str] = field(default_factory=dict)
+    left_s: float | None = None
+    ended: str | None = None
+
+
+Tell = Callable[[View], None]
+
+
+def follow(
+    run: RunFolder,
+    ended: Callable[[], str | None],
+    json_lines: bool,
+    console: Console | None = None,
+    poll_s: float = 0.25,
+) -> str:
+    """Shows a run until `ended` returns a word (finished, paused, failed, stopped), which is returned.
+
+    On a terminal a bar and a row per site; elsewhere a plain line per change; with `json_lines` a JSON object per
+    change. A folder that is not there yet is waited for.
+    """
+    console = console or Console()
+    if json_lines:
+        teller: AbstractContextManager[Tell] = nullcontext(_json_lines(run.id, console))
+    else:
+        teller = _live(console) if console.is_terminal else nullcontext(_plain_lines(console))
+    looks = watch(run, ended, poll_s)
+    with teller as tell:
+        while True:
+            view = next(looks)
+            tell(view)
+            if view.ended is not None:
+                return view.ended
+
+
+def watch(run: RunFolder, ended: Callable[[], str | None], poll_s: float) -> Iterator[View]:
+    """A look every `poll_s`; one that says how the run ended was taken after that."""
+    tail, dice = Tail(run.metrics), dict[str, str]()
+    number, since, opened_at = None, time.monotonic(), time.time()
+    while True:
+        word = ended()
+        progress = read_progress(run)
+        if word is None and progress.get("updated_at", 0.0) < opened_at - STALE_S:
+            progress = {}
+        lines = tail.read()
+        for line in lines:
+            if not line.get("final"):
+                dice |= {_site_of(key): _dice_words(part["scores"]) for key, part in _scored(line).items()}
+        if progress.get("round") != number:
+            number, since = progress.get("round"), time.monotonic()
+        left_s = progress.get("left_s") if progress.get("phase") in UNDER_WAY else None
+        left_s = None if left_s is None else max(0.0, left_s - (time.monotonic() - since))
+        yield View(progress, lines, dict(dice), left_s, word)
+        time.sleep(poll_s)
+
+
+@dataclass(slots=True)
+class Tail:
+    """The lines that a growing metrics.jsonl has gained; one that was replaced (a resumed run) is read anew."""
+
+    path: Path
+    offset: int = 0
+    inode: int = 0
+    seen: set[int] = field(default_factory=set)  # hashes of lines
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            self.offset, self.inode = (self.offset if inode == self.inode else 0), inode
+            file.seek(self.offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self.offset += len(whole) + len(newline)
+        fresh = [line for line in whole.splitlines() if hash(line) not in self.seen]
+        self.seen |= {hash(line) for line in fresh}
+        return [json.loads(line) for line in fresh]
+
+
+def _site_of(key: str) -> str:
+    """A late update stands in metrics.jsonl as `SITE (round N)`."""
+    return key.split(" (", 1)[0]
+
+
+def _scored(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {key: part for key, part in line["sites"].items() if part["scores"]}
+
+
+def _dice_words(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    if len(scores) == 1:
+        return dice_text(next(iter(scores.values()))["dice"])
+    return ", ".join(f"{label} {dice_text(row['dice'])}" for label, row in scores.items())
+
+
+def state_of(seat: Mapping[str, Any]) -> str:
+    return STATES.get(seat["state"], str(seat["state"]))
+
+
+def waits_for(progress: Mapping[str, Any]) -> dict[str, str]:
+    """The sites that a run waits for, and why."""
+    sites = progress.get("sites", {}) if progress.get("phase") != "finished" else {}
+    return {site: seat["reason"] for site, seat in sorted(sites.items()) if seat["state"] in WAITED_FOR}
+
+
+def _json_lines(run: str, console: Console) -> Tell:
+    """One JSON object per change: `round` and `test` as in metrics.jsonl, `progress`, and at last `ended`."""
+    before: Any = None
+
+    def put(event: str, **more: Any) -> None:
+        print(json.dumps({"event": event, "run": run, **more}), file=console.file, flush=True)
+
+    def tell(view: View) -> None:
+        nonlocal before
+        for line in view.finished:
+            kept = ("round", "seconds", "scored_round", "sites", "federation", "left_out")
+            put("test" if line.get("final") else "round", **{key: line[key] for key in kept if key in line})
+        now = {key: view.progress.get(key) for key in ("phase", "round", "rounds", "quorum", "sites")}
+        if view.progress and now != before:
+            put("progress", **now, left_s=view.left_s, waits_for=waits_for(view.progress))
+            before = now
+        if view.ended is not None:
+            put("ended", state=view.ended, waits_for=waits_for(view.progress))
+
+    return tell
+
+
+def _plain_lines(console: Console) -> Tell:
+    """One line per change."""
+    before: dict[str, str] = {}
+    standing: tuple[Any, Any] = (None, None)
+
+    def say(words: str) -> None:
+        console.print(Text(plain(words)), soft_wrap=True)
+
+    def tell(view: View) -> None:
+        nonlocal before, standing
+        progress = view.progress
+        where = f"round {progress.get('round')} of {progress.get('rounds')}"
+        for line in view.finished:
+            say(_finished_words(line))
+        if progress and (progress["round"], progress["phase"]) != standing:
+            before = before if progress["round"] == standing[0] else {}
+            standing = (progress["round"], progress["phase"])
+            left = f", about {duration_text(view.left_s)} left" if view.left_s else ""
+            say(f"{where}: {PHASES.get(progress['phase'], progress['phase'])}{left}")
+        now = {site: f"{state_of(seat)}{_why(seat)}" for site, seat in sorted(progress.get("sites", {}).items())}
+        for site, words in now.items():
+            if before.get(site) != words:
+                say(f"{where}: {site} {words}")
+        before = before | now
+        if view.ended is not None:
+            waits = "; ".join(f"{site} ({why})" for site, why in waits_for(progress).items())
+            say(view.ended + (f", waits for {waits}" if waits and view.ended != "finished" else ""))
+
+    return tell
+
+
+def _why(seat: Mapping[str, Any]) -> str:
+    """The reason of a state that does not speak for itself, in brackets."""
+    return f" ({seat['reason']})" if seat["reason"] and seat["state"] not in ("counted", "asked") else ""
+
+
+def _finished_words(line: Mapping[str, Any]) -> str:
+    dice = ", ".join(f"{key} {_dice_words(part['scores'])}" for key, part in sorted(_scored(line).items()))
+    if line.get("final"):
+        return f"test Dice: {dice or 'none'}"
+    updates = f"{len(line['sites'])} update{'s' if len(line['sites']) != 1 else ''} counted"
+    words = f"round {line['round']}: done in {duration_text(line['seconds'])}, {updates}"
+    return words + (f"; validation Dice {dice}" if dice else "")
+
+
+@contextmanager
+def _live(console: Console) -> Iterator[Tell]:
+    changed, stamp = time.monotonic(), None
+
+    def tell(view: View) -> None:
+        nonlocal changed, stamp
+        if view.progress.get("updated_at") != stamp:
+            changed, stamp = time.monotonic(), view.progress.get("updated_at")
+        live.update(frame(view, time.monotonic() - changed), refresh=view.ended is not None)
+
+    with Live(console=console, refresh_per_second=4) as live:
+        yield tell
+
+
+def frame(view: View, quiet_s: float = 0.0) -> RenderableType:
+    """The live view: one bar over rounds, and a row per site with its state, reason and last validation Dice."""
+    progress = view.progress
+    if not progress:
+        return Text(plain(view.ended or "waiting for the run to begin"))
+    rounds, number = int(progress["rounds"]), int(progress["round"])
+    phase = progress["phase"]
+    done = rounds if phase in ("evaluate", "finished") else number - 1
+    head = Table.grid(padding=(0, 2))
+    words = PHASES.get(phase, phase) if view.ended is None else view.ended
+    left = f"about {duration_text(view.left_s)} left" if view.left_s else ""
+    if view.left_s is None and view.ended is None and phase in UNDER_WAY:
+        left = "time left is known after the first round"
+    if quiet_s > QUIET_S and view.ended is None:
+        left += f", no news for {duration_text(quiet_s)}"
+    bar = ProgressBar(total=rounds, completed=done, width=30)
+    head.add_row(Text(f"round {number} of {rounds}"), bar, Text(plain(words)), Text(left, style="dim"))
+    table = Table(box=SIMPLE, pad_edge=False)
+    for column in ("site", "state", "why", "validation Dice"):
+        table.add_column(column, overflow="fold")
+    for site, seat in sorted(progress["sites"].items()):
+        state = Text(plain(state_of(seat)), style=COLOURS.get(state_of(seat), "red"))
+        row = [Text(plain(words)) for words in (site, _why(seat)[2:-1], view.dice.get(site, ""))]
+        table.add_row(row[0], state, row[1], row[2])
+    return Group(head, table)
+
+
+# Tables
+
+
+def run_table(found: Mapping[str, Any]) -> Table:
+    """The outcome of a run from what its report.json holds: per site test Dice, alone and pooled beside it if known.
+
+    Alone is a site's own model on its own patients, and its mean over the other sites; the worst site is marked.
+    """
+    label, compared = found["labels"][0], found["comparison"]
+    table = Table(box=SIMPLE, title=Text(plain(f"Test Dice: {label}")), title_justify="left", pad_edge=False)
+    table.add_column("site")
+    if compared:
+        _fill_compared(table, compared)
+        return table
+    for column in ("federated", "deviation", "cases"):
+        table.add_column(column, justify="right")
+    test = found["test"].get(label, {"sites": {}, "worst": None, "mean_over_sites": None})
+    for site, row in test["sites"].items():
+        deviation = dice_text(row["deviation"] if row["cases"] > 1 else None)
+        mark = site == test["worst"] and len(test["sites"]) > 1
+        table.add_row(_site(site, mark), dice_text(row["dice"]), deviation, str(row["cases"]))
+    for site, seat in sorted(found["not_tested"].items()):
+        table.add_row(_site(site, False), dice_text(None), Text(plain(f"{seat['state']} {seat['reason']}".strip())), "")
+    table.add_section()
+    table.add_row("mean over sites", dice_text(test["mean_over_sites"]), "", "")
+    return table
+
+
+def _fill_compared(table: Table, compared: Mapping[str, Any]) -> None:
+    columns = {"own": "alone", "elsewhere": "alone, at others", "pooled": "pooled", "federated": "federated"}
+    columns |= {"gain_points": "gain, points"}
+    if not compared["has_local"]:
+        columns = {k: v for k, v in columns.items() if k in ("pooled", "federated")}
+    if not compared["has_pooled"]:
+        columns.pop("pooled")
+    for title in columns.values():
+        table.add_column(title, justify="right")
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        spreads = {key: spread_of(row[key]) for key in columns}
+        return [points_text(s) if key == "gain_points" else spread_text(s) for key, s in spreads.items()]
+
+    worst = (compared["worst_federated"] or {}).get("site")
+    for site, row in compared["sites"].items():
+        table.add_row(_site(site, site == worst and len(compared["sites"]) > 1), *cells(row))
+    table.add_section()
+    table.add_row("mean over sites", *cells(compared["mean"]))
+
+
+def _site(name: str, worst: bool) -> Text:
+    return Text.assemble(plain(name), ("  worst", "bold red") if worst else "")
+
+
+def status_table(facts: Mapping[str, Any]) -> RenderableType:
+    """How a federation stands, from the facts that `fedserver status --json` prints.
+
+    Each run has its round, whom it waits for and why; each site whether it is online, or why not, as far as the facts
+    say (`online` and `reason` of a site).
+    """
+    runs = Table(box=SIMPLE, title=Text("Runs"), title_justify="left", pad_edge=False)
+    for column in ("run", "study", "state", "round", "waits for"):
+        runs.add_column(column, overflow="fold")
+    for run in facts["runs"]:
+        progress = run["progress"] if run["state"] in ("running", "paused") else {}
+        waits = [f"{site}: {why}" for site, why in waits_for(progress).items()]
+        waits += [run["message"]] if run["message"] else []
+        state = "paused" if progress.get("phase") == "paused" else run["state"]
+        where = "?" if run["rounds"] is None else f"{progress.get('round', run['finished_rounds'])} of {run['rounds']}"
+        row = [*(plain(words) for words in (run["id"], run["study"], state, where)), "\n".join(map(plain, waits))]
+        runs.add_row(*map(Text, row))
+    sites = Table(box=SIMPLE, title=Text("Sites"), title_justify="left", pad_edge=False)
+    for column in ("site", "state", "online", "why"):
+        sites.add_column(column, overflow="fold")
+    for site in facts["sites"]:
+        online = site.get("online")
+        here = "" if online is None else "yes" if online else "no"
+        why = "was invited and has not joined" if site["state"] == "invited" else site.get("reason") or ""
+        row = [plain(words) for words in (site["name"], site["state"], here, "" if online else why)]
+        sites.add_row(*map(Text, row))
+    return Group(
+        runs if facts["runs"] else Text("No run yet: `fedserver run STUDY` starts one.\n"),
+        sites if facts["sites"] else Text("No site yet: `fedserver invite SITE` invites one."),
+    )
+
+
+def plain(text: str) -> str:
+    """`text` without what a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text)

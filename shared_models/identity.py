@@ -1,0 +1,351 @@
+"""Keys, certificates and signatures: who is who in a federation, and how one proves it.
+
+Keys travel between functions as PEM bytes in dataclasses whose `repr` leaves them out.
+"""
+
+import hashlib
+import ipaddress
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from shared_models.errors import EnrolmentFailed, StateInvalid
+from shared_models.files import write_atomic
+
+SITE_NAME = re.compile(r"[a-z0-9-]{1,32}")
+AUTHORITY_DAYS = 3650
+SITE_DAYS = 90
+CLOCK_SKEW = timedelta(
+    minutes=10
+)  # a hospital whose clock is a little behind must not find its certificate in the future
+
+# Plain nouns with different beginnings, for reading a fingerprint aloud over a telephone.
+_SPOKEN = """
+acorn actor agent album alley amber angle ankle apple april anvil arena armor arrow atlas attic
+autumn bacon badge baker bamboo banana banjo barrel basket beach beacon beaver bench berry bicycle bishop
+blanket bonfire border bottle bracket branch bridge bronze bucket buffalo butter cabin cactus camel cargo cabbage
+candle canoe canyon captain carbon cashew castle cedar cello cement chalk cherry chess chimney cinema circle
+citrus clover cobalt coconut comet copper coral cotton cradle crayon cricket crystal curtain cymbal daisy dancer
+desert diamond dinner dolphin donkey dragon drawer drummer eagle easel echo eclipse elbow ember engine envelope
+falcon feather fender fiddle finger flamingo flute forest fossil fountain fridge galaxy garden garlic gazelle ginger
+giraffe glacier goblet granite grape guitar hammer hatch harbor hedge hazel helmet hermit hockey honey horizon
+hotel hunter iceberg igloo indigo insect island ivory jacket jaguar jasmine jelly jewel jigsaw jungle kayak
+kettle kitchen kiosk koala ladder lagoon lantern laser lemon leopard lettuce library lizard lobster locket lotus
+lumber magnet mango maple marble market meadow melon mirror mitten monkey mosaic mountain muffin museum mustard
+napkin needle nickel nutmeg oasis ocean olive onion opal orbit orchid otter oyster paddle panda paper
+parrot pebble pelican pencil pepper piano pigeon pillow pirate planet plaza pocket polar poppy potato prairie
+puzzle pyramid quartz quilt rabbit radio raven ribbon river robot rocket saddle salmon sandal sapphire saturn
+scarf seagull shadow silver siren spider spinach sponge squirrel statue sunset swallow tablet tango teapot temple
+thunder tiger timber tomato tractor trumpet tulip tunnel turtle umbrella vanilla velvet violin volcano wagon walnut
+"""
+WORDS = tuple(_SPOKEN.split())
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A certificate and the private key that goes with it, both PEM."""
+
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteKeys:
+    """The three private keys of a site.
+
+    Attributes:
+        tls: P-256, PKCS #8 PEM; the client certificate's.
+        node: P-384, OpenSSH PEM without passphrase, the one form that Flower's SuperNode reads.
+        identity: Ed25519, PKCS #8 PEM; signs what the site says.
+    """
+
+    tls: bytes = field(repr=False)
+    node: bytes = field(repr=False)
+    identity: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What a gateway wants to know of a certificate that TLS has already verified.
+
+    Attributes:
+        serial: lower-case hexadecimal.
+        fingerprint: SHA-256 of the DER form, hexadecimal.
+        expires_at_s: seconds since the epoch.
+    """
+
+    name: str
+    serial: str
+    fingerprint: str
+    expires_at_s: float
+
+
+def check_site_name(name: str) -> str:
+    """`name` as it came, or raises EnrolmentFailed."""
+    if not SITE_NAME.fullmatch(name):
+        raise EnrolmentFailed(
+            f"site name {name!r}: 1 to 32 of lower-case letters, digits and '-' are allowed. "
+            "Choose such a name, for example 'hospital-north'."
+        )
+    return name
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `[v6]:port`, or raises EnrolmentFailed."""
+    found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+)):(\d{1,5})", address)
+    if found is None or not 0 < int(found[3]) < 65536:
+        raise EnrolmentFailed(
+            f"address {address!r}: expected host:port as the hospitals dial it, "
+            "for example 'federation.example.org:8443' or '[2001:db8::1]:8443'."
+        )
+    return found[1] or found[2], int(found[3])
+
+
+# Certificates
+
+
+def new_authority(name: str, now: datetime | None = None) -> Credential:
+    """A certificate authority (P-384, ten years) that signs leaves only."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name(
+        [x509.NameAttribute(NameOID.ORGANIZATION_NAME, name), x509.NameAttribute(NameOID.COMMON_NAME, "CA")]
+    )
+    certificate = (
+        _leaf(subject, subject, key.public_key(), AUTHORITY_DAYS, now or datetime.now(UTC))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(certificates=True), critical=True)
+        .sign(key, hashes.SHA384())
+    )
+    return Credential(certificate.public_bytes(serialization.Encoding.PEM), _pkcs8(key))
+
+
+def issue_server(authority: Credential, hosts: Sequence[str]) -> Credential:
+    """A server certificate for `hosts` (names or addresses) and for loopback under its usual names.
+
+    It lives as long as the authority: its key lies beside the authority's, so an earlier end would guard nothing.
+    """
+    issuer = x509.load_pem_x509_certificate(authority.certificate)
+    key = ec.generate_private_key(ec.SECP256R1())
+    days = (issuer.not_valid_after_utc - datetime.now(UTC)).days
+    names = dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "coordinator")])
+    builder = _leaf(subject, issuer.subject, key.public_key(), days, datetime.now(UTC)).add_extension(
+        x509.SubjectAlternativeName([_alternative_name(name) for name in names]), critical=False
+    )
+    certificate = _sign_leaf(builder, ExtendedKeyUsageOID.SERVER_AUTH, authority)
+    return Credential(certificate, _pkcs8(key))
+
+
+def request_certificate(site: str, tls_key: bytes) -> bytes:
+    """A PEM signing request with CN = `site`; its signature proves that the asker holds the key."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, site)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(_ec_key(tls_key), hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM)
+
+
+def issue_site(authority: Credential, request: bytes, site: str, now: datetime | None = None) -> bytes:
+    """A client certificate (PEM, 90 days) for the key of `request`; raises EnrolmentFailed for a request not of `site`.
+
+    Of the request only the key is taken over; whatever extensions it asks for are left out.
+    """
+    try:
+        asked = x509.load_pem_x509_csr(request)
+        key = asked.public_key()
+        proven = asked.is_signature_valid
+        names = [str(name.value) for name in asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise EnrolmentFailed(
+            f"signing request of {site!r} cannot be read ({error}). Run `fedclient join` again."
+        ) from error
+    if not proven:
+        raise EnrolmentFailed(
+            f"signing request of {site!r}: its signature is not by the key it carries. Run `fedclient join` again."
+        )
+    if names != [site]:
+        raise EnrolmentFailed(
+            f"signing request for {names}: the invite is for {site!r}. Ask the coordinator for an invite to your name."
+        )
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1):
+        raise EnrolmentFailed(f"signing request of {site!r}: its key must be P-256 or P-384. Update the package.")
+    issuer = x509.load_pem_x509_certificate(authority.certificate)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, site)])
+    builder = _leaf(subject, issuer.subject, key, SITE_DAYS, now or datetime.now(UTC))
+    return _sign_leaf(builder, ExtendedKeyUsageOID.CLIENT_AUTH, authority)
+
+
+def read_certificate(certificate: bytes) -> Certificate:
+    """The facts of a PEM or DER certificate; raises EnrolmentFailed if it is none."""
+    try:
+        pem = certificate.startswith(b"-----")
+        loaded = (x509.load_pem_x509_certificate if pem else x509.load_der_x509_certificate)(certificate)
+        names = loaded.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        return Certificate(
+            name=str(names[0].value) if len(names) == 1 else "",
+            serial=f"{loaded.serial_number:x}",
+            fingerprint=hashlib.sha256(loaded.public_bytes(serialization.Encoding.DER)).hexdigest(),
+            expires_at_s=loaded.not_valid_after_utc.timestamp(),
+        )
+    except ValueError as error:
+        raise EnrolmentFailed(f"not a certificate ({error}). Ask the coordinator for a new invite.") from error
+
+
+def fingerprint_words(fingerprint: str) -> str:
+    """The first 64 bits of a hexadecimal digest as eight words, to be compared over a telephone."""
+    return " ".join(WORDS[byte] for byte in bytes.fromhex(fingerprint)[:8])
+
+
+def _leaf(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int, now: datetime
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - CLOCK_SKEW)
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _sign_leaf(builder: x509.CertificateBuilder, purpose: x509.ObjectIdentifier, authority: Credential) -> bytes:
+    key = _ec_key(authority.key)
+    by = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+    return (
+        builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+        .add_extension(by, critical=False)
+        .sign(key, hashes.SHA384())
+        .public_bytes(serialization.Encoding.PEM)
+    )
+
+
+def _usage(certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not certificates,
+        key_cert_sign=certificates,
+        crl_sign=certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _alternative_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+# Keys and signatures
+
+
+def new_site_keys() -> SiteKeys:
+    node = ec.generate_private_key(ec.SECP384R1()).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    return SiteKeys(_pkcs8(ec.generate_private_key(ec.SECP256R1())), node, _pkcs8(ed25519.Ed25519PrivateKey.generate()))
+
+
+def node_public_key(node_key: bytes) -> bytes:
+    """The public half of a node key, one line in OpenSSH form."""
+    key = serialization.load_ssh_private_key(node_key, None)
+    return key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+
+
+def node_public_pem(public_key: bytes) -> bytes:
+    """A node's OpenSSH public key in the PEM form that Flower compares; raises EnrolmentFailed unless it is P-384."""
+    try:
+        key = serialization.load_ssh_public_key(public_key)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise EnrolmentFailed(f"node key cannot be read ({error}). Run `fedclient join` again.") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise EnrolmentFailed("node key: Flower needs a NIST curve, and P-384 is ours. Run `fedclient join` again.")
+    if key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) != public_key:
+        raise EnrolmentFailed("node key: has text around it, so that one key could pass for two. Send the key alone.")
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def identity_public_key(identity_key: bytes) -> bytes:
+    """The 32 bytes that others verify this identity's signatures with."""
+    return _identity(identity_key).public_key().public_bytes_raw()
+
+
+def sign(identity_key: bytes, purpose: str, content: bytes) -> bytes:
+    """A detached Ed25519 signature (64 bytes) over `content`, good for `purpose` alone."""
+    return _identity(identity_key).sign(_bound(purpose, content))
+
+
+def verify(public_key: bytes, signature: bytes, purpose: str, content: bytes) -> bool:
+    """Whether `signature` over `content` was made for `purpose` by the holder of `public_key` (32 bytes)."""
+    try:
+        ed25519.Ed25519PublicKey.from_public_bytes(public_key).verify(signature, _bound(purpose, content))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def save_secret(path: Path, content: bytes) -> None:
+    """Writes a key, whole and readable by its owner alone."""
+    write_atomic(path, content)
+
+
+def load_secret(path: Path) -> bytes:
+    """The bytes of a key file; raises StateInvalid unless it is ours and nobody else may read it."""
+    try:
+        with path.open("rb") as file:
+            facts = os.fstat(file.fileno())
+            content = file.read()
+    except OSError as error:
+        raise StateInvalid(f"{path}: key cannot be read ({error.strerror}). Put it back, or enrol again.") from error
+    if facts.st_uid != os.geteuid():
+        raise StateInvalid(
+            f"{path}: belongs to user id {facts.st_uid}, not to us. Mend it with `chown` or run as them."
+        )
+    if stat.S_IMODE(facts.st_mode) & 0o077:
+        raise StateInvalid(
+            f"{path}: others may read it (mode {stat.S_IMODE(facts.st_mode):o}). Mend it with `chmod 600 {path}`; "
+            "if others had access, enrol again with new keys."
+        )
+    return content
+
+
+def _bound(purpose: str, content: bytes) -> bytes:
+    """The purpose is part of what is signed, so that one kind of statement never passes for another."""
+    return b"fedimaging/1 " + purpose.encode() + b"\0" + content
+
+
+def _pkcs8(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _ec_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    key = serialization.load_pem_private_key(pem, None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise StateInvalid("a TLS key is not on an elliptic curve. Put the right file back, or enrol again.")
+    return key
+
+
+def _identity(pem: bytes) -> ed25519.Ed25519PrivateKey:
+    key = serialization.load_pem_private_key(pem, None)
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise StateInvalid("an identity key is not Ed25519. Put the right file back, or enrol again.")
+    return key

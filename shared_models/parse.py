@@ -1,0 +1,130 @@
+"""Text from people and from the wire into frozen dataclasses; past this file nobody sees a raw value.
+
+A dataclass states its own rules with `Annotated[int, Field(gt=0)]`; pydantic reads them here, forbids keys that it
+does not know, and every complaint names the place, the key, what was found and what is allowed.
+"""
+
+import difflib
+import json
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from shared_models.errors import FederationError, StudyInvalid
+
+T = TypeVar("T")
+STRICT = ConfigDict(extra="forbid", frozen=True)  # every parsed dataclass: __pydantic_config__ = STRICT
+
+
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}  # building one costs a millisecond, messages come by the thousand
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
+
+
+def parse(kind: type[T], value: object, where: str, error: type[FederationError] = StudyInvalid) -> T:
+    """`value` (plain dicts and lists) as the dataclass `kind`.
+
+    Raises:
+        error: the first three complaints, each with `where`, the key, what was found and what is allowed.
+    """
+    # By way of JSON, where pydantic's strict mode takes lists for tuples and tables for dataclasses, and no "5" for 5
+    return _validated(kind, json.dumps(value, default=lambda other: [type(other).__name__, str(other)]), where, error)
+
+
+def parse_json(kind: type[T], text: str | bytes, where: str, error: type[FederationError] = StudyInvalid) -> T:
+    """The same from JSON, for messages; duplicate or unknown keys and wrong types are refused."""
+    parsed = _validated(kind, text, where, error)
+    json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where, error))
+    return parsed
+
+
+def _validated(kind: type[T], text: str | bytes, where: str, error: type[FederationError]) -> T:
+    try:
+        parsed: T = _adapter(kind).validate_json(text, strict=True)
+        return parsed
+    except ValidationError as e:
+        raise error("\n".join(_complaint(kind, dict(c), where) for c in e.errors()[:3])) from None
+
+
+def _once(pairs: list[tuple[str, Any]], where: str, error: type[FederationError]) -> dict[str, Any]:
+    """Refuses a key that stands twice in one object: two readers may each believe another one."""
+    doubled = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
+    if doubled:
+        raise error(f"{where}: `{doubled[0]}` stands there twice. Keep one.")
+    return dict(pairs)
+
+
+def plain(value: object) -> Any:
+    """A dataclass as plain dicts, lists and numbers, ready for JSON; the inverse of `parse`."""
+    return _adapter(type(value)).dump_python(value, mode="json")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; a missing or broken file is a StudyInvalid that names the line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyInvalid(
+            f"{path}: there is no such file. Check the path, or use the name of a ready study."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise StudyInvalid(f"{path}: not TOML: {e}. Mend that line.") from None
+    except (OSError, ValueError) as e:  # ValueError: a path that no system can have
+        raise StudyInvalid(
+            f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}). Give the path of a file that you may read."
+        ) from None
+
+
+def _complaint(kind: type[object], found: Mapping[str, Any], where: str) -> str:
+    names = [str(part) for part in found["loc"] if not (isinstance(part, str) and part in _tags(kind))]
+    names = [name if len(name) <= 60 else f"{name[:57]}..." for name in names]
+    key = ".".join(names)
+    if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known(kind, names[:-1])
+        near = difflib.get_close_matches(names[-1], known, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        return f"{where}: `{key}` is not a key here.{hint} Allowed: {', '.join(known) or 'none'}."
+    if found["type"] in ("missing", "missing_argument"):
+        return f"{where}: `{key}` is missing. Add it."
+    if found["type"] == "json_invalid":
+        return f"{where}: is no JSON."  # its text may hold secrets and is not repeated
+    says = str(found["msg"]).removeprefix("Value error, ").removeprefix("Input should be ").rstrip(".")
+    if found["type"] == "value_error":
+        return f"{where}: {f'`{key}`: ' if key else ''}{says}."
+    shown = repr(found["input"])
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return f"{where}: {f'`{key}` is' if key else 'is'} {shown}; allowed: {says}."
+
+
+def _known(kind: type[object], path: list[str]) -> list[str]:
+    """Field names of the table at `path` below the dataclass `kind`."""
+    for name in path:
+        for part in _dataclasses_of(kind):
+            hints = {f.name: f.type for f in fields(part)}
+            if name in hints:
+                kind = hints[name]  # type: ignore[assignment]
+                break
+    return sorted({f.name for part in _dataclasses_of(kind) for f in fields(part)})
+
+
+def _dataclasses_of(kind: object) -> list[Any]:
+    if is_dataclass(kind):
+        return [kind]
+    return [found for arg in get_args(kind) for found in _dataclasses_of(arg)]
+
+
+def _tags(kind: object) -> set[str]:
+    """Names that pydantic puts into a location for the members of a union; they are no keys of the file."""
+    if is_dataclass(kind):
+        return {tag for f in fields(kind) for tag in _tags(f.type)}
+    parts = _dataclasses_of(kind)
+    return {p.__name__ for p in parts} if len(parts) > 1 else set()

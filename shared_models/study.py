@@ -1,0 +1,340 @@
+"""What is trained, how, and under which rules: `study.toml`, and the ready studies.
+
+A study names things that both sides have installed; it never carries code, paths or addresses. Its canonical JSON is
+its identity: the SHA-256 of those bytes travels in every order and every update.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from importlib.resources import files
+from math import prod
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shared_models.errors import StudyInvalid
+from shared_models.files import canonical_json
+from shared_models.parse import STRICT, parse, parse_json, plain, read_toml
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """`[task]`: what the network answers.
+
+    Attributes:
+        labels: names of the foreground classes, one output channel each, sigmoid; mask value k is labels[k - 1].
+        loss: `bce` binary cross-entropy, or `dice_bce` soft Dice plus binary cross-entropy, in equal parts.
+    """
+
+    __pydantic_config__ = STRICT
+    kind: Literal["segmentation"] = "segmentation"
+    labels: Annotated[tuple[Name, ...], Field(min_length=1, max_length=32)] = ("lung",)
+    loss: Literal["bce", "dice_bce"] = "bce"
+
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels {list(self.labels)} must differ from each other")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One level of `dynunet`: channels, how it shrinks the level above, and how wide it convolves, along each axis."""
+
+    __pydantic_config__ = STRICT
+    features: Annotated[int, Field(ge=4, le=2048)]
+    stride: Annotated[tuple[Literal[1, 2], ...], Field(min_length=2, max_length=3)]
+    kernel: Annotated[tuple[Literal[1, 3], ...], Field(min_length=2, max_length=3)]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """`[model]`: a network by name and arguments.
+
+    Attributes:
+        features: channels of the five levels of `unet`, then of the last up-sampling (MONAI BasicUNet's order).
+        levels: of `dynunet`, from full size down; its features are there. A federated plan sets them.
+        norm: `group` (of `groups` groups) or `instance`; batch statistics leak and differ between sites.
+    """
+
+    __pydantic_config__ = STRICT
+    name: Literal["unet", "dynunet"] = "unet"
+    spatial_dims: Literal[2, 3] = 2
+    features: Annotated[tuple[Annotated[int, Field(ge=4, le=2048)], ...], Field(min_length=6, max_length=6)] = (
+        32, 32, 64, 128, 256, 32)  # fmt: skip
+    levels: Annotated[tuple[Level, ...], Field(max_length=12)] = ()
+    norm: Literal["group", "instance"] = "group"
+    groups: Annotated[int, Field(ge=1, le=64)] = 8
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name == "unet" and self.levels:
+            raise ValueError('levels are of name = "dynunet"; "unet" has features')
+        if self.name == "dynunet" and len(self.levels) < 3:
+            raise ValueError(f'name = "dynunet" needs at least 3 levels, there are {len(self.levels)}')
+        for level in self.levels:
+            if len(level.stride) != self.spatial_dims or len(level.kernel) != self.spatial_dims:
+                raise ValueError(f"levels need {self.spatial_dims} strides and kernels each, as spatial_dims says")
+        if self.levels and set(self.levels[0].stride) != {1}:
+            raise ValueError("the first of levels is at full size: its strides are 1")
+        features = [level.features for level in self.levels] or list(self.features)
+        if self.norm == "group" and any(f % self.groups for f in features):
+            raise ValueError(f"features {features} must all be multiples of groups = {self.groups}")
+
+    @property
+    def divisors(self) -> tuple[int, ...]:
+        """What the edges of an example must be multiples of."""
+        if self.name == "unet":
+            return (16,) * self.spatial_dims
+        return tuple(prod(axis) for axis in zip(*(level.stride for level in self.levels), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocess:
+    """`[preprocess]`: from a volume or picture to what the network sees; the same at every site and in the release.
+
+    Attributes:
+        size: pixels (rows, columns) or voxels (rows, columns, planes) of one example.
+        fit: `letterbox` scales the whole image into `size` keeping its aspect; `crop_pad` keeps the voxel size
+            (or resamples to `spacing_mm`) and crops or pads around the centre.
+        intensity: `window` clips to `window_hu` and maps to [0, 1]; `percentile` clips each image to its own 0.5 and
+            99.5 percentiles and standardises it (mean 0, deviation 1); `zscore` clips to `window_hu`, subtracts `mean`
+            and divides by `deviation`, or standardises each image as it is where these are not given.
+        nonzero: that standardisation looks at voxels that are not 0, and leaves 0 as it is (images without a skull).
+        spacing_mm: voxel size (rows, columns[, planes]) before cropping; only with `crop_pad`.
+    """
+
+    __pydantic_config__ = STRICT
+    size: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=2, max_length=3)] = (
+        256,
+        256,
+    )
+    fit: Literal["letterbox", "crop_pad"] = "letterbox"
+    intensity: Literal["window", "percentile", "zscore"] = "window"
+    window_hu: tuple[Finite, Finite] = (-1000.0, 400.0)
+    mean: Finite | None = None
+    deviation: Positive | None = None
+    nonzero: bool = False
+    spacing_mm: tuple[Positive, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.window_hu[0] < self.window_hu[1]:
+            raise ValueError(f"window_hu must rise, it is {list(self.window_hu)}")
+        if self.spacing_mm is not None and (self.fit != "crop_pad" or len(self.spacing_mm) != len(self.size)):
+            raise ValueError(
+                f'spacing_mm is {list(self.spacing_mm)} with fit = "{self.fit}"; it needs fit = "crop_pad" and as many '
+                f"numbers as size {list(self.size)}"
+            )
+        if (self.mean is None) != (self.deviation is None) or (self.mean is not None and self.intensity != "zscore"):
+            raise ValueError('mean and deviation come together, and only with intensity = "zscore"')
+        if self.nonzero and (self.intensity != "zscore" or self.mean is not None):
+            raise ValueError('nonzero is for intensity = "zscore" without mean and deviation')
+
+
+@dataclass(frozen=True, slots=True)
+class Augment:
+    """`[augment]`: random changes of training examples; 0 or false switches one off.
+
+    Attributes:
+        rotate_deg, scale, shift: largest in-plane rotation, relative zoom and relative shift, drawn evenly.
+        gamma, brightness, noise: largest relative exponent, additive shift and standard deviation, in units of the
+            preprocessed image.
+        flip_left_right: only where left and right carry no label.
+    """
+
+    __pydantic_config__ = STRICT
+    rotate_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    shift: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    brightness: NotNegative = 0.0
+    noise: NotNegative = 0.0
+    flip_left_right: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """`[train]`: what a site does in one round.
+
+    Attributes:
+        local_steps: batches a round instead of `local_epochs`, so that sites of unlike size do equal work.
+        schedule: of the learning rate over the rounds; `cosine` falls to a twentieth in the last (Loshchilov & Hutter
+            2017, equation 5, one cycle).
+        proximal_mu: FedProx's pull towards the received weights (Li et al. 2020, equation 2); 0 is plain training.
+        precision: `auto` is bf16 autocast on a GPU that has it, float32 elsewhere.
+        deterministic: bit-equal weights on a second run of the same machine and thread count; slower on a GPU.
+    """
+
+    __pydantic_config__ = STRICT
+    local_epochs: Annotated[int, Field(ge=1, le=1000)] = 1
+    local_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: Positive = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: NotNegative = 0.0
+    clip_gradient: Positive | None = None
+    proximal_mu: NotNegative = 0.0
+    precision: Literal["auto", "float32"] = "auto"
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """`[rounds]`: how many, who, and how long to wait.
+
+    Attributes:
+        quorum: fewest updates that make a round; with fewer the run pauses and says for whom.
+        gather_s: longest wait, as a round opens, for sites that were in the last one and are not online.
+        deadline_s: seconds from the orders of a round to its end; who has not answered by then is late.
+        pause_s: longest pause for want of a quorum before the run stops and can be run again.
+        late: `drop` a late update, or count it in the `next` round at `late_weight` of its examples.
+        cohort: share of the sites that are asked in a round, chosen by (seed, round).
+    """
+
+    __pydantic_config__ = STRICT
+    count: Annotated[int, Field(ge=1, le=10_000)] = 10
+    quorum: Annotated[int, Field(ge=1, le=1000)] = 2
+    gather_s: Annotated[float, Field(ge=0, le=86400)] = 30.0
+    deadline_s: Annotated[float, Field(gt=0, le=30 * 86400)] = 3600.0
+    pause_s: Annotated[float, Field(ge=0, le=30 * 86400)] = 86400.0
+    late: Literal["drop", "next"] = "drop"
+    late_weight: Share = 0.5
+    cohort: Share = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """`[strategy]`: how updates become the next weights.
+
+    Attributes:
+        weighting: a site's share in the mean, by its `examples` or `uniform`.
+        server_learning_rate: factor on the mean update (1 is McMahan et al. 2017, Algorithm 1).
+        momentum: of the server (FedAvgM, Hsu et al. 2019, section 4.3).
+    """
+
+    __pydantic_config__ = STRICT
+    name: Literal["fedavg", "fedavgm"] = "fedavg"
+    weighting: Literal["examples", "uniform"] = "examples"
+    server_learning_rate: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """`[evaluate]`: validation each `every` rounds (0: never), test after the last; `threshold` is a probability."""
+
+    __pydantic_config__ = STRICT
+    every: Annotated[int, Field(ge=0)] = 1
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """`[planning]`: what a federated plan must fit into.
+
+    Attributes:
+        memory_gib: of the smallest accelerator that trains it; 8 is nnU-Net's measure.
+        batch_most: examples in a batch, whatever the memory.
+    """
+
+    __pydantic_config__ = STRICT
+    memory_gib: Annotated[float, Field(ge=0.1, le=1000)] = 8.0
+    batch_most: Annotated[int, Field(ge=2, le=4096)] = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """The declarative file that says what is trained, how, and under which rules.
+
+    Attributes:
+        plan: `given` by the tables of this file, or `federated`: derived from counts of all sites before round 1
+            (shared_models/plan.py). Then preprocess, model but for spatial_dims and dropout, and batch_size are the
+            plan's, and what this file says of them is not used.
+    """
+
+    __pydantic_config__ = STRICT
+    name: Name
+    title: Annotated[str, Field(max_length=200)] = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    modality: Literal["ct", "xray", "mr"] = "ct"
+    plan: Literal["given", "federated"] = "given"
+    planning: Planning = field(default_factory=Planning)
+    task: Task = field(default_factory=Task)
+    model: Model = field(default_factory=Model)
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    augment: Augment = field(default_factory=Augment)
+    train: Train = field(default_factory=Train)
+    rounds: Rounds = field(default_factory=Rounds)
+    strategy: Strategy = field(default_factory=Strategy)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+    def __post_init__(self) -> None:
+        if self.plan == "federated":
+            return  # the tables below are the plan's to set
+        if len(self.preprocess.size) != self.model.spatial_dims:
+            raise ValueError(
+                f"preprocess.size has {len(self.preprocess.size)} numbers, model.spatial_dims is "
+                f"{self.model.spatial_dims}; they must agree"
+            )
+        in_hu = self.preprocess.intensity == "window" or self.preprocess.mean is not None
+        if in_hu and self.modality != "ct":
+            raise ValueError(
+                f'preprocess.intensity = "{self.preprocess.intensity}" is for modality = "ct", which is '
+                f'"{self.modality}"; use "percentile"'
+            )
+        size, divisors = self.preprocess.size, self.model.divisors
+        if any(edge % divisor for edge, divisor in zip(size, divisors, strict=True)):
+            raise ValueError(
+                f"preprocess.size {list(size)} must be multiples of {divisors[0]}, the U-Net halves it four times"
+                if self.model.name == "unet"
+                else f"preprocess.size {list(size)} must be multiples of {list(divisors)}, as model.levels halve it"
+            )
+        deepest = self.model.levels[-1].features if self.model.levels else self.model.features[4]
+        together = 1 if self.model.norm == "instance" else deepest // self.model.groups
+        if prod(edge // divisor for edge, divisor in zip(size, divisors, strict=True)) * together < 2:
+            raise ValueError(
+                f"preprocess.size {list(size)} leaves one value at the bottom of the U-Net for "
+                f'model.norm = "{self.model.norm}" to normalise; use a larger size, or "group" with fewer groups'
+            )
+
+
+def canonical(study: Study) -> bytes:
+    """The bytes that a study is known by: every key, defaults included, as canonical JSON."""
+    return canonical_json(plain(study))
+
+
+def sha256(study: Study) -> str:
+    return hashlib.sha256(canonical(study)).hexdigest()
+
+
+def from_json(text: bytes | str, where: str) -> Study:
+    return parse_json(Study, text, where)
+
+
+def ready_studies() -> dict[str, Path]:
+    """Name -> file of each study that comes with the package."""
+    folder = Path(str(files("shared_models"))) / "studies"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_study(name_or_path: str) -> Study:
+    """A ready study by its name, or a study file by its path.
+
+    Raises:
+        StudyInvalid: an unknown name, a missing file, or a wrong key, type, range or combination.
+    """
+    ready = ready_studies()
+    path = ready.get(name_or_path, Path(name_or_path))
+    if name_or_path not in ready and not path.exists() and path.suffix != ".toml":
+        raise StudyInvalid(
+            f"{name_or_path!r} is neither a study file nor a ready study. Ready: {', '.join(ready)}; "
+            f"or give the path of a study.toml."
+        )
+    return parse(Study, read_toml(path), str(path))

@@ -1,0 +1,190 @@
+"""Flower messages to our types and back; record names live here and nowhere else.
+
+An order or a reply is one `facts` record (protocol version and canonical JSON, parsed and doubted on arrival) and,
+where tensors travel inside the message, one `tensors` record. In a deployment tensors travel beside the message as a
+blob that the facts name by SHA-256.
+"""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeAlias, cast
+
+import numpy as np
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from pydantic import Field
+
+from shared_models.errors import FederationError, WeightsInvalid
+from shared_models.files import canonical_json
+from shared_models.metrics import DiceCounts
+from shared_models.parse import STRICT, parse_json, plain
+from shared_models.plan import Fingerprint
+from shared_models.weights import Array, Arrays
+
+PROTOCOL = 1
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Split: TypeAlias = Literal["val", "test"]
+Finite = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
+
+
+class MessageInvalid(FederationError):
+    """A message that is not one of ours, or of another version."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRef:
+    """Tensors that travel beside the message: a safetensors file by its digest."""
+
+    __pydantic_config__ = STRICT
+    sha256: Sha256
+    size_bytes: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the coordinator asks of one site.
+
+    Attributes:
+        study: canonical JSON of the study; its digest is what a site approves.
+        base_sha256: of the weights file of the round; the update must name it.
+        evaluate: score the received weights on this split of the site's own patients.
+        blob: where the weights are when they do not travel inside the message.
+        plan, plan_sha256: canonical JSON of the plan that the sites' statistics gave, and its digest.
+    """
+
+    __pydantic_config__ = STRICT
+    kind: Literal["hello", "statistics", "train", "evaluate"]
+    run: RunId
+    round: Annotated[int, Field(ge=0, le=10_000)]
+    attempt: Annotated[int, Field(ge=1, le=1000)]
+    study: Annotated[str, Field(max_length=100_000)]
+    study_sha256: Sha256
+    base_sha256: Sha256
+    evaluate: Split | None = None
+    blob: BlobRef | None = None
+    plan: Annotated[str, Field(max_length=20_000)] | None = None
+    plan_sha256: Sha256 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a site answers; everything that leaves a hospital is in these fields or in the tensors.
+
+    Attributes:
+        refusal: code of a refused order; then all below is empty.
+        examples: examples behind the update, each counted once.
+        losses: mean training loss of ten equal stretches of the local steps; None where it was not finite.
+        scores: label -> Dice of the received weights on split `scored`.
+        train_cases, test_cases: how many cases the site holds for each.
+        plan_sha256: of the plan that the work followed.
+        fingerprint: what the site's training cases add to the plan.
+    """
+
+    __pydantic_config__ = STRICT
+    kind: Literal["hello", "statistics", "update", "evaluation", "refusal"]
+    site: SiteName
+    run: RunId
+    round: Annotated[int, Field(ge=0, le=10_000)]
+    attempt: Annotated[int, Field(ge=1, le=1000)]
+    study_sha256: Sha256
+    base_sha256: Sha256
+    refusal: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{2,40}$")] | None = None
+    examples: Annotated[int, Field(ge=-(2**53), le=2**53)] = 0
+    steps: Count = 0
+    seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
+    losses: Annotated[tuple[Finite | None, ...], Field(max_length=1000)] = ()
+    scored: Split | None = None
+    scores: Mapping[Annotated[str, Field(max_length=64)], DiceCounts] = field(default_factory=dict)
+    train_cases: Count = 0
+    test_cases: Count = 0
+    device: Annotated[str, Field(pattern=r"^[a-z0-9:]{0,16}$")] = ""
+    blob: BlobRef | None = None
+    plan_sha256: Sha256 | None = None
+    fingerprint: Fingerprint | None = None
+
+
+KIND_OF_MESSAGE = {"hello": "query", "statistics": "query", "train": "train", "evaluate": "evaluate"}
+
+
+def pack(arrays: Arrays) -> ArrayRecord:
+    """Tensors as a Flower record; built once a round and shared by all its messages."""
+    return ArrayRecord({name: FlowerArray(np.asarray(a, order="C")) for name, a in arrays.items()})
+
+
+def unpack(record: ArrayRecord, where: str) -> dict[str, Array]:
+    """Tensors of a record without a copy, read-only.
+
+    Raises:
+        WeightsInvalid: bytes that are not the declared array (Flower 1.41 does not compare the two).
+    """
+    return {name: _read_npy(name, item, where) for name, item in record.items()}
+
+
+def _read_npy(name: str, item: FlowerArray, where: str) -> Array:
+    stream = io.BytesIO(item.data)
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("version")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError:
+        raise WeightsInvalid(f"{where}: {name!r} is not a NumPy array. Use the released client.") from None
+    size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if (
+        dtype.hasobject
+        or fortran
+        or (tuple(item.shape), item.dtype) != (shape, str(dtype))
+        or len(item.data) - stream.tell() != size
+    ):
+        raise WeightsInvalid(f"{where}: {name!r} is not the array that its record declares. Use the released client.")
+    return np.frombuffer(item.data, dtype, offset=stream.tell()).reshape(shape)
+
+
+def write_order(order: Order, node_id: int, tensors: ArrayRecord | None = None, ttl_s: float | None = None) -> Message:
+    """A message for one node; Flower forgets it after `ttl_s` (12 h by default), answered or not."""
+    kind, group = KIND_OF_MESSAGE[order.kind], str(order.round)
+    return Message(_content(order, tensors), node_id, kind, group_id=group, ttl=ttl_s)
+
+
+def read_order(message: Message) -> Order:
+    return parse_json(Order, _facts(message, "order"), "order", MessageInvalid)
+
+
+def write_reply(reply: Reply, to: Message, tensors: ArrayRecord | None = None) -> Message:
+    return Message(_content(reply, tensors), reply_to=to)
+
+
+def read_reply(message: Message, where: str) -> Reply:
+    return parse_json(Reply, _facts(message, where), where, MessageInvalid)
+
+
+def tensors_of(message: Message, where: str) -> dict[str, Array] | None:
+    """Tensors inside a message, or None when it holds none."""
+    record = message.content.get("tensors")
+    return None if record is None else unpack(cast(ArrayRecord, record), where)
+
+
+def dump(facts: Order | Reply) -> bytes:
+    """Canonical JSON of the facts of a message."""
+    return canonical_json(plain(facts))
+
+
+def _content(facts: Order | Reply, tensors: ArrayRecord | None) -> RecordDict:
+    content = RecordDict({"facts": ConfigRecord({"protocol": PROTOCOL, "json": dump(facts)})})
+    if tensors is not None:
+        content["tensors"] = ArrayRecord(dict(tensors))
+    return content
+
+
+def _facts(message: Message, where: str) -> bytes:
+    record = message.content.get("facts")
+    if not isinstance(record, ConfigRecord) or not isinstance(record.get("json"), bytes):
+        raise MessageInvalid(f"{where}: not a message of this system. Site and coordinator must run released versions.")
+    if record.get("protocol") != PROTOCOL:
+        raise MessageInvalid(
+            f"{where}: protocol {record.get('protocol')!r}, this side speaks {PROTOCOL}. Install one version on both."
+        )
+    return cast(bytes, record["json"])

@@ -1,0 +1,114 @@
+"""`fedsim`: multi-site studies on one machine, and the demo."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from shared_models.cli import guarded, print_json
+from shared_models.files import write_json
+from shared_models.study import load_study, ready_studies
+
+app = typer.Typer(
+    help="Federated studies on one machine: the real client and server code, any number of simulated sites.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console(stderr=True)
+CACHE = Path.home() / ".cache" / "fedimaging"
+
+
+@app.command()
+@guarded
+def run(
+    study: Annotated[str, typer.Argument(help="A ready study (see `fedsim studies`) or the path of a study.toml.")],
+    data: Annotated[Path | None, typer.Option(help="Folder with manifest.csv; without it, the phantom.")] = None,
+    sites: Annotated[
+        int | None, typer.Option(min=1, help="How many sites; all of the data, or 3 of the phantom.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, from the study's seed on.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder for results; runs in it go on where they were.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for many GPUs or machines.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes; 0 is this one alone. Default: the cores.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="PyTorch threads in each process (1).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    compare: Annotated[bool, typer.Option(help="Train pooled and every site alone beside the federation.")] = True,
+    json_to: Annotated[
+        Path | None, typer.Option("--json", help="Write the results as JSON; - is standard output.")
+    ] = None,
+) -> None:
+    """Runs a study: federated, pooled and each site alone, every model scored on every site's test patients."""
+    from simulations import run as simulation  # imports the data readers
+    from simulations.show import results_table, watching
+
+    loaded = load_study(study)
+    folder = out or Path("runs") / loaded.name
+    how = simulation.machine(engine, workers, threads, device)
+    with watching(console, folder, loaded.rounds.count) as say:
+        source = simulation.data_folder(loaded, data, sites, CACHE / "phantom", say)
+        nodes = simulation.node_configs(folder, source, how, sites)
+        results = simulation.simulate(loaded, nodes, folder, how, seeds, compare, say)
+    if json_to is not None and str(json_to) != "-":
+        write_json(json_to, results)
+    if str(json_to) == "-":
+        print_json(results)
+    else:
+        Console().print(results_table(results))
+        print(f"report   {results['report']}\nweights  {results['weights']}\nnumbers  {folder / 'results.json'}")
+
+
+@app.command()
+@guarded
+def studies(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
+    """Lists the ready studies."""
+    listed = {name: load_study(name).title for name in ready_studies()}
+    if as_json:
+        print_json(listed)
+        return
+    for name, title in listed.items():
+        print(f"{name:16} {title}")
+
+
+@app.command()
+@guarded
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo"),
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """A coordinator and three hospitals as processes on this machine, over mutual TLS, on phantom images."""
+    from simulations.demo import demonstrate
+
+    results = demonstrate(out, console)
+    if as_json:
+        print_json(results)
+
+
+@app.command()
+@guarded
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Folder to write the data set into.")],
+    sites: Annotated[int, typer.Option(min=1)] = 3,
+    patients: Annotated[int, typer.Option(min=3, help="Of each site, split 60/10/30 into train, val, test.")] = 30,
+    slices: Annotated[int, typer.Option(min=1)] = 6,
+    size: Annotated[int, typer.Option(min=16, max=1024, help="Pixels along an edge.")] = 128,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Writes a multi-site lung-CT phantom: images, labels, exact truth, nodules, manifest.csv."""
+    from simulations.phantoms import PhantomPlan
+    from simulations.phantoms import phantom as write
+
+    val, test = max(1, patients // 10), max(1, 3 * patients // 10)
+    plan = PhantomPlan(sites, patients - val - test, val, test, slices, size, seed)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task("patients", total=None)
+        folder = write(out, plan, progress=lambda n, of: bars.update(bar, completed=n, total=of))
+    print(folder)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,260 @@
+"""A study on one machine: federated, pooled, and every site alone, with the real client and server code.
+
+    OUT/seed-0/federated/      a run folder like a deployment's, with the report
+    OUT/seed-0/pooled/, local-SITE/    run folders of the comparisons
+    OUT/results.json           every number, by seed
+
+Pooled and local training are runs with one site, so that nothing but the data differs: pooled takes as many gradient
+steps as all sites together, a site alone as many as it takes in the federation. A run that was interrupted goes on.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from fedclient.data.manifest import sites_of
+from fedclient.site import UNIT, open_site
+from fedserver.checkpoint import RunFolder, create_run, read_state, trained_study
+from fedserver.report import Comparison, write_report
+from shared_models.errors import StateInvalid, StudyInvalid
+from shared_models.files import read_json, write_json
+from shared_models.metrics import DiceCounts, as_row
+from shared_models.study import Study, sha256
+from shared_models.weights import load
+from simulations.engine import NodeConfig, run_local
+from simulations.phantoms import PhantomPlan, phantom
+
+Engine = Literal["local", "ray"]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How a simulation uses this machine.
+
+    Attributes:
+        workers: orders carried out at once, each in a process of its own; 0 is no process but this one.
+        threads: of PyTorch in each; the same number gives the same weights, whatever `workers` and `engine`.
+    """
+
+    engine: Engine = "local"
+    workers: int = 0
+    threads: int = 1
+    device: str = "auto"
+
+
+def machine(engine: str, workers: int | None, threads: int | None, device: str) -> Machine:
+    """Every core, one thread each, unless told otherwise: small networks gain little from threads, and lose much
+    when another program runs beside them.
+
+    Raises:
+        StudyInvalid: no such engine, or one that is not installed.
+    """
+    if engine not in ("local", "ray"):
+        raise StudyInvalid(f"--engine {engine!r}: allowed are local and ray.")
+    if engine == "ray" and find_spec("ray") is None:
+        raise StudyInvalid(
+            "--engine ray: Ray is not installed. Install the package with its extra `ray`, or use local."
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(cast(Engine, engine), cores if workers is None else workers, threads or 1, device)
+
+
+def data_folder(study: Study, data: Path | None, sites: int | None, cache: Path, say: Say) -> Path:
+    """The given folder, or the phantom for a CT study.
+
+    Raises:
+        StudyInvalid: the phantom has no such images.
+    """
+    if data is not None:
+        return data
+    if study.modality != "ct" or study.task.labels != ("lung",):
+        raise StudyInvalid(
+            f"study {study.name!r}: the built-in phantom holds lungs on CT only. Give --data DIR with a manifest.csv."
+        )
+    return phantom(cache, phantom_plan(study, sites), processes=2, progress=lambda n, of: say(f"phantom: {n} of {of}"))
+
+
+def phantom_plan(study: Study, sites: int | None = None) -> PhantomPlan:
+    """The phantom of a study: pixels as the plan asks for, three sites unless told otherwise."""
+    return PhantomPlan(sites=sites or 3, train=14, val=4, test=12, slices=6, size=max(128, study.preprocess.size[0]))
+
+
+def node_configs(folder: Path, data: Path, how: Machine, sites: int | None) -> dict[str, NodeConfig]:
+    """Site -> what its simulated node is told."""
+    names = sites_of(data)
+    if sites is not None and sites > max(1, len(names)):
+        raise StudyInvalid(f"{data}: has {len(names)} sites ({', '.join(names)}), {sites} were asked for.")
+    if not names:
+        return {"site": _config(folder, data, how, "site", "")}
+    slugs = {name: re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")[:48] for name in names}
+    if len({*slugs.values()}) < len(slugs) or not all(slugs.values()):
+        raise StudyInvalid(f"{data}: sites {', '.join(names)} are too alike. Name them with letters, digits, - and _.")
+    return {slugs[name]: _config(folder, data, how, slugs[name], name) for name in names[:sites]}
+
+
+def _config(folder: Path, data: Path, how: Machine, site: str, manifest_site: str) -> NodeConfig:
+    return {
+        "site": site,
+        "manifest-site": manifest_site,
+        "data": str(data),
+        "work": str(folder),
+        "threads": how.threads,
+        "device": how.device,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run folder to be carried out: the federation, everything pooled, or one site alone."""
+
+    name: str
+    study: Study
+    nodes: Mapping[str, NodeConfig]
+
+
+def jobs(study: Study, nodes: Mapping[str, NodeConfig], compare: bool) -> list[Job]:
+    alone = replace(
+        study, rounds=replace(study.rounds, quorum=1, cohort=1.0), evaluate=replace(study.evaluate, every=0)
+    )
+    quorum = min(study.rounds.quorum, len(nodes))
+    listed = [Job("federated", replace(study, rounds=replace(study.rounds, quorum=quorum)), nodes)]
+    if not compare:
+        return listed
+    steps = study.train.local_steps
+    together = replace(alone, train=replace(alone.train, local_steps=steps * len(nodes) if steps else None))
+    rows = UNIT.join(str(config["manifest-site"]) for config in nodes.values())
+    listed.append(
+        Job("pooled", together, {"pooled": {**next(iter(nodes.values())), "site": "pooled", "manifest-site": rows}})
+    )
+    return listed + [Job(f"local-{site}", alone, {site: config}) for site, config in nodes.items()]
+
+
+def carry_out(job: Job, folder: Path, how: Machine) -> RunFolder:
+    """Starts the run of a job, or goes on with it."""
+    from shared_models.nets import initial_weights  # imports torch
+
+    run, inputs = RunFolder(folder / job.name), _inputs(job)
+    if not (run.path / "state.json").exists():
+        initial = None if job.study.plan == "federated" else initial_weights(job.study)
+        create_run(folder, job.name, job.study, initial)
+        write_json(run.path / "inputs.json", inputs)
+    elif not (run.path / "inputs.json").exists() or read_json(run.path / "inputs.json") != inputs:
+        raise StateInvalid(f"{run.path}: holds a run of another study or other data. Give --out another folder.")
+    if how.engine == "ray":
+        from simulations.ray_engine import run_ray  # imports Ray
+
+        run_ray(run.path, job.nodes, how.workers)
+    else:
+        run_local(run.path, job.nodes, workers=how.workers)
+    return run
+
+
+def _inputs(job: Job) -> dict[str, Any]:
+    """What a run folder's results follow from, so that an edited study or other data are not answered with old ones."""
+    manifests = {Path(str(config["data"])) / "manifest.csv" for config in job.nodes.values()}
+    return {
+        "study_sha256": sha256(job.study),
+        "sites": {site: str(config["manifest-site"]) for site, config in job.nodes.items()},
+        "manifests": sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in manifests),
+    }
+
+
+def simulate_seed(
+    study: Study, nodes: Mapping[str, NodeConfig], folder: Path, how: Machine, compare: bool, say: Say
+) -> Comparison:
+    """Federated, then pooled and every site alone side by side, then each model scored on each site's test patients."""
+    todo = jobs(study, nodes, compare)
+    runs = {todo[0].name: carry_out(todo[0], folder, how)}
+    say("federated")
+    with ThreadPoolExecutor(max_workers=max(1, how.workers)) as side_by_side:
+        one_each = replace(how, workers=min(1, how.workers))
+        for job, run in zip(
+            todo[1:], side_by_side.map(lambda j: carry_out(j, folder, one_each), todo[1:]), strict=True
+        ):
+            runs[job.name] = run
+            say(job.name)
+    scores = {name: score(run, nodes) for name, run in runs.items()}
+    local = {name.removeprefix("local-"): s for name, s in scores.items() if name.startswith("local-")}
+    return Comparison(local=local, pooled=scores.get("pooled", {}), federated=scores["federated"])
+
+
+def score(run: RunFolder, nodes: Mapping[str, NodeConfig]) -> dict[str, DiceCounts]:
+    """Site -> Dice of the run's last weights on its test patients, for the first label."""
+    from fedclient.training.learner import ImageLearner  # imports torch
+
+    study, weights = trained_study(run), load(run.weights(read_state(run).round))
+    label = study.task.labels[0]
+    return {s: ImageLearner().score(open_site(c), study, weights, "test")[label] for s, c in nodes.items()}
+
+
+def simulate(
+    study: Study, nodes: Mapping[str, NodeConfig], out: Path, how: Machine, seeds: int, compare: bool, say: Say
+) -> dict[str, Any]:
+    """Every seed from `study.seed` on; writes results.json and a report, and returns the results."""
+    comparisons: list[Comparison] = []
+    results: dict[str, Any] = {"study": study.name, "seeds": []}
+    for seed in range(study.seed, study.seed + seeds):
+        folder = out / f"seed-{seed}"
+        of_seed = partial(_say_of, say, seed)
+        comparison = simulate_seed(replace(study, seed=seed), nodes, folder, how, compare, of_seed)
+        comparisons.append(comparison)
+        results["seeds"].append({"seed": seed} | as_numbers(comparison))
+        results["summary"] = summary(results["seeds"])
+        write_json(out / "results.json", results)
+    first = RunFolder(out / f"seed-{study.seed}" / "federated")
+    results["report"] = str(write_report(first, comparisons))
+    results["weights"] = str(first.weights(study.rounds.count))
+    write_json(out / "results.json", results)
+    return results
+
+
+def _say_of(say: Say, seed: int, news: str) -> None:
+    say(f"seed {seed}: {news} is done")
+
+
+def as_numbers(comparison: Comparison) -> dict[str, Any]:
+    """Mean Dice for each model and site, and all that is behind it."""
+
+    def means(of: Mapping[str, DiceCounts]) -> dict[str, float]:
+        return {site: round(part.mean, 6) for site, part in of.items()}
+
+    def rows(of: Mapping[str, DiceCounts]) -> dict[str, Any]:
+        return {site: as_row(part) for site, part in of.items()}
+
+    return {
+        "local": {trained: means(of) for trained, of in comparison.local.items()},
+        "pooled": means(comparison.pooled),
+        "federated": means(comparison.federated),
+        "details": {
+            "local": {trained: rows(of) for trained, of in comparison.local.items()},
+            "pooled": rows(comparison.pooled),
+            "federated": rows(comparison.federated),
+        },
+    }
+
+
+def summary(seeds: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Means over the seeds: of the site means, of the worst site, and of the worst cell of the local models."""
+
+    def over(values: list[float]) -> float | None:
+        return round(sum(values) / len(values), 6) if values else None
+
+    def mean(of: Mapping[str, float]) -> float:
+        return sum(of.values()) / len(of)
+
+    return {
+        "federated_mean": over([mean(s["federated"]) for s in seeds]),
+        "federated_worst": over([min(s["federated"].values()) for s in seeds]),
+        "pooled_mean": over([mean(s["pooled"]) for s in seeds if s["pooled"]]),
+        "pooled_worst": over([min(s["pooled"].values()) for s in seeds if s["pooled"]]),
+        "local_home_mean": over([mean({t: of[t] for t, of in s["local"].items()}) for s in seeds if s["local"]]),
+        "local_worst_cell": over([min(min(of.values()) for of in s["local"].values()) for s in seeds if s["local"]]),
+    }

@@ -1,0 +1,95 @@
+"""What a researcher sees: a bar for each run in progress, and the table at the end."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fedserver.checkpoint import RunFolder, read_progress
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def watching(console: Console, out: Path, rounds: int) -> Iterator[Say]:
+    """Shows the runs below `out` as they go, with the time left; yields a function for one-line news."""
+    columns = (
+        TextColumn("{task.description:28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    ended = threading.Event()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[Path, TaskID] = {}
+
+        def watch() -> None:
+            while not ended.wait(0.5):
+                for folder in sorted(p.parent for p in out.glob("seed-*/*/progress.json")):
+                    _update(bars, tasks, folder, rounds)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield lambda news: console.print(news, highlight=False)
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def _update(bars: Progress, tasks: dict[Path, TaskID], folder: Path, rounds: int) -> None:
+    progress = read_progress(RunFolder(folder))
+    finished = progress["phase"] == "finished"
+    if folder not in tasks:
+        if finished:
+            return  # of an earlier call
+        tasks[folder] = bars.add_task(f"{folder.parent.name} {folder.name}", total=rounds)
+    done = rounds if finished else min(progress["round"], rounds) - (progress["phase"] == "train")
+    bars.update(tasks[folder], completed=done, visible=not finished)
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """Test Dice of each model on each site, mean over the seeds; the worst site and the worst cell are marked."""
+    seeds = results["seeds"]
+    sites = sorted(seeds[0]["federated"])
+    models: dict[str, dict[str, float]] = {}
+    for trained in sorted(seeds[0]["local"]):
+        models[f"only {trained}"] = {s: _mean([r["local"][trained][s] for r in seeds]) for s in sites}
+    if seeds[0]["pooled"]:
+        models["pooled"] = {s: _mean([r["pooled"][s] for r in seeds]) for s in sites}
+    models["federated"] = {s: _mean([r["federated"][s] for r in seeds]) for s in sites}
+    return dice_table(models, sites, f"Test Dice, {results['study']}, mean of {len(seeds)} seed(s)")
+
+
+def dice_table(models: Mapping[str, Mapping[str, float]], sites: list[str], title: str) -> Table:
+    """A row for each model, a column for each site, then the mean and the worst site."""
+    table = Table(title=title)
+    table.add_column("trained on")
+    for site in sites:
+        table.add_column(site, justify="right")
+    table.add_column("mean", justify="right")
+    table.add_column("worst", justify="right")
+    for name, row in models.items():
+        worst = min(row.values())
+        cells = [f"[yellow]{row[s]:.3f}[/]" if row[s] == worst else f"{row[s]:.3f}" for s in sites]
+        table.add_row(name, *cells, f"{_mean(list(row.values())):.3f}", f"{worst:.3f}", end_section=name == "pooled")
+    return table
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,323 @@
+"""The three commands: help, one clear message and exit code 1 for what a person can mend, and JSON for machines."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import fedclient.cli
+import fedserver.cli
+import simulations.cli
+from fedclient.site import Data, SiteFile, site_toml
+from fedserver.enrol import open_federation
+from fedserver.state import change_run, find_run
+from shared_models.cli import guarded
+from shared_models.errors import FederationError
+from shared_models.files import write_atomic
+from simulations.phantoms import PhantomPlan, phantom
+from tests.edge import running_edge
+
+COMMANDS: dict[str, typer.Typer] = {
+    "fedserver": fedserver.cli.app,
+    "fedclient": fedclient.cli.app,
+    "fedsim": simulations.cli.app,
+}
+SUBCOMMANDS = {
+    "fedserver": ["init", "serve", "invite", "run", "stop", "status"],
+    "fedclient": ["join", "check", "start", "status"],
+    "fedsim": ["run", "studies", "demo", "phantom"],
+}
+TINY = """
+name = "tiny"
+[model]
+features = [4, 4, 4, 4, 4, 4]
+groups = 2
+[preprocess]
+size = [32, 32]
+[rounds]
+count = 1
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """Nothing is found or left where the tests were started."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("FEDSERVER_FEDERATION", "FEDCLIENT_SITE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def call(*words: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    command, *rest = map(str, words)
+    done = CliRunner().invoke(COMMANDS[command], rest)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def refused(*words: object) -> str:
+    """The one message of a command that exits with 1 and prints nothing else."""
+    code, out, err = call(*words)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("error: ") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def parsed(*words: object) -> Any:
+    code, out, err = call(*words)
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+@pytest.fixture
+def federation() -> Path:
+    assert call("fedserver", "init", "--name", "Test", "--address", "127.0.0.1:8443")[0] == 0
+    return Path("federation")
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_command_with_a_sentence(command):
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    listed = {line.split()[1]: line for line in out.splitlines() if len(line.split()) > 3 and line.startswith("│ ")}
+    for name in SUBCOMMANDS[command]:
+        assert name in listed, out
+        assert len(listed[name].split()) > 5
+
+
+@pytest.mark.parametrize(("command", "name"), [(c, n) for c, names in SUBCOMMANDS.items() for n in names])
+def test_every_command_has_help(command, name):
+    code, out, _ = call(command, name, "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bare_command_shows_its_help_and_an_unknown_one_is_no_success(command):
+    assert "Usage" in "".join(call(command)[1:])
+    assert call(command, "frobnicate")[0] == 2
+    assert call(command, SUBCOMMANDS[command][0], "--frobnicate")[0] == 2
+
+
+# One clear message
+
+
+def test_an_unknown_study_is_told_with_those_that_there_are(federation):
+    (Path("broken.toml")).write_text('name = "x"\n[train]\nlerning_rate = 1')
+    for words in (("fedsim", "run"), ("fedserver", "run")):
+        assert "'lung' is neither a study file nor a ready study. Ready: chest-xray, lung-ct" in refused(*words, "lung")
+        assert "no.toml: there is no such file" in refused(*words, "no.toml")
+        assert "Did you mean `learning_rate`?" in refused(*words, "broken.toml")
+        assert ".: cannot be read (Is a directory)" in refused(*words, ".")
+
+
+def test_a_missing_folder_is_told_with_the_command_that_makes_it():
+    for words in (["status"], ["invite", "north"], ["run", "lung-ct-quick"], ["serve"], ["stop", "x"]):
+        assert "fedserver init" in refused("fedserver", *words)
+    for name in ("check", "start", "status"):
+        assert "Run `fedclient join INVITE` first" in refused("fedclient", name)
+    assert "manifest.csv: there is no such file" in refused("fedsim", "run", "lung-ct-quick", "--data", "nowhere")
+    assert list(Path().rglob("*.db")) == []
+
+
+@pytest.mark.parametrize("invite", ["", "x", "fl1.", "fl1.AAAA", "fl2.abc", "fl1.é"])
+def test_a_bad_invite_is_told_and_leaves_nothing(invite):
+    Path("data").mkdir()
+    assert "invite: " in refused("fedclient", "join", invite, "--data", "data")
+    assert not Path("site").exists()
+
+
+def test_joining_with_a_missing_data_folder_is_told_before_the_invite_is_spent(federation):
+    line = call("fedserver", "invite", "north")[1].strip()
+    assert "nowhere: is no folder" in refused("fedclient", "join", line, "--data", "nowhere")
+    odd = os.fsdecode(b"caf\xe9")
+    Path(odd).mkdir()
+    assert "its name is not UTF-8" in refused("fedclient", "join", line, "--data", odd)
+    assert not Path("site").exists()
+
+
+def test_a_coordinator_that_is_not_there_is_told(federation):
+    Path("data").mkdir()
+    line = call("fedserver", "init", "--federation", "away", "--address", "127.0.0.1:9")
+    line = call("fedserver", "invite", "north", "--federation", "away")
+    assert "coordinator at 127.0.0.1:9: cannot be reached" in refused(
+        "fedclient", "join", line[1].strip(), "--data", "data"
+    )
+
+
+def test_a_wrong_engine_is_told_before_anything_is_made(monkeypatch):
+    for name in ("gpu", "", "Local"):
+        assert "allowed are local and ray" in refused("fedsim", "run", "lung-ct-quick", "--engine", name, "--out", "o")
+    monkeypatch.setattr("simulations.run.find_spec", lambda name: None)
+    assert "Ray is not installed" in refused("fedsim", "run", "lung-ct-quick", "--engine", "ray", "--out", "o")
+    assert not Path("o").exists()
+
+
+def test_an_unknown_run_is_told(federation):
+    assert "run 'lung-1': is not known here" in refused("fedserver", "stop", "lung-1")
+
+
+def test_a_study_that_the_phantom_has_no_images_for_is_told():
+    assert "Give --data DIR with a manifest.csv" in refused("fedsim", "run", "chest-xray", "--out", "o")
+
+
+def test_wrong_names_are_told(federation):
+    assert "site name 'North Hospital'" in refused("fedserver", "invite", "North Hospital")
+    assert "is not empty" in refused("fedserver", "init")
+    assert "federation name" in refused("fedserver", "init", "--federation", "f2", "--name", "[bold]\n")
+    assert "expected host:port" in refused("fedserver", "init", "--federation", "f2", "--address", "nowhere")
+    assert "a name is lower-case" in refused("fedserver", "run", "lung-ct-quick", "--name", "../x")
+    assert not Path("f2").exists()
+
+
+def test_a_path_that_cannot_be_is_told_and_not_traced(federation):
+    Path("file").touch()
+    assert "file" in refused("fedserver", "init", "--federation", "file/f")
+    assert "file" in refused(
+        "fedsim", "phantom", "file/p", "--sites", "1", "--patients", "3", "--slices", "1", "--size", "16"
+    )
+
+
+def test_a_message_with_brackets_is_printed_as_it_is():
+    app = typer.Typer()
+
+    @app.command()
+    @guarded
+    def fail(words: str) -> None:
+        raise FederationError(words)
+
+    for words in ("features [4, 4] of [model]", "[/] [bold]x[/bold] \\[y] \\", "[link=http://x]y"):
+        done = CliRunner().invoke(app, [words])
+        assert (done.exit_code, done.stderr) == (1, f"error: {words}\n")
+
+
+def test_an_error_that_nobody_can_mend_is_traced_and_not_hidden():
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    @guarded
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    assert isinstance(CliRunner().invoke(app, []).exception, ZeroDivisionError)
+
+
+def test_a_folder_with_brackets_in_its_name_is_printed_as_it_is(tmp_path):
+    _, out, _ = call("fedserver", "init", "--federation", "[old] fed[/bold]", "--name", "Test")
+    assert "is in [old] fed[/bold]." in out
+
+
+# JSON
+
+
+def test_what_a_coordinator_asks_for_as_json_can_be_parsed():
+    made = parsed("fedserver", "init", "--name", "Test", "--address", "127.0.0.1:8443", "--json")
+    assert (made["name"], made["address"], made["folder"]) == ("Test", "127.0.0.1:8443", "federation")
+    assert len(made["words"].split()) == 8
+    invited = parsed("fedserver", "invite", "north", "--json")
+    assert invited["site"] == "north"
+    assert invited["invite"].startswith("fl1.")
+    Path("tiny.toml").write_text(TINY)
+    assert parsed("fedserver", "run", "tiny.toml", "--json", "--no-wait") == {"run": "tiny-1", "state": "queued"}
+    assert parsed("fedserver", "run", "tiny.toml", "--json") == {"run": "tiny-1", "state": "queued"}  # nobody serves
+    status = parsed("fedserver", "status", "--json")
+    assert [run["id"] for run in status["runs"]] == ["tiny-1"]
+    assert [site["name"] for site in status["sites"]] == ["north"]
+
+
+def test_the_invite_is_one_line_and_nothing_else(federation):
+    code, out, err = call("fedserver", "invite", "north")
+    assert (code, err) == (0, "")
+    assert out.startswith("fl1.")
+    assert out.count("\n") == 1
+
+
+def test_a_queued_run_is_shown_and_stopped_and_goes_on(federation):
+    Path("tiny.toml").write_text(TINY)
+    code, out, _ = call("fedserver", "run", "tiny.toml")
+    assert code == 0
+    assert "Nothing serves this federation yet" in out
+    assert "tiny-1" in call("fedserver", "status")[1]
+    assert call("fedserver", "stop", "tiny-1") == (0, "tiny-1 is stopped.\n", "")
+    assert call("fedserver", "run", "tiny.toml", "--no-wait")[0] == 0
+    state = open_federation(federation).state
+    found = find_run(state, "tiny-1")
+    assert found is not None
+    assert found.state == "queued"
+    change_run(state, "tiny-1", 1.0, "finished")
+    assert "is finished already" in refused("fedserver", "stop", "tiny-1")
+
+
+def test_the_ready_studies_are_listed():
+    assert "lung-ct-quick" in call("fedsim", "studies")[1]
+    assert set(parsed("fedsim", "studies", "--json")) == {"chest-xray", "lung-ct", "lung-ct-quick", "lung-nodule"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    plan = PhantomPlan(sites=("north", "south"), train=2, val=1, test=1, slices=1, size=32)
+    return phantom(tmp_path_factory.mktemp("phantom"), plan, processes=1)
+
+
+def test_a_phantom_is_written_where_it_is_said(tmp_path):
+    words = ("fedsim", "phantom", tmp_path / "p", "--sites", 1, "--patients", 3, "--slices", 1, "--size", 16)
+    code, out, err = call(*words)
+    assert (code, err) == (0, "")
+    assert (Path(out.strip()) / "manifest.csv").is_file()
+
+
+def test_a_hospital_joins_looks_at_its_data_and_asks_how_it_stands(tmp_path, data):
+    with running_edge(tmp_path / "served") as edge:
+        line = parsed("fedserver", "invite", "north", "--federation", edge.federation.folder, "--json")["invite"]
+        words = ["fedclient", "join", line, "--data", data, "--manifest-site", "north"]
+        joined = parsed(*words, "--json")
+        assert (joined["site"], joined["address"], joined["settings"]) == ("north", edge.address, "site/site.toml")
+        assert "belongs to a federation already" in refused(*words)
+        assert "HTTP 4" in refused(*words, "--site", "second")  # an invite is good for one
+    assert parsed("fedclient", "check", "--json") == {
+        "cases": 4,
+        "readable": 4,
+        "splits": {
+            split: {"cases": n, "patients": n, "labelled": n} for split, n in (("train", 2), ("val", 1), ("test", 1))
+        },
+    }
+    status = parsed("fedclient", "status", "--json")
+    assert (status["site"], status["finished_work"]) == ("north", [])
+    assert "stopped; `fedclient start` starts it" in call("fedclient", "status")[1]
+
+
+def test_a_site_with_unreadable_images_is_told_by_rows_and_not_by_names(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "Jane_Doe.nii.gz").write_bytes(b"no image")
+    (tmp_path / "data" / "manifest.csv").write_text("patient_id,image,mask\nJane_Doe,Jane_Doe.nii.gz,\n")
+    file = SiteFile("north", "127.0.0.1:9", "Test", Data(str(tmp_path / "data")))
+    write_atomic(Path("site") / "site.toml", site_toml(file).encode())
+    told = refused("fedclient", "check")
+    assert "1 of 1 cases cannot be used" in told
+    assert "row 2: " in told
+    assert "Jane" not in told
+
+
+def test_a_simulation_tells_its_results_as_json_on_standard_output_and_nothing_else(data):
+    Path("tiny.toml").write_text(TINY)
+    words = ["fedsim", "run", "tiny.toml", "--data", data, "--out", "out", "--workers", 0, "--device", "cpu", "--json"]
+    code, out, _ = call(*words, "-", "--no-compare")
+    assert code == 0
+    results = json.loads(out)
+    assert [seed["seed"] for seed in results["seeds"]] == [0]
+    assert set(results["seeds"][0]["federated"]) == {"north", "south"}
+    assert Path(results["report"]).is_file()
+    assert call(*words, "results.json", "--no-compare")[0] == 0
+    assert json.loads(Path("results.json").read_text()) == results

@@ -1,0 +1,146 @@
+"""Which series a folder holds, whatever its files are called and whatever else lies there."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.uid import UID
+
+from fedclient.data.dicom import find_series, read_series
+from fedclient.data.images import read_image
+from shared_models.errors import ImageUnreadable
+from tests.dicoms import SLICES, STEP_MM, putting, slice_of, write, write_series
+from tests.test_dicom import enhanced, radiograph
+
+
+def test_series_are_told_apart_and_their_slices_ordered(tmp_path: Path) -> None:
+    write_series(tmp_path / "a")
+    write_series(tmp_path / "b", 4, edit=putting("SeriesInstanceUID", "1.2.826.7"))
+    found = find_series(tmp_path)
+    assert [len(series.files) for series in found.series] == [SLICES, 4]
+    for series in found.series:
+        heights = [each.where.position_mm[2] for each in series.slices if each.where is not None]
+        assert heights == sorted(heights)
+        assert len(heights) == len(series.files)
+    assert found.series[1].uid == "1.2.826.7"
+    assert found.series[0].slices[0].sop_uid.startswith("1.2.826.0.1.3680043.9.1.")
+    assert (found.series[0].modality, found.series[0].rows, found.series[0].frames) == ("CT", 10, 1)
+
+
+def test_a_series_says_nothing_of_its_patient(tmp_path: Path) -> None:
+    write_series(tmp_path / "Doe_Jane")
+    shown = repr(find_series(tmp_path))
+    assert "Doe" not in shown
+    assert "1.2.826" not in shown
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        ("ImageOrientationPatient", [1, 0, 0, 0, 0, -1]),
+        ("PixelSpacing", [0.5, 0.5]),
+        ("ImageType", ["DERIVED", "SECONDARY", "MPR"]),
+    ],
+)
+def test_one_series_uid_may_hold_several_stacks(keyword: str, value: object, tmp_path: Path) -> None:
+    write_series(tmp_path, edit=putting(keyword, value, (4, 5)))
+    assert sorted(len(series.files) for series in find_series(tmp_path).series) == [2, 4]
+
+
+@pytest.mark.parametrize("keyword", ["AcquisitionNumber", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue"])
+def test_takes_of_the_same_part_of_the_patient_are_series_of_their_own(keyword: str, tmp_path: Path) -> None:
+    for take in (1, 2, 3):
+        write_series(tmp_path / str(take), edit=putting(keyword, take))
+    found = find_series(tmp_path)
+    assert [len(series.files) for series in found.series] == [SLICES] * 3
+    assert read_series(found.series[1].files).voxels.shape[-1] == SLICES
+
+
+def test_takes_one_behind_the_other_are_one_series(tmp_path: Path) -> None:
+    """Step-and-shoot CT counts an acquisition for each step."""
+    write_series(tmp_path, edit=lambda k, data: setattr(data, "AcquisitionNumber", k // 2))
+    (series,) = find_series(tmp_path).series
+    assert len(series.files) == SLICES
+    assert read_series(series.files).spacing_mm[2] == pytest.approx(STEP_MM)
+
+
+def test_what_is_no_image_is_counted_and_passed_over(tmp_path: Path) -> None:
+    write_series(tmp_path / "series")
+    write(tmp_path / "scout", slice_of(0)).write_bytes(b"")
+    scout = slice_of(50)
+    scout.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    write(tmp_path / "scout", scout)
+    segmentation = slice_of(60)
+    segmentation.Modality = "SEG"
+    write(tmp_path / "seg", segmentation)
+    report = slice_of(70)
+    report.Modality = "SR"
+    del report.Rows, report.Columns, report.PixelData
+    write(tmp_path / "report", report)
+    directory = slice_of(80)
+    directory.file_meta.MediaStorageSOPClassUID = directory.SOPClassUID = UID("1.2.840.10008.1.3.10")
+    write(tmp_path / "DICOMDIR", directory)
+    (tmp_path / "notes.txt").write_text("Doe, Jane")
+    (tmp_path / "._x").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "broken.dcm").write_bytes(b"nothing")
+    found = find_series(tmp_path)
+    assert len(found.series) == 1
+    assert found.ignored == {"localiser": 1, "DICOMDIR": 1, "not DICOM": 2}
+    assert [path.name for path in found.objects] == ["report", "seg"]
+    assert [path.name for path in found.unreadable] == ["broken.dcm"]
+
+
+def test_films_and_files_of_many_frames_stand_alone(tmp_path: Path) -> None:
+    for n in range(2):
+        write(tmp_path / f"film{n}", radiograph())
+    write(tmp_path / "enhanced", enhanced())
+    found = find_series(tmp_path)
+    assert sorted((series.frames, len(series.files)) for series in found.series) == [(1, 1), (1, 1), (SLICES, 1)]
+
+
+def test_a_link_out_of_the_folder_is_refused_and_one_inside_passed_over(tmp_path: Path) -> None:
+    (first, *_) = write_series(tmp_path / "data")
+    write_series(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").symlink_to(first)
+    found = find_series(tmp_path / "data")
+    assert found.ignored == {"link": 1}
+    assert len(found.series[0].files) == SLICES
+    for target in (tmp_path / "elsewhere", tmp_path / "elsewhere" / first.name, Path("/etc/passwd")):
+        link = tmp_path / "data" / "out"
+        link.symlink_to(target)
+        with pytest.raises(ImageUnreadable) as e:
+            find_series(tmp_path / "data")
+        assert e.value.code == "PATH_ESCAPE"
+        link.unlink()
+
+
+def test_a_folder_of_none_or_two_series_or_with_a_broken_file_is_not_guessed_at(tmp_path: Path) -> None:
+    def code(folder: Path) -> str:
+        with pytest.raises(ImageUnreadable) as e:
+            read_image(folder)
+        assert "pytest" not in str(e.value)
+        return e.value.code
+
+    (tmp_path / "empty").mkdir()
+    assert code(tmp_path / "empty") == "DICOM_UNREADABLE"
+    write_series(tmp_path / "two" / "a")
+    write_series(tmp_path / "two" / "b", edit=putting("SeriesInstanceUID", "1.2.826.7"))
+    assert code(tmp_path / "two") == "SERIES_MIXED"
+    paths = write_series(tmp_path / "broken")
+    content = paths[-1].read_bytes()
+    for keep in (150, 500):  # within the group of the file, and before the rows
+        paths[-1].write_bytes(content[:keep])
+        assert code(tmp_path / "broken") == "DICOM_UNREADABLE"
+
+
+def test_headers_are_read_without_their_pixels(tmp_path: Path) -> None:
+    def large(k: int, data: Dataset) -> None:
+        data.Rows = data.Columns = 512
+        data.PixelData = np.zeros((512, 512), np.uint16).tobytes()
+
+    paths = write_series(tmp_path, edit=large)
+    for path in paths:
+        content = path.read_bytes()
+        path.write_bytes(content[: content.index(b"\xe0\x7f\x10\0") + 12])  # the pixels themselves are gone
+    assert len(find_series(tmp_path).series[0].files) == SLICES

@@ -1,0 +1,70 @@
+import errno
+import time
+from pathlib import Path
+from typing import cast
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode
+
+from fedclient.executor import Work, answer, code_of
+from shared_models.archive import app_archive, digest
+from shared_models.errors import FederationError, ManifestInvalid, OrderRefused
+
+CONTEXT = Context(1, 2, {}, RecordDict(), {})
+
+
+def order() -> Message:
+    metadata = Metadata(1, "0" * 64, 1, 7, "", "3", time.time(), 60.0, "train")
+    return make_message(metadata=metadata, content=RecordDict({"order": ConfigRecord({"round": 3})}))
+
+
+def echo(message: Message, context: Context) -> Message:
+    number = cast(ConfigRecord, message.content["order"])["round"]
+    return Message(RecordDict({"answer": ConfigRecord({"round": number})}), reply_to=message)
+
+
+def work(app: object = echo) -> Work:
+    return Work("127.0.0.1:1", Path("none"), app, digest(app_archive()))  # type: ignore[arg-type]
+
+
+def test_the_installed_app_answers_an_order_of_the_same_release() -> None:
+    reply, failed = answer(work(), order(), CONTEXT, app_archive())
+    assert failed == ""
+    assert cast(ConfigRecord, reply.content["answer"])["round"] == 3
+
+
+def test_another_archive_is_refused_with_its_digest_and_no_app_is_called() -> None:
+    def tripwire(message: Message, context: Context) -> Message:
+        raise AssertionError("was called")
+
+    reply, failed = answer(work(tripwire), order(), CONTEXT, app_archive() + b"x")
+    assert (reply.error.code, reply.error.reason) == (ErrorCode.INVALID_FAB, failed)
+    assert failed == f"APP_NOT_APPROVED {digest(app_archive() + b'x')[:12]}"
+
+
+def test_an_exception_leaves_as_a_code_and_stays_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    def app(message: Message, context: Context) -> Message:
+        raise ValueError("/data/4711.nii.gz")
+
+    reply, _ = answer(work(app), order(), CONTEXT, app_archive())
+    assert (reply.error.code, reply.error.reason) == (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "APP_FAILED")
+    assert "/data/4711.nii.gz" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OrderRefused("POLICY_VIOLATION", "epsilon is spent"), "POLICY_VIOLATION"),
+        (OrderRefused("patient 4711", "not a code"), "ORDER_REFUSED"),
+        (ManifestInvalid("/data/manifest.csv"), "MANIFEST_INVALID"),
+        (FederationError("x"), "FEDERATION_ERROR"),
+        (MemoryError(), "OUT_OF_MEMORY"),
+        (OSError(errno.ENOSPC, "/data"), "DISK_FULL"),
+        (OSError(errno.EACCES, "/data"), "APP_FAILED"),
+        (ZeroDivisionError("division by zero"), "APP_FAILED"),
+    ],
+)
+def test_a_code_is_one_word_without_the_text_of_the_exception(error: Exception, code: str) -> None:
+    assert code_of(error) == code

@@ -1,0 +1,552 @@
+import hashlib
+import http.client
+import logging
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from flwr.proto.fleet_pb2 import ActivateNodeResponse, PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata
+
+from fedclient.enrol import Joined
+from fedserver import gateway as gateways
+from fedserver import intake as intakes
+from fedserver import listener
+from fedserver.gateway import Allowance
+from fedserver.intake import Intake, sweep
+from fedserver.state import find_site, revoke_site
+from shared_models.files import write_atomic
+from shared_models.identity import Credential, issue_site, new_authority, request_certificate
+from shared_models.transfer import site_context
+from tests.edge import Answer, Edge, ask, joined_site, node_headers, running_edge, stranger_context
+
+BLOB = os.urandom(700_000)
+DIGEST = hashlib.sha256(BLOB).hexdigest()
+PULL, PUSH, ACTIVATE = "/v1/fleet/pull-messages", "/v1/fleet/push-messages", "/v1/fleet/activate-node"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    joined: Joined
+    context: ssl.SSLContext
+
+
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    with running_edge(tmp_path_factory.mktemp("edge") / "federation") as edge:
+        yield edge
+
+
+@pytest.fixture(scope="module")
+def sites(edge: Edge, tmp_path_factory: pytest.TempPathFactory) -> tuple[Site, Site]:
+    folder = tmp_path_factory.mktemp("sites")
+    both = [joined_site(edge, folder, name) for name in ("north", "south")]
+    return Site(both[0], site_context(both[0].keys)), Site(both[1], site_context(both[1].keys))
+
+
+@pytest.fixture(scope="module")
+def north(sites: tuple[Site, Site]) -> Site:
+    return sites[0]
+
+
+@pytest.fixture(scope="module")
+def south(sites: tuple[Site, Site]) -> Site:
+    return sites[1]
+
+
+@pytest.fixture(autouse=True)
+def clean(edge: Edge) -> None:
+    edge.superlink.arrived.clear()
+    edge.superlink.answers.clear()
+    for path in (edge.blobs / "in").glob("*/*"):
+        path.unlink()
+
+
+def fleet(edge: Edge, site: Site, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
+    return ask(edge, site.context, "POST", path, body, node_headers(site.joined) if headers is None else headers)
+
+
+def messages(*sources: int) -> bytes:
+    sent = [Message(metadata=Metadata(src_node_id=source)) for source in sources]
+    return bytes(PushMessagesRequest(messages_list=sent).SerializeToString())
+
+
+def put(edge: Edge, site: Site, digest: str, body: bytes, span: str | None = None) -> Answer:
+    headers = {"content-range": span} if span else {}
+    return ask(edge, site.context, "PUT", f"/blobs/{digest}", body, headers)
+
+
+def uploads(edge: Edge, site: Site) -> list[str]:
+    return sorted(path.name for path in (edge.blobs / "in" / site.joined.site).glob("*"))
+
+
+# Who gets in
+
+
+def test_a_stranger_sees_the_ca_and_nothing_else(edge: Edge) -> None:
+    context = stranger_context(edge)
+    ca = ask(edge, context, "GET", "/enrol/ca")
+    assert (ca.status, ca.content) == (200, edge.federation.ca_certificate.read_bytes())
+    for method, path in [("POST", PULL), ("GET", f"/blobs/{DIGEST}"), ("PUT", f"/blobs/{DIGEST}"), ("GET", "/health")]:
+        refused = ask(edge, context, method, path, b"x" if method != "GET" else None)
+        assert (refused.status, "site's certificate" in refused.detail) == (403, True)
+    assert edge.superlink.arrived == []
+
+
+def test_a_certificate_of_a_foreign_ca_ends_the_connection(edge: Edge, north: Site, tmp_path: Path) -> None:
+    authority = new_authority("Foreign")
+    foreign(edge, north, authority, tmp_path, days_ago=0)
+    foreign(edge, north, real_authority(edge), tmp_path, days_ago=91)  # expired
+
+
+def foreign(edge: Edge, north: Site, authority: Credential, folder: Path, days_ago: int) -> None:
+    key = (north.joined.keys / "tls.key").read_bytes()
+    since = datetime.now(UTC) - timedelta(days=days_ago)
+    write_atomic(folder / "tls.pem", issue_site(authority, request_certificate("north", key), "north", since))
+    context = stranger_context(edge)
+    context.load_cert_chain(folder / "tls.pem", north.joined.keys / "tls.key")
+    with pytest.raises((ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)):
+        ask(edge, context, "GET", "/health")
+
+
+def real_authority(edge: Edge) -> Credential:
+    return Credential(edge.federation.ca_certificate.read_bytes(), edge.federation.ca_key.read_bytes())
+
+
+def test_the_servers_own_certificate_is_no_clients(edge: Edge) -> None:
+    context = stranger_context(edge)
+    context.load_cert_chain(edge.federation.server_certificate, edge.federation.server_key)
+    with pytest.raises((ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)):
+        ask(edge, context, "GET", "/health")
+
+
+def test_tls_below_1_3_is_not_spoken(edge: Edge) -> None:
+    context = stranger_context(edge)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        ask(edge, context, "GET", "/enrol/ca")
+
+
+def test_a_certificate_of_ours_for_nobody_in_the_state_is_refused(edge: Edge, north: Site, tmp_path: Path) -> None:
+    key = (north.joined.keys / "tls.key").read_bytes()
+    for name, why in [("nobody", "is not active"), ("north", "newer one has replaced")]:
+        write_atomic(tmp_path / "tls.pem", issue_site(real_authority(edge), request_certificate(name, key), name))
+        context = stranger_context(edge)
+        context.load_cert_chain(tmp_path / "tls.pem", north.joined.keys / "tls.key")
+        refused = ask(edge, context, "GET", "/health")
+        assert (refused.status, why in refused.detail) == (403, True)
+
+
+def test_a_site_is_known_by_its_certificate(edge: Edge, north: Site) -> None:
+    health = ask(edge, north.context, "GET", "/health")
+    assert (health.status, health.content) == (200, b'{"federation": "Test federation", "site": "north"}')
+
+
+def test_a_revoked_site_is_out_within_seconds_and_its_upload_is_not_kept(
+    edge: Edge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateways, "SITE_CACHE_S", 0.2)
+    joined = joined_site(edge, tmp_path, "west")
+    west = Site(joined, site_context(joined.keys))
+    assert fleet(edge, west, PULL).status == 200
+    host, port = edge.address.split(":")
+    with closing(http.client.HTTPSConnection(host, int(port), context=west.context, timeout=10)) as upload:
+        upload.putrequest("PUT", f"/blobs/{DIGEST}")
+        upload.putheader("content-length", str(len(BLOB)))
+        upload.endheaders()
+        upload.send(BLOB[:1000])
+        revoke_site(edge.federation.state, "west")
+        time.sleep(0.25)
+        upload.send(BLOB[1000:])
+        assert upload.getresponse().status == 403
+    assert DIGEST not in uploads(edge, west)
+    refused = fleet(edge, west, PULL)
+    assert (refused.status, "is not active" in refused.detail) == (403, True)
+    assert len(edge.superlink.arrived) == 1
+
+
+# Fleet calls
+
+
+def test_a_fleet_call_reaches_the_superlink_and_its_answer_comes_back(edge: Edge, north: Site) -> None:
+    edge.superlink.answers[PULL] = (200, b"answer")
+    headers = {**node_headers(north.joined), "flwr-timestamp": "now", "flwr-task-token": "x", "x-other": "y"}
+    answer = fleet(edge, north, PULL, b"question", headers)
+    assert (answer.status, answer.content, answer.headers["flwr-told"]) == (200, b"answer", "yes")
+    (arrived,) = edge.superlink.arrived
+    assert (arrived.path, arrived.body, arrived.headers["flwr-timestamp"]) == (PULL, b"question", "now")
+    assert arrived.headers["content-type"] == "application/protobuf"
+    assert not {"flwr-task-token", "x-other"} & set(arrived.headers)
+
+
+def test_an_error_of_the_superlink_is_passed_on(edge: Edge, north: Site) -> None:
+    edge.superlink.answers[PULL] = (412, b'{"code": 2004}')
+    answer = fleet(edge, north, PULL)
+    assert (answer.status, answer.content) == (412, b'{"code": 2004}')
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/fleet/register-node",
+        "/v1/fleet/unregister-node",
+        "/v1/control/start-run",
+        "/v1/control/list-nodes",
+        "/v1/runtime/acquire-task",
+        "/v1/fleet/../control/start-run",
+        "/v1/fleet/%2e%2e/control/start-run",
+        "/v1/fleet/..%2fcontrol/start-run",
+        "//v1/fleet/pull-messages",
+        "/v1//fleet/pull-messages",
+        "/v1/fleet/pull-messages/",
+        "/v1/fleet/pull-messages?x=1",
+        "/v1/fleet/pull%2dmessages",
+        "/V1/fleet/pull-messages",
+        "/docs",
+        "/openapi.json",
+        "/",
+        f"/blobs/{DIGEST}",
+        f"/blobs/../ca/{DIGEST}",
+        f"/blobs/{DIGEST}%00",
+        f"/blobs/{DIGEST.upper()}",
+        "/blobs/..%2f..%2fca%2fca.key",
+        "https://127.0.0.1/v1/control/start-run",
+    ],
+)
+def test_what_is_not_offered_is_not_found(edge: Edge, north: Site, path: str) -> None:
+    refused = fleet(edge, north, path, b"x")
+    assert (refused.status, "is not offered here" in refused.detail) == (404, True)
+    assert edge.superlink.arrived == []
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS", "PATCH"])
+def test_fleet_calls_are_posts(edge: Edge, north: Site, method: str) -> None:
+    assert ask(edge, north.context, method, PULL, headers=node_headers(north.joined)).status == 404
+
+
+def test_the_node_key_of_another_site_or_none_is_refused(edge: Edge, north: Site, south: Site) -> None:
+    for headers in (node_headers(south.joined), {}):
+        refused = fleet(edge, north, PULL, b"x", headers)
+        assert (refused.status, "not enrolled" in refused.detail) == (403, True)
+    assert edge.superlink.arrived == []
+
+
+def test_two_node_keys_in_one_call_are_refused(edge: Edge, north: Site, south: Site) -> None:
+    host, port = edge.address.split(":")
+    with closing(http.client.HTTPSConnection(host, int(port), context=north.context, timeout=10)) as connection:
+        connection.putrequest("POST", PULL)
+        for site in (north, south):
+            connection.putheader("flwr-public-key", node_headers(site.joined)["flwr-public-key"])
+        connection.putheader("content-length", "0")
+        connection.endheaders()
+        assert connection.getresponse().status == 403
+    assert edge.superlink.arrived == []
+
+
+def test_a_node_answers_for_itself_alone(edge: Edge, north: Site, south: Site) -> None:
+    assert fleet(edge, north, PUSH, messages(7)).status == 403, "a node that was never activated has no number"
+    for site, number in ((north, 2**63 + 7), (south, 8)):
+        edge.superlink.answers[ACTIVATE] = (200, ActivateNodeResponse(node_id=number).SerializeToString())
+        assert fleet(edge, site, ACTIVATE).status == 200
+    kept = find_site(edge.federation.state, "north")
+    assert kept is not None
+    assert kept.flower_node_id == 2**63 + 7
+    edge.superlink.arrived.clear()
+    assert fleet(edge, north, PUSH, messages(2**63 + 7)).status == 200
+    assert fleet(edge, north, PUSH, messages()).status == 200
+    for forged in (messages(8), messages(2**63 + 7, 8), messages(0)):
+        refused = fleet(edge, north, PUSH, forged)
+        assert (refused.status, "in the name of another node" in refused.detail) == (403, True)
+    unreadable = fleet(edge, north, PUSH, b"\xff\xff\xff")
+    assert (unreadable.status, "not a PushMessagesRequest" in unreadable.detail) == (400, True)
+    assert len(edge.superlink.arrived) == 2
+
+
+def test_a_large_body_is_refused_and_the_client_hears_why(edge: Edge, north: Site) -> None:
+    refused = fleet(edge, north, PULL, bytes(9 << 20))
+    assert (refused.status, "at most 8388608" in refused.detail) == (413, True)
+    assert fleet(edge, north, PULL, bytes(8 << 20)).status == 200
+    assert len(edge.superlink.arrived) == 1
+
+
+def test_a_body_without_a_length_is_refused(edge: Edge, north: Site) -> None:
+    host, port = edge.address.split(":")
+    with closing(http.client.HTTPSConnection(host, int(port), context=north.context, timeout=10)) as connection:
+        connection.request("POST", PULL, iter([b"x", b"y"]), node_headers(north.joined), encode_chunked=True)
+        assert connection.getresponse().status == 411
+
+
+def test_a_superlink_that_is_away_is_a_503(edge: Edge, north: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    monkeypatch.setattr(edge.gateway.superlink, "base_url", f"https://127.0.0.1:{port}")
+    refused = fleet(edge, north, PULL)
+    assert (refused.status, "cannot be reached" in refused.detail) == (503, True)
+
+
+def test_too_many_calls_of_one_site_are_a_503(edge: Edge, north: Site, south: Site) -> None:
+    edge.gateway.calls["north"] = gateways.MOST_FLEET_CALLS
+    try:
+        assert fleet(edge, north, PULL).status == 503
+        assert fleet(edge, south, PULL).status == 200
+    finally:
+        edge.gateway.calls["north"] = 0
+
+
+def test_a_trouble_of_ours_is_a_503_without_its_words(
+    edge: Edge, north: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    edge.gateway.admitted.clear()
+    state = edge.federation.state
+    state.rename(state.with_name("away.db"))
+    try:
+        with caplog.at_level(logging.ERROR):
+            refused = ask(edge, north.context, "GET", "/health")
+    finally:
+        state.with_name("away.db").rename(state)
+    assert (refused.status, "state.db" in refused.detail) == (503, False)
+    assert "state.db" in caplog.text
+
+
+# Blobs
+
+
+def test_a_published_blob_comes_whole_or_in_part(edge: Edge, north: Site) -> None:
+    (edge.blobs / "out" / DIGEST).write_bytes(BLOB)
+    path = f"/blobs/{DIGEST}"
+    whole = ask(edge, north.context, "GET", path)
+    assert (whole.status, whole.content == BLOB) == (200, True)
+    for asked, first, last in [
+        ("bytes=100-", 100, len(BLOB) - 1),
+        ("bytes=5-9", 5, 9),
+        ("bytes=0-9999999", 0, 699_999),
+    ]:
+        part = ask(edge, north.context, "GET", path, headers={"range": asked})
+        assert (part.status, part.content == BLOB[first : last + 1]) == (206, True)
+        assert part.headers["content-range"] == f"bytes {first}-{last}/{len(BLOB)}"
+    for asked in ("bytes=700000-", "bytes=9-5", "bytes=-5", "bytes=0-1,3-4", "lines=1-2"):
+        assert ask(edge, north.context, "GET", path, headers={"range": asked}).status == 416
+    head = ask(edge, north.context, "HEAD", path)
+    assert (head.status, head.headers["content-length"], head.headers["upload-offset"]) == (200, str(len(BLOB)), "0")
+    (edge.blobs / "out" / DIGEST).unlink()
+    assert ask(edge, north.context, "GET", path).status == 404
+
+
+def test_a_site_cannot_read_what_another_has_sent(edge: Edge, north: Site, south: Site) -> None:
+    assert put(edge, north, DIGEST, BLOB).status == 201
+    assert ask(edge, south.context, "GET", f"/blobs/{DIGEST}").status == 404
+    assert ask(edge, north.context, "GET", f"/blobs/{DIGEST}").status == 404
+    told = {
+        name: ask(edge, site.context, "HEAD", f"/blobs/{DIGEST}").headers["upload-offset"]
+        for name, site in (("north", north), ("south", south))
+    }
+    assert told == {"north": str(len(BLOB)), "south": "0"}
+
+
+def test_an_upload_goes_on_where_it_broke(edge: Edge, north: Site) -> None:
+    host, port = edge.address.split(":")
+    with closing(http.client.HTTPSConnection(host, int(port), context=north.context, timeout=10)) as connection:
+        connection.putrequest("PUT", f"/blobs/{DIGEST}")
+        connection.putheader("content-length", str(len(BLOB)))
+        connection.endheaders()
+        connection.send(BLOB[:300_000])
+    until = time.monotonic() + 5
+    while (held := offset(edge, north)) < 300_000 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert held == 300_000
+    wrong = put(edge, north, DIGEST, BLOB)
+    assert (wrong.status, wrong.headers["upload-offset"]) == (409, "300000")
+    rest = put(edge, north, DIGEST, BLOB[300_000:], f"bytes 300000-{len(BLOB) - 1}/{len(BLOB)}")
+    assert rest.status == 201
+    assert (edge.blobs / "in" / "north" / DIGEST).read_bytes() == BLOB
+    assert put(edge, north, DIGEST, BLOB).status == 200, "once more, as after a lost answer"
+
+
+def offset(edge: Edge, site: Site) -> int:
+    return int(ask(edge, site.context, "HEAD", f"/blobs/{DIGEST}").headers["upload-offset"])
+
+
+def test_an_upload_that_is_not_its_digest_is_thrown_away(edge: Edge, north: Site) -> None:
+    refused = put(edge, north, DIGEST, BLOB[:-1] + b"x")
+    assert (refused.status, "another digest" in refused.detail) == (422, True)
+    assert uploads(edge, north) == []
+
+
+def test_a_part_that_is_long_enough_and_was_never_checked_does_not_count(edge: Edge, north: Site) -> None:
+    write_atomic(edge.blobs / "in" / "north" / f"{DIGEST}.part", BLOB[:-1] + b"x")
+    assert put(edge, north, DIGEST, BLOB).status == 201
+    assert (edge.blobs / "in" / "north" / DIGEST).read_bytes() == BLOB
+
+
+@pytest.mark.parametrize("span", ["bytes 0-9/20", "bytes 5-1/2", "bytes */10", "octets 0-9/10", "bytes 0-99/100"])
+def test_a_range_that_is_not_the_body_is_refused(edge: Edge, north: Site, span: str) -> None:
+    assert put(edge, north, DIGEST, b"0123456789", span).status == 400
+    assert put(edge, north, DIGEST, b"").status == 411
+    assert uploads(edge, north) == []
+
+
+def test_an_upload_above_the_limit_is_refused_before_and_while_it_comes(edge: Edge, north: Site) -> None:
+    most = edge.federation.max_blob_bytes
+    refused = put(edge, north, DIGEST, b"x", f"bytes {most}-{most}/{most + 1}")
+    assert (refused.status, "max_blob_bytes" in refused.detail) == (413, True)
+    head = ask(edge, north.context, "HEAD", f"/blobs/{DIGEST}", headers={"upload-length": str(most + 1)})
+    assert (head.status, "max_blob_bytes" in head.headers["x-detail"]) == (413, True)
+    assert uploads(edge, north) == []
+
+
+def test_a_site_has_room_for_four_uploads_and_old_parts_give_way(edge: Edge, north: Site, south: Site) -> None:
+    blobs = {hashlib.sha256(bytes([k])).hexdigest(): bytes([k]) for k in range(6)}
+    for digest in [*blobs][:4]:
+        assert put(edge, north, digest, blobs[digest]).status == 201
+    fifth = [*blobs][4]
+    refused = put(edge, north, fifth, blobs[fifth])
+    assert (refused.status, "not taken away" in refused.detail) == (507, True)
+    assert put(edge, south, fifth, blobs[fifth]).status == 201
+    first = edge.blobs / "in" / "north" / next(iter(blobs))
+    first.rename(first.with_name("0" * 64 + ".part"))
+    assert put(edge, north, fifth, blobs[fifth]).status == 201
+    assert uploads(edge, north) == sorted([*blobs][1:5])
+    lost = edge.blobs / "in" / "north" / [*blobs][1]
+    os.utime(lost, (time.time() - intakes.ABANDONED_S - 1,) * 2)  # of a run that was killed: nobody will claim it
+    first_again = next(iter(blobs))
+    assert put(edge, north, first_again, blobs[first_again]).status == 201
+    assert uploads(edge, north) == sorted([first_again, *[*blobs][2:5]])
+
+
+def test_a_disk_that_is_nearly_full_takes_nothing(edge: Edge, north: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intakes, "SPARE_BYTES", 1 << 60)
+    refused = put(edge, north, DIGEST, BLOB)
+    assert (refused.status, "nearly full" in refused.detail) == (507, True)
+
+
+def test_the_same_upload_on_two_connections_is_taken_from_one(edge: Edge, north: Site) -> None:
+    host, port = edge.address.split(":")
+    with closing(http.client.HTTPSConnection(host, int(port), context=north.context, timeout=10)) as first:
+        first.putrequest("PUT", f"/blobs/{DIGEST}")
+        first.putheader("content-length", str(len(BLOB)))
+        first.endheaders()
+        first.send(BLOB[:1000])
+        until = time.monotonic() + 5
+        while not edge.gateway.intake.busy and time.monotonic() < until:
+            time.sleep(0.01)
+        second = put(edge, north, DIGEST, BLOB)
+        assert (second.status, "another connection" in second.detail) == (503, True)
+        head = ask(edge, north.context, "HEAD", f"/blobs/{DIGEST}", headers={"upload-length": str(len(BLOB))})
+        assert (head.status, "another connection" in head.headers["x-detail"]) == (503, True)
+        first.send(BLOB[1000:])
+        assert first.getresponse().status == 201
+
+
+def test_uploads_that_a_power_cut_tore_are_swept_away(tmp_path: Path) -> None:
+    whole, torn, part = (tmp_path / "in" / "north" / name for name in (DIGEST, "0" * 64, "1" * 64 + ".part"))
+    for path in (whole, torn, part):
+        write_atomic(path, BLOB)
+    assert sweep(Intake(tmp_path, 1 << 30)) == [torn]
+    assert [path.exists() for path in (whole, torn, part)] == [True, False, True]
+
+
+# Bounds
+
+
+def test_a_request_head_without_end_is_cut(edge: Edge) -> None:
+    host, port = edge.address.split(":")
+    with stranger_context(edge).wrap_socket(socket.create_connection((host, int(port))), server_hostname=host) as raw:
+        raw.settimeout(10)
+        raw.sendall(b"GET /enrol/ca HTTP/1.1\r\nx: ")
+        with suppress(ConnectionError, ssl.SSLError):  # it may be cut while we still send
+            for _ in range(10):
+                raw.sendall(b"x" * 16_000)
+                time.sleep(0.01)
+            assert raw.recv(100).startswith(b"HTTP/1.1 400 ")
+            assert raw.recv(1000).endswith(b"Request head too long.") or raw.recv(1) == b""
+    assert ask(edge, stranger_context(edge), "GET", "/enrol/ca").status == 200
+
+
+def test_a_request_head_that_does_not_come_is_not_waited_for(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "HEAD_S", 0.2)
+    host, port = edge.address.split(":")
+    with stranger_context(edge).wrap_socket(socket.create_connection((host, int(port))), server_hostname=host) as raw:
+        raw.settimeout(5)
+        with suppress(ConnectionError):
+            assert raw.recv(1) == b""
+
+
+def test_a_body_that_stops_coming_is_not_waited_for(edge: Edge, north: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "STALL_S", 0.2)
+    host, port = edge.address.split(":")
+    with closing(http.client.HTTPSConnection(host, int(port), context=north.context, timeout=10)) as connection:
+        connection.putrequest("PUT", f"/blobs/{DIGEST}")
+        connection.putheader("content-length", "1000")
+        connection.endheaders()
+        connection.send(b"x")
+        assert connection.getresponse().status == 408
+
+
+def test_strangers_do_not_crowd_out_the_sites(edge: Edge, north: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "MOST_STRANGERS", 3)
+    host, port = edge.address.split(":")
+    context = stranger_context(edge)
+    idle = [context.wrap_socket(socket.create_connection((host, int(port))), server_hostname=host) for _ in range(3)]
+    try:
+        with pytest.raises((ConnectionError, ssl.SSLError, http.client.HTTPException)):
+            ask(edge, context, "GET", "/enrol/ca")
+        assert ask(edge, north.context, "GET", "/health").status == 200
+    finally:
+        for one in idle:
+            one.close()
+
+
+def test_an_allowance_is_spent_and_comes_back() -> None:
+    now = [0.0]
+    allowance = Allowance(burst=3, per_s=1, clock=lambda: now[0])
+    assert [allowance.spend("a", 2), allowance.spend("a", 2), allowance.spend("b", 3)] == [True, False, True]
+    now[0] = 1.0
+    assert [allowance.spend("a", 2), allowance.spend("b", 2)] == [True, False]
+    for k in range(2 * gateways.MOST_REMEMBERED):
+        allowance.spend(str(k), 1)
+    assert len(allowance._left) <= gateways.MOST_REMEMBERED + 1
+
+
+# The process
+
+
+def test_the_process_serves_until_it_is_told_to_end(tmp_path: Path, edge: Edge) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "fedserver.gateway", str(edge.federation.folder), "--host", "127.0.0.1"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), "--superlink", f"127.0.0.1:{edge.superlink.port}"], stdout=log, stderr=log
+        )
+    context = stranger_context(edge)
+    try:
+        until = time.monotonic() + 20
+        while True:
+            try:
+                with closing(http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=5)) as asked:
+                    asked.request("GET", "/enrol/ca")
+                    assert asked.getresponse().status == 200
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < until, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) in (0, -signal.SIGTERM), (tmp_path / "log").read_text()
+
+
+def test_the_process_names_a_folder_that_is_no_federation(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedserver.gateway", str(tmp_path), "--host", "127.0.0.1", "--port", "1"]
+    ended = subprocess.run([*command, "--superlink", "127.0.0.1:1"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "holds no federation" in ended.stderr

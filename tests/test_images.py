@@ -1,0 +1,417 @@
+"""Readers: geometry and grey levels survive, and what could be misread is refused."""
+
+import gzip
+import itertools
+import pickle
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from fedclient.data.images import read_image, read_labels
+from shared_models.errors import ImageUnreadable
+
+Nifti1Image: Any = nibabel.Nifti1Image  # has no types
+ORIENTATIONS = [
+    (axes, signs) for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
+]
+AFFINE = np.diag([0.7, 0.8, 2.5, 1.0])
+
+
+def write_nifti(
+    path: Path, values: NDArray[Any], affine: NDArray[np.float64] = AFFINE, sform: int = 1, qform: int = 0
+) -> Path:
+    image: Any = Nifti1Image(values, affine)
+    image.set_sform(affine if sform else None, sform)
+    image.set_qform(affine if qform else None, qform)
+    nibabel.save(image, path)
+    return path
+
+
+def spoil_header(path: Path, offset: int, content: bytes) -> Path:
+    data = bytearray(path.read_bytes())
+    data[offset : offset + len(content)] = content
+    path.write_bytes(data)
+    return path
+
+
+def complaint(read: Callable[[Path], object], path: Path, code: str | None = None) -> str:
+    with pytest.raises(ImageUnreadable) as e:
+        read(path)
+    assert code is None or e.value.code == code
+    assert path.name not in str(e.value)  # file names hold patient numbers
+    assert str(path.parent) not in str(e.value)
+    return str(e.value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("images")
+
+
+@settings(max_examples=48, deadline=None)
+@given(st.sampled_from(ORIENTATIONS), st.sampled_from([(0, 0, 0), (3, 1, 2), (1, 4, 0)]))
+def test_a_voxel_keeps_its_place_in_the_patient_whatever_the_stored_orientation(
+    folder: Path, orientation: tuple[tuple[int, ...], tuple[int, ...]], spot: tuple[int, int, int]
+) -> None:
+    axes, signs = orientation
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for column, (axis, sign, mm) in enumerate(zip(axes, signs, (0.7, 0.8, 2.5), strict=True)):
+        affine[axis, column] = sign * mm
+    affine[:3, 3] = (-12, 30, 7)
+    stored = np.zeros((4, 5, 6), np.int16)
+    stored[spot] = 100
+    volume = read_image(write_nifti(folder / "LIDC-0001.nii", stored, affine))
+    found = np.argwhere(volume.voxels[0] == 100)[0]
+    assert volume.affine_ras @ [*found, 1] == pytest.approx(affine @ [*spot, 1])
+    turned = volume.affine_ras[:3, :3]
+    assert (np.diag(turned) > 0).all()
+    assert np.count_nonzero(turned) == 3
+    assert volume.left_right_axis == 0
+    assert volume.spacing_mm == pytest.approx([dict(zip(axes, (0.7, 0.8, 2.5), strict=True))[a] for a in range(3)])
+
+
+def test_an_oblique_volume_is_turned_by_whole_axes_only(folder: Path) -> None:
+    c, s = np.cos(0.2), np.sin(0.2)
+    affine = np.array([[-c, 5 * s, 0, 5], [-s, -5 * c, 0, 6], [0, 0, 3, 7], [0, 0, 0, 1]])
+    stored = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    volume = read_image(write_nifti(folder / "oblique.nii.gz", stored, affine))
+    assert volume.voxels[0] == pytest.approx(stored[::-1, ::-1])
+    assert volume.affine_ras @ [0, 0, 0, 1] == pytest.approx(affine @ [1, 2, 0, 1])
+    assert volume.spacing_mm == pytest.approx((1, 5, 3))
+    assert volume.left_right_axis == 0  # although a step along J moves as far to the side
+
+
+def test_sform_wins_over_qform_and_qform_stands_in_for_it(folder: Path) -> None:
+    stored = np.zeros((2, 2, 2), np.int16)
+    image: Any = Nifti1Image(stored, np.diag([1.0, 1, 1, 1]))
+    image.set_sform(np.diag([2.0, 2, 2, 1]), 1)
+    image.set_qform(np.diag([3.0, 3, 3, 1]), 1)
+    nibabel.save(image, folder / "both.nii")
+    assert read_image(folder / "both.nii").spacing_mm == pytest.approx((2, 2, 2))
+    image.set_sform(np.diag([2.0, 2, 2, 1]), 0)
+    nibabel.save(image, folder / "q.nii")
+    assert read_image(folder / "q.nii").spacing_mm == pytest.approx((3, 3, 3))
+
+
+def test_a_nifti_without_orientation_is_refused(folder: Path) -> None:
+    path = write_nifti(folder / "lost.nii", np.zeros((2, 2, 2), np.int16), sform=0)
+    assert "left from right" in complaint(read_image, path)
+
+
+def test_slope_and_metres_are_applied(folder: Path) -> None:
+    path = write_nifti(folder / "scaled.nii", np.full((2, 2, 2), 3, np.int16))
+    spoil_header(path, 112, struct.pack("<2f", 0.5, -1024))  # scl_slope, scl_inter
+    assert (read_image(path).voxels == 0.5 * 3 - 1024).all()
+    spoil_header(path, 123, b"\1")  # xyzt_units: metre
+    assert read_image(path).spacing_mm == pytest.approx((700, 800, 2500))
+
+
+def test_only_one_volume_a_file_is_read(folder: Path) -> None:
+    several = write_nifti(folder / "fmri.nii", np.zeros((2, 3, 4, 5), np.int16))
+    assert "4-D with shape (2, 3, 4, 5)" in complaint(read_image, several)
+    single = write_nifti(folder / "single.nii", np.zeros((2, 3, 4, 1), np.int16))
+    assert read_image(single).voxels.shape == (1, 2, 3, 4)
+    plane = write_nifti(folder / "plane.nii", np.zeros((2, 3), np.int16))
+    assert read_image(plane).voxels.shape == (1, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.array([[[np.nan]]], np.float32), "NaN or infinite"),
+        (np.array([[[1e300]]], np.float64), "NaN or infinite"),
+        (np.zeros((2, 2, 2), np.complex64), "complex64"),
+        (np.zeros((2, 2, 2), [("R", "u1"), ("G", "u1"), ("B", "u1")]), "real numbers"),
+    ],
+)
+def test_voxels_that_are_no_finite_real_numbers_are_refused(folder: Path, values: NDArray[Any], words: str) -> None:
+    assert words in complaint(read_image, write_nifti(folder / "odd.nii", values))
+
+
+def test_a_flat_or_infinite_affine_is_refused(folder: Path) -> None:
+    path = write_nifti(folder / "flat.nii", np.zeros((2, 2, 2), np.int16))
+    assert "sform" in complaint(read_image, spoil_header(path, 280, struct.pack("<4f", 0, 0, 0, 0)))
+    assert "sform" in complaint(read_image, spoil_header(path, 280, struct.pack("<4f", np.inf, 0, 0, 0)))
+
+
+def test_a_header_that_promises_gigabytes_is_refused_before_reading(folder: Path) -> None:
+    path = write_nifti(folder / "bomb.nii", np.zeros((2, 2, 2), np.int16))
+    spoil_header(path, 40, struct.pack("<8h", 3, 30000, 30000, 30000, 1, 1, 1, 1))
+    assert "voxels" in complaint(read_image, path)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 400])
+def test_a_file_cut_short_is_refused(folder: Path, keep: int) -> None:
+    for name in ("cut.nii", "cut.nii.gz"):
+        values = np.random.default_rng(0).integers(0, 1000, (9, 9, 9)).astype(np.int16)
+        path = write_nifti(folder / name, values)
+        path.write_bytes(path.read_bytes()[:keep])
+        assert "broken or cut short" in complaint(read_image, path)
+    picture = folder / "cut.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40), np.uint8)).save(picture)
+    picture.write_bytes(picture.read_bytes()[:keep])
+    assert "broken" in complaint(read_image, picture)
+
+
+def test_a_picture_keeps_rows_columns_and_depth(folder: Path) -> None:
+    grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    Image.fromarray(grey).save(folder / "g8.png")
+    Image.fromarray(grey.astype(np.uint16) * 10_000).save(folder / "g16.png")
+    eight, sixteen = read_image(folder / "g8.png"), read_image(folder / "g16.png")
+    assert eight.voxels.shape == (1, 2, 3, 1)
+    assert (eight.voxels[0, :, :, 0] == grey).all()
+    assert (sixteen.voxels[0, :, :, 0] == grey.astype(np.float32) * 10_000).all()
+    assert eight.spacing_mm == (1, 1, 1)
+    assert eight.left_right_axis == 1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P"])
+def test_grey_stored_as_colour_has_the_same_grey_levels(folder: Path, mode: str) -> None:
+    grey = np.arange(200, dtype=np.uint8).reshape(10, 20)
+    Image.fromarray(grey).convert(mode).save(folder / "c.png")
+    assert (read_image(folder / "c.png").voxels[0, :, :, 0] == grey).all()
+
+
+def test_colour_becomes_luminance_and_bilevel_black_and_white(folder: Path) -> None:
+    Image.new("RGB", (2, 2), (255, 0, 0)).save(folder / "red.png")
+    assert (read_image(folder / "red.png").voxels == 76).all()
+    Image.new("1", (2, 2), 1).save(folder / "one.png")
+    assert (read_image(folder / "one.png").voxels == 255).all()
+
+
+def test_a_palette_with_transparency_is_read_without_a_warning(folder: Path) -> None:
+    picture = Image.new("P", (4, 4), 1)
+    picture.putpalette([0, 0, 0, 90, 90, 90])
+    picture.save(folder / "t.png", transparency=bytes([0, 128]))
+    assert (read_image(folder / "t.png").voxels == 90).all()
+
+
+def test_exif_orientation_does_not_turn_a_picture(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (6, 4)).save(folder / "e.jpg", exif=exif)
+    assert read_image(folder / "e.jpg").voxels.shape == (1, 4, 6, 1)
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose heading promises that many pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    heading = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + heading + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("edge", [8193, 10_000, 60_000])
+def test_a_decompression_bomb_is_refused_by_its_heading(folder: Path, edge: int) -> None:
+    path = folder / "bomb.png"
+    path.write_bytes(png_of(edge, edge))
+    assert "pixels" in complaint(read_image, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("x.gif", ".gif files"), ("x.png", "no PNG"), ("DOE-JOHN", "nameless files")]
+)
+def test_other_formats_are_refused_by_name_and_by_content(folder: Path, name: str, words: str) -> None:
+    Image.new("L", (3, 3)).save(folder / name, format="GIF")
+    assert words in complaint(read_image, folder / name)
+
+
+def test_cmyk_and_animations_are_refused(folder: Path) -> None:
+    Image.new("CMYK", (3, 3)).save(folder / "k.jpg")
+    assert "CMYK" in complaint(read_image, folder / "k.jpg")
+    Image.new("L", (3, 3)).save(folder / "a.png", save_all=True, append_images=[Image.new("L", (3, 3), 9)])
+    assert "animated" in complaint(read_image, folder / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("stored", "labels"),
+    [
+        ([0, 255], [0, 1]),
+        ([0, 127, 255], [0, 127, 1]),
+        ([0, 0], [0, 0]),
+        ([0, 1], [0, 1]),
+        ([1, 2, 127], [1, 2, 127]),
+        ([0, 1, 255], [0, 1, 255]),
+    ],
+)
+def test_black_and_white_masks_become_labels_and_labels_stay(
+    folder: Path, stored: list[int], labels: list[int]
+) -> None:
+    for mode in ("L", "RGB", "P"):
+        Image.fromarray(np.array([stored], np.uint8)).convert(mode).save(folder / "m.png")
+        read = read_labels(folder / "m.png")
+        assert read.dtype == np.uint8
+        assert read[0, :, 0].tolist() == labels
+
+
+def test_a_bilevel_mask_becomes_zero_and_one(folder: Path) -> None:
+    Image.fromarray(np.array([[True, False]])).save(folder / "b.png")
+    assert read_labels(folder / "b.png")[0, :, 0].tolist() == [1, 0]
+
+
+def test_coloured_jpeg_and_sixteen_bit_masks_are_refused(folder: Path) -> None:
+    Image.new("RGB", (2, 2), (255, 0, 0)).save(folder / "red.png")
+    assert "coloured" in complaint(read_labels, folder / "red.png")
+    Image.new("L", (2, 2)).save(folder / "m.jpg")
+    assert "blurs" in complaint(read_labels, folder / "m.jpg")
+    Image.fromarray(np.full((2, 2), 256, np.uint16)).save(folder / "deep.png")
+    assert "above 255" in complaint(read_labels, folder / "deep.png")
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.float32, np.float64])
+def test_whole_nifti_labels_are_kept_in_any_type(folder: Path, kind: type[np.generic]) -> None:
+    values = np.array([0, 1, 2, 127], kind).reshape(2, 2, 1)
+    assert (read_labels(write_nifti(folder / "l.nii", values)) == values).all()
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.5, "fractions"), (-1, "below 0"), (300, "255"), (np.nan, "number")])
+def test_nifti_labels_that_are_no_labels_are_refused(folder: Path, value: float, words: str) -> None:
+    path = write_nifti(folder / "l.nii", np.full((2, 2, 2), value, np.float32))
+    assert words in complaint(read_labels, path)
+
+
+def test_a_mask_on_another_grid_than_its_image_is_refused(folder: Path) -> None:
+    values = np.zeros((4, 4, 4), np.int16)
+    image = read_image(write_nifti(folder / "i.nii", values))
+    moved = AFFINE.copy()
+    moved[2, 3] = 2.5
+    for other, words in (
+        (write_nifti(folder / "s.nii", values[:, :, 1:]), "voxels"),
+        (write_nifti(folder / "m.nii", values, moved), "mm apart"),
+        (write_nifti(folder / "z.nii", values, np.diag([0.7, 0.8, 3.0, 1])), "mm apart"),
+    ):
+        assert words in complaint(lambda path: read_labels(path, like=image), other)
+
+
+def test_a_mask_stored_in_another_direction_fits_its_image(folder: Path) -> None:
+    values = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    flipped = AFFINE @ np.array([[-1, 0, 0, 1], [0, -1, 0, 2], [0, 0, 1, 0], [0, 0, 0, 1]])
+    image = read_image(write_nifti(folder / "ras.nii", values))
+    labels = read_labels(write_nifti(folder / "lps.nii", values[::-1, ::-1].astype(np.uint8), flipped), like=image)
+    assert (labels == image.voxels[0]).all()
+
+
+@pytest.mark.parametrize("name", ["scan", "scan.png", "scan.dcm", "scan.nii", "scan.bin"])
+def test_a_file_is_what_its_first_bytes_say_whatever_it_is_called(folder: Path, name: str) -> None:
+    stored = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    Image.fromarray(stored[0].astype(np.uint8)).save(folder / "p.png")
+    for source in (write_nifti(folder / "n.nii", stored), write_nifti(folder / "n.nii.gz", stored), folder / "p.png"):
+        (folder / name).write_bytes(source.read_bytes())
+        assert (read_image(folder / name).voxels == read_image(source).voxels).all()
+
+
+def test_nifti_2_is_read(folder: Path) -> None:
+    stored = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    nifti2: Any = nibabel.Nifti2Image
+    nibabel.save(nifti2(stored, AFFINE), folder / "two.nii.gz")
+    assert (read_image(folder / "two.nii.gz").voxels[0] == stored).all()
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "x.npy", "x.nii", "x.pkl"])
+def test_files_whose_content_may_run_are_refused(folder: Path, name: str) -> None:
+    for content in (pickle.dumps([1]), b"\x93NUMPY\1\0", b"PK\3\4archive"):
+        (folder / name).write_bytes(content)
+        assert "code" in complaint(read_image, folder / name, "UNSAFE_FORMAT")
+
+
+def test_a_file_that_is_not_there_or_is_empty_is_refused(folder: Path) -> None:
+    assert "cannot be opened" in complaint(read_image, folder / "gone.nii")
+    for name in ("empty.nii", "empty.png", "empty.mha", "empty.nrrd", "empty.dcm", "empty.tif"):
+        (folder / name).write_bytes(b"")
+        complaint(read_image, folder / name)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_nifti_whose_voxels_begin_beyond_all_reason_is_not_unpacked(folder: Path, version: int) -> None:
+    kind: Any = nibabel.Nifti1Image if version == 1 else nibabel.Nifti2Image
+    nibabel.save(kind(np.zeros((2, 2, 2), np.int16), AFFINE), folder / "far.nii")
+    at, offset = (108, struct.pack("<f", 1e12)) if version == 1 else (168, struct.pack("<q", 10**12))
+    path = spoil_header(folder / "far.nii", at, offset)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    complaint(read_image, path, "INPUT_TOO_LARGE")
+
+
+@pytest.mark.parametrize(
+    ("values", "mode"),
+    [
+        (np.arange(6, dtype=np.uint8), "L"),
+        (np.arange(6, dtype=np.uint16) * 10_000, "I;16"),
+        (np.arange(6, dtype=np.int32) - 3, "I"),
+        (np.arange(6, dtype=np.float32) * 0.37 - 1, "F"),
+    ],
+)
+def test_a_tiff_keeps_its_depth(folder: Path, values: NDArray[Any], mode: str) -> None:
+    grey = values.reshape(2, 3)
+    picture = Image.fromarray(grey)
+    assert picture.mode == mode
+    for compression in (None, "tiff_deflate", "tiff_lzw"):
+        picture.save(folder / "x.tiff", compression=compression)
+        assert (read_image(folder / "x.tiff").voxels[0, :, :, 0] == grey.astype(np.float32)).all()
+
+
+def test_tiffs_that_could_be_misread_are_refused(folder: Path) -> None:
+    Image.new("L", (3, 3)).save(folder / "p.tif", save_all=True, append_images=[Image.new("L", (3, 3), 9)])
+    assert "pages" in complaint(read_image, folder / "p.tif", "MODALITY_MISMATCH")
+    Image.new("CMYK", (3, 3)).save(folder / "c.tif")
+    complaint(read_image, folder / "c.tif", "MODALITY_MISMATCH")
+    Image.fromarray(np.full((2, 2), np.nan, np.float32)).save(folder / "n.tif")
+    complaint(read_image, folder / "n.tif", "INTENSITY_INVALID")
+    Image.fromarray(np.full((2, 2), 7, np.uint16)).save(folder / "w.tif")
+    content = (folder / "w.tif").read_bytes()
+    black = struct.pack("<HHIHH", 262, 3, 1, 1, 0)
+    assert black in content
+    (folder / "w.tif").write_bytes(content.replace(black, struct.pack("<HHIHH", 262, 3, 1, 0, 0)))
+    assert "zero is white" in complaint(read_image, folder / "w.tif", "MODALITY_MISMATCH")
+
+
+def test_a_tiff_mask_is_read_as_a_png_mask_is(folder: Path) -> None:
+    Image.fromarray(np.array([[0, 255], [127, 0]], np.uint8)).save(folder / "m.tif")
+    assert read_labels(folder / "m.tif")[:, :, 0].tolist() == [[0, 1], [127, 0]]
+
+
+def test_a_picture_as_mask_of_a_volume_is_refused(folder: Path) -> None:
+    like = read_image(write_nifti(folder / "i.nii", np.zeros((4, 5, 1), np.int16)))
+    Image.new("L", (5, 4)).save(folder / "m.png")
+    words = complaint(lambda path: read_labels(path, like=like), folder / "m.png", "LABEL_GEOMETRY_MISMATCH")
+    assert "rows and columns" in words
+
+
+def test_a_picture_knows_where_its_pixels_went(folder: Path) -> None:
+    Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3)).save(folder / "g.png")
+    volume = read_image(folder / "g.png")
+    assert volume.voxel_of_pixel is not None
+    i, j, k, _ = (volume.voxel_of_pixel @ [2, 1, 0, 1]).astype(int)  # column 2, row 1
+    assert volume.voxels[0, i, j, k] == 5
+    assert (volume.provenance.rows, volume.provenance.columns, volume.provenance.lossy) == (2, 3, False)
+    Image.new("L", (3, 3)).save(folder / "j.jpg")
+    assert read_image(folder / "j.jpg").provenance.lossy
+
+
+def test_each_refusal_has_its_code(folder: Path) -> None:
+    zeros = np.zeros((2, 2, 2), np.int16)
+    lost = write_nifti(folder / "lost.nii", zeros, sform=0)
+    complaint(read_image, lost, "GEOMETRY_MISSING")
+    flat = spoil_header(write_nifti(folder / "flat.nii", zeros), 280, struct.pack("<4f", 0, 0, 0, 0))
+    complaint(read_image, flat, "GEOMETRY_INVALID")
+    complaint(read_image, write_nifti(folder / "4d.nii", np.zeros((2, 3, 4, 5), np.int16)), "MODALITY_MISMATCH")
+    complaint(read_image, write_nifti(folder / "nan.nii", np.array([[[np.nan]]], np.float32)), "INTENSITY_INVALID")
+    bomb = spoil_header(write_nifti(folder / "b.nii", zeros), 40, struct.pack("<8h", 3, *[30_000] * 3, 1, 1, 1, 1))
+    complaint(read_image, bomb, "INPUT_TOO_LARGE")
+    (folder / "bomb.png").write_bytes(png_of(60_000, 60_000))
+    complaint(read_image, folder / "bomb.png", "INPUT_TOO_LARGE")
+    complaint(read_labels, write_nifti(folder / "l.nii", np.full((2, 2, 2), 0.5, np.float32)), "LABEL_VALUES")
+    (folder / "cut.nii").write_bytes(lost.read_bytes()[:300])
+    complaint(read_image, folder / "cut.nii", "IMAGE_UNREADABLE")

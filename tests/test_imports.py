@@ -1,0 +1,81 @@
+"""The arrows and doors of the design, kept."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "shared_models": {"shared_models"},
+    "fedclient": {"shared_models", "fedclient"},
+    "fedserver": {"shared_models", "fedserver"},
+    "simulations": {"shared_models", "fedclient", "fedserver", "simulations"},
+}
+DATA = ("fedclient/data/", "simulations/phantoms.py")
+DOORS: dict[str, tuple[str, ...]] = {
+    "flwr": (
+        "shared_models/wire.py",
+        "fedclient/app.py", "fedclient/node.py", "fedclient/executor.py",
+        "fedserver/app.py", "fedserver/rounds.py", "fedserver/courier.py", "fedserver/link.py",
+        "fedserver/dispatch.py", "fedserver/fleet.py",
+        "simulations/engine.py", "simulations/worker.py", "simulations/ray_engine.py", "simulations/bench/",
+    ),
+    "pydantic": (
+        "shared_models/parse.py", "shared_models/study.py", "shared_models/wire.py", "shared_models/metrics.py",
+        "shared_models/invite.py", "fedclient/site.py",
+    ),
+    "cryptography": ("shared_models/identity.py", "fedserver/enrol.py", "fedclient/enrol.py"),
+    "nibabel": DATA,
+    "PIL": DATA,
+    "pydicom": (*DATA, "simulations/fixtures"),
+    "SimpleITK": (), "highdicom": (),  # second opinions in tests, not installed at a hospital
+    "gdcm": ("fedclient/data/dicom_pixels.py",),
+    "torch": (
+        "shared_models/nets.py", "shared_models/tasks/", "fedclient/training/", "fedclient/data/augment.py",
+        "simulations/bench/",
+    ),
+    "monai": ("shared_models/nets.py",),
+}  # fmt: skip
+FILES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path, only_at_the_top: bool = False) -> set[str]:
+    """Top-level packages that `path` imports, anywhere or as it is imported itself."""
+    tree = ast.parse(path.read_text())
+    nodes = list(tree.body if only_at_the_top else ast.walk(tree))
+    names = [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
+    names += [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_imports_only_what_its_arrows_and_doors_allow(path):
+    here = path.relative_to(ROOT).as_posix()
+    against = imported(path) & MAY_IMPORT.keys() - MAY_IMPORT[here.partition("/")[0]]
+    assert not against, f"{here} imports against the arrows: {against}"
+    for library, doors in DOORS.items():
+        assert library not in imported(path) or here.startswith(doors), f"{here} is no door to {library}"
+
+
+@pytest.mark.parametrize("package", ["fedserver", "fedclient", "simulations"])
+def test_a_command_line_starts_without_torch_and_without_flower(package):
+    heavy = {"torch", "monai", "flwr", "matplotlib", "scipy", "nibabel"}
+    assert not imported(ROOT / package / "cli.py", only_at_the_top=True) & heavy
+
+
+def test_nothing_is_unpickled_and_no_text_is_run():
+    banned = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+    for path in FILES:
+        assert not imported(path) & banned, f"{path.name} imports {imported(path) & banned}"
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        names = {f.id for f in calls if isinstance(f, ast.Name)}
+        assert not names & {"eval", "exec"}, f"{path.name} calls eval or exec"
+        loads = [
+            n
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Call) and ast.unparse(n.func) in ("torch.load", "np.load", "numpy.load")
+        ]
+        for call in loads:
+            words = {k.arg: ast.unparse(k.value) for k in call.keywords}
+            assert words.get("weights_only") == "True" or words.get("allow_pickle") == "False", ast.unparse(call)

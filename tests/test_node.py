@@ -1,0 +1,160 @@
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import cast
+
+import pytest
+from flwr.app import ConfigRecord, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.common.constant import SubStatus
+from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supernode.nodestate import NodeStateFactory
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+
+from fedclient import node
+from fedclient.node import ClientTls, NodeFiles, Pace, Stranded, _session_of_the_dead, pause
+from shared_models.errors import ProcessFailed, StateInvalid
+from shared_models.files import write_atomic, write_json
+from shared_models.identity import issue_site, new_authority, new_site_keys, request_certificate
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> NodeFiles:
+    return NodeFiles(tmp_path)
+
+
+def session(files: NodeFiles, pid: int, host: str | None = None) -> None:
+    write_json(files.session, {"node": 2**63 + 5, "pid": pid, "host": host or socket.gethostname()})
+
+
+def ended_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_the_session_of_a_dead_process_is_carried_on(files: NodeFiles) -> None:
+    session(files, ended_pid())
+    assert _session_of_the_dead(files) == 2**63 + 5
+    session(files, os.getpid())  # in a container, the next process may have the number of the last
+    assert _session_of_the_dead(files) == 2**63 + 5
+
+
+def test_the_session_of_a_living_process_or_of_another_machine_is_left_alone(files: NodeFiles) -> None:
+    assert _session_of_the_dead(files) is None
+    session(files, os.getppid())
+    assert _session_of_the_dead(files) is None
+    session(files, ended_pid(), host="another")
+    assert _session_of_the_dead(files) is None
+
+
+def test_a_folder_without_a_coordinator_is_named_with_the_command_that_mends_it(files: NodeFiles) -> None:
+    with pytest.raises(StateInvalid, match=r"site\.toml: gives no coordinator.*fedclient join"):
+        files.coordinator()
+    (files.site / "site.toml").write_text('coordinator = "fed.example.org:8443"\n')
+    assert files.coordinator() == "fed.example.org:8443"
+
+
+def give(files: NodeFiles, tls_key: bytes, certificate: bytes | None, at: int) -> None:
+    write_atomic(files.keys / "tls.key", tls_key)
+    if certificate:
+        write_atomic(files.keys / "tls.pem", certificate)
+        os.utime(files.keys / "tls.pem", (at, at))
+
+
+def test_a_renewed_certificate_is_taken_up_once_its_key_is_there_too(
+    files: NodeFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, old, new = new_authority("Test"), new_site_keys(), new_site_keys()
+    old_pem, new_pem = (issue_site(authority, request_certificate("north", k.tls), "north") for k in (old, new))
+    write_atomic(files.keys / "ca.pem", authority.certificate)
+    give(files, old.tls, old_pem, at=1_000)
+    tls = ClientTls(files.keys)
+    loaded: list[bytes] = []
+    monkeypatch.setattr(tls, "context", Loads(tls.context, files.keys / "tls.pem", loaded))
+    tls.refresh()
+    assert loaded == []
+    give(files, old.tls, new_pem, at=2_000)  # half of the renewal
+    tls.refresh()
+    assert loaded == []
+    give(files, new.tls, None, at=0)
+    tls.refresh()
+    tls.refresh()
+    assert loaded == [new_pem]
+
+
+class Loads:
+    """Notes the certificates that a context accepts."""
+
+    def __init__(self, context: ssl.SSLContext, path: Path, loaded: list[bytes]) -> None:
+        self.context, self.path, self.loaded = context, path, loaded
+
+    def load_cert_chain(self, certificate: Path, key: Path) -> None:
+        self.context.load_cert_chain(certificate, key)
+        self.loaded.append(self.path.read_bytes())
+
+
+def test_the_pause_grows_with_the_silence_between_its_bounds() -> None:
+    now = time.monotonic()
+    assert pause(now, 0.3, 2.0) == 0.3
+    assert pause(now - 30, 0.3, 2.0) == pytest.approx(0.9, abs=0.01)
+    assert pause(float("-inf"), 0.3, 2.0) == 2.0
+
+
+def test_only_a_wait_for_an_answer_looks_for_stranded_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    looked: list[bool] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    pace = Pace(waiting=lambda: looked.append(True))
+    pace.sleep(3)
+    assert (slept, looked) == ([node.LONGEST_POLL_S], [])
+    pace.sleep(0.5)
+    assert (slept[1:], looked) == ([node.REPLY_POLL_S], [True])
+
+
+@pytest.fixture
+def state(monkeypatch: pytest.MonkeyPatch) -> InMemoryNodeState:
+    monkeypatch.setattr(node, "STRANDED_S", 0.0)
+    made = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
+    made.set_node_id(7)
+    return cast(InMemoryNodeState, made)
+
+
+def hold_order(state: InMemoryNodeState) -> int:
+    """Stores an order of run 1 and its task, as Flower's loop does."""
+    metadata = Metadata(1, "0" * 64, 1, 7, "", "3", time.time(), 60.0, "train")
+    state.store_message(make_message(metadata=metadata, content=RecordDict({"order": ConfigRecord({"round": 3})})))
+    task = state.create_task(task_type=TaskType.CLIENT_APP, run_id=1, fab_hash="0" * 64)
+    assert task is not None
+    return task
+
+
+def test_an_order_whose_task_waits_is_not_stranded(state: InMemoryNodeState) -> None:
+    hold_order(state)
+    Stranded(state).look()
+    assert not state.get_messages_legacy(is_reply=True)
+
+
+def test_an_order_whose_task_ended_without_an_answer_is_answered_with_an_error(state: InMemoryNodeState) -> None:
+    state.finish_task(hold_order(state), SubStatus.FAILED, "")
+    Stranded(state).look()
+    (reply,) = state.get_messages_legacy(is_reply=True)
+    assert (reply.error.code, reply.error.reason) == (node.EXECUTOR_LOST, "EXECUTOR_LOST")
+
+
+def test_an_answer_that_came_in_half_is_given_up(state: InMemoryNodeState) -> None:
+    task = hold_order(state)
+    (order,) = state.get_messages_legacy(is_reply=False)
+    reply = Message(RecordDict({"answer": ConfigRecord({"round": 3})}), reply_to=order)
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    state.store_message_and_object_tree(reply, get_object_tree(reply), state.start_session(1))
+    state.finish_task(task, SubStatus.FAILED, "")
+    assert state.get_messages_legacy(is_reply=True)  # Flower's loop has taken it and waits for its content
+    with pytest.raises(ProcessFailed, match="ask again"):
+        Stranded(state).look()

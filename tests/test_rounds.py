@@ -1,0 +1,246 @@
+"""Rounds against a clock and a grid with a script: who is waited for, what is counted, what is told."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.common.constant import ErrorCode
+
+from fedserver.checkpoint import RunFolder, State, read_progress, read_state
+from fedserver.cohort import Presence, choose
+from fedserver.courier import Inline
+from fedserver.rounds import Setting, carry_out
+from shared_models.errors import RoundPaused
+from shared_models.files import read_lines
+from shared_models.study import Evaluate, Rounds, Study
+from shared_models.weights import load
+from tests.toys import Clock, ScriptedGrid, ToyLearner, new_run, nodes, toy_app
+
+STUDY = Study(name="toy", rounds=Rounds(count=3, quorum=2, deadline_s=100, pause_s=50, gather_s=5))
+SITES = ("east", "north", "south")
+
+
+def play(
+    tmp_path: Path,
+    study: Study = STUDY,
+    learner: ToyLearner | None = None,
+    away: Mapping[str, str] | None = None,
+    delays: Mapping[str, float] | None = None,
+    errors: Mapping[tuple[str, int], int] | None = None,
+    presence: Callable[[Clock], Presence] | None = None,
+) -> tuple[State, RunFolder, Clock, ScriptedGrid]:
+    """One run over SITES, as the script says."""
+    clock = Clock()
+    numbers = {site: i for i, site in enumerate(SITES, start=1)}
+    configs = {numbers[s]: c for s, c in nodes(SITES, tmp_path).items()}
+    grid = ScriptedGrid(toy_app(learner), configs, clock, delays, errors)
+    here = Presence({s: i for s, i in numbers.items() if s not in (away or {})}, away or {})
+    folder = RunFolder(tmp_path / "toy") if (tmp_path / "toy").exists() else new_run(tmp_path, study)
+    who = (lambda: presence(clock)) if presence else (lambda: here)
+    setting = Setting(grid, folder, who, Inline(), clock, clock.sleep, poll_s=0.5, reask_s=1000.0)
+    return carry_out(setting), folder, clock, grid
+
+
+def line(folder: RunFolder, round_number: int) -> dict[str, Any]:
+    return next(x for x in read_lines(folder.metrics) if x["round"] == round_number and not x.get("final"))
+
+
+def test_the_weights_move_by_the_mean_weighted_by_examples(tmp_path):
+    learner = ToyLearner(
+        moves={"east": 1.0, "north": 2.0, "south": 4.0}, examples={"east": 10, "north": 30, "south": 10}
+    )
+    state, folder, _, _ = play(tmp_path, replace(STUDY, rounds=replace(STUDY.rounds, count=1)), learner)
+    weights = load(folder.weights(1))
+    np.testing.assert_allclose(weights["body.bias"], 0.5 + (10 * 1 + 30 * 2 + 10 * 4) / 50, rtol=1e-6)
+    assert weights["steps"].tolist() == [9]
+    assert weights["steps"].dtype == np.int64
+    assert state.cohort == SITES
+
+
+def test_uniform_weighting_forgets_how_many_examples_a_site_has(tmp_path):
+    learner = ToyLearner(moves={"east": 1.0, "north": 2.0, "south": 6.0}, examples={"east": 1000})
+    study = replace(STUDY, rounds=replace(STUDY.rounds, count=1), strategy=replace(STUDY.strategy, weighting="uniform"))
+    _, folder, _, _ = play(tmp_path, study, learner)
+    np.testing.assert_allclose(load(folder.weights(1))["body.bias"], 0.5 + 3.0, rtol=1e-6)
+
+
+def test_a_site_that_never_joins_is_named_and_not_waited_for(tmp_path):
+    state, folder, clock, _ = play(tmp_path, away={"south": "was invited and has not joined"})
+    assert state.round == 3
+    assert clock.now - 1000 < 20
+    assert line(folder, 1)["left_out"]["south"] == {"state": "away", "reason": "was invited and has not joined"}
+
+
+def test_a_slow_site_ends_at_the_deadline_and_is_named_late(tmp_path):
+    study = replace(STUDY, rounds=replace(STUDY.rounds, count=1), evaluate=Evaluate(every=0))
+    _, folder, clock, _ = play(tmp_path, study, delays={"north": 1e6})
+    assert 100 <= clock.now - 1000 <= 105
+    assert line(folder, 1)["left_out"]["north"]["state"] == "late"
+    assert set(line(folder, 1)["sites"]) == {"east", "south"}
+
+
+def test_without_a_quorum_the_run_pauses_says_for_whom_and_goes_on_later(tmp_path):
+    with pytest.raises(RoundPaused, match=r"1 of 2 sites needed have answered.*north: is working on it"):
+        play(tmp_path, delays={"north": 1e6, "south": 1e6})
+    progress = read_progress(RunFolder(tmp_path / "toy"))
+    assert progress["phase"] == "paused"
+    assert progress["sites"]["north"]["state"] == "asked"
+    state, _, _, _ = play(tmp_path)
+    assert state.round == 3
+
+
+def test_a_node_that_dies_is_asked_again_and_counted_once(tmp_path):
+    _, folder, _, grid = play(tmp_path, errors={("east", 1): ErrorCode.NODE_UNAVAILABLE})
+    assert line(folder, 1)["sites"]["east"]["attempt"] == 2
+    np.testing.assert_allclose(load(folder.weights(3))["body.bias"], 3.5)
+    assert grid.asked["east"] == 5  # three rounds, the one again, the final evaluation
+
+
+def test_a_client_error_leaves_the_site_out_with_its_reason(tmp_path):
+    study = replace(STUDY, rounds=replace(STUDY.rounds, count=1))
+    _, folder, clock, _ = play(tmp_path, study, errors={("east", 1): ErrorCode.CLIENT_APP_RAISED_EXCEPTION})
+    assert line(folder, 1)["left_out"]["east"] == {"state": "failed", "reason": "CLIENT_ERROR"}
+    assert clock.now - 1000 < 20
+
+
+def nan(trained: dict[str, np.ndarray]) -> None:
+    trained["body.bias"] = np.full(4, np.nan, np.float32)
+
+
+def test_a_site_whose_training_diverges_refuses_to_send_it(tmp_path):
+    _, folder, _, _ = play(tmp_path, learner=ToyLearner(spoil={"north": nan}))
+    assert line(folder, 1)["left_out"]["north"] == {"state": "refused", "reason": "TRAINING_DIVERGED"}
+    np.testing.assert_allclose(load(folder.weights(3))["body.bias"], 3.5)
+
+
+def test_a_site_that_appears_in_mid_round_is_asked_and_counted(tmp_path):
+    def presence(clock: Clock) -> Presence:
+        here = {"east": 1, "north": 2}
+        return Presence(here | {"south": 3}) if clock.now > 1020 else Presence(here, {"south": "is not online"})
+
+    study = replace(STUDY, rounds=replace(STUDY.rounds, count=1))
+    _, folder, _, _ = play(tmp_path, study, delays={"east": 40.0}, presence=presence)
+    assert set(line(folder, 1)["sites"]) == set(SITES)
+
+
+def test_a_quorum_that_cannot_be_reached_any_more_pauses_at_once(tmp_path):
+    raised = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    with pytest.raises(RoundPaused, match=r"1 of 2 sites needed .* north: CLIENT_ERROR. south: CLIENT_ERROR."):
+        play(tmp_path, errors={("north", 1): raised, ("south", 1): raised})
+
+
+def test_fewer_sites_than_the_quorum_never_make_a_round_and_one_that_joins_meanwhile_does(tmp_path):
+    def alone(clock: Clock) -> Presence:
+        return Presence({"east": 1})
+
+    with pytest.raises(RoundPaused, match=r"1 of 2 sites needed have answered after 15\d s"):
+        play(tmp_path / "alone", presence=alone)
+
+    def joined(clock: Clock) -> Presence:
+        return Presence({"east": 1} | ({"north": 2} if clock.now > 1060 else {}))
+
+    state, folder, _, _ = play(tmp_path / "joined", presence=joined)
+    assert state.round == 3
+    assert set(line(folder, 1)["sites"]) == {"east", "north"}
+
+
+def test_a_late_update_is_dropped_or_counted_at_its_staleness_weight(tmp_path):
+    rounds = Rounds(count=2, quorum=2, deadline_s=30, gather_s=0, late="next", late_weight=0.5)
+    learner = ToyLearner(moves={"east": 0.0, "north": 0.0, "south": 3.0})
+    study = replace(STUDY, rounds=rounds, evaluate=Evaluate(every=0))
+    _, folder, _, _ = play(tmp_path / "next", study, learner, delays={"south": 40.0})
+    assert "south (round 1)" in line(folder, 2)["sites"]
+    # round 2: east 10 x 0, north 10 x 0, south of round 1 at 5 x 3, and south's own answer is late again
+    np.testing.assert_allclose(load(folder.weights(2))["body.bias"], 0.5 + 15 / 25, rtol=1e-6)
+    study = replace(study, rounds=replace(rounds, late="drop"))
+    _, folder, _, _ = play(tmp_path / "drop", study, learner, delays={"south": 40.0})
+    np.testing.assert_allclose(load(folder.weights(2))["body.bias"], 0.5)
+
+
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
+    _, whole, _, _ = play(tmp_path / "whole")
+    with pytest.raises(RoundPaused):
+        play(tmp_path / "cut", delays={"north": 1e6, "south": 1e6})
+    _, cut, _, _ = play(tmp_path / "cut")
+    assert read_state(whole).weights_sha256 == read_state(cut).weights_sha256
+    assert whole.weights(3).read_bytes() == cut.weights(3).read_bytes()
+
+
+def test_the_cohort_is_a_function_of_seed_and_round_and_not_of_who_is_online():
+    study = replace(STUDY, rounds=replace(STUDY.rounds, cohort=0.5, quorum=1))
+    everyone = Presence({f"s{i}": i for i in range(10)})
+    some = Presence({f"s{i}": i for i in range(5)}, {f"s{i}": "is not online" for i in range(5, 10)})
+    chosen = [choose(study, r, everyone) for r in range(1, 20)]
+    assert chosen == [choose(study, r, some) for r in range(1, 20)]
+    assert {len(c) for c in chosen} == {5}
+    assert len(set(chosen)) > 10
+
+
+def test_the_final_line_holds_the_test_scores_of_every_site(tmp_path):
+    _, folder, _, _ = play(tmp_path)
+    final = read_lines(folder.metrics)[-1]
+    assert final["final"]
+    assert set(final["sites"]) == set(SITES)
+    assert final["federation"]["lung"]["cases"] == 6
+    assert final["federation"]["lung"]["dice"] == 0.625
+
+
+class Rubbish(ScriptedGrid):
+    """One site's replies cannot even be parsed: Flower raises from `pull_messages`."""
+
+    def pull_messages(self, message_ids):
+        ids = list(message_ids)
+        if any(self.sent[i][1] == "north" for i in ids):
+            raise ValueError("no such record")
+        return super().pull_messages(ids)
+
+
+@dataclass(frozen=True)
+class AllAtOnce:
+    """Tensors inside the message, but every reply pulled in one call, as a deployment does."""
+
+    inline: Inline = field(default_factory=Inline)
+    one_by_one: bool = False
+
+    def __getattr__(self, name):
+        return getattr(self.inline, name)
+
+
+@pytest.mark.parametrize("courier", [Inline(), AllAtOnce()], ids=["one by one", "all at once"])
+def test_a_reply_that_flower_cannot_read_leaves_out_its_site_alone(tmp_path, courier):
+    numbers = {site: i for i, site in enumerate(SITES, start=1)}
+    clock = Clock()
+    grid = Rubbish(toy_app(), {numbers[s]: c for s, c in nodes(SITES, tmp_path).items()}, clock)
+    folder = new_run(tmp_path, STUDY)
+    carry_out(Setting(grid, folder, lambda: Presence(numbers), courier, clock, clock.sleep, poll_s=0.5))
+    assert set(line(folder, 1)["sites"]) == {"east", "south"}
+    assert line(folder, 1)["left_out"]["north"]["reason"].startswith("MESSAGE_UNREADABLE")
+
+
+def test_a_second_answer_after_the_round_is_taken_away_and_never_counted(tmp_path):
+    dropped = []
+
+    class Noting:
+        one_by_one = True
+        inline = Inline()
+
+        def __getattr__(self, name):
+            return getattr(self.inline, name)
+
+        def drop(self, site, reply):
+            dropped.append((site, reply.round, reply.attempt))
+
+    clock = Clock()
+    numbers = {site: i for i, site in enumerate(SITES, start=1)}
+    configs = {numbers[s]: c for s, c in nodes(SITES, tmp_path).items()}
+    grid = ScriptedGrid(toy_app(), configs, clock, delays={"east": 40.0})
+    rounds = replace(STUDY.rounds, count=2, late="next")
+    folder = new_run(tmp_path, replace(STUDY, rounds=rounds))
+    setting = Setting(grid, folder, lambda: Presence(numbers), Noting(), clock, clock.sleep, poll_s=0.5, reask_s=30.0)
+    carry_out(setting)
+    assert ("east", 1, 2) in dropped
+    assert set(line(folder, 2)["sites"]) == set(SITES)
+    np.testing.assert_allclose(load(folder.weights(2))["body.bias"], 2.5)
