@@ -282,7 +282,10 @@ def test_a_large_body_is_refused_and_the_client_hears_why(edge: Edge, north: Sit
 def test_a_body_without_a_length_is_refused(edge: Edge, north: Site) -> None:
     host, port = edge.address.split(":")
     with closing(http.client.HTTPSConnection(host, int(port), context=north.context, timeout=10)) as connection:
-        connection.request("POST", PULL, iter([b"x", b"y"]), node_headers(north.joined), encode_chunked=True)
+        connection.putrequest("POST", PULL)
+        for name, value in {**node_headers(north.joined), "transfer-encoding": "chunked"}.items():
+            connection.putheader(name, value)
+        connection.endheaders()  # and no body: the answer comes before it, and the connection ends with it
         assert connection.getresponse().status == 411
 
 
