@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from fedclient.data.images import read_image, read_labels
-from fedclient.data.manifest import Case, Progress, read_sites
+from fedclient.data.cases import Case, Mask, read_case
+from fedclient.data.images import read_labels
+from fedclient.data.listing import list_cases
+from fedclient.data.manifest import Progress
 from fedclient.site import Site
 from shared_models.errors import ImageUnreadable, ManifestInvalid
 
@@ -15,7 +17,7 @@ def look(site: Site, study: str | None, progress: Progress) -> dict[str, Any]:
     Raises:
         ManifestInvalid, ImageUnreadable: with the rows that have to be mended; the first ten of them.
     """
-    cases = read_sites(site.data, site.manifest_sites, site.salt)
+    cases = list_cases(site.where, site.salt).cases
     bad: list[str] = []
     for done, case in enumerate(cases, start=1):
         if complaint := _complaint(case):
@@ -30,7 +32,7 @@ def look(site: Site, study: str | None, progress: Progress) -> dict[str, Any]:
         from fedclient.data.dataset import prepare
         from shared_models.study import load_study
 
-        prepare([c for c in cases if c.mask is not None], load_study(study), Path(site.folder) / "cache", progress)
+        prepare([c for c in cases if c.label is not None], load_study(study), Path(site.folder) / "cache", progress)
     return {
         "cases": len(cases),
         "readable": len(cases),
@@ -38,7 +40,7 @@ def look(site: Site, study: str | None, progress: Progress) -> dict[str, Any]:
             split: {
                 "cases": sum(c.split == split for c in cases),
                 "patients": len({c.patient for c in cases if c.split == split}),
-                "labelled": sum(c.split == split and c.mask is not None for c in cases),
+                "labelled": sum(c.split == split and c.label is not None for c in cases),
             }
             for split in ("train", "val", "test")
         },
@@ -48,9 +50,9 @@ def look(site: Site, study: str | None, progress: Progress) -> dict[str, Any]:
 def _complaint(case: Case) -> str | None:
     """What is wrong with a case, by its row; no name of a file or patient."""
     try:
-        image = read_image(case.image)
-        if case.mask is not None:
-            read_labels(case.mask, image)
+        image = read_case(case)
+        if isinstance(case.label, Mask):
+            read_labels(case.label.file, image)
     except ImageUnreadable as e:
         return f"row {case.row}: {e}"
     return None

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from fedclient.data.images import IGNORE, read_image, read_labels
-from fedclient.data.manifest import Case, Progress, read_sites, usable
+from fedclient.data.cases import Case, read_case, read_case_labels
+from fedclient.data.listing import list_cases
+from fedclient.data.manifest import Progress, usable
 from fedclient.site import Site
-from shared_models.errors import ImageUnreadable, OrderRefused
+from shared_models.errors import OrderRefused
 from shared_models.plan import Fingerprint, fingerprint_of, released, total
 from shared_models.study import Study
 
@@ -19,10 +20,10 @@ def site_fingerprint(site: Site, study: Study, progress: Progress | None = None)
         OrderRefused: `NO_CASES`, or `FEW_CASES` where the site's policy wants more of them.
         ImageUnreadable: files that cannot be used, by their rows.
     """
-    cases = read_sites(site.data, site.manifest_sites, site.salt)
-    labelled = [case for case in cases if case.split == "train" and case.mask is not None]
+    cases = list_cases(site.where, site.salt).cases
+    labelled = [case for case in cases if case.split == "train" and case.label is not None]
     if not labelled:
-        raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Check manifest.csv.")
+        raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Run `fedclient check`.")
     return released(fingerprint_of_cases(labelled, study, progress), site.smallest_count)
 
 
@@ -32,11 +33,7 @@ def fingerprint_of_cases(cases: Sequence[Case], study: Study, progress: Progress
 
 
 def _fingerprint(case: Case, study: Study) -> Fingerprint:
-    if case.mask is None:
-        raise ImageUnreadable("the manifest names no mask, and the plan is made from labelled voxels")
-    volume = read_image(case.image)
-    labels = read_labels(case.mask, like=volume)
-    count = len(study.task.labels)
-    if ((labels > count) & (labels != IGNORE)).any():
-        raise ImageUnreadable(f"the mask holds values above {count}, the number of labels, that are not {IGNORE}")
-    return fingerprint_of(volume.voxels[0], labels, volume.spacing_mm, study.modality == "ct", count)
+    volume = read_case(case, study.channels)
+    labels = read_case_labels(case, volume, study.task.labels)
+    ct = study.modality == "ct"
+    return fingerprint_of(volume.voxels[0], labels, volume.spacing_mm, ct, len(study.task.labels))

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fedclient.data.where import Where
 from shared_models.errors import StateInvalid
 from shared_models.files import write_atomic
 from shared_models.parse import STRICT, parse, plain, read_toml
@@ -25,13 +26,17 @@ class Data:
     """`[data]`: where the images are.
 
     Attributes:
-        folder: holds manifest.csv; only read.
+        folder: only read.
         manifest_site: which site of a manifest that lists several.
+        layout: how the folder is laid out (`fedclient check` names it); `auto` finds it by what it holds.
+        structures: names of segments, regions or labels in the files -> a label of the study, background or ignore.
     """
 
     __pydantic_config__ = STRICT
     folder: str
     manifest_site: str | None = None
+    layout: str = "auto"
+    structures: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,12 @@ class Site:
     salt: str
     deployed: bool
     coordinator: str = ""
+    layout: str = "auto"
+    structures: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def where(self) -> Where:
+        return Where(self.data, self.manifest_sites, self.layout, self.structures)
 
 
 def read_site_file(folder: Path) -> SiteFile:
@@ -145,6 +156,8 @@ def open_site(node_config: Mapping[str, object]) -> Site:
             salt=secret(folder / "secrets" / "case-keys"),
             deployed=True,
             coordinator=file.coordinator,
+            layout=file.data.layout,
+            structures=file.data.structures,
         )
     return Site(
         name=str(node_config["site"]),
@@ -156,4 +169,5 @@ def open_site(node_config: Mapping[str, object]) -> Site:
         smallest_count=1,
         salt="simulation",
         deployed=False,
+        layout=str(node_config.get("layout", "auto")),
     )

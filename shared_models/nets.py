@@ -58,7 +58,7 @@ def network(study: Study) -> nn.Module:
         # not torch.manual_seed, which seeds the GPUs as well: they would drop out alike in every round
         torch.default_generator.manual_seed(seed_of(study.seed, study.name, "initial weights"))
         make = {"unet": unet, "dynunet": dynunet}[study.model.name]
-        net = make(study.model, 1, len(study.task.labels))
+        net = make(study.model, max(1, len(study.channels)), len(study.task.labels))
     batch_norms = [n for n, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert not batch_norms, f"batch norm in {batch_norms}"
     return net

@@ -254,6 +254,8 @@ class Study:
     """The declarative file that says what is trained, how, and under which rules.
 
     Attributes:
+        channels: which pictures of a case the network sees, by name (`t1ce`), in its order; none named is the one
+            that there is.
         plan: `given` by the tables of this file, or `federated`: derived from counts of all sites before round 1
             (shared_models/plan.py). Then preprocess, model but for spatial_dims and dropout, and batch_size are the
             plan's, and what this file says of them is not used.
@@ -264,6 +266,9 @@ class Study:
     title: Annotated[str, Field(max_length=200)] = ""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     modality: Literal["ct", "xray", "mr"] = "ct"
+    channels: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], ...], Field(max_length=16)
+    ] = ()
     plan: Literal["given", "federated"] = "given"
     planning: Planning = field(default_factory=Planning)
     task: Task = field(default_factory=Task)
@@ -276,6 +281,8 @@ class Study:
     evaluate: Evaluate = field(default_factory=Evaluate)
 
     def __post_init__(self) -> None:
+        if len(set(self.channels)) < len(self.channels):
+            raise ValueError(f"channels {list(self.channels)} must differ from each other")
         if self.plan == "federated":
             return  # the tables below are the plan's to set
         if len(self.preprocess.size) != self.model.spatial_dims:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from PIL import Image
 
 import fedclient.data.dataset as dataset
 from fedclient.data.augment import apply, draw
+from fedclient.data.cases import Case, Mask, read_case
 from fedclient.data.dataset import Batch, CaseExamples, DataSet, prepare
-from fedclient.data.images import Volume, read_image
-from fedclient.data.manifest import Case, read_manifest
+from fedclient.data.manifest import read_manifest
+from fedclient.data.volume import Volume
 from shared_models.errors import ImageUnreadable, ManifestInvalid, StateInvalid
 from shared_models.study import Augment, Model, Preprocess, Study, Task
 
@@ -60,18 +61,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 
 def mask_of(case: Case) -> Path:
-    assert case.mask is not None
-    return case.mask
+    assert isinstance(case.label, Mask)
+    return case.label.file
+
+
+def image_of(case: Case) -> Path:
+    return case.channels[0].files[0]
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     reads: list[str] = []
 
-    def read(path: Path) -> Volume:
-        reads.append(path.name)
-        return read_image(path)
+    def read(case: Case, channels: Sequence[str]) -> Volume:
+        reads.append(image_of(case).name)
+        return read_case(case, channels)
 
-    monkeypatch.setattr(dataset, "read_image", read)
+    monkeypatch.setattr(dataset, "read_case", read)
     return reads
 
 
@@ -113,7 +118,7 @@ def test_a_changed_file_is_read_again_and_its_old_cache_file_goes(
     mask = mask_of(cases[2])
     os.utime(mask, ns=(mask.stat().st_atime_ns, mask.stat().st_mtime_ns + 1))
     prepare(cases, STUDY, cache)
-    assert reads == [cases[2].image.name]
+    assert reads == [image_of(cases[2]).name]
     assert len(list(cache.rglob(f"{cases[2].key}-*"))) == 1
     assert len(list(cache.rglob("*.safetensors"))) == 9
 
@@ -169,15 +174,15 @@ def test_a_large_data_set_stays_on_disk_and_gives_the_same(
 
 def test_unusable_cases_are_told_by_row_all_in_one_message(cases: tuple[Case, ...], tmp_path: Path) -> None:
     by_row = {case.row: case for case in cases}
-    by_row[2].image.write_bytes(b"no picture")
+    image_of(by_row[2]).write_bytes(b"no picture")
     Image.new("L", (7, 7)).save(mask_of(by_row[4]))
     Image.fromarray(np.full((40, 30), 2, np.uint8)).save(mask_of(by_row[5]))
-    by_row[6].image.unlink()
+    image_of(by_row[6]).unlink()
     with pytest.raises(ImageUnreadable) as e:
-        prepare([*cases, replace(cases[0], mask=None, row=9)], STUDY, tmp_path / "cache")
+        prepare([*cases, replace(by_row[3], label=None, row=9)], STUDY, tmp_path / "cache")
     said = str(e.value)
     assert "5 of 6 cases" in said
-    for words in ("row 2 ", "row 4 ", "row 5 ", "row 6 ", "row 9 ", "names no mask", "gone", "values [2]", "1 = lung"):
+    for words in ("row 2 ", "row 4 ", "row 5 ", "row 6 ", "row 9 ", "no labels", "gone", "values [2]", "1 = lung"):
         assert words in said
     assert "p0" not in said
     assert str(tmp_path) not in said

@@ -261,7 +261,7 @@ def test_a_site_without_labels_to_learn_from_holds_nothing_and_says_so(data, tmp
     folder = rewritten(data, tmp_path, lambda row: {**row, "mask": ""})
     site = site_at(folder, tmp_path, "north")
     assert LEARNER.holding(site, STUDY) == Holding(0, 0)
-    with pytest.raises(OrderRefused, match=r"no case with a label for training. Check manifest.csv") as refused:
+    with pytest.raises(OrderRefused, match=r"no case with a label for training. Run `fedclient check`") as refused:
         LEARNER.learn(site, STUDY, 1, weights)
     assert refused.value.code == "NO_CASES"
 

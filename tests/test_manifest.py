@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedclient.data.cases import Mask
 from fedclient.data.manifest import read_manifest, sites_of, split_of
 from shared_models.errors import ManifestInvalid
 
@@ -35,8 +36,8 @@ def complaint(folder: Path, site: str | None = None) -> str:
 def test_rows_become_cases_and_other_columns_are_ignored(tmp_path: Path) -> None:
     text = "\ufeffsite, patient_id,image,mask,split,age\n,,,,,\nx,P1,a.png,m.png,test,70\nx,P2,./b.png,,train,\n"
     cases = {c.patient: c for c in read_manifest(folder_with(tmp_path, text), None, "salt")}
-    assert (cases["P1"].split, cases["P1"].row, cases["P1"].mask) == ("test", 3, tmp_path / "m.png")
-    assert (cases["P2"].split, cases["P2"].row, cases["P2"].mask) == ("train", 4, None)
+    assert (cases["P1"].split, cases["P1"].row, cases["P1"].label) == ("test", 3, Mask(tmp_path / "m.png"))
+    assert (cases["P2"].split, cases["P2"].row, cases["P2"].label) == ("train", 4, None)
 
 
 def test_neither_key_nor_repr_tells_the_patient_and_both_need_the_salt(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_splits_have_shares_of_70_10_and_20_percent() -> None:
         ("secret-patient,,m.png,train", "`image` is empty"),
         ("secret-patient,gone.png,m.png,train", "`image`: there is no such file"),
         ("secret-patient,a.png,gone.png,train", "`mask`: there is no such file"),
-        ("secret-patient,folder.png,m.png,train", "`image` is not a file"),
+        ("secret-patient,.,m.png,train", "`image` is neither a file nor the folder of a series"),
         ("secret-patient,b.png,m.png,train", "the same image as in row 2"),
         ("secret-patient,./b.png,m.png,train", "the same image as in row 2"),
         ("secret-patient,a.png,m.png", "has 3 fields, the heading 4"),
@@ -107,7 +108,6 @@ def test_splits_have_shares_of_70_10_and_20_percent() -> None:
     ],
 )
 def test_a_row_that_makes_no_case_is_named_by_its_number(tmp_path: Path, row: str, words: str) -> None:
-    (tmp_path / "folder.png").mkdir()
     folder = folder_with(tmp_path, f"patient_id,image,mask,split\nok,b.png,m.png,val\n\n{row}\n")
     said = complaint(folder)
     assert words in said
@@ -134,7 +134,7 @@ def test_nothing_outside_the_data_folder_is_read(tmp_path: Path, column: str, na
 def test_a_link_inside_the_data_folder_is_followed(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, "patient_id,image,mask\nP,link.png,m.png\n")
     (folder / "link.png").symlink_to(folder / "a.png")
-    assert read_manifest(folder, None, "salt")[0].image == folder / "a.png"
+    assert read_manifest(folder, None, "salt")[0].channels[0].files == (folder / "a.png",)
 
 
 def test_a_ring_of_links_and_a_pipe_are_no_images(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_ring_of_links_and_a_pipe_are_no_images(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     said = complaint(folder_with(tmp_path, "patient_id,image,mask\nP,ring.png,m.png\nP,pipe.png,m.png\n"))
     assert "row 2: `image`: there is no such file" in said
-    assert "row 3: `image` is not a file" in said
+    assert "row 3: `image` is neither a file" in said
 
 
 def test_a_patient_in_two_splits_is_counted_and_not_named(tmp_path: Path) -> None:

@@ -428,5 +428,5 @@ def test_a_site_without_training_cases_says_so(sites, tmp_path):
 
 
 def test_a_mask_of_another_study_is_named_by_its_row(sites, tmp_path):
-    with pytest.raises(ImageUnreadable, match=r"2 of 2 cases .*\nrow \d \(case .*values above 1"):
+    with pytest.raises(ImageUnreadable, match=r"2 of 2 cases .*\nrow \d \(case .*values \[2\]"):
         site_fingerprint(site(tmp_path, sites["c"][:2], ["train", "train"], value=2), STUDY)

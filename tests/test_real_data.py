@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import SimpleITK
 
+from fedclient.data.cases import Case, read_case, read_case_labels
 from fedclient.data.dataset import prepare
 from fedclient.data.dicom import find_series, read_series
 from fedclient.data.images import read_image, read_labels
-from fedclient.data.manifest import Case, read_manifest, sites_of
+from fedclient.data.manifest import read_manifest, sites_of
 from shared_models.errors import ImageUnreadable
 from shared_models.preprocess import preprocess, preprocess_labels, restore
 from shared_models.study import Augment, Model, Preprocess, Study, Task
@@ -79,9 +80,8 @@ def test_nodules_become_batches_with_nodules_denser_than_what_surrounds_them(sit
 
 def test_a_lung_mask_comes_back_onto_its_film() -> None:
     for case in some(CHEST, "spain", 1):
-        assert case.mask is not None
-        film = read_image(case.image)
-        truth = read_labels(case.mask, like=film)
+        film = read_case(case)
+        truth = read_case_labels(case, film, XRAY.task.labels)
         plan = replace(XRAY.preprocess, size=(256, 256))
         geometry = preprocess(film.voxels, film.spacing_mm, plan).geometry
         small = preprocess_labels(truth, geometry)

@@ -25,7 +25,7 @@ def test_four_scanners_plan_as_if_their_nodules_were_in_one_place() -> None:
     study = Study(name="n", task=Task(labels=("nodule",)))
     parts = {site.name: site_fingerprint(site, study) for site in sites}
     assert [part.cases for part in parts.values()] == [112, 95, 40, 69]
-    raw = pooled(sites)
+    raw = pooled(sites, "nodule")
     for dims in (2, 3):
         rows = compared(parts, raw, Constraints(MEMORY_BYTES, 2 if dims == 2 else 3, "ct"))
         assert [row for row in rows if not row.holds] == []

@@ -244,7 +244,7 @@ OTHER: dict[tuple[str, ...], Any] = {
     ("preprocess", "window_hu"): (-1000.0, 401.0), ("train", "optimizer"): "sgd", ("train", "precision"): "float32",
     ("train", "schedule"): "cosine",
     ("rounds", "late"): "next", ("strategy", "name"): "fedavgm", ("strategy", "weighting"): "uniform",
-    ("plan",): "federated",
+    ("plan",): "federated", ("channels",): ("t1ce", "flair"),
 }  # fmt: skip
 ONLY_ONE = {
     ("task", "kind"), ("model", "name"), ("model", "spatial_dims"), ("model", "levels"), ("preprocess", "fit"),

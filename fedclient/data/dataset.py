@@ -18,15 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from fedclient.data.images import IGNORE, is_picture, read_image, read_labels
-from fedclient.data.manifest import Case, Progress, usable
+from fedclient.data.cases import Case, read_case, read_case_labels, state_of
+from fedclient.data.images import is_picture
+from fedclient.data.manifest import Progress, usable
 from shared_models.errors import ImageUnreadable, ManifestInvalid, StateInvalid
 from shared_models.files import canonical_json, write_atomic
 from shared_models.parse import plain
 from shared_models.preprocess import Geometry, geometry_from, preprocess, preprocess_labels
-from shared_models.study import Augment, Preprocess, Study
+from shared_models.study import Augment, Study
 
-FORMAT = 1  # of the cache files: raise it when readers or preprocessing change what they give
+FORMAT = 2  # of the cache files: raise it when readers or preprocessing change what they give
 MEMORY_BYTES = 1024**3  # a smaller data set is held in memory, a larger one is mapped from its files
 NO_AUGMENT = Augment()
 
@@ -55,7 +56,6 @@ class Stored:
         images: float16[N, C, *size], in memory or mapped.
         masks: uint8[N, *size].
         left_right_axis: 0 where rows run between the patient's left and right, 1 where columns do.
-        values: those that occur in the mask.
     """
 
     key: str
@@ -63,7 +63,6 @@ class Stored:
     masks: NDArray[np.uint8]
     geometry: Geometry
     left_right_axis: int
-    values: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +135,7 @@ def prepare(cases: Sequence[Case], study: Study, cache: Path, progress: Progress
         ImageUnreadable: images or masks that cannot be used, by their rows; the others are kept in the cache.
         StateInvalid: the cache cannot be written.
     """
-    folder = cache / _plan_digest(study.preprocess)
+    folder = cache / _plan_digest(study)
     for made in (cache, folder):
         made.mkdir(parents=True, exist_ok=True, mode=0o700)
     older: dict[str, list[Path]] = {}
@@ -150,13 +149,11 @@ def prepare(cases: Sequence[Case], study: Study, cache: Path, progress: Progress
 
 
 def _prepared(case: Case, study: Study, folder: Path, older: Sequence[Path]) -> Stored:
-    if case.mask is None:
-        raise ImageUnreadable("the manifest names no mask, and a segmentation learns from masks")
-    source = _source_digest(case.image, case.mask)
+    source = state_of(case)
     path = folder / f"{case.key}-{source}.safetensors"
     stored = _open(path, case.key)
     if stored is None:
-        made = _made(case.image, case.mask, study.preprocess)
+        made = _made(case, study)
         try:
             write_atomic(path, made)
         except OSError as e:
@@ -169,24 +166,19 @@ def _prepared(case: Case, study: Study, folder: Path, older: Sequence[Path]) -> 
         stored = _open(path, case.key)
         if stored is None:
             raise ImageUnreadable("its cache file cannot be read back. Is the disk full or broken?")
-    strange = [v for v in stored.values if v > len(study.task.labels) and v != IGNORE]
-    if strange:
-        allowed = ", ".join(f"{n} = {label}" for n, label in enumerate(study.task.labels, start=1))
-        raise ImageUnreadable(f"mask holds the values {strange}; allowed: 0 = background, {allowed}, {IGNORE} = ignore")
     return stored
 
 
-def _made(image: Path, mask: Path, plan: Preprocess) -> bytes:
+def _made(case: Case, study: Study) -> bytes:
     """The cache file of one case."""
-    volume = read_image(image)
-    if plan.spacing_mm is not None and is_picture(image):
+    volume = read_case(case, study.channels)
+    if study.preprocess.spacing_mm is not None and is_picture(case.channels[0].files[0]):
         raise ImageUnreadable("PNG and JPEG state no pixel size, so spacing_mm cannot be met. Use fit = letterbox")
-    labels = read_labels(mask, like=volume)
-    examples = preprocess(volume.voxels, volume.spacing_mm, plan)
+    labels = read_case_labels(case, volume, study.task.labels)
+    examples = preprocess(volume.voxels, volume.spacing_mm, study.preprocess)
     facts = {
         "geometry": examples.geometry.plain(),
         "left_right_axis": volume.left_right_axis,
-        "values": np.unique(labels).tolist(),
     }
     tensors: dict[str, NDArray[Any]] = {
         "images": examples.images.astype(np.float16),
@@ -205,7 +197,7 @@ def _open(path: Path, key: str) -> Stored | None:
         images = _view(content[8 + length :], header["images"], np.float16)
         masks = _view(content[8 + length :], header["masks"], np.uint8)
         geometry = geometry_from(facts["geometry"])
-        return Stored(key, images, masks, geometry, facts["left_right_axis"], tuple(facts["values"]))
+        return Stored(key, images, masks, geometry, facts["left_right_axis"])
     except (OSError, ValueError, KeyError, TypeError, struct.error):
         return None
 
@@ -218,19 +210,12 @@ def _view(data: NDArray[np.uint8], entry: dict[str, Any], kind: type[Any]) -> ND
 
 def _in_memory(case: Stored) -> Stored:
     images, masks = np.array(case.images), np.array(case.masks)
-    return Stored(case.key, images, masks, case.geometry, case.left_right_axis, case.values)
+    return Stored(case.key, images, masks, case.geometry, case.left_right_axis)
 
 
-def _plan_digest(plan: Preprocess) -> str:
-    return sha256(canonical_json([FORMAT, plain(plan)])).hexdigest()[:12]
-
-
-def _source_digest(*paths: Path) -> str:
-    try:
-        states = [path.stat() for path in paths]
-    except OSError as e:
-        raise ImageUnreadable(f"a file of it is gone or locked ({type(e).__name__})") from None
-    return sha256(canonical_json([[s.st_size, s.st_mtime_ns] for s in states])).hexdigest()[:12]
+def _plan_digest(study: Study) -> str:
+    """Of all that a cached case depends on beside its files."""
+    return sha256(canonical_json([FORMAT, plain(study.preprocess), study.channels, study.task.labels])).hexdigest()[:12]
 
 
 def _epochs(examples: int, batch_size: int, epochs: int, rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:

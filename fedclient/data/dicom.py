@@ -16,8 +16,6 @@ from pydicom import Dataset
 
 from fedclient.data.dicom_folder import OBJECTS
 from fedclient.data.dicom_folder import Found as Found
-from fedclient.data.dicom_folder import Series as Series
-from fedclient.data.dicom_folder import Slice as Slice
 from fedclient.data.dicom_folder import find_series as find_series
 from fedclient.data.dicom_header import MAX_BYTES, load, number, numbers, text, unbroken
 from fedclient.data.dicom_pixels import (
@@ -45,6 +43,8 @@ from fedclient.data.provenance import (
     within,
 )
 from fedclient.data.stack import Grid, Plane, plane, stack
+from fedclient.data.stack import Series as Series
+from fedclient.data.stack import Slice as Slice
 from fedclient.data.volume import FRONTAL_RAS, PICTURE_PIXELS, PLANES, Volume, turn_to_ras
 from shared_models.errors import ImageUnreadable
 

@@ -14,7 +14,7 @@ from pydicom.datadict import tag_for_keyword
 from fedclient.data.dicom_header import load_head, number, numbers, text, unbroken
 from fedclient.data.formats import HEAD_BYTES, is_dicom
 from fedclient.data.provenance import MEASURED, MODALITIES, one_of
-from fedclient.data.stack import TOLERANCE_MM, Plane, along_normal, parallel, plane
+from fedclient.data.stack import TOLERANCE_MM, Series, Slice, along_normal, parallel, plane
 from shared_models.errors import ImageUnreadable
 
 KEYWORDS = (
@@ -28,40 +28,6 @@ OBJECTS = frozenset(
 DIRECTORY = "1.2.840.10008.1.3.10"
 TAKES = ("AcquisitionNumber", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue")
 _TAGS = [tag for keyword in KEYWORDS if (tag := tag_for_keyword(keyword)) is not None]
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """One file of a series; the identifiers are for matching labels, not for logs.
-
-    Attributes:
-        where: None for an image without a place in the patient (radiographs), or of several frames.
-    """
-
-    path: Path = field(repr=False)
-    sop_uid: str = field(repr=False)
-    instance_number: int | None
-    where: Plane | None
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """Slices that make one image, along their normal where they have one.
-
-    Attributes:
-        frames: above 1 for one file that holds them all.
-    """
-
-    uid: str = field(repr=False)
-    modality: str | None
-    rows: int
-    columns: int
-    frames: int
-    slices: tuple[Slice, ...]
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return tuple(each.path for each in self.slices)
 
 
 @dataclass(frozen=True, slots=True)

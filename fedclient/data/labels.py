@@ -17,7 +17,7 @@ from fedclient.data.volume import LPS_TO_RAS, Volume
 from shared_models.errors import ImageUnreadable, StudyInvalid
 
 Labels = NDArray[np.uint8]
-Code = Literal["LABEL_GEOMETRY_MISMATCH", "LABEL_VALUES", "LABEL_EMPTY", "LABEL_UNREADABLE"]
+Code = Literal["LABEL_GEOMETRY_MISMATCH", "LABEL_VALUES", "LABEL_EMPTY", "LABEL_UNREADABLE", "LABEL_MISSING"]
 Overlap = Literal["refuse", "first", "last"]  # who wins a voxel of two structures, in the order of the mapping
 Mapped = (
     Mapping[str, int] | Mapping[int, int] | Mapping[str | int, int]
@@ -44,17 +44,17 @@ def refused(code: Code, message: str) -> ImageUnreadable:
 
 
 def numbered(mapping: Mapping[str, str], labels: Sequence[str]) -> dict[str, int]:
-    """`{"Liver": "organ"}` as `{"Liver": 1}`, where organ is the study's first label; "ignore" becomes 127.
+    """`{"Liver": "organ"}` as `{"Liver": 1}`, where organ is the study's first label; `background` 0, `ignore` 127.
 
     Raises:
         StudyInvalid: a label that the study has not.
     """
-    values = {label: n for n, label in enumerate(labels, start=1)} | {"ignore": IGNORE}
+    values = {label: n for n, label in enumerate(labels, start=1)} | {"background": 0, "ignore": IGNORE}
     strange = sorted(set(mapping.values()) - values.keys())
     if strange:
         raise StudyInvalid(
             f"the site's mapping of structures leads to {', '.join(strange)}; this study knows "
-            f"{', '.join(labels)} and ignore. Name one of these."
+            f"{', '.join(labels)}, background and ignore. Name one of these."
         )
     return {key: values[label] for key, label in mapping.items()}
 
@@ -139,8 +139,8 @@ def renumber(stored: Labels, values: Mapping[int, int]) -> Labels:
     if strange:
         raise refused(
             "LABEL_VALUES",
-            f"the labels hold {strange}, and only {sorted(values)} are expected. Is it another year's or another "
-            f"task's file?",
+            f"the labels hold the values {strange}, and only {sorted(values)} are expected. Is it another year's or "
+            f"another task's file?",
         )
     return table[stored]
 

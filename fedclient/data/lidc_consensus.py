@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
-from fedclient.data.dicom_folder import Series
 from fedclient.data.images import IGNORE
 from fedclient.data.labels import Labels, place, refused
 from fedclient.data.lidc import READERS, WHAT, Nodule, Outline, Reads
 from fedclient.data.polygons import enclosed
+from fedclient.data.stack import Series
 from fedclient.data.volume import Volume
 
 Verdict = Literal["benign", "indeterminate", "malignant", "unrated"]

@@ -1,7 +1,8 @@
 """`manifest.csv`: which files make a case, whose they are, and what each is for.
 
-Columns: `patient_id`, `image`, `mask` (paths inside the data folder), and if wanted `site` and `split`
-(train, val, test); others are ignored. No message names a patient or a file, only rows (the heading is row 1).
+Columns: `patient_id`, `image`, `mask` (paths inside the data folder; a DICOM series is named by its own folder), and if
+wanted `site` and `split` (train, val, test); others are ignored. No message names a patient or a file, only rows (the
+heading is row 1).
 """
 
 import csv
@@ -9,36 +10,18 @@ import hmac
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, cast, get_args
+from typing import TypeVar, cast, get_args
 
+from fedclient.data.cases import Case, Channel, Mask, Split
 from shared_models.errors import ImageUnreadable, ManifestInvalid
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]  # cases done, cases in all
-Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the patients, where the manifest leaves the split to us
 SHOWN = 5  # complaints in one message
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One image of one patient; only `key`, `split` and `row` may appear in logs.
-
-    Attributes:
-        key: 16 hex digits, HMAC-SHA256(salt, patient and image path): says nothing to who has not the salt.
-        mask: None where the manifest names none.
-        row: in the manifest, as a spreadsheet counts; 0 for a case that came from elsewhere.
-    """
-
-    key: str
-    patient: str = field(repr=False)
-    image: Path = field(repr=False)
-    mask: Path | None = field(repr=False)
-    split: Split
-    row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +78,15 @@ def usable(cases: Sequence[Case], use: Callable[[Case], T], progress: Progress |
         try:
             yield use(case)
         except ImageUnreadable as e:
-            complaints.append(f"row {case.row} (case {case.key}): {e}")
+            complaints.append(f"{case.where}: {e}")
         if progress is not None:
             progress(done, len(cases))
     if complaints:
         more = f"\n... and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
         raise ImageUnreadable(
-            f"{len(complaints)} of {len(cases)} cases of the manifest cannot be used:\n"
+            f"{len(complaints)} of {len(cases)} cases cannot be used:\n"
             + "\n".join(complaints[:SHOWN])
-            + f"{more}\nMend these files, or take their rows out."
+            + f"{more}\nMend these files, or take them out."
         )
 
 
@@ -118,6 +101,11 @@ def split_of(patient: str, salt: str) -> Split:
     if drawn < SHARES["train"]:
         return "train"
     return "val" if drawn < SHARES["train"] + SHARES["val"] else "test"
+
+
+def case_key(salt: str, patient: str, name: str) -> str:
+    """16 hex digits of HMAC-SHA256; `name` tells the images of a patient apart: a path in the data folder, a UID."""
+    return _hmac(salt, "case", patient, name).hex()[:16]
 
 
 def _hmac(salt: str, *words: str) -> bytes:
@@ -186,17 +174,17 @@ def _case(root: Path, row: _Row, salt: str) -> Case:
     else:
         raise ManifestInvalid(f"row {row.number}: `split` is {row.get('split')!r}; allowed: {', '.join(SPLITS)}")
     return Case(
-        key=_hmac(salt, "case", patient, image.relative_to(root).as_posix()).hex()[:16],
+        key=case_key(salt, patient, image.relative_to(root).as_posix()),
         patient=patient,
-        image=image,
-        mask=_inside(root, row, "mask") if row.values["mask"] else None,
+        channels=(Channel(files=(image,)),),
+        label=Mask(_inside(root, row, "mask")) if row.values["mask"] else None,
         split=split,
         row=row.number,
     )
 
 
 def _inside(root: Path, row: _Row, column: str) -> Path:
-    """The file a manifest names, links followed, if it lies in the data folder."""
+    """The file or folder that a manifest names, links followed, if it lies in the data folder."""
     named = Path(row.get(column))
     if named.is_absolute() or ".." in named.parts or "\0" in str(named):
         raise ManifestInvalid(f"row {row.number}: `{column}` must be a path inside the data folder, without `..`")
@@ -206,8 +194,8 @@ def _inside(root: Path, row: _Row, column: str) -> Path:
         raise ManifestInvalid(f"row {row.number}: `{column}`: there is no such file in the data folder") from None
     if not path.is_relative_to(root):
         raise ManifestInvalid(f"row {row.number}: `{column}` is a link out of the data folder")
-    if not path.is_file():
-        raise ManifestInvalid(f"row {row.number}: `{column}` is not a file")
+    if not path.is_file() and (path == root or not path.is_dir()):
+        raise ManifestInvalid(f"row {row.number}: `{column}` is neither a file nor the folder of a series")
     return path
 
 
@@ -215,7 +203,7 @@ def _twice(cases: Sequence[Case]) -> list[str]:
     first: dict[Path, int] = {}
     found: list[str] = []
     for case in cases:
-        row = first.setdefault(case.image, case.row)
+        row = first.setdefault(case.channels[0].files[0], case.row)
         if row != case.row:
             found.append(f"row {case.row}: the same image as in row {row}")
     return found

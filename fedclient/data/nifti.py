@@ -24,9 +24,13 @@ MAX_OFFSET_BYTES = 64 * 1024**2  # of the voxels in the file: room for extension
 _MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 
 
-def read_nifti(path: Path) -> Volume:
-    """A 3-D (or 2-D) NIfTI image, scaled by its slope and turned to RAS+ by axis flips and swaps; never resampled."""
-    values, affine_ras = nifti_values(path)
+def read_nifti(path: Path, part: int | None = None) -> Volume:
+    """A 3-D (or 2-D) NIfTI image, scaled by its slope and turned to RAS+ by axis flips and swaps; never resampled.
+
+    Args:
+        part: which volume of a 4-D image, as the Medical Segmentation Decathlon stores channels.
+    """
+    values, affine_ras = nifti_values(path, part)
     voxels = contiguous(values)
     if not np.isfinite(voxels).all():
         raise ImageUnreadable(
@@ -36,7 +40,7 @@ def read_nifti(path: Path) -> Volume:
     return Volume(voxels[None], affine_ras)
 
 
-def nifti_values(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+def nifti_values(path: Path, part: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Scaled values [I, J, K] in RAS+, finite or not, and their affine in mm."""
     try:
         with _opened(path) as (file, version):
@@ -44,9 +48,10 @@ def nifti_values(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
             header = image.header
             _check_values(header)
             affine_ras = _affine(header)
-            shape = _shape(header)  # before a header that lies makes room for its voxels
+            shape = _shape(header, part)  # before a header that lies makes room for its voxels
+            chosen = slice(None) if part is None else (slice(None),) * 3 + (part,)
             with np.errstate(over="ignore"):  # too large for float32 is refused as infinite
-                values = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
+                values = np.asarray(image.dataobj[chosen], dtype=np.float32).reshape(shape)
             turn = turn_to_ras(affine_ras, shape)
             return turned(values, turn), affine_ras @ turn.stored_of_voxel
     except (
@@ -80,8 +85,14 @@ def _opened(path: Path) -> Iterator[tuple[Any, int]]:
         yield stream, version
 
 
-def _shape(header: Any) -> tuple[int, ...]:
+def _shape(header: Any, part: int | None) -> tuple[int, ...]:
     stored = tuple(int(n) for n in header.get_data_shape())
+    if part is not None and (len(stored) != 4 or part >= stored[3]):
+        raise ImageUnreadable(
+            f"NIfTI: shape {stored}; channel {part} of a 4-D image is wanted. Does dataset.json tell of other files?",
+            code="MODALITY_MISMATCH",
+        )
+    stored = stored if part is None else stored[:3]
     shape = (*stored, 1) if len(stored) == 2 else stored
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]

@@ -6,8 +6,9 @@ pixels were (DICOM PS3.3 C.7.6.2.1.1).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import mul
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,40 @@ class Plane:
     along_row: tuple[float, ...]
     along_column: tuple[float, ...]
     spacing_mm: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One file of a series; the identifiers are for matching labels, not for logs.
+
+    Attributes:
+        where: None for an image without a place in the patient (radiographs), or of several frames.
+    """
+
+    path: Path = field(repr=False)
+    sop_uid: str = field(repr=False)
+    instance_number: int | None
+    where: Plane | None
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Slices that make one image, along their normal where they have one.
+
+    Attributes:
+        frames: above 1 for one file that holds them all.
+    """
+
+    uid: str = field(repr=False)
+    modality: str | None
+    rows: int
+    columns: int
+    frames: int
+    slices: tuple[Slice, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(each.path for each in self.slices)
 
 
 @dataclass(frozen=True, slots=True)

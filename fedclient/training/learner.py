@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fedclient.data.cases import Case
 from fedclient.data.dataset import DataSet, prepare
-from fedclient.data.manifest import Case, read_sites
+from fedclient.data.listing import list_cases
 from fedclient.site import Site
 from fedclient.training.evaluate import evaluate
 from fedclient.training.trainer import fit, scheduled
@@ -51,7 +52,7 @@ class ImageLearner:
         return evaluate(net.to(device), data_set(site, study, split), study, device, site.smallest_count)
 
     def holding(self, site: Site, study: Study) -> Holding:
-        cases = [case for case in _cases(site) if case.mask is not None]
+        cases = [case for case in _cases(site) if case.label is not None]
         return Holding(sum(c.split == "train" for c in cases), sum(c.split == "test" for c in cases))
 
 
@@ -88,11 +89,11 @@ def data_set(site: Site, study: Study, split: str) -> DataSet:
     Raises:
         OrderRefused: the site has none for training.
     """
-    cases = [case for case in _cases(site) if case.split == split and case.mask is not None]
+    cases = [case for case in _cases(site) if case.split == split and case.label is not None]
     if not cases and split == "train":
-        raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Check manifest.csv.")
+        raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Run `fedclient check`.")
     return prepare(cases, study, site.folder / "cache")
 
 
 def _cases(site: Site) -> tuple[Case, ...]:
-    return read_sites(site.data, site.manifest_sites, site.salt)
+    return list_cases(site.where, site.salt).cases

@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclient.data.images import IGNORE, read_image, read_labels
-from fedclient.data.manifest import read_manifest, sites_of
+from fedclient.data.cases import read_case, read_case_labels
+from fedclient.data.images import IGNORE
+from fedclient.data.listing import list_cases
+from fedclient.data.manifest import sites_of
 from fedclient.fingerprint import site_fingerprint
 from fedclient.site import Site, open_site
 from shared_models.files import canonical_json
@@ -86,13 +88,13 @@ def _nth(of: NDArray[np.float64], q: float) -> NDArray[np.float64]:
     return np.asarray(np.percentile(of, q, axis=0, method="inverted_cdf"))
 
 
-def pooled(sites: Sequence[Site]) -> Pooled:
+def pooled(sites: Sequence[Site], label: str) -> Pooled:
     """Every training case of the sites, read again, without a fingerprint."""
     levels: list[NDArray[np.float64]] = []
     weights: list[NDArray[np.float64]] = []
     spacings: list[tuple[float, ...]] = []
     shapes: list[tuple[int, ...]] = []
-    for voxels, labels, spacing_mm in _cases(sites):
+    for voxels, labels, spacing_mm in _cases(sites, label):
         found, counts = np.unique(voxels[(labels > 0) & (labels != IGNORE)], return_counts=True)
         levels.append(found.astype(np.float64))
         weights.append(counts / max(1, counts.sum()))
@@ -103,12 +105,14 @@ def pooled(sites: Sequence[Site]) -> Pooled:
     return Pooled(hu[order], weight[order], np.array(spacings), np.array(shapes, np.float64))
 
 
-def _cases(sites: Sequence[Site]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.uint8], tuple[float, ...]]]:
+def _cases(
+    sites: Sequence[Site], label: str
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.uint8], tuple[float, ...]]]:
     for site in sites:
-        for case in read_manifest(site.data, site.manifest_sites[0], site.salt):
-            if case.split == "train" and case.mask is not None:
-                image = read_image(case.image)
-                yield image.voxels[0], read_labels(case.mask, like=image), image.spacing_mm
+        for case in list_cases(site.where, site.salt).cases:
+            if case.split == "train" and case.label is not None:
+                image = read_case(case)
+                yield image.voxels[0], read_case_labels(case, image, [label]), image.spacing_mm
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +170,7 @@ def look(title: str, sites: Sequence[Site], label: str) -> bool:
         sent = canonical_json(plain(site_fingerprint(site, study)))
         parts[site.name] = parse_json(Fingerprint, sent, site.name)
         print(f"{title}: {site.name}: {parts[site.name].cases} cases, {len(sent)} bytes", flush=True)
-    raw = pooled(sites)
+    raw = pooled(sites, label)
     two, three = (Constraints(MEMORY_BYTES, dims, study.modality) for dims in (2, 3))
     rows = compared(parts, raw, three)
     rows.append(compared(parts, raw, two)[-1])

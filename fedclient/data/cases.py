@@ -1,0 +1,289 @@
+"""A case: which files hold a patient's image and labels, and what is read from them for a study."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+
+from fedclient.data.findings import Finding
+from fedclient.data.formats import format_of
+from fedclient.data.images import read_image, read_labels
+from fedclient.data.labels import Labels, Mapped, numbered, refused, renumber
+from fedclient.data.luna16 import LEFT_LUNG, RIGHT_LUNG, TRACHEA, Mark, spheres
+from fedclient.data.nifti import read_nifti
+from fedclient.data.stack import Series
+from fedclient.data.volume import Volume
+from shared_models.errors import ImageUnreadable
+from shared_models.files import canonical_json
+
+Split = Literal["train", "val", "test"]
+APART_MM = 1e-2  # of channels that are said to lie on one grid
+VERDICTS = ("benign", "indeterminate", "malignant", "unrated")  # of LIDC's readers on a nodule, together
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """The files of one picture of a case.
+
+    Attributes:
+        name: as a study may ask for it (`t1ce`); empty where a case has one and nobody names it.
+        files: one file or folder, or the slices of a series.
+        part: which volume of a 4-D NIfTI.
+        series: where it was found as DICOM.
+    """
+
+    name: str = ""
+    files: tuple[Path, ...] = field(repr=False, default=())
+    part: int | None = None
+    series: Series | None = field(repr=False, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Labels as numbers on a grid: the study's own, or those that a data set gives names to (`{2: "tumour"}`)."""
+
+    file: Path = field(repr=False)
+    names: Mapping[int, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """DICOM SEG or RTSTRUCT objects that were drawn on the series of the case."""
+
+    files: tuple[Path, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class LidcReads:
+    """LIDC-IDRI's XML of the series of the case."""
+
+    file: Path = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """LUNA16: nodules and what counts neither way as points in the patient; and, for other studies, lungs as a mask."""
+
+    nodules: tuple[Mark, ...] = ()
+    excluded: tuple[Mark, ...] = ()
+    lungs: Path | None = field(repr=False, default=None)
+
+
+Label = Mask | Drawn | LidcReads | Marks
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One image of one patient; only `key`, `split` and `row` may appear in logs.
+
+    Attributes:
+        key: 16 hex digits, an HMAC under the site's secret: says nothing to who has not the secret.
+        label: None where there is none.
+        row: in the manifest, as a spreadsheet counts; 0 for a case that came from elsewhere.
+        structures: what the site calls things -> a label of the study, `background` or `ignore`.
+    """
+
+    key: str
+    patient: str = field(repr=False)
+    channels: tuple[Channel, ...]
+    label: Label | None
+    split: Split
+    row: int = 0
+    structures: Mapping[str, str] = field(repr=False, default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """How a message to the data steward names it."""
+        return f"row {self.row} (case {self.key})" if self.row else f"case {self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a folder holds: its layout in words, its cases ordered by key, and what of it could not be used."""
+
+    layout: str
+    cases: tuple[Case, ...]
+    findings: tuple[Finding, ...] = ()
+
+
+def read_case(case: Case, channels: Sequence[str] = ()) -> Volume:
+    """The image of a case: float32[C, I, J, K], the channels that the study names, in its order.
+
+    Raises:
+        ImageUnreadable: see `read_image`; MODALITY_MISMATCH, channels that the case has not;
+            CHANNELS_APART, channels on different grids.
+    """
+    volumes = [_read(channel) for channel in _chosen(case, channels)]
+    first = volumes[0]
+    for other in volumes[1:]:
+        same_shape = other.voxels.shape == first.voxels.shape
+        if not same_shape or np.abs(other.affine_ras - first.affine_ras).max() > APART_MM:
+            raise ImageUnreadable(
+                "the channels of the case lie on different grids. Register and resample them to one.", "CHANNELS_APART"
+            )
+    if len(volumes) == 1:
+        return first
+    return replace(first, voxels=np.concatenate([volume.voxels for volume in volumes]))
+
+
+def read_case_labels(case: Case, volume: Volume, labels: Sequence[str]) -> Labels:
+    """uint8[I, J, K] on the grid of `volume`: 0 background, k the study's labels[k - 1], 127 ignore.
+
+    Raises:
+        ImageUnreadable: LABEL_MISSING, LABEL_UNREADABLE, LABEL_VALUES, LABEL_GEOMETRY_MISMATCH, LABEL_EMPTY.
+    """
+    known = {*labels, "background", "ignore"}  # a site's mapping serves all its studies
+    here = {name: label for name, label in case.structures.items() if label in known}
+    wanted = numbered({label: label for label in labels} | here, labels)
+    match case.label:
+        case None:
+            raise ImageUnreadable("the case has no labels, and a segmentation learns from them.", "LABEL_MISSING")
+        case Mask(file, names):
+            return _of_mask(file, names, volume, wanted, labels)
+        case Drawn(files):
+            return _of_objects(files, volume, wanted)
+        case LidcReads(file):
+            return _of_reads(file, case.channels[0].series, volume, wanted)
+        case Marks() as marks:
+            return _of_marks(marks, volume, wanted)
+
+
+def files_of(case: Case) -> Iterator[Path]:
+    """Every file and folder that reading the case opens, but for files that these name in turn."""
+    for channel in case.channels:
+        yield from channel.files
+    match case.label:
+        case Mask(file) | LidcReads(file):
+            yield file
+        case Drawn(files):
+            yield from files
+        case Marks(lungs=Path() as lungs):
+            yield lungs
+
+
+def state_of(case: Case) -> str:
+    """12 hex digits that change when a file of the case does: by size and time, of all files behind a header too.
+
+    Raises:
+        ImageUnreadable: a file is gone or locked.
+    """
+    try:
+        states = [_state(path) for path in files_of(case)]
+    except OSError as e:
+        raise ImageUnreadable(f"a file of it is gone or locked ({type(e).__name__})") from None
+    said = repr(case.label) if isinstance(case.label, Marks) else ""
+    return sha256(canonical_json([states, said, dict(case.structures), len(case.channels)])).hexdigest()[:12]
+
+
+def _state(path: Path) -> list[list[int]]:
+    if path.is_dir():
+        below = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    elif path.suffix.lower() in (".mhd", ".nhdr"):  # the voxels lie beside it under the same name, or nearly so
+        below = sorted(each for each in path.parent.glob(f"{path.stem}.*") if each.is_file())
+    else:
+        below = [path]
+    return [[stat.st_size, stat.st_mtime_ns] for stat in (each.stat() for each in below)]
+
+
+def _read(channel: Channel) -> Volume:
+    if channel.series is not None or len(channel.files) > 1:
+        from fedclient.data.dicom import read_series  # half a second of codecs, for those who need them
+
+        return read_series(channel.files)
+    if channel.part is not None:
+        return read_nifti(channel.files[0], channel.part)
+    return read_image(channel.files[0])
+
+
+def _chosen(case: Case, names: Sequence[str]) -> list[Channel]:
+    if not names and len(case.channels) == 1:
+        return list(case.channels)
+    there = {channel.name.casefold(): channel for channel in case.channels}
+    has = ", ".join(there) if all(there) else f"{len(case.channels)} without names"
+    if not names or any(name.casefold() not in there for name in names):
+        wanted = f"the channels {', '.join(names)}" if names else "one channel"
+        raise ImageUnreadable(
+            f"the study wants {wanted}, the case has {has}. Name the wanted ones in `channels` of the study.",
+            code="MODALITY_MISMATCH",
+        )
+    return [there[name.casefold()] for name in names]
+
+
+def _of_mask(
+    file: Path, names: Mapping[int, str] | None, volume: Volume, wanted: Mapping[str, int], labels: Sequence[str]
+) -> Labels:
+    if file.is_file() and format_of(file) == "dicom" and (kind := _object_kind(file)):
+        return _of_objects((file,), volume, wanted, kind)
+    stored = read_labels(file, like=volume)
+    if names is None:
+        allowed = {n: n for n in range(1, len(labels) + 1)}
+    else:
+        known = {name.casefold(): number for name, number in wanted.items()}
+        allowed = {n: known[name.casefold()] for n, name in names.items() if name.casefold() in known}
+    try:
+        return renumber(stored, allowed)
+    except ImageUnreadable as e:
+        means = dict(enumerate(labels, start=1)) if names is None else {n: names[n] for n in allowed}
+        shown = ", ".join(f"{n} = {name}" for n, name in {0: "background", **means, 127: "ignore"}.items())
+        raise refused("LABEL_VALUES", f"{e} This study allows: {shown}.") from None
+
+
+def _of_objects(files: Sequence[Path], volume: Volume, wanted: Mapped, kind: str | None = None) -> Labels:
+    """SEG and RTSTRUCT, one on the other where there are several; the study's structures that they have."""
+    from fedclient.data.rtstruct import read_rtstruct
+    from fedclient.data.seg import read_seg
+
+    painted = np.zeros(volume.voxels.shape[1:], np.uint8)
+    for file in files:
+        read = read_rtstruct if (kind or _object_kind(file)) == "RTSTRUCT" else read_seg
+        found = read(file, volume, wanted, empty_ok=True)
+        if ((painted > 0) & (found > 0) & (painted != found)).any():
+            raise refused("LABEL_VALUES", "two label objects of the series say different things. Keep the valid one.")
+        np.maximum(painted, found, out=painted)
+    return painted
+
+
+def _object_kind(file: Path) -> str:
+    """`SEG`, `RTSTRUCT`, or nothing for DICOM of another kind."""
+    from fedclient.data.dicom_header import load_head, text, unbroken
+
+    with unbroken():
+        modality = text(load_head(file, [0x00080060]), "Modality")
+    return modality if modality in ("SEG", "RTSTRUCT") else ""
+
+
+def _of_reads(file: Path, series: Series | None, volume: Volume, wanted: Mapping[str, int]) -> Labels:
+    """Where half of LIDC's readers agree; nodules by their malignancy if the study labels that, else all alike."""
+    from fedclient.data.lidc import read_lidc
+    from fedclient.data.lidc_consensus import Verdict, lesions, lidc_labels, stored_series
+
+    reads = read_lidc(file)
+    if reads is None or series is None:
+        raise refused("LABEL_UNREADABLE", "LIDC XML: it holds no reads of a CT series. Choose the one that does.")
+    verdicts = cast(tuple[Verdict, ...], VERDICTS)
+    values = {verdict: wanted.get(verdict, wanted.get("nodule", 127)) for verdict in verdicts}
+    if set(values.values()) == {127}:
+        raise refused("LABEL_VALUES", "LIDC labels are nodule, or benign and malignant; this study has other labels.")
+    stored = stored_series(series, volume)
+    return lidc_labels(lesions(reads, stored), stored, volume, values=values)
+
+
+def _of_marks(marks: Marks, volume: Volume, wanted: Mapping[str, int]) -> Labels:
+    """Balls where the study labels nodules; else its lungs."""
+    if "nodule" in wanted:
+        return spheres(marks.nodules, volume, value=wanted["nodule"], excluded=marks.excluded)
+    if marks.lungs is None:
+        raise refused("LABEL_MISSING", "there are no labels but nodules here: seg-lungs-LUNA16 lacks this scan.")
+    lung = wanted.get("lung", 0)
+    values = {
+        LEFT_LUNG: wanted.get("left-lung", lung),
+        RIGHT_LUNG: wanted.get("right-lung", lung),
+        TRACHEA: wanted.get("trachea", 0),
+    }
+    if not any(values.values()):
+        raise refused("LABEL_VALUES", "LUNA16 labels are nodule, or lung, left-lung, right-lung and trachea.")
+    return renumber(read_labels(marks.lungs, like=volume), values)

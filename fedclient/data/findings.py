@@ -1,0 +1,97 @@
+"""What can be wrong with a site's data: each finding by its code, how grave it is, and how it is mended."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["block", "warn", "note"]  # training stops; somebody should look; for the record
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One code of the catalogue.
+
+    Attributes:
+        title: what is wrong, in the words of a data steward.
+        mend: what to do, where the finding itself does not know better.
+    """
+
+    severity: Severity
+    title: str
+    mend: str
+
+
+CATALOGUE: dict[str, Kind] = {
+    # files
+    "IMAGE_UNREADABLE": Kind("block", "an image that cannot be read", "Copy or export the file again."),
+    "DICOM_UNREADABLE": Kind("block", "DICOM that is broken or cut short", "Export the series again from the PACS."),
+    "DICOM_CODEC_MISSING": Kind(
+        "block", "DICOM in a compression that is not decoded here", "Export it as Explicit VR Little Endian."
+    ),
+    "DICOM_MOSAIC": Kind("block", "slices tiled into one picture", "Export it as one frame for each slice."),
+    "UNSAFE_FORMAT": Kind("block", "a file whose content could run as code", "Export it as an image."),
+    "INPUT_TOO_LARGE": Kind("block", "a file that promises more than can be read", "Crop it, or export it again."),
+    "PATH_ESCAPE": Kind("block", "a path that leads out of the data folder", "Put the file itself there."),
+    "IO_TIMEOUT": Kind("block", "a file that is too slow to read", "Copy the data to a disk of this machine."),
+    "MANIFEST_INVALID": Kind("block", "a table that does not describe the data", "Mend the rows it names."),
+    "DATASET_CHANGED": Kind("block", "files that changed while a run was using them", "Restore them, or run anew."),
+    # geometry
+    "SERIES_GAP": Kind("block", "a series with missing slices", "Export the whole series again."),
+    "SERIES_IRREGULAR": Kind("block", "a series of unequal distances", "Export one acquisition a series."),
+    "SERIES_TILT": Kind("block", "a series taken with a tilted gantry", "Resample it upright, or leave it out."),
+    "SERIES_DUPLICATE": Kind("block", "a series with slices twice", "Remove the copies."),
+    "SERIES_MIXED": Kind("block", "several series where one is wanted", "Give each series a folder of its own."),
+    "GEOMETRY_MISSING": Kind("block", "an image that does not say how it lies", "Export it with its orientation."),
+    "GEOMETRY_INVALID": Kind("block", "an image whose place cannot be", "Export it again with its orientation."),
+    "GEOMETRY_RANGE": Kind("warn", "an image far from the others' or the plan's voxel size", "Look at it."),
+    "ORIENTATION_ODD": Kind(
+        "warn", "an image that lies sideways or mirrored beside the others", "Look at it, and turn it upright."
+    ),
+    # intensities
+    "INTENSITY_INVALID": Kind("block", "grey values that cannot be", "Export it again with slope and intercept."),
+    "INTENSITY_ODD": Kind("warn", "grey values far from what the modality gives", "Look at it."),
+    "MODALITY_MISMATCH": Kind("block", "an image of another kind than the study's", "Take it out of the data."),
+    "BODY_PART_MISMATCH": Kind("block", "an image of another part of the body", "Take it out of the data."),
+    "LOSSY": Kind("note", "an image that went through a lossy compression", "Nothing, if the study allows it."),
+    # labels
+    "LABEL_MISSING": Kind("warn", "a case without labels, which takes no part", "Add its labels."),
+    "LABEL_UNREADABLE": Kind("block", "labels that cannot be read", "Export them again."),
+    "CHANNELS_APART": Kind("block", "channels of a case on different grids", "Register and resample them to one grid."),
+    "LABEL_GEOMETRY_MISMATCH": Kind("block", "labels that lie elsewhere than their image", "Export both on one grid."),
+    "LABEL_VALUES": Kind("block", "labels that this study does not know", "Number them as the study does."),
+    "LABEL_EMPTY": Kind("warn", "labels with nothing drawn", "Draw them, or leave the case out."),
+    "LABEL_ODD": Kind("warn", "a label of an unlikely size or place", "Look at it."),
+    # the whole
+    "LEAKAGE_PATIENT": Kind("block", "one patient in training and in test", "Give a patient's cases one split."),
+    "LEAKAGE_PIXEL": Kind("block", "the same picture in training and in test", "Remove the copy."),
+    "DUPLICATE": Kind("warn", "the same picture twice", "Remove the copy."),
+    "CLASS_ABSENT": Kind("warn", "a label that no training case has", "Ask whether this site labels it."),
+    "DATASET_TOO_SMALL": Kind("block", "too few patients to train or to test on", "Add cases."),
+    # identifiers
+    "PHI_PIXEL": Kind("block", "text burnt into the picture", "Blank it at its source, or leave the case out."),
+    "PHI_TAG": Kind("warn", "identifiers in a header", "They stay here; the cache does not hold them."),
+    "PHI_PATH": Kind("warn", "identifiers in names of files or folders", "Rename them; no message holds them."),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong with a site's data. It stays on site.
+
+    Attributes:
+        case: key of the case, which says nothing to who has not the site's secret; empty for the data as a whole.
+        what: in words and numbers, without names of files or patients.
+        row: in the manifest, 0 where there is none.
+    """
+
+    code: str
+    case: str
+    what: str
+    mend: str
+    severity: Severity
+    row: int = 0
+
+
+def finding(code: str, what: str, *, case: str = "", row: int = 0, severity: Severity | None = None) -> Finding:
+    """A finding as the catalogue has it; KeyError for a code that is not there."""
+    kind = CATALOGUE[code]
+    return Finding(code, case, what, kind.mend, severity or kind.severity, row)
