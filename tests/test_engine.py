@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -123,7 +122,7 @@ def test_a_finished_run_is_not_carried_out_again(sequential, data):
 
 
 @pytest.mark.process
-@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed; the extra `ray` brings it")
+@pytest.mark.process
 def test_the_ray_engine_gives_the_same_weights_bit_for_bit(sequential, data, tmp_path):
     run = started(tmp_path)
     code = (

@@ -141,7 +141,8 @@ def measure(case: Case, out: Path) -> Found:
         database, tensors = folder / "superlink", [run.path, *(out / site / "runs/bench" for site in sites)]
         size = sum(path.stat().st_size for path in database.rglob("*") if path.is_file())
         held = holding(database, [path for where in tensors for path in where.glob("*.safetensors")])
-    wrong = [*left_out(run), *restarts, *errors_in(out), *held]
+        errors = errors_in(out)  # before everything is taken down: who dies in the middle of a request leaves a line
+    wrong = [*left_out(run), *restarts, *errors, *held]
     return Found(tuple(round_seconds(run, case.rounds)), watch, size / MIB, others, tuple(wrong))
 
 
