@@ -17,7 +17,8 @@ def look(site: Site, study: str | None, progress: Progress) -> dict[str, Any]:
     Raises:
         ManifestInvalid, ImageUnreadable: with the rows that have to be mended; the first ten of them.
     """
-    cases = list_cases(site.where, site.salt).cases
+    listing = list_cases(site.where, site.salt)
+    cases = listing.cases
     bad: list[str] = []
     for done, case in enumerate(cases, start=1):
         if complaint := _complaint(case):
@@ -27,13 +28,15 @@ def look(site: Site, study: str | None, progress: Progress) -> dict[str, Any]:
         more = f"\n... and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise ImageUnreadable(f"{len(bad)} of {len(cases)} cases cannot be used:\n" + "\n".join(bad[:10]) + more)
     if not cases:
-        raise ManifestInvalid(f"{site.data / 'manifest.csv'}: lists no case of this site. Add rows.")
+        raise ManifestInvalid(f"{site.data}: {listing.layout}; there is no case that can be used.")
     if study is not None:
         from fedclient.data.dataset import prepare
         from shared_models.study import load_study
 
         prepare([c for c in cases if c.label is not None], load_study(study), Path(site.folder) / "cache", progress)
     return {
+        "layout": listing.layout,
+        "findings": [f"{found.code}: {found.what}" for found in listing.findings],
         "cases": len(cases),
         "readable": len(cases),
         "splits": {
@@ -50,9 +53,9 @@ def look(site: Site, study: str | None, progress: Progress) -> dict[str, Any]:
 def _complaint(case: Case) -> str | None:
     """What is wrong with a case, by its row; no name of a file or patient."""
     try:
-        image = read_case(case)
+        image = read_case(case, [channel.name for channel in case.channels])
         if isinstance(case.label, Mask):
             read_labels(case.label.file, image)
     except ImageUnreadable as e:
-        return f"row {case.row}: {e}"
+        return f"{case.where}: {e}"
     return None

@@ -30,30 +30,35 @@ AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 @guarded
 def join(
     invite: Annotated[str, typer.Argument(help="The line that the coordinator sent: fl1.…")],
-    data: Annotated[Path, typer.Option(help="Folder of images with manifest.csv; only read.")],
-    manifest_site: Annotated[str | None, typer.Option(help="Which site of a manifest that lists several.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder of images in a known layout, or with manifest.csv; only read.")],
+    layout: Annotated[str, typer.Option(help="How it is laid out (pacs, brats-2023, ...); auto finds it.")] = "auto",
+    manifest_site: Annotated[str | None, typer.Option(help="Which site of a table that lists several.")] = None,
     site: Folder = Path("site"),
     as_json: AsJson = False,
 ) -> None:
     """Makes this site's keys here, gets its certificate, and writes site.toml."""
+    from fedclient.data.listing import described
     from fedclient.enrol import join as enrol
     from fedclient.site import Data, SiteFile, site_toml
 
     if (site / "site.toml").exists():
         raise EnrolmentFailed(f"{site}: belongs to a federation already. Use another folder with --site.")
     if not data.is_dir():
-        raise EnrolmentFailed(f"{data}: is no folder. Point --data to the folder that holds manifest.csv.")
+        raise EnrolmentFailed(f"{data}: is no folder. Point --data to the folder that holds the images.")
     if not _is_text(str(data.resolve())):  # before the invite is spent: site.toml is UTF-8
         raise EnrolmentFailed(f"{str(data)!r}: its name is not UTF-8. Rename the folder.")
+    laid_out = described(data.resolve(), layout)
     joined = enrol(invite, site)
-    file = SiteFile(joined.site, joined.address, joined.federation, Data(str(data.resolve()), manifest_site))
+    held = Data(str(data.resolve()), manifest_site, layout)
+    file = SiteFile(joined.site, joined.address, joined.federation, held)
     write_atomic(site / "site.toml", site_toml(file).encode())
     if as_json:
-        print_json({**asdict(joined), "keys": str(joined.keys), "settings": str(site / "site.toml")})
+        print_json({**asdict(joined), "keys": str(joined.keys), "settings": str(site / "site.toml"), "data": laid_out})
         return
     console.print(f"[bold]{joined.site}[/] has joined [bold]{joined.federation}[/] at {joined.address}.")
     console.print(f"Coordinator, to be compared by telephone: [bold]{joined.authority_words}[/]")
     console.print(f"This site's certificate:                 [bold]{joined.certificate_words}[/]")
+    console.print(f"Data: {escape(laid_out)}")
     console.print(f"Settings: {escape(str(site / 'site.toml'))}. Next: `fedclient check`, then `fedclient start`.")
 
 
@@ -76,6 +81,9 @@ def check(
     if as_json:
         print_json(found)
         return
+    console.print(f"Data: {found['layout']}")
+    for what in found["findings"]:
+        console.print(f"  {what}")
     for split, part in found["splits"].items():
         console.print(
             f"{split:6} {part['cases']:5} cases  {part['patients']:5} patients  {part['labelled']:5} labelled"

@@ -17,6 +17,7 @@ from shared_models.errors import StateInvalid
 from shared_models.files import write_atomic
 from shared_models.parse import STRICT, parse, plain, read_toml
 
+DATA_FILE = "data.toml"
 UNIT = "\x1f"  # ASCII's unit separator, between the sites of a simulated node: a manifest's names may hold commas
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
 
@@ -35,6 +36,15 @@ class Data:
     __pydantic_config__ = STRICT
     folder: str
     manifest_site: str | None = None
+    layout: str = "auto"
+    structures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """`data.toml` in a folder that is a site of a simulation: what `[data]` of site.toml says in a deployment."""
+
+    __pydantic_config__ = STRICT
     layout: str = "auto"
     structures: dict[str, str] = field(default_factory=dict)
 
@@ -77,6 +87,7 @@ class Site:
         folder: where the node keeps its own: cache, finished work, blobs.
         manifest_sites: the rows of the manifest that are this site's; none named are all of a manifest of one site.
         salt: secret of the site that case keys and splits are derived with.
+        apart, pooled: of a simulation; see `Where.name` and `Where.pooled`.
         deployed: tensors travel as blobs, and finished work is kept for an order that comes again.
     """
 
@@ -92,10 +103,12 @@ class Site:
     coordinator: str = ""
     layout: str = "auto"
     structures: Mapping[str, str] = field(default_factory=dict)
+    apart: str = ""
+    pooled: tuple[Where, ...] = ()
 
     @property
     def where(self) -> Where:
-        return Where(self.data, self.manifest_sites, self.layout, self.structures)
+        return Where(self.data, self.manifest_sites, self.layout, self.structures, self.apart, self.pooled)
 
 
 def read_site_file(folder: Path) -> SiteFile:
@@ -103,6 +116,16 @@ def read_site_file(folder: Path) -> SiteFile:
     if not path.exists():
         raise StateInvalid(f"{path}: is missing, so {folder} is no site folder. Run `fedclient join INVITE` first.")
     return parse(SiteFile, read_toml(path), str(path))
+
+
+def read_data_file(folder: Path) -> DataFile:
+    """What a folder's data.toml says; the defaults where there is none.
+
+    Raises:
+        StudyInvalid: a wrong key or type.
+    """
+    path = folder / DATA_FILE
+    return parse(DataFile, read_toml(path), str(path)) if path.exists() else DataFile()
 
 
 def site_toml(site: SiteFile) -> str:
@@ -117,6 +140,8 @@ def site_toml(site: SiteFile) -> str:
 def _toml(value: object) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML escapes and JSON does not
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(str(key))} = {_toml(held)}" for key, held in value.items()) + "}"
     return str(value)
 
 
@@ -159,15 +184,30 @@ def open_site(node_config: Mapping[str, object]) -> Site:
             layout=file.data.layout,
             structures=file.data.structures,
         )
+    where = _where(node_config)
     return Site(
         name=str(node_config["site"]),
         folder=Path(str(node_config["work"])),
-        data=Path(str(node_config["data"])),
-        manifest_sites=tuple(filter(None, str(node_config.get("manifest-site", "")).split(UNIT))),
+        data=where.folder,
+        manifest_sites=where.sites,
         device=str(node_config.get("device", "auto")),
         threads=int(str(node_config.get("threads", 0))),
         smallest_count=1,
         salt="simulation",
         deployed=False,
+        layout=where.layout,
+        structures=where.structures,
+        apart=where.name,
+        pooled=tuple(_where(each) for each in json.loads(str(node_config.get("pooled", "[]")))),
+    )
+
+
+def _where(node_config: Mapping[str, object]) -> Where:
+    """The data of a simulated node."""
+    return Where(
+        folder=Path(str(node_config["data"])),
+        sites=tuple(filter(None, str(node_config.get("manifest-site", "")).split(UNIT))),
         layout=str(node_config.get("layout", "auto")),
+        structures=json.loads(str(node_config.get("structures", "{}"))),
+        name=str(node_config.get("apart", "")),
     )

@@ -25,7 +25,11 @@ CACHE = Path.home() / ".cache" / "fedimaging"
 @guarded
 def run(
     study: Annotated[str, typer.Argument(help="A ready study (see `fedsim studies`) or the path of a study.toml.")],
-    data: Annotated[Path | None, typer.Option(help="Folder with manifest.csv; without it, the phantom.")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="A data set, or a folder of data sets; repeated, a site each. Without it, the phantom."),
+    ] = None,
+    layout: Annotated[str, typer.Option(help="How data is laid out (brats-2023, pacs, ...); auto finds it.")] = "auto",
     sites: Annotated[
         int | None, typer.Option(min=1, help="How many sites; all of the data, or 3 of the phantom.")
     ] = None,
@@ -50,8 +54,8 @@ def run(
     folder = out or Path("runs") / loaded.name
     how = simulation.machine(engine, workers, threads, device)
     with watching(console, folder, loaded.rounds.count) as say:
-        source = simulation.data_folder(loaded, data, sites, CACHE / "phantom", say)
-        nodes = simulation.node_configs(folder, source, how, sites)
+        sources = simulation.data_folders(loaded, data or [], sites, CACHE / "phantom", say)
+        nodes = simulation.node_configs(folder, sources, how, sites, layout)
         results = simulation.simulate(loaded, nodes, folder, how, seeds, compare, say)
     if json_to is not None and str(json_to) != "-":
         write_json(json_to, results)

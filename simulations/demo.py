@@ -51,7 +51,7 @@ def demonstrate(out: Path, console: Console) -> dict[str, Any]:
     say("making the images of three phantom hospitals")
     data = phantom(out / "images", phantom_plan(study))
     machine = Machine("local", workers=len(os.sched_getaffinity(0)), threads=1, device="cpu")
-    nodes = node_configs(out / "alone", data, machine, None)
+    nodes = node_configs(out / "alone", [data], machine, None)
     with ExitStack() as running:
         federation = out / "federation"
         address = f"127.0.0.1:{free_port()}"

@@ -10,8 +10,7 @@ steps as all sites together, a site alone as many as it takes in the federation.
 
 import hashlib
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,17 +18,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from fedclient.data.manifest import sites_of
-from fedclient.site import UNIT, open_site
+from fedclient.data.cases import state_of
+from fedclient.data.listing import list_cases
+from fedclient.site import open_site
 from fedserver.checkpoint import RunFolder, create_run, read_state, trained_study
 from fedserver.report import Comparison, write_report
 from shared_models.errors import StateInvalid, StudyInvalid
-from shared_models.files import read_json, write_json
+from shared_models.files import canonical_json, read_json, write_json
 from shared_models.metrics import DiceCounts, as_row
 from shared_models.study import Study, sha256
 from shared_models.weights import load
 from simulations.engine import NodeConfig, run_local
 from simulations.phantoms import PhantomPlan, phantom
+from simulations.sources import config_of, pooled, sites_at
 
 Engine = Literal["local", "ray"]
 Say = Callable[[str], None]
@@ -67,19 +68,21 @@ def machine(engine: str, workers: int | None, threads: int | None, device: str) 
     return Machine(cast(Engine, engine), cores if workers is None else workers, threads or 1, device)
 
 
-def data_folder(study: Study, data: Path | None, sites: int | None, cache: Path, say: Say) -> Path:
-    """The given folder, or the phantom for a CT study.
+def data_folders(study: Study, data: Sequence[Path], sites: int | None, cache: Path, say: Say) -> Sequence[Path]:
+    """The given folders, or the phantom for a CT study.
 
     Raises:
         StudyInvalid: the phantom has no such images.
     """
-    if data is not None:
+    if data:
         return data
     if study.modality != "ct" or study.task.labels != ("lung",):
         raise StudyInvalid(
-            f"study {study.name!r}: the built-in phantom holds lungs on CT only. Give --data DIR with a manifest.csv."
+            f"study {study.name!r}: the built-in phantom holds lungs on CT only. Give --data DIR with a manifest.csv, "
+            f"or another known layout."
         )
-    return phantom(cache, phantom_plan(study, sites), processes=2, progress=lambda n, of: say(f"phantom: {n} of {of}"))
+    plan = phantom_plan(study, sites)
+    return [phantom(cache, plan, processes=2, progress=lambda n, of: say(f"phantom: {n} of {of}"))]
 
 
 def phantom_plan(study: Study, sites: int | None = None) -> PhantomPlan:
@@ -87,28 +90,16 @@ def phantom_plan(study: Study, sites: int | None = None) -> PhantomPlan:
     return PhantomPlan(sites=sites or 3, train=14, val=4, test=12, slices=6, size=max(128, study.preprocess.size[0]))
 
 
-def node_configs(folder: Path, data: Path, how: Machine, sites: int | None) -> dict[str, NodeConfig]:
-    """Site -> what its simulated node is told."""
-    names = sites_of(data)
-    if sites is not None and sites > max(1, len(names)):
-        raise StudyInvalid(f"{data}: has {len(names)} sites ({', '.join(names)}), {sites} were asked for.")
-    if not names:
-        return {"site": _config(folder, data, how, "site", "")}
-    slugs = {name: re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")[:48] for name in names}
-    if len({*slugs.values()}) < len(slugs) or not all(slugs.values()):
-        raise StudyInvalid(f"{data}: sites {', '.join(names)} are too alike. Name them with letters, digits, - and _.")
-    return {slugs[name]: _config(folder, data, how, slugs[name], name) for name in names[:sites]}
+def node_configs(
+    folder: Path, data: Sequence[Path], how: Machine, sites: int | None, layout: str = "auto"
+) -> dict[str, NodeConfig]:
+    """Site -> what its simulated node is told; see `sites_at` for which sites a folder has.
 
-
-def _config(folder: Path, data: Path, how: Machine, site: str, manifest_site: str) -> NodeConfig:
-    return {
-        "site": site,
-        "manifest-site": manifest_site,
-        "data": str(data),
-        "work": str(folder),
-        "threads": how.threads,
-        "device": how.device,
-    }
+    Raises:
+        ManifestInvalid, StudyInvalid: see `sites_at`.
+    """
+    alike: NodeConfig = {"work": str(folder), "threads": how.threads, "device": how.device}
+    return {site: {"site": site, **config_of(where), **alike} for site, where in sites_at(data, layout, sites).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +121,7 @@ def jobs(study: Study, nodes: Mapping[str, NodeConfig], compare: bool) -> list[J
         return listed
     steps = study.train.local_steps
     together = replace(alone, train=replace(alone.train, local_steps=steps * len(nodes) if steps else None))
-    rows = UNIT.join(str(config["manifest-site"]) for config in nodes.values())
-    listed.append(
-        Job("pooled", together, {"pooled": {**next(iter(nodes.values())), "site": "pooled", "manifest-site": rows}})
-    )
+    listed.append(Job("pooled", together, {"pooled": {**pooled([*nodes.values()]), "site": "pooled"}}))
     return listed + [Job(f"local-{site}", alone, {site: config}) for site, config in nodes.items()]
 
 
@@ -159,12 +147,18 @@ def carry_out(job: Job, folder: Path, how: Machine) -> RunFolder:
 
 def _inputs(job: Job) -> dict[str, Any]:
     """What a run folder's results follow from, so that an edited study or other data are not answered with old ones."""
-    manifests = {Path(str(config["data"])) / "manifest.csv" for config in job.nodes.values()}
     return {
         "study_sha256": sha256(job.study),
         "sites": {site: str(config["manifest-site"]) for site, config in job.nodes.items()},
-        "manifests": sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in manifests),
+        "cases_sha256": {site: _cases_sha256(config) for site, config in job.nodes.items()},
     }
+
+
+def _cases_sha256(config: NodeConfig) -> str:
+    """Of which cases a node has, what each is for, and the state of its files; whatever layout they are found by."""
+    site = open_site(config)
+    cases = list_cases(site.where, site.salt).cases
+    return hashlib.sha256(canonical_json([[c.key, c.split, state_of(c)] for c in cases])).hexdigest()
 
 
 def simulate_seed(

@@ -98,8 +98,8 @@ def test_splits_have_shares_of_70_10_and_20_percent() -> None:
         ("secret-patient,a.png,m.png,", "`split` is empty"),
         (",a.png,m.png,train", "`patient_id` is empty"),
         ("secret-patient,,m.png,train", "`image` is empty"),
-        ("secret-patient,gone.png,m.png,train", "`image`: there is no such file"),
-        ("secret-patient,a.png,gone.png,train", "`mask`: there is no such file"),
+        ("secret-patient,gone.png,m.png,train", "`image` names a file that is not there"),
+        ("secret-patient,a.png,gone.png,train", "`mask` names a file that is not there"),
         ("secret-patient,.,m.png,train", "`image` is neither a file nor the folder of a series"),
         ("secret-patient,b.png,m.png,train", "the same image as in row 2"),
         ("secret-patient,./b.png,m.png,train", "the same image as in row 2"),
@@ -141,7 +141,7 @@ def test_a_ring_of_links_and_a_pipe_are_no_images(tmp_path: Path) -> None:
     (tmp_path / "ring.png").symlink_to(tmp_path / "ring.png")
     os.mkfifo(tmp_path / "pipe.png")
     said = complaint(folder_with(tmp_path, "patient_id,image,mask\nP,ring.png,m.png\nP,pipe.png,m.png\n"))
-    assert "row 2: `image`: there is no such file" in said
+    assert "row 2: `image` names a file that is not there" in said
     assert "row 3: `image` is neither a file" in said
 
 
@@ -156,7 +156,7 @@ def test_a_patient_in_two_splits_is_counted_and_not_named(tmp_path: Path) -> Non
 def test_the_first_five_of_many_complaints_are_shown(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, "patient_id,image,mask\n" + "secret-patient,gone.png,\n" * 8)
     said = complaint(folder)
-    assert said.count("there is no such file") == 5
+    assert said.count("a file that is not there") == 5
     assert "3 more" in said
 
 

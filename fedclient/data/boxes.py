@@ -54,7 +54,7 @@ def read_boxes(path: Path, labels: Sequence[str]) -> tuple[Boxed, ...]:
             below 0 or the wrong way round, or an image both with boxes and without.
     """
     lines = read_table(path, "box table", ["image", *EDGES, "label"])
-    parsed = each_row(lines, lambda line: (line.text("image"), _box(line, labels)))
+    parsed = each_row(lines, lambda line: (line.text("image"), box_of(line, labels)))
     found: dict[str, list[Box]] = {}
     bare: dict[str, int] = {}
     for line, (image, box) in zip(lines, parsed, strict=True):
@@ -127,11 +127,16 @@ def box_indices(boxes: Sequence[Box], like: Volume, slice_number: int = 0) -> ND
     return np.sort(corners[:, :, :3], axis=1)
 
 
-def _box(line: Line, labels: Sequence[str]) -> Box | None:
+def box_of(line: Line, labels: Sequence[str] | None = None) -> Box | None:
+    """The box of a row, None if its edges and label are empty; of any label where none are given.
+
+    Raises:
+        ManifestInvalid: LABEL_VALUES.
+    """
     if not any(line.values[column] for column in (*EDGES, "label")):
         return None
     named = tuple(dict.fromkeys(part.strip() for part in line.text("label").split("|")))
-    if not set(named) <= set(labels):
+    if labels is not None and not set(named) <= set(labels):
         raise line.wrong("label", f"is none that the study knows ({', '.join(labels)})")
     left, top, right, bottom = (line.number_of(column) for column in EDGES)
     if min(left, top) < 0:

@@ -1,20 +1,24 @@
 """A case: which files hold a patient's image and labels, and what is read from them for a study."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
 
+from fedclient.data.boxes import Box
 from fedclient.data.findings import Finding
 from fedclient.data.formats import format_of
-from fedclient.data.images import read_image, read_labels
-from fedclient.data.labels import Labels, Mapped, numbered, refused, renumber
+from fedclient.data.images import IGNORE, read_image, read_labels
+from fedclient.data.labels import Labels, Mapped, Structure, choose, numbered, refused, renumber
 from fedclient.data.luna16 import LEFT_LUNG, RIGHT_LUNG, TRACHEA, Mark, spheres
 from fedclient.data.nifti import read_nifti
+from fedclient.data.objects import object_kind
 from fedclient.data.stack import Series
 from fedclient.data.volume import Volume
 from shared_models.errors import ImageUnreadable
@@ -22,6 +26,9 @@ from shared_models.files import canonical_json
 
 Split = Literal["train", "val", "test"]
 APART_MM = 1e-2  # of channels that are said to lie on one grid
+CONTRASTS = {  # of brain MR: one picture under the names that challenges have for it -> BraTS's oldest
+    "t1n": "t1", "t1w": "t1", "t1c": "t1ce", "t1gd": "t1ce", "t1wce": "t1ce", "t2w": "t2", "t2f": "flair",
+}  # fmt: skip
 VERDICTS = ("benign", "indeterminate", "malignant", "unrated")  # of LIDC's readers on a nodule, together
 
 
@@ -66,14 +73,39 @@ class LidcReads:
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """LUNA16: nodules and what counts neither way as points in the patient; and, for other studies, lungs as a mask."""
+    """LUNA16: nodules and what counts neither way as points in the patient; and, for other studies, lungs as a mask.
 
-    nodules: tuple[Mark, ...] = ()
+    Attributes:
+        nodules: None where nobody says which there are.
+    """
+
+    nodules: tuple[Mark, ...] | None = ()
     excluded: tuple[Mark, ...] = ()
     lungs: Path | None = field(repr=False, default=None)
 
 
-Label = Mask | Drawn | LidcReads | Marks
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What an image as a whole shows.
+
+    Attributes:
+        names: the classes that it shows, as the table has them.
+        asked: the classes that somebody looked for; None where the table lists what an image shows, and all else it
+            shows not.
+    """
+
+    names: tuple[str, ...]
+    asked: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """Rectangles around what was found; none is an image where somebody looked and found nothing."""
+
+    boxes: tuple[Box, ...]
+
+
+Label = Mask | Drawn | LidcReads | Marks | Shown | Boxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +177,18 @@ def read_case_labels(case: Case, volume: Volume, labels: Sequence[str]) -> Label
         case Mask(file, names):
             return _of_mask(file, names, volume, wanted, labels)
         case Drawn(files):
-            return _of_objects(files, volume, wanted)
+            return _of_objects(files, volume, wanted, labels)
         case LidcReads(file):
             return _of_reads(file, case.channels[0].series, volume, wanted)
         case Marks() as marks:
             return _of_marks(marks, volume, wanted)
+        case Shown() | Boxes():
+            what = "classes of the whole image" if isinstance(case.label, Shown) else "boxes"
+            raise refused(
+                "LABEL_MISSING",
+                f"the case has {what}, and a segmentation learns from outlines. Add masks, or choose a study of "
+                f"another task.",
+            )
 
 
 def files_of(case: Case) -> Iterator[Path]:
@@ -175,15 +214,15 @@ def state_of(case: Case) -> str:
         states = [_state(path) for path in files_of(case)]
     except OSError as e:
         raise ImageUnreadable(f"a file of it is gone or locked ({type(e).__name__})") from None
-    said = repr(case.label) if isinstance(case.label, Marks) else ""
-    return sha256(canonical_json([states, said, dict(case.structures), len(case.channels)])).hexdigest()[:12]
+    channels = [[channel.name, channel.part, len(channel.files)] for channel in case.channels]
+    return sha256(canonical_json([states, repr(case.label), dict(case.structures), channels])).hexdigest()[:12]
 
 
 def _state(path: Path) -> list[list[int]]:
     if path.is_dir():
         below = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
     elif path.suffix.lower() in (".mhd", ".nhdr"):  # the voxels lie beside it under the same name, or nearly so
-        below = sorted(each for each in path.parent.glob(f"{path.stem}.*") if each.is_file())
+        below = sorted(each for each in path.parent.glob(f"{escape(path.stem)}.*") if each.is_file())
     else:
         below = [path]
     return [[stat.st_size, stat.st_mtime_ns] for stat in (each.stat() for each in below)]
@@ -202,58 +241,81 @@ def _read(channel: Channel) -> Volume:
 def _chosen(case: Case, names: Sequence[str]) -> list[Channel]:
     if not names and len(case.channels) == 1:
         return list(case.channels)
-    there = {channel.name.casefold(): channel for channel in case.channels}
-    has = ", ".join(there) if all(there) else f"{len(case.channels)} without names"
-    if not names or any(name.casefold() not in there for name in names):
-        wanted = f"the channels {', '.join(names)}" if names else "one channel"
+    there = {_contrast(channel.name): channel for channel in case.channels}
+    there |= {channel.name.casefold(): channel for channel in case.channels}
+    wanted = [there.get(name.casefold()) or there.get(_contrast(name)) for name in names]
+    found = [channel for channel in wanted if channel is not None]
+    if not names or len(found) < len(names):
+        asked = f"the channels {', '.join(names)}" if names else "one channel"
+        listed = [channel.name for channel in case.channels]
+        has = ", ".join(listed) if all(listed) else f"{len(listed)} without names"
         raise ImageUnreadable(
-            f"the study wants {wanted}, the case has {has}. Name the wanted ones in `channels` of the study.",
+            f"the study wants {asked}, the case has {has}. Name the wanted ones in `channels` of the study.",
             code="MODALITY_MISMATCH",
         )
-    return [there[name.casefold()] for name in names]
+    return found
+
+
+def _contrast(name: str) -> str:
+    return CONTRASTS.get(name.casefold(), name.casefold())
 
 
 def _of_mask(
     file: Path, names: Mapping[int, str] | None, volume: Volume, wanted: Mapping[str, int], labels: Sequence[str]
 ) -> Labels:
-    if file.is_file() and format_of(file) == "dicom" and (kind := _object_kind(file)):
-        return _of_objects((file,), volume, wanted, kind)
+    if file.is_file() and format_of(file) == "dicom" and object_kind(file):
+        return _of_objects((file,), volume, wanted, labels)
     stored = read_labels(file, like=volume)
     if names is None:
         allowed = {n: n for n in range(1, len(labels) + 1)}
     else:
-        known = {name.casefold(): number for name, number in wanted.items()}
-        allowed = {n: known[name.casefold()] for n, name in names.items() if name.casefold() in known}
+        known = {_word(name): number for name, number in {"background": 0, "ignore": IGNORE, **wanted}.items()}
+        allowed = {n: known[_word(name)] for n, name in names.items() if _word(name) in known}
+        if not set(allowed.values()) - {0, IGNORE}:
+            raise refused(
+                "LABEL_VALUES",
+                f"the data set labels {', '.join(names.values())}; this study {', '.join(labels)}. Choose another "
+                f"study, or map names with `structures` under [data] of site.toml.",
+            )
     try:
         return renumber(stored, allowed)
     except ImageUnreadable as e:
         means = dict(enumerate(labels, start=1)) if names is None else {n: names[n] for n in allowed}
         shown = ", ".join(f"{n} = {name}" for n, name in {0: "background", **means, 127: "ignore"}.items())
-        raise refused("LABEL_VALUES", f"{e} This study allows: {shown}.") from None
+        others = ", ".join(f"{n} = {name}" for n, name in (names or {}).items() if n not in allowed)
+        told = f" The data set has besides: {others}. `structures` under [data] of site.toml can map them." * bool(
+            others
+        )
+        raise refused("LABEL_VALUES", f"{e} This study allows: {shown}.{told}") from None
 
 
-def _of_objects(files: Sequence[Path], volume: Volume, wanted: Mapped, kind: str | None = None) -> Labels:
+def _word(name: str) -> str:
+    """A name as studies write it: `Left Lung` as `left-lung`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.casefold()).strip("-")
+
+
+def _of_objects(files: Sequence[Path], volume: Volume, wanted: Mapped, labels: Sequence[str]) -> Labels:
     """SEG and RTSTRUCT, one on the other where there are several; the study's structures that they have."""
-    from fedclient.data.rtstruct import read_rtstruct
-    from fedclient.data.seg import read_seg
+    from fedclient.data.rtstruct import read_regions, read_rtstruct
+    from fedclient.data.seg import read_seg, read_segments
 
     painted = np.zeros(volume.voxels.shape[1:], np.uint8)
+    drawn: list[Structure] = []
     for file in files:
-        read = read_rtstruct if (kind or _object_kind(file)) == "RTSTRUCT" else read_seg
-        found = read(file, volume, wanted, empty_ok=True)
+        regions = object_kind(file) == "RTSTRUCT"
+        found = (read_rtstruct if regions else read_seg)(file, volume, wanted, empty_ok=True)
         if ((painted > 0) & (found > 0) & (painted != found)).any():
             raise refused("LABEL_VALUES", "two label objects of the series say different things. Keep the valid one.")
         np.maximum(painted, found, out=painted)
+        if not found.any():
+            drawn += (read_regions if regions else read_segments)(file)[1]
+    if not painted.any() and not any(numbers for _, numbers in choose(drawn, wanted, empty_ok=True)):
+        raise refused(
+            "LABEL_MISSING",
+            f"none of the {len(drawn)} structures that were drawn is one of the study ({', '.join(labels)}). Map their "
+            f"names with `structures` under [data] of site.toml.",
+        )
     return painted
-
-
-def _object_kind(file: Path) -> str:
-    """`SEG`, `RTSTRUCT`, or nothing for DICOM of another kind."""
-    from fedclient.data.dicom_header import load_head, text, unbroken
-
-    with unbroken():
-        modality = text(load_head(file, [0x00080060]), "Modality")
-    return modality if modality in ("SEG", "RTSTRUCT") else ""
 
 
 def _of_reads(file: Path, series: Series | None, volume: Volume, wanted: Mapping[str, int]) -> Labels:
@@ -275,6 +337,8 @@ def _of_reads(file: Path, series: Series | None, volume: Volume, wanted: Mapping
 def _of_marks(marks: Marks, volume: Volume, wanted: Mapping[str, int]) -> Labels:
     """Balls where the study labels nodules; else its lungs."""
     if "nodule" in wanted:
+        if marks.nodules is None:
+            raise refused("LABEL_MISSING", "annotations.csv is not there, so nobody knows which nodules there are.")
         return spheres(marks.nodules, volume, value=wanted["nodule"], excluded=marks.excluded)
     if marks.lungs is None:
         raise refused("LABEL_MISSING", "there are no labels but nodules here: seg-lungs-LUNA16 lacks this scan.")

@@ -32,6 +32,10 @@ CATALOGUE: dict[str, Kind] = {
     "INPUT_TOO_LARGE": Kind("block", "a file that promises more than can be read", "Crop it, or export it again."),
     "PATH_ESCAPE": Kind("block", "a path that leads out of the data folder", "Put the file itself there."),
     "IO_TIMEOUT": Kind("block", "a file that is too slow to read", "Copy the data to a disk of this machine."),
+    "FILE_MISSING": Kind(
+        "block", "a file that the data set names and does not hold", "Copy it again, or take its entry out."
+    ),
+    "SERIES_LEFT_OUT": Kind("note", "images that no study learns from", "Nothing, if they may stay out."),
     "MANIFEST_INVALID": Kind("block", "a table that does not describe the data", "Mend the rows it names."),
     "DATASET_CHANGED": Kind("block", "files that changed while a run was using them", "Restore them, or run anew."),
     # geometry
@@ -54,6 +58,7 @@ CATALOGUE: dict[str, Kind] = {
     "LOSSY": Kind("note", "an image that went through a lossy compression", "Nothing, if the study allows it."),
     # labels
     "LABEL_MISSING": Kind("warn", "a case without labels, which takes no part", "Add its labels."),
+    "LABEL_ORPHAN": Kind("warn", "labels of an image that is not there", "Export the image that they were drawn on."),
     "LABEL_UNREADABLE": Kind("block", "labels that cannot be read", "Export them again."),
     "CHANNELS_APART": Kind("block", "channels of a case on different grids", "Register and resample them to one grid."),
     "LABEL_GEOMETRY_MISMATCH": Kind("block", "labels that lie elsewhere than their image", "Export both on one grid."),
@@ -61,6 +66,9 @@ CATALOGUE: dict[str, Kind] = {
     "LABEL_EMPTY": Kind("warn", "labels with nothing drawn", "Draw them, or leave the case out."),
     "LABEL_ODD": Kind("warn", "a label of an unlikely size or place", "Look at it."),
     # the whole
+    "PATIENT_UNKNOWN": Kind(
+        "block", "an image that does not say whose it is", "Export it with PatientID; a pseudonym will do."
+    ),
     "LEAKAGE_PATIENT": Kind("block", "one patient in training and in test", "Give a patient's cases one split."),
     "LEAKAGE_PIXEL": Kind("block", "the same picture in training and in test", "Remove the copy."),
     "DUPLICATE": Kind("warn", "the same picture twice", "Remove the copy."),

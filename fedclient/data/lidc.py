@@ -4,6 +4,7 @@ Nodules of 3 mm and more have an outline on every slice and nine scores; smaller
 a point. `lidc_consensus.py` makes lesions and labels of them.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,8 @@ from fedclient.data.safe_xml import read_xml
 
 WHAT = "LIDC XML"
 READERS = 4
+FILM = "film"
+HEAD_BYTES = 1 << 14  # the header of a file has one tenth of them
 SCORES = {  # highest; all begin at 1
     "subtlety": 5, "internalStructure": 4, "calcification": 6, "sphericity": 5, "margin": 5, "lobulation": 5,
     "spiculation": 5, "texture": 5, "malignancy": 5,
@@ -74,6 +77,25 @@ class Reads:
     readers: int
     nodules: tuple[Nodule, ...]
     spots: tuple[Spot, ...]
+
+
+def series_of(path: Path) -> str:
+    """The UID of the CT series that an XML file is about, by its first bytes; FILM for the reads of a chest film.
+
+    Raises:
+        ImageUnreadable: LABEL_UNREADABLE, XML of another kind, or without a series.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as e:
+        raise refused("LABEL_UNREADABLE", f"{WHAT}: the file cannot be read ({type(e).__name__}).") from None
+    if b"IdriReadMessage" in head:
+        return FILM
+    named = re.search(rb"<SeriesInstanceU[iI]d>\s*([0-9.]{1,64})\s*<", head)
+    if b"LidcReadMessage" not in head or named is None:
+        raise refused("LABEL_UNREADABLE", f"{WHAT}: the file is XML of another kind, or names no SeriesInstanceUid.")
+    return named[1].decode()
 
 
 def read_lidc(path: Path) -> Reads | None:

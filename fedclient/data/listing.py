@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedclient.data.cases import Listing
-from fedclient.data.manifest import read_sites
+from fedclient.data.layouts import brats, decathlon, lidc_idri, luna16, nnunet, pacs, table
+from fedclient.data.layouts.peek import Peek, peek
+from fedclient.data.manifest import read_sites, sites_of
 from fedclient.data.where import Where
-from shared_models.errors import ManifestInvalid
+from shared_models.errors import ImageUnreadable, ManifestInvalid
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +20,15 @@ class Layout:
         title: for messages.
         found: whether a folder is laid out so; looks at names and the heads of few files.
         cases: (where, salt of the site) -> what the folder holds.
+        sites: the sites that a table of the folder names.
+        alone: it is what a folder is if it is nothing else, because others hold its files too.
     """
 
     title: str
-    found: Callable[[Path], bool]
+    found: Callable[[Peek], bool]
     cases: Callable[[Where, str], Listing]
+    sites: Callable[[Path], tuple[str, ...]] = lambda folder: ()
+    alone: bool = False
 
 
 def _manifest(where: Where, salt: str) -> Listing:
@@ -30,7 +36,15 @@ def _manifest(where: Where, salt: str) -> Listing:
 
 
 LAYOUTS: Mapping[str, Layout] = {
-    "manifest": Layout("manifest.csv", lambda folder: (folder / "manifest.csv").exists(), _manifest),
+    "manifest": Layout("manifest.csv", lambda seen: seen.has("manifest.csv"), _manifest, sites_of),
+    "table": Layout("images and labels.csv", table.found, table.cases, table.sites),
+    "luna16": Layout("LUNA16", luna16.found, luna16.cases),
+    "lidc-idri": Layout("LIDC-IDRI", lidc_idri.found, lidc_idri.cases),
+    **{f"brats-{year}": Layout(f"BraTS {year}", brats.found(year), brats.cases(year)) for year in brats.PARTS},
+    "brats": Layout("BraTS of a year that its names do not tell", brats.found(brats.UNTOLD), brats.ask),
+    "decathlon": Layout("Medical Segmentation Decathlon", decathlon.found, decathlon.cases),
+    "nnunet": Layout("nnU-Net raw data", nnunet.found, nnunet.cases),
+    "pacs": Layout("PACS export of DICOM", pacs.found, pacs.cases, alone=True),
 }
 
 
@@ -38,24 +52,87 @@ def list_cases(where: Where, salt: str) -> Listing:
     """The cases of a site, ordered by key.
 
     Raises:
-        ManifestInvalid: no known layout or several, or a table that does not describe the data.
+        ManifestInvalid: no known layout or several, or a table or folder that does not describe the data.
     """
-    name = layout_of(where)
-    listing = LAYOUTS[name].cases(where, salt)
+    if where.pooled:
+        parts = [list_cases(part, salt) for part in where.pooled]
+        return Listing(
+            layout="; ".join(dict.fromkeys(part.layout for part in parts)),
+            cases=tuple(sorted((case for part in parts for case in part.cases), key=lambda case: case.key)),
+            findings=tuple(found for part in parts for found in part.findings),
+        )
+    layout = LAYOUTS[layout_of(where)]
+    if where.sites and not layout.sites(where.folder):
+        raise ManifestInvalid(
+            f"{where.folder}: site {where.sites[0]!r} was chosen, and {layout.title} names no sites. Choose none."
+        )
+    try:
+        listing = layout.cases(where, f"{salt}/{where.name}" if where.name else salt)
+    except ImageUnreadable as e:
+        raise ManifestInvalid(f"{where.folder}: {e}", e.code) from None
     cases = tuple(replace(case, structures=where.structures) for case in listing.cases)
     return replace(listing, cases=tuple(sorted(cases, key=lambda case: case.key)))
 
 
 def layout_of(where: Where) -> str:
-    """The name of the layout: the one that is named, or the first that fits what the folder holds."""
+    """The name of the layout: the one that is named, or the only one that fits what the folder holds.
+
+    Raises:
+        ManifestInvalid: an unknown name, or none that fits, or several.
+    """
     if where.layout != "auto":
         if where.layout not in LAYOUTS:
-            raise ManifestInvalid(f"layout {where.layout!r} is not known. Known: auto, {', '.join(LAYOUTS)}.")
+            raise _unknown(where.layout)
+        if not where.folder.is_dir():
+            raise ManifestInvalid(f"{where.folder}: there is no such folder.")
         return where.layout
-    found = next((name for name, layout in LAYOUTS.items() if layout.found(where.folder)), None)
-    if found is None:
+    fitting = fitting_layouts(where.folder)
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
         raise ManifestInvalid(
-            f"{where.folder}: holds no data set in a known layout. Make a manifest.csv with the columns patient_id, "
-            f"image, mask; a row for each image. Known layouts: {', '.join(LAYOUTS)}."
+            f"{where.folder}: it is laid out as {' and as '.join(LAYOUTS[name].title for name in fitting)}. "
+            f'Say which counts: layout = "{fitting[0]}" under [data] of site.toml, or --layout {fitting[0]}; '
+            f"or {', '.join(fitting[1:])}."
         )
-    return found
+    if not where.folder.is_dir():
+        raise ManifestInvalid(f"{where.folder}: there is no such folder.")
+    below = [fits for name in peek(where.folder).folders if (fits := fitting_layouts(where.folder / name))]
+    if below:
+        hint = f"{len(below)} folders in it are such data sets ({LAYOUTS[below[0][0]].title}). Name one of them."
+    else:
+        hint = (
+            "Make a manifest.csv with the columns patient_id, image, mask; a row for each image. "
+            f"Known layouts: {', '.join(LAYOUTS)}."
+        )
+    raise ManifestInvalid(f"{where.folder}: it is no data set in a known layout. {hint}")
+
+
+def described(folder: Path, layout: str) -> str:
+    """The layout of a folder in words, for who has just named it; what is wrong, if it has none or several.
+
+    Raises:
+        ManifestInvalid: a layout that is not known.
+    """
+    if layout not in ("auto", *LAYOUTS):
+        raise _unknown(layout)
+    try:
+        return LAYOUTS[layout_of(Where(folder, layout=layout))].title
+    except ManifestInvalid as e:
+        return str(e)
+
+
+def _unknown(layout: str) -> ManifestInvalid:
+    return ManifestInvalid(f"layout {layout!r} is not known. Known: auto, {', '.join(LAYOUTS)}.")
+
+
+def fitting_layouts(folder: Path) -> list[str]:
+    """The names of the layouts that a folder may have."""
+    seen = peek(folder)
+    fitting = [name for name, layout in LAYOUTS.items() if not layout.alone and layout.found(seen)]
+    return fitting or [name for name, layout in LAYOUTS.items() if layout.alone and layout.found(seen)]
+
+
+def sites_in(where: Where) -> tuple[str, ...]:
+    """The sites that the data set of a folder names, sorted; none if it names none."""
+    return LAYOUTS[layout_of(where)].sites(where.folder)

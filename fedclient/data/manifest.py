@@ -9,12 +9,13 @@ import csv
 import hmac
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast, get_args
+from typing import Protocol, TypeVar, cast, get_args
 
 from fedclient.data.cases import Case, Channel, Mask, Split
+from fedclient.data.where import inside
 from shared_models.errors import ImageUnreadable, ManifestInvalid
 
 T = TypeVar("T")
@@ -22,6 +23,19 @@ Progress = Callable[[int, int], None]  # cases done, cases in all
 SPLITS: tuple[Split, ...] = get_args(Split)
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the patients, where the manifest leaves the split to us
 SHOWN = 5  # complaints in one message
+
+
+class Row(Protocol):
+    """One row of a table, as a spreadsheet counts."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def values(self) -> Mapping[str, str]: ...
+
+
+RowT = TypeVar("RowT", bound=Row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +60,7 @@ def read_manifest(folder: Path, site: str | None, salt: str) -> tuple[Case, ...]
             the folder, an image listed twice, or a patient in two splits.
     """
     path = folder / "manifest.csv"
-    rows = _of_site(_rows(folder), site, path)
+    rows = rows_of_site(_rows(folder), site, path)
     cases: list[Case] = []
     complaints: list[str] = []
     for row in rows:
@@ -58,7 +72,7 @@ def read_manifest(folder: Path, site: str | None, salt: str) -> tuple[Case, ...]
     if complaints:
         more = f"\n... and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
         raise ManifestInvalid(f"{path}:\n" + "\n".join(complaints[:SHOWN]) + f"{more}\nMend these rows.")
-    _check_splits(cases, path)
+    check_splits(cases, path)
     return tuple(sorted(cases, key=lambda case: case.key))
 
 
@@ -68,19 +82,23 @@ def read_sites(folder: Path, sites: Sequence[str], salt: str) -> tuple[Case, ...
 
 
 def usable(cases: Sequence[Case], use: Callable[[Case], T], progress: Progress | None = None) -> Iterator[T]:
-    """What `use` makes of each case, one at a time.
+    """What `use` makes of each case, one at a time; a case without labels of the study takes no part.
 
     Raises:
-        ImageUnreadable: when all have been tried, the rows that `use` could not read.
+        ImageUnreadable: when all have been tried, the rows that `use` could not read; those without labels too, if
+            no case has any.
     """
     complaints: list[str] = []
+    unlabelled: list[str] = []
     for done, case in enumerate(cases, start=1):
         try:
             yield use(case)
         except ImageUnreadable as e:
-            complaints.append(f"{case.where}: {e}")
+            (unlabelled if e.code == "LABEL_MISSING" else complaints).append(f"{case.where}: {e}")
         if progress is not None:
             progress(done, len(cases))
+    if unlabelled and len(unlabelled) + len(complaints) == len(cases):
+        complaints += unlabelled
     if complaints:
         more = f"\n... and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
         raise ImageUnreadable(
@@ -101,6 +119,11 @@ def split_of(patient: str, salt: str) -> Split:
     if drawn < SHARES["train"]:
         return "train"
     return "val" if drawn < SHARES["train"] + SHARES["val"] else "test"
+
+
+def train_or_val(patient: str, salt: str) -> Split:
+    """As `split_of`, where the data set brings its own test patients: those drawn to test train."""
+    return "val" if split_of(patient, salt) == "val" else "train"
 
 
 def case_key(salt: str, patient: str, name: str) -> str:
@@ -148,7 +171,12 @@ def _rows(folder: Path) -> list[_Row]:
     return rows
 
 
-def _of_site(rows: Sequence[_Row], site: str | None, path: Path) -> Sequence[_Row]:
+def rows_of_site(rows: Sequence[RowT], site: str | None, path: Path) -> Sequence[RowT]:
+    """The rows of one site, or all of a table of one site or none.
+
+    Raises:
+        ManifestInvalid: an empty or unknown site, or several and none chosen.
+    """
     if "site" not in rows[0].values:
         if site is not None:
             raise ManifestInvalid(f"{path}: site {site!r} was chosen, but there is no column `site`. Choose none.")
@@ -184,19 +212,11 @@ def _case(root: Path, row: _Row, salt: str) -> Case:
 
 
 def _inside(root: Path, row: _Row, column: str) -> Path:
-    """The file or folder that a manifest names, links followed, if it lies in the data folder."""
-    named = Path(row.get(column))
-    if named.is_absolute() or ".." in named.parts or "\0" in str(named):
-        raise ManifestInvalid(f"row {row.number}: `{column}` must be a path inside the data folder, without `..`")
+    named = row.get(column)
     try:
-        path = (root / named).resolve(strict=True)
-    except (OSError, RuntimeError):  # RuntimeError: a ring of links
-        raise ManifestInvalid(f"row {row.number}: `{column}`: there is no such file in the data folder") from None
-    if not path.is_relative_to(root):
-        raise ManifestInvalid(f"row {row.number}: `{column}` is a link out of the data folder")
-    if not path.is_file() and (path == root or not path.is_dir()):
-        raise ManifestInvalid(f"row {row.number}: `{column}` is neither a file nor the folder of a series")
-    return path
+        return inside(root, named)
+    except ManifestInvalid as e:
+        raise ManifestInvalid(f"row {row.number}: `{column}` {e}", e.code) from None
 
 
 def _twice(cases: Sequence[Case]) -> list[str]:
@@ -209,7 +229,8 @@ def _twice(cases: Sequence[Case]) -> list[str]:
     return found
 
 
-def _check_splits(cases: Sequence[Case], path: Path) -> None:
+def check_splits(cases: Sequence[Case], path: Path) -> None:
+    """Refuses patients who are in more than one split."""
     splits: dict[str, set[str]] = {}
     for case in cases:
         splits.setdefault(case.patient, set()).add(case.split)
@@ -217,5 +238,6 @@ def _check_splits(cases: Sequence[Case], path: Path) -> None:
     if torn:
         raise ManifestInvalid(
             f"{path}: {torn} of {len(splits)} patients are in more than one split, so that training would see test "
-            f"patients. Give all rows of a patient the same `split`, or remove that column."
+            f"patients. Give all rows of a patient the same `split`, or remove that column.",
+            code="LEAKAGE_PATIENT",
         )

@@ -73,6 +73,16 @@ def read_metaimage(path: Path) -> Volume:
     return read_layout(layout, NAME, MODALITIES.get(header.get("Modality", "")))
 
 
+def voxel_file(path: Path) -> Path:
+    """The file that holds the voxels: the header itself, or one beside it.
+
+    Raises:
+        ImageUnreadable: IMAGE_UNREADABLE, a header that is broken or names a file that is not there; PATH_ESCAPE.
+    """
+    header, begin = _header(path)
+    return _data(path, header, begin)[0]
+
+
 def _header(path: Path) -> tuple[dict[str, str], int]:
     """Keys and values up to ElementDataFile, and where the bytes after it begin."""
     head, lines = header_lines(path, NAME)

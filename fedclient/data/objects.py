@@ -8,9 +8,14 @@ from pathlib import Path
 
 from pydicom import Dataset
 
-from fedclient.data.dicom_header import BROKEN, load
+from fedclient.data.dicom_header import BROKEN, load, load_head, text, unbroken
 from fedclient.data.labels import refused
 from shared_models.errors import ImageUnreadable
+
+LABELLING = {  # modality -> SOP classes
+    "SEG": ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"),
+    "RTSTRUCT": ("1.2.840.10008.5.1.4.1.1.481.3",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,28 @@ class Referenced:
 
     series_uid: str = field(repr=False)
     frame_of_reference_uid: str = field(repr=False)
+    slice_uids: frozenset[str] = field(repr=False, default=frozenset())
+
+
+def object_kind(path: Path) -> str:
+    """`SEG`, `RTSTRUCT`, or nothing for DICOM of another kind.
+
+    Raises:
+        ImageUnreadable: a broken file.
+    """
+    with unbroken():
+        modality = text(load_head(path, [0x00080060]), "Modality")
+    return modality if modality in LABELLING else ""
+
+
+def read_references(path: Path) -> tuple[str, Referenced]:
+    """The SOP instance UID of a SEG or an RTSTRUCT, and what it was drawn on.
+
+    Raises:
+        ImageUnreadable: see `opened`.
+    """
+    with opened(path, "SEG or RTSTRUCT", tuple(uid for classes in LABELLING.values() for uid in classes)) as data:
+        return str(data.SOPInstanceUID), references(data)
 
 
 @contextmanager
@@ -49,14 +76,35 @@ def opened(path: Path, what: str, classes: Collection[str]) -> Iterator[Dataset]
 
 
 def references(data: Dataset) -> Referenced:
-    """The series and the frame of reference that a SEG or an RTSTRUCT names. For use inside `opened`."""
+    """The series, its slices and the frame of reference that a SEG or an RTSTRUCT names. For use inside `opened`."""
     frame = data.get("FrameOfReferenceUID") or ""
     series = ""
+    slices: set[str] = set()
     for item in data.get("ReferencedSeriesSequence") or ():  # SEG
         series = series or item.get("SeriesInstanceUID") or ""
+        slices |= _instances(item, "ReferencedInstanceSequence")
     for item in data.get("ReferencedFrameOfReferenceSequence") or ():  # RTSTRUCT
         frame = frame or item.get("FrameOfReferenceUID") or ""
         for study in item.get("RTReferencedStudySequence") or ():
             for each in study.get("RTReferencedSeriesSequence") or ():
                 series = series or each.get("SeriesInstanceUID") or ""
-    return Referenced(str(series), str(frame))
+                slices |= _instances(each, "ContourImageSequence")
+    if not slices:
+        slices = _of_parts(data)
+    return Referenced(str(series), str(frame), frozenset(slices))
+
+
+def _of_parts(data: Dataset) -> set[str]:
+    """The slices that frames and contours name each for itself, in files whose header names none."""
+    slices: set[str] = set()
+    for group in data.get("PerFrameFunctionalGroupsSequence") or ():
+        for item in group.get("DerivationImageSequence") or ():
+            slices |= _instances(item, "SourceImageSequence")
+    for region in data.get("ROIContourSequence") or ():
+        for contour in region.get("ContourSequence") or ():
+            slices |= _instances(contour, "ContourImageSequence")
+    return slices
+
+
+def _instances(item: Dataset, sequence: str) -> set[str]:
+    return {str(uid) for each in item.get(sequence) or () if (uid := each.get("ReferencedSOPInstanceUID"))}

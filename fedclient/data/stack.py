@@ -59,6 +59,9 @@ class Series:
 
     Attributes:
         frames: above 1 for one file that holds them all.
+        patient: PatientID in capitals; `study_uid` and it are for splits, not for logs.
+        image_type: in capitals (`ORIGINAL`, `PRIMARY`, `AXIAL`).
+        sop_class: UID of the kind of image.
     """
 
     uid: str = field(repr=False)
@@ -67,6 +70,10 @@ class Series:
     columns: int
     frames: int
     slices: tuple[Slice, ...]
+    patient: str = field(repr=False, default="")
+    study_uid: str = field(repr=False, default="")
+    image_type: tuple[str, ...] = field(repr=False, default=())
+    sop_class: str = field(repr=False, default="")
 
     @property
     def files(self) -> tuple[Path, ...]:

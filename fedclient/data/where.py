@@ -1,8 +1,12 @@
-"""Where a site's data lies, and how it is laid out there."""
+"""Where a site's data lies, how it is laid out there, and which paths lead out of it."""
 
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from shared_models.errors import ImageUnreadable, ManifestInvalid
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,12 +14,58 @@ class Where:
     """A site's data.
 
     Attributes:
-        sites: the rows of a manifest that are this site's; none named are all of a manifest of one site.
+        sites: the rows of a manifest or table that are this site's; none named are all of a table of one site.
         layout: by name (`brats-2021`), or `auto` to find it by what the folder holds.
         structures: what the site calls things -> a label of the study, `background` or `ignore`.
+        name: of one of several simulated sites, so that their patients of the same name stay apart; else empty.
+        pooled: the sites that a simulation puts together; then the rest says nothing.
     """
 
     folder: Path
     sites: tuple[str, ...] = ()
     layout: str = "auto"
     structures: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+    pooled: tuple["Where", ...] = ()
+
+
+def inside(root: Path, named: str) -> Path:
+    """The file or folder that a table names, links followed, if it lies below `root`, which is resolved.
+
+    Raises:
+        ManifestInvalid: PATH_ESCAPE, or FILE_MISSING; the message begins with a verb and says nothing of the path.
+    """
+    path = Path(named)
+    if path.is_absolute() or ".." in path.parts or "\0" in named:
+        raise ManifestInvalid("must be a path inside the data folder, without `..`", "PATH_ESCAPE")
+    try:
+        found = (root / path).resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: a ring of links
+        raise ManifestInvalid("names a file that is not there", "FILE_MISSING") from None
+    if not found.is_relative_to(root):
+        raise ManifestInvalid("is a link out of the data folder", "PATH_ESCAPE")
+    if not found.is_file() and (found == root or not found.is_dir()):
+        raise ManifestInvalid("is neither a file nor the folder of a series", "FILE_MISSING")
+    return found
+
+
+def files_below(root: Path, ignored: Counter[str]) -> Iterator[Path]:
+    """Every file below a resolved folder, sorted; links are passed over and counted in `ignored` as `link`, because
+    what they lead to comes by itself or is outside.
+
+    Raises:
+        ImageUnreadable: PATH_ESCAPE, for a link out of the folder.
+    """
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        for name in sorted(names + folders):
+            path = Path(folder, name)
+            if path.is_symlink():
+                if not path.resolve().is_relative_to(root):
+                    raise ImageUnreadable(
+                        "the folder holds a link that leads out of it. Put the files themselves there.",
+                        code="PATH_ESCAPE",
+                    )
+                ignored["link"] += 1
+            elif name in names:
+                yield path

@@ -1,0 +1,97 @@
+"""Which folders and rows of tables are the sites of a simulation, each in its own layout."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fedclient.data.layouts.peek import peek
+from fedclient.data.listing import fitting_layouts, layout_of, sites_in
+from fedclient.data.where import Where
+from fedclient.site import DATA_FILE, UNIT, read_data_file
+from shared_models.errors import ManifestInvalid, StudyInvalid
+from simulations.engine import NodeConfig
+
+
+def sites_at(data: Sequence[Path], layout: str, most: int | None) -> dict[str, Where]:
+    """Site -> where its data lies, at most `most` of them.
+
+    Several folders are a site each. One folder is
+
+    - if folders in it hold a data.toml: those, a site each;
+    - if it is a data set: one site, or those that its table names;
+    - else, if all folders in it are data sets: those, a site each.
+
+    Args:
+        layout: of every folder whose data.toml does not say; `auto` finds it by what the folder holds.
+
+    Raises:
+        ManifestInvalid: no data set, or folders of which some are none.
+        StudyInvalid: fewer sites than were asked for, or names that cannot be told apart.
+    """
+    if len(data) > 1:
+        named = {folder.resolve().name: _where(folder, layout) for folder in data}
+        if len(named) < len(data):
+            raise StudyInvalid("--data: two folders have one name, and a site is called after its folder. Rename one.")
+    else:
+        named = _of_one(data[0], layout)
+    if most is not None and most > len(named):
+        told = ", ".join(named) if len(named) > 1 else "one site"
+        raise StudyInvalid(f"{data[0]}: has {len(named)} sites ({told}), {most} were asked for.")
+    slugs = {name: re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")[:48] for name in named}
+    if len({*slugs.values()}) < len(slugs) or not all(slugs.values()):
+        raise StudyInvalid(
+            f"{data[0]}: sites {', '.join(named)} are too alike. Name them with letters, digits, - and _."
+        )
+    chosen = {slugs[name]: where for name, where in named.items()}
+    return dict(list(chosen.items())[:most])
+
+
+def config_of(where: Where) -> dict[str, str | int]:
+    """What a simulated node is told of its data; `fedclient.site.open_site` reads it."""
+    return {
+        "data": str(where.folder),
+        "manifest-site": where.sites[0] if where.sites else "",
+        "layout": where.layout,
+        "structures": json.dumps(dict(where.structures)),
+        "apart": where.name,
+    }
+
+
+def pooled(nodes: Sequence[NodeConfig]) -> NodeConfig:
+    """What a node that has the data of all the others is told."""
+    if len({node["data"] for node in nodes}) == 1:
+        return {**nodes[0], "manifest-site": UNIT.join(str(node["manifest-site"]) for node in nodes)}
+    keys = config_of(Where(Path())).keys()
+    return {**nodes[0], "pooled": json.dumps([{key: node[key] for key in keys} for node in nodes])}
+
+
+def _of_one(folder: Path, layout: str) -> dict[str, Where]:
+    below = [folder / name for name in peek(folder).folders]
+    described = [path for path in below if (path / DATA_FILE).exists()]
+    if not described:
+        whole = _where(folder, layout, "")
+        if whole.layout != "auto" or fitting_layouts(folder):
+            names = sites_in(whole)
+            return {name: replace(whole, sites=(name,)) for name in names} or {"site": whole}
+        described = [path for path in below if fitting_layouts(path)]
+    strange = sorted(path.name for path in below if path not in described)
+    if described and strange:
+        raise ManifestInvalid(
+            f"{folder}: {len(described)} folders in it are data sets, and {', '.join(strange)} not. Take these out, or "
+            f"name the others with a --data each."
+        )
+    if not described:
+        layout_of(Where(folder))  # says what is wrong
+    return {path.name: _where(path, layout) for path in described}
+
+
+def _where(folder: Path, layout: str, name: str | None = None) -> Where:
+    told = read_data_file(folder)
+    return Where(
+        folder=folder,
+        layout=layout if told.layout == "auto" else told.layout,
+        structures=told.structures,
+        name=folder.resolve().name if name is None else name,
+    )
