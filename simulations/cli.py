@@ -97,20 +97,31 @@ def demo(
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write the data set into.")],
     sites: Annotated[int, typer.Option(min=1)] = 3,
-    patients: Annotated[int, typer.Option(min=3, help="Of each site, split 60/10/30 into train, val, test.")] = 30,
+    patients: Annotated[int, typer.Option(min=3, help="Of each site; manifest.csv splits them 60/10/30.")] = 30,
     slices: Annotated[int, typer.Option(min=1)] = 6,
     size: Annotated[int, typer.Option(min=16, max=1024, help="Pixels along an edge.")] = 128,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    layout: Annotated[
+        str, typer.Option(help="manifest, or as pacs, lidc-idri, luna16, brats-2021, decathlon, nnunet, table have it.")
+    ] = "manifest",
 ) -> None:
-    """Writes a multi-site lung-CT phantom: images, labels, exact truth, nodules, manifest.csv."""
+    """Writes made-up patients of several hospitals: lung CT, or brain MR for BraTS, in any layout that is read."""
     from simulations.phantoms import PhantomPlan
     from simulations.phantoms import phantom as write
+    from simulations.sources import write_sites
 
     val, test = max(1, patients // 10), max(1, 3 * patients // 10)
     plan = PhantomPlan(sites, patients - val - test, val, test, slices, size, seed)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("patients", total=None)
-        folder = write(out, plan, progress=lambda n, of: bars.update(bar, completed=n, total=of))
+
+        def progress(done: int, of: int) -> None:
+            bars.update(bar, completed=done, total=of)
+
+        if layout == "manifest":
+            folder = write(out, plan, progress=progress)
+        else:
+            folder = write_sites(out, layout, plan, progress)
     print(folder)
 
 

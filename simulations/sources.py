@@ -4,14 +4,20 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fedclient.data.layouts.peek import peek
 from fedclient.data.listing import fitting_layouts, layout_of, sites_in
 from fedclient.data.where import Where
 from fedclient.site import DATA_FILE, UNIT, read_data_file
-from shared_models.errors import ManifestInvalid, StudyInvalid
+from shared_models.errors import ManifestInvalid, StateInvalid, StudyInvalid
+from shared_models.files import write_atomic
 from simulations.engine import NodeConfig
+from simulations.fixtures.datasets import Progress, write_data_set
+from simulations.phantoms import PhantomPlan, site_names
+
+CAVITY = '\n[structures]\ncavity = "background"\n'  # studies of the tumour leave what was resected out of it
 
 
 def sites_at(data: Sequence[Path], layout: str, most: int | None) -> dict[str, Where]:
@@ -46,6 +52,39 @@ def sites_at(data: Sequence[Path], layout: str, most: int | None) -> dict[str, W
         )
     chosen = {slugs[name]: where for name, where in named.items()}
     return dict(list(chosen.items())[:most])
+
+
+def write_sites(folder: Path, layout: str, plan: PhantomPlan, progress: Progress) -> Path:
+    """A folder of data sets in one layout, each with a data.toml that makes it a site; or one data set for one site.
+
+    Raises:
+        StudyInvalid: a layout that is not written here.
+        StateInvalid: a folder that holds something.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise StateInvalid(f"{folder}: is not empty. Give a new folder, so that no data of yours is mixed with it.")
+    names = site_names(plan)
+    of = plan.train + plan.val + plan.test
+    told = f"layout = {json.dumps(layout)}\n" + CAVITY * (layout == "brats-2024")
+    for number, name in enumerate(names):
+        place = folder / name if len(names) > 1 else folder
+        further = partial(_further, progress, number * of, len(names) * of)
+        write_data_set(
+            place,
+            layout,
+            patients=of,
+            slices=plan.slices,
+            size=plan.size,
+            site=name,
+            seed=plan.seed,
+            progress=further,
+        )
+        write_atomic(place / DATA_FILE, told.encode())
+    return folder
+
+
+def _further(progress: Progress, before: int, of: int, done: int, _: int) -> None:
+    progress(before + done, of)
 
 
 def config_of(where: Where) -> dict[str, str | int]:

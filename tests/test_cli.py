@@ -128,7 +128,7 @@ def test_a_missing_folder_is_told_with_the_command_that_makes_it():
         assert "fedserver init" in refused("fedserver", *words)
     for name in ("check", "start", "status"):
         assert "Run `fedclient join INVITE` first" in refused("fedclient", name)
-    assert "manifest.csv: there is no such file" in refused("fedsim", "run", "lung-ct-quick", "--data", "nowhere")
+    assert "nowhere: there is no such folder" in refused("fedsim", "run", "lung-ct-quick", "--data", "nowhere")
     assert list(Path().rglob("*.db")) == []
 
 
@@ -262,7 +262,8 @@ def test_a_queued_run_is_shown_and_stopped_and_goes_on(federation):
 
 def test_the_ready_studies_are_listed():
     assert "lung-ct-quick" in call("fedsim", "studies")[1]
-    assert set(parsed("fedsim", "studies", "--json")) == {"chest-xray", "lung-ct", "lung-ct-quick", "lung-nodule"}
+    ready = {"brats-tumour", "chest-xray", "ct-nodule", "hippocampus", "lung-ct", "lung-ct-quick", "lung-nodule"}
+    assert set(parsed("fedsim", "studies", "--json")) == ready
 
 
 @pytest.fixture(scope="module")
@@ -284,9 +285,12 @@ def test_a_hospital_joins_looks_at_its_data_and_asks_how_it_stands(tmp_path, dat
         words = ["fedclient", "join", line, "--data", data, "--manifest-site", "north"]
         joined = parsed(*words, "--json")
         assert (joined["site"], joined["address"], joined["settings"]) == ("north", edge.address, "site/site.toml")
+        assert joined["data"] == "manifest.csv"
         assert "belongs to a federation already" in refused(*words)
         assert "HTTP 4" in refused(*words, "--site", "second")  # an invite is good for one
     assert parsed("fedclient", "check", "--json") == {
+        "layout": "manifest.csv",
+        "findings": [],
         "cases": 4,
         "readable": 4,
         "splits": {
@@ -306,7 +310,7 @@ def test_a_site_with_unreadable_images_is_told_by_rows_and_not_by_names(tmp_path
     write_atomic(Path("site") / "site.toml", site_toml(file).encode())
     told = refused("fedclient", "check")
     assert "1 of 1 cases cannot be used" in told
-    assert "row 2: " in told
+    assert "row 2 (case " in told
     assert "Jane" not in told
 
 

@@ -179,13 +179,20 @@ def test_unusable_cases_are_told_by_row_all_in_one_message(cases: tuple[Case, ..
     Image.fromarray(np.full((40, 30), 2, np.uint8)).save(mask_of(by_row[5]))
     image_of(by_row[6]).unlink()
     with pytest.raises(ImageUnreadable) as e:
-        prepare([*cases, replace(by_row[3], label=None, row=9)], STUDY, tmp_path / "cache")
+        prepare(cases, STUDY, tmp_path / "cache")
     said = str(e.value)
-    assert "5 of 6 cases" in said
-    for words in ("row 2 ", "row 4 ", "row 5 ", "row 6 ", "row 9 ", "no labels", "gone", "values [2]", "1 = lung"):
+    assert "4 of 5 cases" in said
+    for words in ("row 2 ", "row 4 ", "row 5 ", "row 6 ", "gone", "values [2]", "1 = lung"):
         assert words in said
     assert "p0" not in said
     assert str(tmp_path) not in said
+
+
+def test_a_case_without_labels_takes_no_part_unless_no_case_has_any(cases: tuple[Case, ...], tmp_path: Path) -> None:
+    bare = replace(cases[0], label=None, row=9)
+    assert len(prepare([bare, *cases[1:]], STUDY, tmp_path / "cache").cases) == 4
+    with pytest.raises(ImageUnreadable, match=r"1 of 1 cases cannot be used:\nrow 9 .*has no labels"):
+        prepare([bare], STUDY, tmp_path / "cache")
 
 
 def test_a_full_disk_is_told_as_such(cases: tuple[Case, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
