@@ -310,7 +310,8 @@ def test_a_message_does_not_repeat_a_long_value():
 
 
 def test_the_ready_studies_load_and_are_called_what_they_are():
-    assert ready == ["chest-xray", "lung-ct", "lung-ct-quick", "lung-nodule"]
+    assert ready[:3] == ["brats-tumour", "chest-xray", "ct-nodule"]
+    assert ready[3:] == ["hippocampus", "lung-ct", "lung-ct-quick", "lung-nodule"]
     for name in ready:
         assert load_study(name).name == name
         assert load_study(str(ready_studies()[name])) == load_study(name)

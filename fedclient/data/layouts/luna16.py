@@ -36,14 +36,16 @@ def cases(where: Where, salt: str) -> Listing:
     nodules = _table(root, "annotations.csv", read_annotations)
     excluded = _table(root, "annotations_excluded.csv", read_excluded) or {}
     findings: list[Finding] = []
-    listed: dict[str, Case] = {}
+    listed: list[Case] = []
+    there: set[str] = set()
     subsets = sorted(path.name for path in root.iterdir() if path.is_dir() and SUBSET.fullmatch(path.name))
     for subset in subsets:
         for name in _series(inside(root, subset)):
             key = case_key(salt, name, name)
-            if name in listed:
+            if name in there:
                 findings.append(finding("DUPLICATE", "a series that lies in two subsets; the first is taken", case=key))
                 continue
+            there.add(name)
             try:
                 image = inside(root, f"{subset}/{name}.mhd")
                 voxel_file(image)
@@ -57,13 +59,13 @@ def cases(where: Where, salt: str) -> Listing:
                 lungs=_lungs(root, name),
             )
             labelled = marks if marks.nodules is not None or marks.lungs is not None else None
-            listed[name] = Case(key, name, (Channel(files=(image,)),), labelled, split_of(name, salt))
+            listed.append(Case(key, name, (Channel(files=(image,)),), labelled, split_of(name, salt)))
     if nodules is None:
         findings.append(finding("LABEL_MISSING", "annotations.csv is not there: no nodules can be learnt"))
-    elif away := len(nodules.keys() - listed.keys()):
+    elif away := len(nodules.keys() - there):
         what = f"annotations.csv marks nodules in {away} series that are not here"
         findings.append(finding("LABEL_ORPHAN", what, severity="note"))
-    return Listing(f"LUNA16, {len(subsets)} subset{'s' * (len(subsets) != 1)}", (*listed.values(),), tuple(findings))
+    return Listing(f"LUNA16, {len(subsets)} subset{'s' * (len(subsets) != 1)}", tuple(listed), tuple(findings))
 
 
 def _series(subset: Path) -> Iterable[str]:

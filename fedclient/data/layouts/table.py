@@ -96,7 +96,7 @@ def _case(root: Path, rows: Sequence[Line], label: Label | None, salt: str) -> C
             raise row.wrong(column, "differs from that of another row of the same image")
     split = row.text("split") if "split" in row.values else split_of(patient, salt)
     if split not in SPLITS:
-        raise row.wrong("split", f"is none of {', '.join(SPLITS)}")
+        raise ManifestInvalid(f"row {row.number}: `split` is none of {', '.join(SPLITS)}")
     if "patient_id" in row.values:
         row.text("patient_id")
     if isinstance(label, Mask):
