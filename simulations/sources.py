@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fedclient.data.layouts.peek import peek
-from fedclient.data.listing import fitting_layouts, layout_of, sites_in
+from fedclient.data.listing import LAYOUTS, fitting_layouts, layout_of, sites_in
 from fedclient.data.where import Where
 from fedclient.site import DATA_FILE, UNIT, read_data_file
 from shared_models.errors import ManifestInvalid, StateInvalid, StudyInvalid
@@ -28,6 +28,8 @@ def sites_at(data: Sequence[Path], layout: str, most: int | None) -> dict[str, W
     - if folders in it hold a data.toml: those, a site each;
     - if it is a data set: one site, or those that its table names;
     - else, if all folders in it are data sets: those, a site each.
+
+    A folder of BraTS and of DICOM looks like one data set of either; as its folders differ, they are sites.
 
     Args:
         layout: of every folder whose data.toml does not say; `auto` finds it by what the folder holds.
@@ -111,7 +113,7 @@ def _of_one(folder: Path, layout: str) -> dict[str, Where]:
     described = [path for path in below if (path / DATA_FILE).exists()]
     if not described:
         whole = _where(folder, layout, "")
-        if whole.layout != "auto" or fitting_layouts(folder):
+        if whole.layout != "auto" or _is_one(folder, below):
             names = sites_in(whole)
             return {name: replace(whole, sites=(name,)) for name in names} or {"site": whole}
         described = [path for path in below if fitting_layouts(path)]
@@ -124,6 +126,15 @@ def _of_one(folder: Path, layout: str) -> dict[str, Where]:
     if not described:
         layout_of(Where(folder))  # says what is wrong
     return {path.name: _where(path, layout) for path in described}
+
+
+def _is_one(folder: Path, below: Sequence[Path]) -> bool:
+    """Whether a folder is a data set itself, and does not only look like one for what the data sets in it hold."""
+    whole = fitting_layouts(folder)
+    if not all(LAYOUTS[name].deep for name in whole):
+        return True
+    parts = [set(fitting_layouts(path)) for path in below]
+    return bool(whole) and all(part <= {*whole, "pacs"} for part in parts) and not (len(whole) > 1 and all(parts))
 
 
 def _where(folder: Path, layout: str, name: str | None = None) -> Where:

@@ -308,3 +308,10 @@ def test_boxes_in_xml_are_read_and_doubted(tmp_path: Path) -> None:
         path = table(tmp_path / "a.xml", VOC.format(name, edge))
         assert "DOE" not in refusal("LABEL_VALUES", read_voc, path, ["A"])
     refusal("LABEL_UNREADABLE", read_voc, table(tmp_path / "a.xml", "<html/>"), ["A"])
+
+
+def test_two_names_of_one_structure_may_say_the_same_and_nothing_else() -> None:
+    liver = (Structure(1, "Liver", ("SCT:10200004",)),)
+    assert choose(liver, {"liver": 1, "Liver": 1, "SCT:10200004": 1}, empty_ok=False) == [(1, (1,))]
+    with pytest.raises(ImageUnreadable, match="'liver' and 'SCT:10200004' both fit structure 1"):
+        choose(liver, {"liver": 1, "SCT:10200004": 2}, empty_ok=False)

@@ -19,7 +19,7 @@ from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, node_configs
 
 TINY = Model(features=(4, 4, 8, 8, 16, 8), groups=2)
-TRAIN = Train(local_steps=25, batch_size=4, learning_rate=1e-2, deterministic=True)
+TRAIN = Train(local_steps=15, batch_size=4, learning_rate=1e-2, deterministic=True)
 STUDY = Study(
     name="tiny",
     model=TINY,

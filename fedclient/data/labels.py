@@ -67,10 +67,10 @@ def choose(structures: Sequence[Structure], mapping: Mapped, empty_ok: bool) -> 
 
     Raises:
         ImageUnreadable: LABEL_EMPTY, an entry that fits nothing, unless `empty_ok`; LABEL_VALUES, two entries that
-            fit the same structure.
+            fit the same structure and make different labels of it.
     """
     chosen: list[tuple[int, tuple[int, ...]]] = []
-    owner: dict[int, str | int] = {}
+    owner: dict[int, tuple[str | int, int]] = {}
     for key, value in mapping.items():
         numbers = tuple(structure.number for structure in _fitting(structures, key))
         if not numbers and not empty_ok:
@@ -79,13 +79,14 @@ def choose(structures: Sequence[Structure], mapping: Mapped, empty_ok: bool) -> 
                 f"none of the {len(structures)} structures in the file fits {key!r}. Name one that it has by name, "
                 f"number or code, or allow that it is absent.",
             )
-        doubled = next((n for n in numbers if n in owner), None)
+        doubled = next((n for n in numbers if n in owner and owner[n][1] != value), None)
         if doubled is not None:
-            raise refused(
-                "LABEL_VALUES", f"{owner[doubled]!r} and {key!r} both fit structure {doubled}. Keep one of the two."
-            )
-        owner |= dict.fromkeys(numbers, key)
-        chosen.append((value, numbers))
+            first = owner[doubled][0]
+            raise refused("LABEL_VALUES", f"{first!r} and {key!r} both fit structure {doubled}. Keep one of the two.")
+        fresh = tuple(n for n in numbers if n not in owner)
+        owner |= dict.fromkeys(fresh, (key, value))
+        if fresh or not numbers:
+            chosen.append((value, fresh))
     return chosen
 
 

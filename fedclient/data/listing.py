@@ -21,6 +21,7 @@ class Layout:
         found: whether a folder is laid out so; looks at names and the heads of few files.
         cases: (where, salt of the site) -> what the folder holds.
         sites: the sites that a table of the folder names.
+        deep: it is found at any depth, so that a folder of such data sets looks like one.
         alone: it is what a folder is if it is nothing else, because others hold its files too.
     """
 
@@ -28,6 +29,7 @@ class Layout:
     found: Callable[[Peek], bool]
     cases: Callable[[Where, str], Listing]
     sites: Callable[[Path], tuple[str, ...]] = lambda folder: ()
+    deep: bool = False
     alone: bool = False
 
 
@@ -39,12 +41,15 @@ LAYOUTS: Mapping[str, Layout] = {
     "manifest": Layout("manifest.csv", lambda seen: seen.has("manifest.csv"), _manifest, sites_of),
     "table": Layout("images and labels.csv", table.found, table.cases, table.sites),
     "luna16": Layout("LUNA16", luna16.found, luna16.cases),
-    "lidc-idri": Layout("LIDC-IDRI", lidc_idri.found, lidc_idri.cases),
-    **{f"brats-{year}": Layout(f"BraTS {year}", brats.found(year), brats.cases(year)) for year in brats.PARTS},
-    "brats": Layout("BraTS of a year that its names do not tell", brats.found(brats.UNTOLD), brats.ask),
+    "lidc-idri": Layout("LIDC-IDRI", lidc_idri.found, lidc_idri.cases, deep=True),
+    **{
+        f"brats-{year}": Layout(f"BraTS {year}", brats.found(year), brats.cases(year), deep=True)
+        for year in brats.PARTS
+    },
+    "brats": Layout("BraTS of a year that its names do not tell", brats.found(brats.UNTOLD), brats.ask, deep=True),
     "decathlon": Layout("Medical Segmentation Decathlon", decathlon.found, decathlon.cases),
     "nnunet": Layout("nnU-Net raw data", nnunet.found, nnunet.cases),
-    "pacs": Layout("PACS export of DICOM", pacs.found, pacs.cases, alone=True),
+    "pacs": Layout("PACS export of DICOM", pacs.found, pacs.cases, deep=True, alone=True),
 }
 
 

@@ -18,6 +18,7 @@ from shared_models.errors import ManifestInvalid
 
 NAME = "labels.csv"
 NONE = "none"
+LabelOf = Callable[[Sequence[Line]], Label | None]  # from the rows of one image
 KNOWN = frozenset(("image", "mask", "label", *EDGES, "patient_id", "split", "site", "age", "sex"))
 
 
@@ -39,10 +40,24 @@ def cases(where: Where, salt: str) -> Listing:
     root = where.folder.resolve()
     every = _lines(root)
     label_of = _kind(every)
-    by_image: dict[str, list[Line]] = {}
+    listed: list[Case] = []
+    findings: list[Finding] = []
     for site in where.sites or (None,):
-        for line in rows_of_site(every, site, where.folder / NAME):
-            by_image.setdefault(line.values["image"], []).append(line)
+        made, wrong = _of_rows(root, rows_of_site(every, site, where.folder / NAME), label_of, salt)
+        listed += made
+        findings += wrong
+    check_splits(listed, where.folder / NAME)
+    if "patient_id" not in every[0].values:
+        what = f"{NAME} has no column patient_id: each image is taken for another patient's"
+        findings.append(finding("PATIENT_UNKNOWN", what, severity="warn"))
+    return Listing(f"{NAME}, {len(listed)} images", tuple(listed), tuple(findings))
+
+
+def _of_rows(root: Path, lines: Sequence[Line], label_of: LabelOf, salt: str) -> tuple[list[Case], list[Finding]]:
+    """The cases of one site, and what is wrong with rows that make none."""
+    by_image: dict[str, list[Line]] = {}
+    for line in lines:
+        by_image.setdefault(line.values["image"], []).append(line)
     listed: list[Case] = []
     findings: list[Finding] = []
     taken: dict[Path, int] = {}
@@ -56,11 +71,7 @@ def cases(where: Where, salt: str) -> Listing:
             listed.append(case)
         except ManifestInvalid as e:
             findings.append(finding(e.code, str(e), case=case_key(salt, _patient(rows), image), row=row))
-    check_splits(listed, where.folder / NAME)
-    if "patient_id" not in every[0].values:
-        what = f"{NAME} has no column patient_id: each image is taken for another patient's"
-        findings.append(finding("PATIENT_UNKNOWN", what, severity="warn"))
-    return Listing(f"{NAME}, {len(listed)} images", tuple(listed), tuple(findings))
+    return listed, findings
 
 
 def _lines(root: Path) -> list[Line]:
@@ -70,7 +81,7 @@ def _lines(root: Path) -> list[Line]:
         raise e if str(e).startswith(NAME) else ManifestInvalid(f"{NAME} {e}", e.code) from None
 
 
-def _kind(lines: Sequence[Line]) -> Callable[[Sequence[Line]], Label | None]:
+def _kind(lines: Sequence[Line]) -> LabelOf:
     """How the rows of one image become its label, by the columns that there are."""
     columns = lines[0].values.keys()
     if columns >= {*EDGES, "label"}:
