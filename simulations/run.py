@@ -10,6 +10,7 @@ steps as all sites together, a site alone as many as it takes in the federation.
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from fedclient.data.listing import list_cases
 from fedclient.site import open_site
 from fedserver.checkpoint import RunFolder, create_run, read_state, trained_study
 from fedserver.report import Comparison, write_report
-from shared_models.errors import StateInvalid, StudyInvalid
+from shared_models.errors import ManifestInvalid, StateInvalid, StudyInvalid
 from shared_models.files import canonical_json, read_json, write_json
 from shared_models.metrics import DiceCounts, as_row
 from shared_models.study import Study, sha256
@@ -33,6 +34,7 @@ from simulations.phantoms import PhantomPlan, phantom
 from simulations.sources import config_of, pooled, sites_at
 
 Engine = Literal["local", "ray"]
+SHOWN = 5  # findings in one message
 Say = Callable[[str], None]
 
 
@@ -154,6 +156,19 @@ def _inputs(job: Job) -> dict[str, Any]:
     }
 
 
+def _check_cases(name: str, config: NodeConfig) -> None:
+    site = open_site(config)
+    listing = list_cases(site.where, site.salt)
+    labelled = Counter(case.split for case in listing.cases if case.label is not None)
+    lacking = [what for split, what in (("train", "to train on"), ("test", "to test on")) if not labelled[split]]
+    if lacking:
+        raise ManifestInvalid(
+            f"{site.data}: site {name} ({listing.layout}) has no labelled case {' and none '.join(lacking)}. Every "
+            f"model is scored on every site's test patients: add patients, or leave the site out. "
+            + " ".join(f"{found.code}: {found.what}." for found in listing.findings[:SHOWN])
+        )
+
+
 def _cases_sha256(config: NodeConfig) -> str:
     """Of which cases a node has, what each is for, and the state of its files; whatever layout they are found by."""
     site = open_site(config)
@@ -192,7 +207,13 @@ def score(run: RunFolder, nodes: Mapping[str, NodeConfig]) -> dict[str, DiceCoun
 def simulate(
     study: Study, nodes: Mapping[str, NodeConfig], out: Path, how: Machine, seeds: int, compare: bool, say: Say
 ) -> dict[str, Any]:
-    """Every seed from `study.seed` on; writes results.json and a report, and returns the results."""
+    """Every seed from `study.seed` on; writes results.json and a report, and returns the results.
+
+    Raises:
+        ManifestInvalid: a site that has no labelled case to train or to test on.
+    """
+    for site, config in nodes.items():
+        _check_cases(site, config)
     comparisons: list[Comparison] = []
     results: dict[str, Any] = {"study": study.name, "seeds": []}
     for seed in range(study.seed, study.seed + seeds):

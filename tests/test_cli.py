@@ -145,6 +145,9 @@ def test_joining_with_a_missing_data_folder_is_told_before_the_invite_is_spent(f
     odd = os.fsdecode(b"caf\xe9")
     Path(odd).mkdir()
     assert "its name is not UTF-8" in refused("fedclient", "join", line, "--data", odd)
+    Path("data").mkdir()
+    told = refused("fedclient", "join", line, "--data", "data", "--layout", "brats-2022")
+    assert "layout 'brats-2022' is not known. Known: auto, manifest, table, luna16, lidc-idri, brats-2018" in told
     assert not Path("site").exists()
 
 
@@ -277,6 +280,22 @@ def test_a_phantom_is_written_where_it_is_said(tmp_path):
     code, out, err = call(*words)
     assert (code, err) == (0, "")
     assert (Path(out.strip()) / "manifest.csv").is_file()
+
+
+def test_a_phantom_of_any_layout_is_found_again_by_check_and_by_run(tmp_path):
+    words = ("--sites", 2, "--patients", 3, "--slices", 1, "--size", 16)
+    code, out, err = call("fedsim", "phantom", tmp_path / "p", "--layout", "nnunet", *words)
+    assert (code, err, out.strip()) == (0, "", str(tmp_path / "p"))
+    file = SiteFile("north", "127.0.0.1:9", "Test", Data(str(tmp_path / "p" / "north"), layout="auto"))
+    write_atomic(Path("site") / "site.toml", site_toml(file).encode())
+    assert parsed("fedclient", "check", "--json")["layout"] == "nnU-Net raw data, 3 training cases"
+    assert "Data: nnU-Net raw data, 3 training cases" in call("fedclient", "check")[1]
+    assert "is not empty" in refused("fedsim", "phantom", tmp_path / "p", "--layout", "nnunet", *words)
+    assert "allowed are table" in refused("fedsim", "phantom", tmp_path / "q", "--layout", "dicom", *words)
+    told = refused(
+        "fedsim", "run", "lung-ct", "--data", tmp_path / "p" / "north", "--data", tmp_path / "p", "--sites", 3
+    )
+    assert "has 2 sites (north, p), 3 were asked for" in told
 
 
 def test_a_hospital_joins_looks_at_its_data_and_asks_how_it_stands(tmp_path, data):

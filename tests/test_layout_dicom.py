@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fedclient.data.layouts.series as series_module
 from fedclient.data.cases import Case, Drawn, LidcReads, Listing, read_case, read_case_labels
+from fedclient.data.dicom_folder import find_series
 from fedclient.data.listing import LAYOUTS, layout_of, list_cases
 from fedclient.data.manifest import split_of
 from fedclient.data.volume import Volume
@@ -147,6 +149,25 @@ def test_an_object_finds_its_stack_by_its_slices_where_a_series_holds_several(tm
     (drawn,) = [case for case in cases if case.label is not None]
     assert len(cases) == 2
     assert (read_case(drawn).voxels == volume(2).voxels).all()
+
+
+def test_headers_are_read_again_when_a_file_came_or_changed_and_not_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Path] = []
+
+    def find(folder: Path) -> series_module.Found:
+        looks.append(folder)
+        return find_series(folder)
+
+    monkeypatch.setattr(series_module, "find_series", find)
+    series = write_dicom_series(tmp_path / "a", volume())
+    assert listing(tmp_path).cases == listing(tmp_path).cases
+    assert len(looks) == 1
+    write_dicom_series(tmp_path / "b", volume(1), series="2")
+    assert (len(listing(tmp_path).cases), len(looks)) == (2, 2)
+    series.paths[0].write_bytes(series.paths[0].read_bytes()[:200])
+    assert codes(listing(tmp_path)) == ["DICOM_UNREADABLE"]
 
 
 def test_a_series_without_a_patient_is_refused_and_a_link_out_of_the_folder_too(tmp_path: Path) -> None:

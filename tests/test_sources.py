@@ -13,7 +13,7 @@ from shared_models.files import write_atomic
 from shared_models.study import Evaluate, Model, Preprocess, Rounds, Study, Train
 from simulations.fixtures import brain, png, write_brats
 from simulations.phantoms import PhantomPlan
-from simulations.run import Machine, carry_out, jobs, node_configs
+from simulations.run import Machine, carry_out, jobs, node_configs, simulate
 from simulations.sources import sites_at, write_sites
 
 
@@ -128,6 +128,14 @@ def test_a_run_goes_on_with_the_same_data_and_not_with_other(tmp_path: Path) -> 
     write_atomic(tmp_path / "data" / "m.png", png(np.ones((8, 8), np.uint8)))
     with pytest.raises(StateInvalid, match="other data"):
         carry_out(job, tmp_path, how)
+
+
+def test_a_site_without_labelled_test_patients_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    how = Machine(device="cpu")
+    nodes = node_configs(tmp_path, [table(tmp_path / "data")], how, None)
+    with pytest.raises(ManifestInvalid, match=r"site site \(labels.csv, 1 images\) has no labelled case to test on"):
+        simulate(Study(name="s"), nodes, tmp_path / "out", how, 1, compare=False, say=lambda news: None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_written_for_several_sites_is_read_as_several_sites(tmp_path: Path) -> None:
