@@ -117,7 +117,9 @@ def test_a_bare_command_shows_its_help_and_an_unknown_one_is_no_success(command)
 def test_an_unknown_study_is_told_with_those_that_there_are(federation):
     (Path("broken.toml")).write_text('name = "x"\n[train]\nlerning_rate = 1')
     for words in (("fedsim", "run"), ("fedserver", "run")):
-        assert "'lung' is neither a study file nor a ready study. Ready: chest-xray, lung-ct" in refused(*words, "lung")
+        assert "'lung' is neither a study file nor a ready study. Ready: brats-tumour, chest-xray, " in refused(
+            *words, "lung"
+        )
         assert "no.toml: there is no such file" in refused(*words, "no.toml")
         assert "Did you mean `learning_rate`?" in refused(*words, "broken.toml")
         assert ".: cannot be read (Is a directory)" in refused(*words, ".")
