@@ -159,7 +159,7 @@ def _inputs(job: Job) -> dict[str, Any]:
 def _check_cases(name: str, config: NodeConfig) -> None:
     site = open_site(config)
     listing = list_cases(site.where, site.salt)
-    labelled = Counter(case.split for case in listing.cases if case.label is not None)
+    labelled: Counter[str] = Counter(case.split for case in listing.cases if case.label is not None)
     lacking = [what for split, what in (("train", "to train on"), ("test", "to test on")) if not labelled[split]]
     if lacking:
         raise ManifestInvalid(
