@@ -10,7 +10,7 @@ import pytest
 
 import fedclient.data.layouts.series as series_module
 from fedclient.data.cases import Case, Drawn, LidcReads, Listing, read_case, read_case_labels
-from fedclient.data.dicom_folder import find_series
+from fedclient.data.dicom_folder import Found, find_series
 from fedclient.data.listing import LAYOUTS, layout_of, list_cases
 from fedclient.data.manifest import split_of
 from fedclient.data.volume import Volume
@@ -156,7 +156,7 @@ def test_headers_are_read_again_when_a_file_came_or_changed_and_not_else(
 ) -> None:
     looks: list[Path] = []
 
-    def find(folder: Path) -> series_module.Found:
+    def find(folder: Path) -> Found:
         looks.append(folder)
         return find_series(folder)
 
