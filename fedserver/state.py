@@ -1,17 +1,14 @@
 """What the coordinator remembers of sites, invites and runs: one SQLite file, `state.db`.
 
-Every function opens the file anew, so that any thread or process may call it; write-ahead logging lets them read while
-one writes. Flower's ids are unsigned 64-bit numbers, larger than SQLite's integers, and are kept as text.
+Flower's ids are unsigned 64-bit numbers, larger than SQLite's integers, and are kept as text.
 """
 
-import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from shared_models.database import check, connected, create, writing
 from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.identity import check_site_name
 
@@ -19,7 +16,6 @@ SiteState = Literal["invited", "active", "revoked"]
 RunState = Literal["queued", "running", "paused", "finished", "failed", "stopped"]
 
 SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 20.0
 _SCHEMA = f"""
 CREATE TABLE sites (
     name TEXT PRIMARY KEY,
@@ -102,43 +98,24 @@ class Run:
 
 def create_state(path: Path) -> None:
     """Makes an empty `state.db`; raises StateInvalid if there is one."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # its -wal and -shm take over the mode
-    except FileExistsError as error:
-        raise StateInvalid(f"{path}: is there already. Use it, or choose another folder.") from error
-    with _connected(path) as db:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.executescript(_SCHEMA)
+    create(path, _SCHEMA)
 
 
 def check_state(path: Path) -> None:
     """Raises StateInvalid unless `path` is a sound `state.db` of this version that only we can read."""
-    if not path.is_file():
-        raise StateInvalid(f"{path}: is missing. Point to a folder that `fedserver init` made, or restore a backup.")
-    facts = path.stat()
-    if facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
-        raise StateInvalid(f"{path}: must be ours alone (mode {facts.st_mode & 0o777:o}). Mend it: `chmod 600 {path}`.")
-    with _connected(path) as db:
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    if found != "ok":
-        raise StateInvalid(f"{path}: is damaged ({found}). Restore it from a backup.")
-    if version != SCHEMA_VERSION:
-        raise StateInvalid(
-            f"{path}: has layout {version}, this package reads {SCHEMA_VERSION}. Use the package that made it."
-        )
+    check(path, SCHEMA_VERSION, "`fedserver init`")
 
 
 # Sites and invites
 
 
 def list_sites(path: Path) -> list[Site]:
-    with _connected(path) as db:
+    with connected(path) as db:
         return [_site(row) for row in db.execute("SELECT * FROM sites ORDER BY name")]
 
 
 def find_site(path: Path, name: str) -> Site | None:
-    with _connected(path) as db:
+    with connected(path) as db:
         row = db.execute("SELECT * FROM sites WHERE name = ?", (name,)).fetchone()
         return _site(row) if row else None
 
@@ -146,7 +123,7 @@ def find_site(path: Path, name: str) -> Site | None:
 def add_invite(path: Path, invite: InviteRow) -> None:
     """Stores an invite in the place of the site's unused ones; a site that was not known becomes `invited`."""
     check_site_name(invite.site)
-    with _writing(path) as db:
+    with writing(path) as db:
         db.execute("INSERT INTO sites (name, state) VALUES (?, 'invited') ON CONFLICT DO NOTHING", (invite.site,))
         db.execute("DELETE FROM invites WHERE site = ? AND used_at IS NULL", (invite.site,))
         row = (invite.token_sha256, invite.site, invite.expires_at, invite.used_at)
@@ -154,7 +131,7 @@ def add_invite(path: Path, invite: InviteRow) -> None:
 
 
 def list_invites(path: Path, site: str) -> list[InviteRow]:
-    with _connected(path) as db:
+    with connected(path) as db:
         return [InviteRow(*row) for row in db.execute("SELECT * FROM invites WHERE site = ?", (site,))]
 
 
@@ -164,7 +141,7 @@ def redeem_invite(path: Path, invite: InviteRow, site: Site) -> None:
     Raises:
         EnrolmentFailed: if the invite was used or replaced meanwhile.
     """
-    with _writing(path) as db:
+    with writing(path) as db:
         used = db.execute(
             "UPDATE invites SET used_at = ? WHERE token = ? AND used_at IS NULL", (site.joined_at, invite.token_sha256)
         )
@@ -188,7 +165,7 @@ def redeem_invite(path: Path, invite: InviteRow, site: Site) -> None:
 
 def revoke_site(path: Path, name: str) -> None:
     """Shuts a site out until it is invited and joins again; raises StateInvalid for a name that is not known."""
-    with _writing(path) as db:
+    with writing(path) as db:
         if db.execute("UPDATE sites SET state = 'revoked' WHERE name = ?", (name,)).rowcount != 1:
             known = ", ".join(row[0] for row in db.execute("SELECT name FROM sites ORDER BY name")) or "none"
             raise StateInvalid(f"site {name!r}: is not of this federation. Known: {known}.")
@@ -197,13 +174,13 @@ def revoke_site(path: Path, name: str) -> None:
 
 def remember_node(path: Path, name: str, flower_node_id: int) -> None:
     """Stores the number by which Flower knows a site's node."""
-    with _writing(path) as db:
+    with writing(path) as db:
         db.execute("UPDATE sites SET flower_node_id = ? WHERE name = ?", (str(flower_node_id), name))
 
 
 def saw_site(path: Path, name: str, now_s: float) -> None:
     """Stores that a site was heard of."""
-    with _writing(path) as db:
+    with writing(path) as db:
         db.execute("UPDATE sites SET seen_at = ? WHERE name = ?", (now_s, name))
 
 
@@ -211,7 +188,7 @@ def saw_site(path: Path, name: str, now_s: float) -> None:
 
 
 def add_run(path: Path, run: Run) -> None:
-    with _writing(path) as db:
+    with writing(path) as db:
         flower_run_id = None if run.flower_run_id is None else str(run.flower_run_id)
         row = (run.id, run.study_name, run.study_sha256, run.state, flower_run_id)
         try:
@@ -227,7 +204,7 @@ def change_run(
     path: Path, run_id: str, now_s: float, state: RunState, message: str = "", flower_run_id: int | None = None
 ) -> Run:
     """Sets a run's state and message, and Flower's id if one is given; raises StateInvalid for an unknown run."""
-    with _writing(path) as db:
+    with writing(path) as db:
         db.execute(
             "UPDATE runs SET state = ?, message = ?, updated_at = ?, flower_run_id = COALESCE(?, flower_run_id)"
             " WHERE id = ?",
@@ -240,14 +217,14 @@ def change_run(
 
 
 def find_run(path: Path, run_id: str) -> Run | None:
-    with _connected(path) as db:
+    with connected(path) as db:
         row = db.execute("SELECT * FROM runs WHERE id = ?", (run_id,)).fetchone()
         return _run(row) if row else None
 
 
 def list_runs(path: Path) -> list[Run]:
     """All runs, the oldest first."""
-    with _connected(path) as db:
+    with connected(path) as db:
         return [_run(row) for row in db.execute("SELECT * FROM runs ORDER BY created_at, id")]
 
 
@@ -257,30 +234,3 @@ def _site(row: tuple[str, SiteState, str, str, str, str, float, str | None, floa
 
 def _run(row: tuple[str, str, str, RunState, str | None, float, float, str]) -> Run:
     return Run(*row[:4], None if row[4] is None else int(row[4]), *row[5:])
-
-
-@contextmanager
-def _connected(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection for one call; whatever SQLite complains of becomes a StateInvalid that names the file."""
-    try:
-        uri = path.resolve().as_uri() + "?mode=rw"  # never makes the file
-        with closing(sqlite3.connect(uri, timeout=BUSY_TIMEOUT_S, isolation_level=None, uri=True)) as db:
-            db.execute("PRAGMA foreign_keys = ON")
-            yield db
-    except sqlite3.Error as error:
-        raise StateInvalid(
-            f"{path}: {error}. Check the disk and that only this coordinator uses the folder, or restore a backup."
-        ) from error
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[sqlite3.Connection]:
-    """A transaction that is written whole when the block ends, and not at all when it raises."""
-    with _connected(path) as db:
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield db
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
-        db.execute("COMMIT")

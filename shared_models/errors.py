@@ -8,6 +8,7 @@
   - OrderRefused          an order that this site does not carry out (its `code` travels, its words stay)
   - UpdateRejected        a site's reply that must not touch the global model
   - RoundPaused           too few sites for a round, for as long as the study allows to wait
+  - SumAborted            a secure sum that cannot be had, of which nothing was revealed
   - EnrolmentFailed       an invite, a key or a certificate that is not accepted
   - TransferFailed        a blob that could not be brought over whole
   - ProcessFailed         a process of ours that could not be started or kept alive
@@ -77,6 +78,18 @@ class UpdateRejected(FederationError):
 
 class RoundPaused(FederationError):
     """A round that lacks its quorum, for as long as the study allows to wait."""
+
+
+class SumAborted(FederationError):
+    """A secure sum that cannot be had; what the coordinator holds of it says nothing of any site.
+
+    Attributes:
+        code: upper-case word for status and metrics (`SUM_BELOW_THRESHOLD`, `SUM_MASK_RESIDUE`, ...).
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class EnrolmentFailed(FederationError):

@@ -11,14 +11,18 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared_models.errors import FederationError, StudyInvalid
 
 T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", frozen=True)  # every parsed dataclass: __pydantic_config__ = STRICT
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}  # building one costs a millisecond, messages come by the thousand

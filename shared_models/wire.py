@@ -18,15 +18,11 @@ from pydantic import Field
 from shared_models.errors import FederationError, WeightsInvalid
 from shared_models.files import canonical_json
 from shared_models.metrics import DiceCounts
-from shared_models.parse import STRICT, parse_json, plain
+from shared_models.parse import STRICT, Count, RunId, Sha256, SiteName, parse_json, plain
 from shared_models.plan import Fingerprint
 from shared_models.weights import Array, Arrays
 
 PROTOCOL = 1
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
-SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
-Count = Annotated[int, Field(ge=0, lt=2**53)]
 Split: TypeAlias = Literal["val", "test"]
 Finite = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 

@@ -1,0 +1,195 @@
+"""What a site remembers of its secure sums, so that none is ever made twice, also after a crash.
+
+One SQLite file, `site/sums.db`: a row for each context that this site has ever made keys for, with the step it is at
+and, sealed under a key of this site, what that step left. A step is written before its answer leaves and only from the
+step before it, so of two processes, or of a process and its successor, one is refused. Secrets are wiped when a sum has
+ended or another attempt has begun.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclient import secagg
+from fedclient.secagg import Advertised, Confirmed, Held, Masked, Member, RandomBytes, Shared
+from shared_models.database import check, connected, create, writing
+from shared_models.errors import OrderRefused, StateInvalid
+from shared_models.files import canonical_json
+from shared_models.identity import load_secret, save_secret
+from shared_models.parse import parse_json, plain
+from shared_models.protect.context import Context
+from shared_models.protect.masking import seal, unseal
+from shared_models.protect.messages import (
+    Advert,
+    Adverts,
+    Confirmation,
+    Confirmations,
+    Inbox,
+    Revealed,
+    Sealed,
+    Survivors,
+)
+from shared_models.protect.prg import Masks, framed
+from shared_models.protect.ring import Layout, encode, packed
+from shared_models.weights import Tensors
+
+State = TypeVar("State", Advertised, Shared, Masked, Confirmed)
+_VERSION = 1
+_SCHEMA = f"""
+CREATE TABLE sums (
+    id TEXT PRIMARY KEY,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    model_sha256 TEXT NOT NULL,
+    step TEXT NOT NULL CHECK (step IN ('Advertised', 'Shared', 'Masked', 'Confirmed', 'Revealed')),
+    confirmed INTEGER NOT NULL DEFAULT 0,
+    state BLOB
+) STRICT;
+PRAGMA user_version = {_VERSION};
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """The secure sums of one site: `fedclient.secagg` step by step, each remembered before its answer leaves.
+
+    Every step raises OrderRefused with what the step itself refuses, with `CONTEXT_USED` for a context that had keys
+    made before, with `ROUND_CONFIRMED` for an update that may be in a sum already, and with `STEP_REPEATED` for a step
+    that was done before or whose sum was given up.
+    """
+
+    member: Member
+    path: Path
+    key: bytes = field(repr=False)
+    random_bytes: RandomBytes = os.urandom
+
+    def advertise(self, context: Context, held: Held) -> Advert:
+        state, advert = secagg.advertise(self.member, context, held, self.random_bytes)
+        with writing(self.path) as db:
+            if db.execute("SELECT 1 FROM sums WHERE id = ?", [context.id]).fetchone():
+                raise OrderRefused(
+                    "CONTEXT_USED",
+                    f"secure sum of round {context.round}, attempt {context.attempt}: keys were made for it before. "
+                    f"Another attempt needs another number.",
+                )
+            # Two sums over sets that differ by one site differ by its update: what is confirmed once is never added
+            # again, neither for the same round nor from the same weights.
+            if db.execute(
+                "SELECT 1 FROM sums WHERE run = ? AND (round = ? OR model_sha256 = ?) AND confirmed",
+                [context.run, context.round, context.model_sha256],
+            ).fetchone():
+                raise OrderRefused(
+                    "ROUND_CONFIRMED", f"secure sum of round {context.round}: this site's update may be in one already."
+                )
+            db.execute("UPDATE sums SET state = NULL WHERE run = ?", [context.run])
+            db.execute(
+                "INSERT INTO sums (id, run, round, attempt, model_sha256, step, state) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [context.id, context.run, context.round, context.attempt, context.model_sha256,
+                 "Advertised", self._sealed(context.id, state)],
+            )  # fmt: skip
+        return advert
+
+    def share(self, adverts: Adverts) -> Sealed:
+        before = self._state(adverts.context, Advertised)
+        state, answer = secagg.share(before, self.member, adverts, self.random_bytes)
+        self._advance(before, state)
+        return answer
+
+    def mask(
+        self, inbox: Inbox, delta: Tensors, weight: int, counts: Mapping[str, int], layout: Layout
+    ) -> Iterator[NDArray[np.uint8]]:
+        """The masked vector in blocks, each good until the next is asked for; once, and not again if it is lost."""
+        before = self._state(inbox.context, Shared)
+        context = before.context
+        if layout.sha256 != context.schema_sha256:
+            raise OrderRefused("SCHEMA_MISMATCH", f"secure sum of round {context.round}: is about another vector.")
+        if not 0 < weight <= context.whole:
+            raise OrderRefused(
+                "WEIGHT_RANGE",
+                f"secure sum of round {context.round}: this site's weight {weight} is above the cohort's "
+                f"{context.whole}.",
+            )
+        state, masks = secagg.mask(before, self.member, inbox)
+        self._advance(before, state)
+        return masked(delta, weight, counts, layout, context, masks)
+
+    def confirm(self, survivors: Survivors) -> Confirmation:
+        before = self._state(survivors.context, Masked)
+        state, answer = secagg.confirm(before, self.member, survivors)
+        self._advance(before, state)
+        return answer
+
+    def unmask(self, confirmations: Confirmations) -> Revealed:
+        before = self._state(confirmations.context, Confirmed)
+        answer = secagg.unmask(before, self.member, confirmations)
+        self._advance(before, None)
+        return answer
+
+    def _state(self, context_id: str, kind: type[State]) -> State:
+        with connected(self.path) as db:
+            row = db.execute("SELECT step, state FROM sums WHERE id = ?", [context_id]).fetchone()
+        if row is None:
+            raise OrderRefused("CONTEXT_SPLIT", "secure sum: a message is about a context that this site has not seen.")
+        step, sealed = row
+        if step != kind.__name__ or sealed is None:
+            raise OrderRefused(
+                "STEP_REPEATED", f"secure sum: is at {step!r}, not at {kind.__name__!r}. Nothing is told a second time."
+            )
+        content = unseal(self.key, sealed, framed(context_id.encode(), step.encode()))
+        return parse_json(kind, content, "secure sum")
+
+    def _advance(self, before: Advertised | Shared | Masked | Confirmed, state: object | None) -> None:
+        """From one step to the next, in one transaction, or not at all."""
+        old, new = type(before).__name__, "Revealed" if state is None else type(state).__name__
+        sealed = None if state is None else self._sealed(before.context.id, state)
+        with writing(self.path) as db:
+            moved = db.execute(
+                "UPDATE sums SET step = ?, state = ?, confirmed = ? WHERE id = ? AND step = ? AND state IS NOT NULL",
+                [new, sealed, new in ("Confirmed", "Revealed"), before.context.id, old],
+            ).rowcount
+            if moved != 1:
+                raise OrderRefused("STEP_REPEATED", f"secure sum: {old!r} was left meanwhile. Nothing is told twice.")
+
+    def _sealed(self, context_id: str, state: object) -> bytes:
+        about = framed(context_id.encode(), type(state).__name__.encode())
+        return seal(self.key, canonical_json(plain(state)), about, os.urandom)
+
+
+def open_sums(member: Member, folder: Path) -> Sums:
+    """The secure sums of the site in `folder`, made on first use: `sums.db`, then its key in `secrets`.
+
+    Raises:
+        StateInvalid: a file that is damaged, exposed or of another version, or one of the two without the other.
+    """
+    path, key = folder / "sums.db", folder / "secrets" / "sums.key"
+    if not path.exists():
+        if key.exists():
+            raise StateInvalid(
+                f"{path}: is missing, and with it which secure sums this site has been part of. Restore it from a "
+                f"backup; without one, remove {key} too and take part in new runs only."
+            )
+        create(path, _SCHEMA)
+    check(path, _VERSION, "`fedclient join`")
+    if not key.exists():
+        with connected(path) as db:
+            if db.execute("SELECT 1 FROM sums").fetchone():
+                raise StateInvalid(f"{key}: is missing. Restore it from a backup.")
+        save_secret(key, os.urandom(32))
+    return Sums(member, path, load_secret(key))
+
+
+def masked(
+    delta: Tensors, weight: int, counts: Mapping[str, int], layout: Layout, context: Context, masks: Masks
+) -> Iterator[NDArray[np.uint8]]:
+    """The vector of a site under its masks, in the bytes that travel, a block of 256 KiB at a time."""
+    for block in encode(
+        delta, weight / context.whole, weight, counts, layout, context.encoding, context.canary
+    ):
+        masks.apply(block)
+        yield packed(block, context.ring_bits)

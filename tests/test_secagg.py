@@ -1,0 +1,349 @@
+"""Secure sums: exact whatever sites are lost, nothing below the threshold, and every lie ends in its own refusal."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedclient import secagg
+from shared_models.errors import OrderRefused, SumAborted, UpdateRejected
+from shared_models.protect.context import least_threshold
+from shared_models.protect.masking import public_key
+from shared_models.protect.messages import Adverts, Confirmations, Survivors
+from shared_models.protect.ring import encode, packed, unpacked
+from shared_models.weights import InMemory
+from tests.sums import Federation, federation, names, plain_mean
+
+
+@st.composite
+def losses(draw, beyond=False):
+    """How many sites, and at which step which of them is lost: up to the limit, or one more."""
+    sites = draw(st.integers(3, 12))
+    most = sites - least_threshold(sites)
+    lost = draw(st.permutations(names(sites)))[: most + 1 if beyond else draw(st.integers(0, most))]
+    steps = st.sampled_from([1, 2, 3, 3.5, 4, 5])
+    return sites, {site: draw(steps) for site in lost}
+
+
+def in_the_sum(made: Federation) -> list[str]:
+    return [site for site in made.parties if made.lost_at.get(site, 99) > 3.5]
+
+
+@settings(max_examples=60, deadline=None)
+@given(losses(), st.sampled_from([24, 32]))
+def test_the_sum_is_exact_in_the_ring_and_the_mean_is_the_plain_one_whoever_is_lost(drawn, bits):
+    sites, lost_at = drawn
+    made = federation(sites, bits)
+    made.lost_at = lost_at
+    total = made.run()
+    there = in_the_sum(made)
+    assert list(total.sites) == there
+    wanted = np.zeros(made.layout.elements, np.uint32)
+    for site in there:
+        p = made.parties[site]
+        share = p.weight / made.context.whole
+        rows = encode(InMemory(p.delta), share, p.weight, p.counts, made.layout, made.context.encoding,
+                      made.context.canary)  # fmt: skip
+        wanted += np.concatenate([block.copy() for block in rows])
+    ring = np.uint32(2**bits - 1)
+    np.testing.assert_array_equal(total.vector & ring, wanted & ring)
+    for name, mean in plain_mean(made, there).items():
+        np.testing.assert_allclose(total.take_mean(name), mean, atol=1e-6 if bits == 32 else 3e-6, rtol=0)
+    weight = sum(made.parties[s].weight for s in there)
+    assert total.counts == {"clipped": 0, "weight": weight, "cases": sum(made.parties[s].counts["cases"] for s in there)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(losses(beyond=True))
+def test_beyond_the_limit_the_sum_is_given_up_and_no_secret_was_revealed(drawn):
+    sites, lost_at = drawn
+    made = federation(sites)
+    made.lost_at = lost_at
+    with pytest.raises(SumAborted, match="Nothing was revealed") as aborted:
+        made.run()
+    assert aborted.value.code == "SUM_BELOW_THRESHOLD"
+    assert len(made.server._revealed) < made.context.threshold
+
+
+def test_a_masked_vector_looks_like_chance_to_whoever_does_not_know_the_masks():
+    model = {"w": np.zeros(500_000, np.float32)}
+    made = federation(3, model=model)
+    made.run()
+    vector = made.vectors["site-00"]
+    ones = int(np.unpackbits(vector).sum())
+    assert abs(ones - vector.size * 4) < 5 * np.sqrt(vector.size * 8) / 2  # five standard deviations
+    found = np.bincount(vector, minlength=256)
+    chi2 = float(((found - vector.size / 256) ** 2 / (vector.size / 256)).sum())
+    assert 150 < chi2 < 400  # 255 degrees of freedom: mean 255, deviation 23
+    nothing = InMemory({"w": made.parties["site-00"].delta["w"]})
+    plain = np.concatenate([b.copy() for b in encode(nothing, 10 / 33, 10, {"cases": 100}, made.layout,
+                                                     made.context.encoding, 0)]).view(np.uint8)  # fmt: skip
+    assert np.unpackbits(plain).mean() < 0.499 or np.bincount(plain, minlength=256).max() > 2 * vector.size / 256
+
+
+def test_counts_weights_and_clipped_elements_are_known_of_the_sum_alone():
+    made = federation(4, clip=0.05)
+    total = made.run()
+    over = [int((np.abs(d) > 0.05).sum()) for p in made.parties.values() for d in p.delta.values()]
+    assert total.counts["clipped"] == sum(over) > 0
+    for name, mean in plain_mean(made, made.parties).items():
+        np.testing.assert_allclose(total.take_mean(name), mean, atol=1e-6, rtol=0)
+
+
+def test_fifty_sites_with_sixteen_lost_give_the_plain_mean():
+    made = federation(50)
+    made.lost_at = {site: 3.5 for site in names(50)[5:21]}
+    total = made.run()
+    for name, mean in plain_mean(made, total.sites).items():
+        np.testing.assert_allclose(total.take_mean(name), mean, atol=1e-6, rtol=0)
+
+
+# What a coordinator tries
+
+
+def refusal_of(made: Federation) -> str:
+    with pytest.raises((OrderRefused, SumAborted, UpdateRejected)) as refused:
+        made.run()
+    return refused.value.code
+
+
+def test_swapped_keys_are_refused_because_their_site_has_not_signed_them():
+    def swap(site, adverts):
+        own = public_key(bytes(range(32))).hex()
+        changed = [replace(a, mask=own) if a.site == "site-02" else a for a in adverts.adverts]
+        return Adverts(adverts.context, tuple(changed))
+
+    made = federation()
+    made.tamper["adverts"] = swap
+    assert refusal_of(made) == "KEYS_FORGED"
+
+
+def test_keys_of_another_sum_are_refused():
+    earlier = federation(attempt=1)
+    earlier.run()
+    old = {a.site: a for a in earlier.server._adverts.values()}
+
+    def replay(site, adverts):
+        return Adverts(adverts.context, tuple(old[a.site] if a.site == "site-02" else a for a in adverts.adverts))
+
+    made = federation(attempt=2)
+    made.tamper["adverts"] = replay
+    assert refusal_of(made) == "CONTEXT_SPLIT"
+
+
+def test_a_site_whose_keys_are_passed_on_twice_is_refused():
+    made = federation()
+    made.tamper["adverts"] = lambda site, a: Adverts(a.context, (*a.adverts, a.adverts[0]))
+    assert refusal_of(made) == "KEYS_DOUBLED"
+
+
+def test_a_site_that_the_cohort_does_not_have_is_refused():
+    other = federation(6)
+    stranger = secagg.advertise(
+        other.parties["site-05"].member, other.context, secagg.Held("a" * 64, other.layout.sha256, "b" * 64)
+    )[1]
+    made = federation(5)
+    made.tamper["adverts"] = lambda site, a: Adverts(a.context, (*a.adverts, stranger))
+    assert refusal_of(made) == "NOT_ON_ROSTER"
+
+
+def test_a_cohort_with_a_site_that_is_not_on_the_roster_is_refused():
+    made = federation(5)
+    made.context = replace(made.context, cohort=(*made.context.cohort, "stranger"), threshold=5)
+    assert refusal_of(made) == "NOT_ON_ROSTER"
+
+
+def test_forged_shares_are_refused():
+    def forge(site, inbox):
+        boxes = dict(inbox.boxes)
+        first = min(boxes)
+        boxes[first] = ("0" if boxes[first][60] != "0" else "1").join([boxes[first][:60], boxes[first][61:]])
+        return replace(inbox, boxes=boxes)
+
+    made = federation()
+    made.tamper["inbox"] = forge
+    assert refusal_of(made) == "SHARE_FORGED"
+
+
+def test_shares_meant_for_another_site_are_refused():
+    made = federation()
+
+    def misdirect(site, sealed):
+        boxes = dict(sealed.boxes)
+        one, other = sorted(boxes)[:2]
+        boxes[one], boxes[other] = boxes[other], boxes[one]
+        return replace(sealed, boxes=boxes)
+
+    made.tamper["sealed"] = misdirect
+    assert refusal_of(made) == "SHARE_FORGED"
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_sha256": "c" * 64}, {"attempt": 2}, {"clip": 0.5}, {"least_cohort": 4}, {"whole": 10**6}]
+)
+def test_a_site_that_was_told_another_context_than_the_others_is_found_out(change):
+    made = federation()
+    made.tamper["context"] = lambda site, context: replace(context, **change) if site == "site-03" else context
+    assert refusal_of(made) == "CONTEXT_SPLIT"
+
+
+def test_sites_that_were_told_different_cohorts_are_found_out():
+    made = federation(6)
+    part = tuple(names(5))
+    made.tamper["context"] = lambda s, c: replace(c, cohort=part, threshold=4) if s == "site-00" else c
+    assert refusal_of(made) == "CONTEXT_SPLIT"
+
+
+def test_survivors_that_differ_between_sites_are_found_out_before_a_share_is_given():
+    made = federation(7)
+    fewer = tuple(names(7)[:6])
+    made.tamper["survivors"] = lambda s, m: Survivors(m.context, fewer) if s in fewer[:3] else m
+    assert refusal_of(made) == "SURVIVORS_SPLIT"
+    assert not made.server._revealed
+
+
+def test_survivors_without_the_site_itself_or_with_a_stranger_are_refused():
+    for chosen in (names(5)[1:], [*names(4), "stranger"], [*names(5), "site-00"]):
+        made = federation()
+        made.tamper["survivors"] = lambda s, m, chosen=chosen: Survivors(m.context, tuple(chosen))
+        assert refusal_of(made) == "SURVIVORS_INVALID"
+
+
+def test_too_few_survivors_are_refused_by_the_site_itself():
+    made = federation()
+    made.tamper["survivors"] = lambda s, m: Survivors(m.context, tuple(names(3)))
+    assert refusal_of(made) == "SURVIVORS_FEW"
+
+
+def test_too_few_confirmations_are_refused_by_the_site_itself():
+    made = federation()
+    made.tamper["confirmations"] = lambda s, m: Confirmations(m.context, dict(list(m.signatures.items())[:3]))
+    assert refusal_of(made) == "CONFIRMATIONS_FEW"
+
+
+def test_a_confirmation_of_somebody_who_is_lost_is_refused():
+    made = federation(7)
+    made.lost_at = {"site-06": 3.5}
+    made.tamper["confirmations"] = lambda s, m: Confirmations(m.context, {**m.signatures, "site-06": "0" * 128})
+    assert refusal_of(made) == "CONFIRMATION_FORGED"
+
+
+def test_of_no_site_both_shares_are_given():
+    made = federation(7)
+    made.lost_at = {"site-06": 3.5}
+    made.run()
+    for revealed in made.server._revealed.values():
+        assert not revealed.own_masks.keys() & revealed.pair_keys.keys()
+        assert revealed.pair_keys.keys() == {"site-06"}
+
+
+@pytest.mark.parametrize(("sites", "threshold"), [(3, 2), (6, 4), (9, 6), (10, 6), (5, 6)])
+def test_a_threshold_of_two_thirds_or_less_or_above_all_is_refused(sites, threshold):
+    assert refusal_of(federation(sites, threshold=threshold)) == "THRESHOLD_SMALL"
+
+
+def test_fewer_than_three_sites_or_than_the_site_wants_are_refused():
+    assert refusal_of(federation(2, threshold=2)) == "COHORT_SMALL"
+    assert refusal_of(federation(5, least_cohort=2)) == "COHORT_SMALL"
+    made = federation(5)
+    made.parties["site-00"].member = replace(made.parties["site-00"].member, least_cohort=4)
+    assert refusal_of(made) == "COHORT_SMALL"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"roster_sha256": "d" * 64}, "ROSTER_MISMATCH"),
+        ({"schema_sha256": "d" * 64}, "SCHEMA_MISMATCH"),
+        ({"policy_sha256": "d" * 64}, "POLICY_MISMATCH"),
+        ({"scale": 2.0**32}, "ENCODING_UNSAFE"),
+        ({"cohort": tuple(reversed(names(5)))}, "COHORT_INVALID"),
+        ({"cohort": ("site-01", "site-02", "site-03"), "threshold": 3}, "COHORT_INVALID"),
+    ],
+)
+def test_a_context_that_is_not_about_what_the_site_holds_is_refused(change, code):
+    assert refusal_of(federation(**change)) == code
+
+
+def test_a_context_about_other_weights_than_the_site_was_sent_is_refused():
+    made = federation()
+    member, held = made.parties["site-00"].member, secagg.Held("f" * 64, made.layout.sha256, "b" * 64)
+    with pytest.raises(OrderRefused) as refused:
+        secagg.advertise(member, made.context, held)
+    assert refused.value.code == "MODEL_MISMATCH"
+
+
+# What a site tries
+
+
+def test_keys_that_a_site_has_not_signed_are_left_out_by_the_coordinator():
+    made = federation()
+    made.tamper["advert"] = lambda site, advert: replace(advert, mask="0" * 64)
+    assert refusal_of(made) == "KEYS_FORGED"
+
+
+def test_one_forged_share_is_got_round_where_more_sites_answer_than_are_needed():
+    def forge(site, revealed):
+        if site != "site-00":
+            return revealed
+        return replace(revealed, own_masks={s: "0" * 66 for s in revealed.own_masks})
+
+    made = federation(5)  # four are needed, five answer
+    made.tamper["revealed"] = forge
+    total = made.run()
+    np.testing.assert_allclose(total.take_mean("conv.bias"), plain_mean(made, made.parties)["conv.bias"], atol=1e-6)
+
+
+def test_too_many_forged_shares_end_the_sum():
+    made = federation(3)
+    made.tamper["revealed"] = lambda s, r: replace(r, own_masks={n: "0" * 66 for n in r.own_masks})
+    assert refusal_of(made) == "SHARE_FORGED"
+
+
+def test_a_site_that_keeps_its_masks_back_ends_the_sum():
+    def unmask_less(site, revealed):
+        return replace(revealed, own_masks={s: v for s, v in revealed.own_masks.items() if s != "site-01"})
+
+    made = federation(3)
+    made.tamper["revealed"] = unmask_less
+    assert refusal_of(made) == "SHARES_MISSING"
+
+
+def test_a_vector_that_was_not_masked_as_agreed_leaves_a_residue_and_the_sum_is_thrown_away():
+    made = federation(3)
+    taken = made.server.take_vector
+    made.server.take_vector = lambda site, size, blocks: taken(site, size, [b + np.uint8(1) for b in blocks])  # type: ignore[method-assign]
+    assert refusal_of(made) == "SUM_MASK_RESIDUE"
+
+
+def test_a_vector_of_another_length_is_left_out_and_one_that_breaks_off_ends_the_sum():
+    made = federation(4)
+    made.lost_at = dict.fromkeys(names(4), 3.5)
+    with pytest.raises(SumAborted):
+        made.run()
+    made.server.step = "vectors"
+    size = made.vectors["site-00"].size
+    with pytest.raises(UpdateRejected, match=f"has {size - 4} bytes"):
+        made.server.take_vector("site-00", size - 4, [made.vectors["site-00"]])
+    with pytest.raises(SumAborted, match="broke off"):
+        made.server.take_vector("site-00", size, [made.vectors["site-00"][:-4]])
+
+
+def test_a_site_counts_once_in_each_step():
+    made = federation(3)
+    made.run()
+    made.server.step = "vectors"
+    with pytest.raises(UpdateRejected, match="has answered 'vectors' already"):
+        made.server.take_vector("site-00", made.vectors["site-00"].size, [made.vectors["site-00"]])
+    made.server.step = "done"
+    with pytest.raises(UpdateRejected, match="answers 'vectors' while 'done' is asked"):
+        made.server.take_vector("site-00", made.vectors["site-00"].size, [made.vectors["site-00"]])
+
+
+def test_bytes_of_a_vector_come_back_however_they_are_cut():
+    block = np.array([0, 1, 2**24 - 1, 0x123456], np.uint32)
+    assert packed(block, 24).tobytes() == bytes.fromhex("000000010000ffffff563412")
+    for bits in (24, 32):
+        assert unpacked(packed(block, bits), bits).tolist() == block.tolist()
