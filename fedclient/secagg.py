@@ -240,7 +240,9 @@ def mask(state: Shared, member: Member, inbox: Inbox) -> tuple[Masked, Masks]:
         try:
             opened = unseal(_channel(state, member.name, adverts[site]), bytes.fromhex(inbox.boxes[site]), about)
         except ValueError:
-            raise OrderRefused("SHARE_FORGED", f"{where}: the shares from {site!r} were changed on their way.") from None
+            raise OrderRefused(
+                "SHARE_FORGED", f"{where}: the shares from {site!r} were changed on their way."
+            ) from None
         shares[site] = Shares(opened[:SHARE_BYTES].hex(), opened[SHARE_BYTES:].hex())
         pair = pair_mask_key(
             bytes.fromhex(state.mask), bytes.fromhex(adverts[site].mask), context.digest, member.name, site
@@ -259,7 +261,9 @@ def confirm(state: Masked, member: Member, survivors: Survivors) -> tuple[Confir
     _same(context, survivors.context)
     sites = set(survivors.sites)
     if list(survivors.sites) != sorted(sites) or not sites <= state.shares.keys() or member.name not in sites:
-        raise OrderRefused("SURVIVORS_INVALID", f"{where}: the survivors are not of those who took part with this site.")
+        raise OrderRefused(
+            "SURVIVORS_INVALID", f"{where}: the survivors are not of those who took part with this site."
+        )
     if len(sites) < context.fewest:
         raise OrderRefused(
             "SURVIVORS_FEW", f"{where}: {len(sites)} sites are left, {context.fewest} are needed. Nothing is revealed."

@@ -188,8 +188,6 @@ def masked(
     delta: Tensors, weight: int, counts: Mapping[str, int], layout: Layout, context: Context, masks: Masks
 ) -> Iterator[NDArray[np.uint8]]:
     """The vector of a site under its masks, in the bytes that travel, a block of 256 KiB at a time."""
-    for block in encode(
-        delta, weight / context.whole, weight, counts, layout, context.encoding, context.canary
-    ):
+    for block in encode(delta, weight / context.whole, weight, counts, layout, context.encoding, context.canary):
         masks.apply(block)
         yield packed(block, context.ring_bits)

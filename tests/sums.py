@@ -1,19 +1,23 @@
 """A federation for secure sums in memory: sites and a coordinator that hand each other messages as they travel."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from fedclient import secagg
 from fedclient.secagg import Advertised, Confirmed, Held, Masked, Member, RandomBytes, Shared
 from fedclient.sums import masked
 from fedserver.secagg import SecureSum, SecureTotal
-from shared_models.identity import identity_public_key, new_site_keys
+from shared_models.identity import identity_public_key
 from shared_models.protect.context import Context, Roster, least_threshold
-from shared_models.protect.messages import Advert, Confirmation, Revealed, Sealed, read, write
+from shared_models.protect.messages import read, write
 from shared_models.protect.prg import derive
 from shared_models.protect.ring import Layout, bytes_of, encoding
 from shared_models.weights import Arrays, InMemory, schema_of
@@ -24,8 +28,9 @@ HELD_MODEL, POLICY = "a" * 64, "b" * 64
 
 @cache
 def identity(site: str) -> bytes:
-    """A site's Ed25519 key (PEM), made once for all tests."""
-    return new_site_keys().identity
+    """A site's Ed25519 key (PEM), the same in all tests."""
+    key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(site.encode()).digest())
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def fixed_bytes(*words: object) -> RandomBytes:
@@ -50,7 +55,7 @@ class Party:
     weight: int
     counts: Mapping[str, int]
     state: object = None
-    random_bytes: RandomBytes = field(default_factory=lambda: __import__("os").urandom)
+    random_bytes: RandomBytes = os.urandom
 
 
 @dataclass
@@ -61,18 +66,18 @@ class Federation:
     roster: Roster
     layout: Layout
     parties: dict[str, Party]
-    tamper: dict[str, Callable[[str, object], object]] = field(default_factory=dict)
-    lost_at: dict[str, int] = field(default_factory=dict)  # site -> first step that it does not answer
+    tamper: dict[str, Callable[[str, Any], Any]] = field(default_factory=dict)
+    lost_at: Mapping[str, float] = field(default_factory=dict)  # site -> first step that it does not answer
     vectors: dict[str, np.ndarray] = field(default_factory=dict)
     server: SecureSum = field(init=False)
 
     def __post_init__(self) -> None:
         self.server = SecureSum(self.context, self.roster, self.layout)
 
-    def alive(self, step: int, sites: Iterable[str]) -> list[str]:
+    def alive(self, step: float, sites: Iterable[str]) -> list[str]:
         return [site for site in sites if self.lost_at.get(site, 99) > step]
 
-    def changed(self, step: str, site: str, message: object) -> object:
+    def changed(self, step: str, site: str, message: Any) -> Any:
         """`message` as it arrives: by way of its bytes, and through whoever tampers with it."""
         if step in self.tamper:
             message = self.tamper[step](site, message)
@@ -86,23 +91,25 @@ class Federation:
             told = self.tamper["context"](site, context) if "context" in self.tamper else context
             held = Held(told.model_sha256, self.layout.sha256, POLICY)
             party.state, advert = secagg.advertise(party.member, told, held, party.random_bytes)
-            if advert.context != context.id:  # a coordinator that tells sites different things passes it on all the same
+            if (
+                advert.context != context.id
+            ):  # a coordinator that tells sites different things passes it on all the same
                 server._adverts[site] = advert
             else:
-                server.take_advert(self.changed("advert", site, advert))  # type: ignore[arg-type]
+                server.take_advert(self.changed("advert", site, advert))
         adverts = server.close_adverts()
         for site in self.alive(2, server._adverts):
             party = self.parties[site]
             assert isinstance(party.state, Advertised)
             told_adverts = self.changed("adverts", site, adverts)
-            party.state, sealed = secagg.share(party.state, party.member, told_adverts, party.random_bytes)  # type: ignore[arg-type]
-            server.take_sealed(self.changed("sealed", site, sealed))  # type: ignore[arg-type]
+            party.state, sealed = secagg.share(party.state, party.member, told_adverts, party.random_bytes)
+            server.take_sealed(self.changed("sealed", site, sealed))
         inboxes = server.close_sealed()
         for site in self.alive(3, inboxes):
             party = self.parties[site]
             assert isinstance(party.state, Shared)
             inbox = self.changed("inbox", site, inboxes[site])
-            party.state, masks = secagg.mask(party.state, party.member, inbox)  # type: ignore[arg-type]
+            party.state, masks = secagg.mask(party.state, party.member, inbox)
             blocks = masked(InMemory(party.delta), party.weight, party.counts, self.layout, context, masks)
             vector = np.concatenate([block.copy() for block in blocks])
             self.vectors[site] = vector
@@ -113,9 +120,9 @@ class Federation:
             party = self.parties[site]
             assert isinstance(party.state, Masked)
             told_survivors = self.changed("survivors", site, survivors)
-            party.state, confirmation = secagg.confirm(party.state, party.member, told_survivors)  # type: ignore[arg-type]
+            party.state, confirmation = secagg.confirm(party.state, party.member, told_survivors)
             if told_survivors == survivors:
-                server.take_confirmation(self.changed("confirmation", site, confirmation))  # type: ignore[arg-type]
+                server.take_confirmation(self.changed("confirmation", site, confirmation))
             else:
                 server._signatures[site] = confirmation.signature
         confirmations = server.close_confirmations()
@@ -123,8 +130,8 @@ class Federation:
             party = self.parties[site]
             assert isinstance(party.state, Confirmed)
             told_confirmations = self.changed("confirmations", site, confirmations)
-            revealed = secagg.unmask(party.state, party.member, told_confirmations)  # type: ignore[arg-type]
-            server.take_revealed(self.changed("revealed", site, revealed))  # type: ignore[arg-type]
+            revealed = secagg.unmask(party.state, party.member, told_confirmations)
+            server.take_revealed(self.changed("revealed", site, revealed))
         return server.finish()
 
 
@@ -156,7 +163,7 @@ def federation(
         roster_sha256=roster.sha256, model_sha256=HELD_MODEL, schema_sha256=layout.sha256, policy_sha256=POLICY,
         whole=sum(p.weight for p in parties.values()), clip=how.clip, scale=how.scale, ring_bits=bits,
     )  # fmt: skip
-    return Federation(replace(context, **changes), roster, layout, parties)  # type: ignore[arg-type]
+    return Federation(replace(context, **changes), roster, layout, parties)
 
 
 def plain_mean(made: Federation, sites: Iterable[str]) -> dict[str, np.ndarray]:
@@ -167,6 +174,3 @@ def plain_mean(made: Federation, sites: Iterable[str]) -> dict[str, np.ndarray]:
         name: sum(np.clip(p.delta[name].astype(np.float64), -clip, clip) * p.weight for p in parties) / whole
         for name in made.layout.schema
     }
-
-
-__all__ = ["Advert", "Confirmation", "Revealed", "Sealed"]

@@ -31,7 +31,7 @@ def in_the_sum(made: Federation) -> list[str]:
     return [site for site in made.parties if made.lost_at.get(site, 99) > 3.5]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(losses(), st.sampled_from([24, 32]))
 def test_the_sum_is_exact_in_the_ring_and_the_mean_is_the_plain_one_whoever_is_lost(drawn, bits):
     sites, lost_at = drawn
@@ -52,10 +52,14 @@ def test_the_sum_is_exact_in_the_ring_and_the_mean_is_the_plain_one_whoever_is_l
     for name, mean in plain_mean(made, there).items():
         np.testing.assert_allclose(total.take_mean(name), mean, atol=1e-6 if bits == 32 else 3e-6, rtol=0)
     weight = sum(made.parties[s].weight for s in there)
-    assert total.counts == {"clipped": 0, "weight": weight, "cases": sum(made.parties[s].counts["cases"] for s in there)}
+    assert total.counts == {
+        "clipped": 0,
+        "weight": weight,
+        "cases": sum(made.parties[s].counts["cases"] for s in there),
+    }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(losses(beyond=True))
 def test_beyond_the_limit_the_sum_is_given_up_and_no_secret_was_revealed(drawn):
     sites, lost_at = drawn
@@ -106,7 +110,7 @@ def test_fifty_sites_with_sixteen_lost_give_the_plain_mean():
 def refusal_of(made: Federation) -> str:
     with pytest.raises((OrderRefused, SumAborted, UpdateRejected)) as refused:
         made.run()
-    return refused.value.code
+    return str(vars(refused.value)["code"])
 
 
 def test_swapped_keys_are_refused_because_their_site_has_not_signed_them():
@@ -314,7 +318,9 @@ def test_a_site_that_keeps_its_masks_back_ends_the_sum():
 def test_a_vector_that_was_not_masked_as_agreed_leaves_a_residue_and_the_sum_is_thrown_away():
     made = federation(3)
     taken = made.server.take_vector
-    made.server.take_vector = lambda site, size, blocks: taken(site, size, [b + np.uint8(1) for b in blocks])  # type: ignore[method-assign]
+    made.server.take_vector = lambda site, size_bytes, blocks: taken(
+        site, size_bytes, [b + np.uint8(1) for b in blocks]
+    )  # type: ignore[method-assign]
     assert refusal_of(made) == "SUM_MASK_RESIDUE"
 
 

@@ -1,12 +1,13 @@
 """What a secure sum is about, and who may take part in it.
 
-The digest of a context goes into every key, signature and sealed share: two sites that were told different things (another
-model, another cohort, another clip) have nothing in common, and a sum is never made twice under one context.
+The digest of a context goes into every key, signature and sealed share: two sites that were told different things
+(another model, another cohort, another clip) have nothing in common, and no sum is made twice under one context.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -114,7 +115,7 @@ class Context:
     @property
     def digest(self) -> bytes:
         """K: 32 bytes that everything in this sum is bound to."""
-        return hashlib.sha256(framed(b"sfl-secagg/1 context", canonical_json(plain(self)))).digest()
+        return _digest(self)
 
     @property
     def id(self) -> str:
@@ -133,6 +134,11 @@ class Context:
     def place(self, site: str) -> int:
         """Where a site's shares are taken: 1, 2, ... by its place in the cohort."""
         return self.cohort.index(site) + 1
+
+
+@lru_cache(maxsize=64)
+def _digest(context: Context) -> bytes:
+    return hashlib.sha256(framed(b"sfl-secagg/1 context", canonical_json(plain(context)))).digest()
 
 
 def least_threshold(sites: int) -> int:

@@ -1,13 +1,13 @@
 """What sites and coordinator say to each other in a secure sum; bytes are hexadecimal, and all of it is doubted.
 
-    advert        site -> all     public keys of this sum, signed by the site's identity
-    sealed        site -> site    shares of its two secrets, sealed for each other site
-    inbox         -> site         what the others have sealed for it
-    (vector)      site ->         the masked vector, as raw bytes beside the message
-    survivors     -> site         whose vectors are there
-    confirmation  site -> all     its signature under just that
-    confirmations -> site         those of the others
-    revealed      site ->         shares of the survivors' own masks, and of the keys of those who were lost
+advert        site -> all     public keys of this sum, signed by the site's identity
+sealed        site -> site    shares of its two secrets, sealed for each other site
+inbox         -> site         what the others have sealed for it
+(vector)      site ->         the masked vector, as raw bytes beside the message
+survivors     -> site         whose vectors are there
+confirmation  site -> all     its signature under just that
+confirmations -> site         those of the others
+revealed      site ->         shares of the survivors' own masks, and of the keys of those who were lost
 """
 
 from collections.abc import Mapping

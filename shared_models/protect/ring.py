@@ -201,9 +201,7 @@ def read_tail(vector: NDArray[np.uint32], layout: Layout, bits: int, canary: int
     return Counted(sites if sound else None, counts)
 
 
-def mean_of(
-    vector: NDArray[np.uint32], layout: Layout, how: Encoding, name: str, share: float
-) -> NDArray[np.float64]:
+def mean_of(vector: NDArray[np.uint32], layout: Layout, how: Encoding, name: str, share: float) -> NDArray[np.float64]:
     """The weighted mean of one tensor; `share` is what the sites in the sum weigh of the whole cohort."""
     begin, end = layout.places[name]
     mean = np.empty(end - begin, np.float64)

@@ -7,7 +7,9 @@ SECRET_BYTES = 32
 SHARE_BYTES = 33
 
 
-def split(secret: bytes, threshold: int, places: Sequence[int], random_bytes: Callable[[int], bytes]) -> dict[int, bytes]:
+def split(
+    secret: bytes, threshold: int, places: Sequence[int], random_bytes: Callable[[int], bytes]
+) -> dict[int, bytes]:
     """Place -> share (33 bytes, big-endian): a random polynomial of degree `threshold - 1` with `secret` at 0.
 
     Raises:
