@@ -31,6 +31,7 @@ check: setup
 bench: setup
 	$(BIN)/python -m simulations.bench.overhead
 	$(BIN)/python -m simulations.bench.server_memory
+	$(BIN)/python -m simulations.bench.secagg
 	$(BIN)/python -m simulations.bench.deployed_round
 
 clean:

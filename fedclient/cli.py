@@ -126,6 +126,62 @@ def status(site: Folder = Path("site"), as_json: AsJson = False) -> None:
         console.print(f"  finished {path}")
 
 
+@app.command()
+@guarded
+def budget(
+    epsilon: Annotated[float, typer.Option(min=0.01, max=1000, help="For one patient, over all studies and years.")],
+    delta: Annotated[float, typer.Option(help="Well below one over the number of patients.")] = 1e-5,
+    data_set: Annotated[str, typer.Option(help="Which patients; a site with one data folder has `all`.")] = "all",
+    site: Folder = Path("site"),
+) -> None:
+    """Sets how much privacy may ever be spent on this site's patients; without it nothing is trained with DP."""
+    from fedclient.ledger import open_ledger
+    from fedclient.site import read_site_file
+
+    read_site_file(site)
+    open_ledger(site).set_budget(data_set, epsilon, delta)
+    console.print(
+        f"{data_set}: epsilon {epsilon:g} at delta {delta:g} from now on. `fedclient ledger` says what is spent."
+    )
+
+
+@app.command()
+@guarded
+def ledger(site: Folder = Path("site"), as_json: AsJson = False) -> None:
+    """What privacy of this site's patients has been spent, by which runs, and what is left."""
+    from fedclient.ledger import open_ledger
+    from fedclient.site import read_site_file
+
+    read_site_file(site)
+    accounts = open_ledger(site).accounts()
+    if as_json:
+        print_json(
+            {
+                a.data_set: {
+                    "epsilon": a.spent if a.budget else None,
+                    "budget": {"epsilon": a.budget.epsilon, "delta": a.budget.delta} if a.budget else None,
+                    "steps": sum(spend.steps for spend in a.spends),
+                    "runs": list(a.runs),
+                    "not_settled": a.open,
+                }
+                for a in accounts
+            }
+        )
+        return
+    if not accounts:
+        console.print("No privacy budget is set, so nothing is trained with differential privacy: `fedclient budget`.")
+    for a in accounts:
+        if a.budget is not None:
+            left = max(0.0, a.budget.epsilon - a.spent)
+            console.print(
+                f"[bold]{a.data_set}[/]: epsilon {a.spent:.3g} of {a.budget.epsilon:g} spent at delta "
+                f"{a.budget.delta:g}, {left:.3g} left; {sum(s.steps for s in a.spends)} steps, runs: "
+                f"{', '.join(a.runs) or 'none'}"
+            )
+        if a.open:
+            console.print(f"  {a.open} not settled: work in progress, or of a process that died; it counts as spent")
+
+
 def _is_text(name: str) -> bool:
     """Whether Python read the name of a file as text; bytes that are not UTF-8 it carries along as they are."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)

@@ -20,6 +20,7 @@ from shared_models.protect.masking import (
     about_shares,
     channel_key,
     commitment,
+    is_weak,
     pair_mask_key,
     public_key,
     seal,
@@ -198,6 +199,8 @@ def share(state: Advertised, member: Member, message: Adverts, random_bytes: Ran
         identity = bytes.fromhex(member.roster.sites[site])
         if not verify(identity, bytes.fromhex(advert.signature), ADVERT, advert_statement(advert)):
             raise OrderRefused("KEYS_FORGED", f"{where}: the keys of {site!r} are not signed by it.")
+        if any(is_weak(bytes.fromhex(key)) for key in (advert.channel, advert.mask)):
+            raise OrderRefused("KEYS_WEAK", f"{where}: the keys of {site!r} would give all sites one secret.")
     if adverts.get(member.name) != state.own:
         raise OrderRefused("KEYS_FORGED", f"{where}: this site's own keys are not among those passed on.")
     if len(adverts) < context.fewest:

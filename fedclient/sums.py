@@ -47,6 +47,7 @@ CREATE TABLE sums (
     round INTEGER NOT NULL,
     attempt INTEGER NOT NULL,
     model_sha256 TEXT NOT NULL,
+    policy_sha256 TEXT NOT NULL,
     step TEXT NOT NULL CHECK (step IN ('Advertised', 'Shared', 'Masked', 'Confirmed', 'Revealed')),
     confirmed INTEGER NOT NULL DEFAULT 0,
     state BLOB
@@ -79,19 +80,24 @@ class Sums:
                     f"Another attempt needs another number.",
                 )
             # Two sums over sets that differ by one site differ by its update: what is confirmed once is never added
-            # again, neither for the same round nor from the same weights.
+            # again, neither for the same round, nor from the same weights, nor in another run of the same study, where
+            # training from the same seed gives the same update.
             if db.execute(
-                "SELECT 1 FROM sums WHERE run = ? AND (round = ? OR model_sha256 = ?) AND confirmed",
-                [context.run, context.round, context.model_sha256],
+                "SELECT 1 FROM sums WHERE confirmed AND (run = ? AND round = ? OR model_sha256 = ? AND "
+                "(run = ? OR policy_sha256 = ?))",
+                [context.run, context.round, context.model_sha256, context.run, context.policy_sha256],
             ).fetchone():
                 raise OrderRefused(
-                    "ROUND_CONFIRMED", f"secure sum of round {context.round}: this site's update may be in one already."
+                    "ROUND_CONFIRMED",
+                    f"secure sum of round {context.round}: this site's update may be in one already. A study that is "
+                    f"run anew needs another seed.",
                 )
             db.execute("UPDATE sums SET state = NULL WHERE run = ?", [context.run])
             db.execute(
-                "INSERT INTO sums (id, run, round, attempt, model_sha256, step, state) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [context.id, context.run, context.round, context.attempt, context.model_sha256,
-                 "Advertised", self._sealed(context.id, state)],
+                "INSERT INTO sums (id, run, round, attempt, model_sha256, policy_sha256, step, state) "
+                "VALUES (?, ?, ?, ?, ?, ?, 'Advertised', ?)",
+                [context.id, context.run, context.round, context.attempt, context.model_sha256, context.policy_sha256,
+                 self._sealed(context.id, state)],
             )  # fmt: skip
         return advert
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from shared_models.errors import SumAborted, UpdateRejected
 from shared_models.identity import verify
 from shared_models.protect.context import Context, Roster
-from shared_models.protect.masking import commitment, pair_mask_key, public_key, self_mask_key
+from shared_models.protect.masking import commitment, is_weak, pair_mask_key, public_key, self_mask_key
 from shared_models.protect.messages import (
     ADVERT,
     SURVIVORS,
@@ -96,6 +96,8 @@ class SecureSum:
             raise self._rejected("NOT_ON_ROSTER", advert.site, "is not on the roster")
         if not verify(bytes.fromhex(identity), bytes.fromhex(advert.signature), ADVERT, advert_statement(advert)):
             raise self._rejected("KEYS_FORGED", advert.site, "its keys are not signed by it")
+        if any(is_weak(bytes.fromhex(key)) for key in (advert.channel, advert.mask)):
+            raise self._rejected("KEYS_WEAK", advert.site, "its keys are weak")
         self._adverts[advert.site] = advert
 
     def close_adverts(self) -> Adverts:

@@ -80,6 +80,38 @@ def studies(as_json: Annotated[bool, typer.Option("--json", help="For machines."
 
 @app.command()
 @guarded
+def privacy(
+    patients: Annotated[int, typer.Option(min=2, help="Training patients of the site.")],
+    study: Annotated[str | None, typer.Argument(help="A study, for its batches and steps.")] = None,
+    noise: Annotated[
+        list[float] | None, typer.Option(help="Noise multiplier; may be given more than once. Answer: epsilon.")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(min=0.01, max=1000, help="Answer: the least noise for it.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Default: 1e-5, or a tenth over the patients if less.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Patients in a step on average.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of all rounds together.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """What differentially private training of a study would cost a site's patients, before anything runs."""
+    from dataclasses import asdict
+
+    from simulations.privacy import NOISES, noise_of, price, work_of
+
+    work = work_of(load_study(study) if study else None, patients, batch, steps, delta)
+    prices = [noise_of(work, epsilon)] if epsilon is not None else [price(work, n) for n in noise or NOISES]
+    if as_json:
+        print_json({**asdict(work), "sample_rate": work.sample_rate, "prices": [asdict(p) for p in prices]})
+        return
+    print(
+        f"{work.steps} steps, each takes a patient with probability {work.sample_rate:.4g}; one patient more or less; "
+        f"delta {work.delta:.3g}\n\n   noise   epsilon   (bound by RDP)"
+    )
+    for each in prices:
+        print(f"{each.noise_multiplier:8.4g}  {each.epsilon:8.3g}   {each.epsilon_rdp:8.3g}")
+
+
+@app.command()
+@guarded
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo"),
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,

@@ -112,7 +112,7 @@ class Federation:
             party.state, masks = secagg.mask(party.state, party.member, inbox)
             blocks = masked(InMemory(party.delta), party.weight, party.counts, self.layout, context, masks)
             vector = np.concatenate([block.copy() for block in blocks])
-            self.vectors[site] = vector
+            self.vectors[site] = vector = self.tamper["vector"](site, vector) if "vector" in self.tamper else vector
             if self.lost_at.get(site, 99) > 3.5:  # masked, and lost before the vector was there
                 server.take_vector(site, bytes_of(self.layout, context.ring_bits), [vector[:7], vector[7:]])
         survivors = server.close_vectors()
@@ -146,7 +146,7 @@ def federation(
     model: Arrays = MODEL,
     seed: int = 0,
     fixed: bool = False,
-    **changes: object,
+    **changes: Any,
 ) -> Federation:
     """Sites with random deltas of deviation 0.1, weights 10, 11, ... and a count of cases of 100, 101, ..."""
     listed = names(sites)
@@ -161,7 +161,8 @@ def federation(
     context = Context(
         run="run", round=1, attempt=1, cohort=tuple(listed), threshold=least_threshold(sites), least_cohort=3,
         roster_sha256=roster.sha256, model_sha256=HELD_MODEL, schema_sha256=layout.sha256, policy_sha256=POLICY,
-        whole=sum(p.weight for p in parties.values()), clip=how.clip, scale=how.scale, ring_bits=bits,
+        whole=sum(p.weight for p in parties.values()), clip=how.clip, scale=how.scale,
+        ring_bits=32 if bits == 32 else 24,
     )  # fmt: skip
     return Federation(replace(context, **changes), roster, layout, parties)
 
@@ -171,6 +172,7 @@ def plain_mean(made: Federation, sites: Iterable[str]) -> dict[str, np.ndarray]:
     parties = [made.parties[site] for site in sites]
     whole, clip = sum(p.weight for p in parties), made.context.clip
     return {
-        name: sum(np.clip(p.delta[name].astype(np.float64), -clip, clip) * p.weight for p in parties) / whole
+        name: np.sum([np.clip(p.delta[name].astype(np.float64), -clip, clip) * p.weight for p in parties], axis=0)
+        / whole
         for name in made.layout.schema
     }

@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 import fedclient.cli
 import fedserver.cli
 import simulations.cli
+from fedclient.ledger import open_ledger
 from fedclient.site import Data, SiteFile, site_toml
 from fedserver.enrol import open_federation
 from fedserver.state import change_run, find_run
 from shared_models.cli import guarded
 from shared_models.errors import FederationError
 from shared_models.files import write_atomic
+from shared_models.protect.accounting import Spend, epsilon
 from simulations.phantoms import PhantomPlan, phantom
 from tests.edge import running_edge
 
@@ -28,8 +30,8 @@ COMMANDS: dict[str, typer.Typer] = {
 }
 SUBCOMMANDS = {
     "fedserver": ["init", "serve", "invite", "run", "stop", "status"],
-    "fedclient": ["join", "check", "start", "status"],
-    "fedsim": ["run", "studies", "demo", "phantom"],
+    "fedclient": ["join", "check", "start", "status", "budget", "ledger"],
+    "fedsim": ["run", "studies", "privacy", "demo", "phantom"],
 }
 TINY = """
 name = "tiny"
@@ -346,3 +348,40 @@ def test_a_simulation_tells_its_results_as_json_on_standard_output_and_nothing_e
     assert Path(results["report"]).is_file()
     assert call(*words, "results.json", "--no-compare")[0] == 0
     assert json.loads(Path("results.json").read_text()) == results
+
+
+def test_the_price_of_privacy_is_told_before_anything_runs():
+    told = parsed("fedsim", "privacy", "--patients", 250, "--batch", 10, "--steps", 1250, "--delta", 1e-4,
+                  "--noise", 2, "--json")  # fmt: skip
+    assert (told["sample_rate"], told["steps"]) == (0.04, 1250)
+    assert told["prices"][0]["epsilon"] == pytest.approx(2.79, rel=0.015)
+    Path("tiny.toml").write_text(TINY + "[train]\nlocal_epochs = 3\nbatch_size = 5\n")
+    of_study = parsed("fedsim", "privacy", "tiny.toml", "--patients", 20, "--noise", 4, "--noise", 8, "--json")
+    assert (of_study["sample_rate"], of_study["steps"]) == (0.25, 12)  # 1 round of 3 epochs of 20 / 5
+    assert [p["noise_multiplier"] for p in of_study["prices"]] == [4.0, 8.0]
+    least = parsed("fedsim", "privacy", "tiny.toml", "--patients", 20, "--epsilon", 1, "--json")["prices"][0]
+    assert 0.99 < least["epsilon"] <= 1.0
+    assert "name a study, or give --batch" in refused("fedsim", "privacy", "--patients", 20)
+    assert "give --steps" in refused("fedsim", "privacy", "--patients", 20, "--batch", 5)
+    assert "a batch of 5 of 4 patients" in refused("fedsim", "privacy", "tiny.toml", "--patients", 4)
+    assert "must be above 0 and below 0.05" in refused(
+        "fedsim", "privacy", "tiny.toml", "--patients", 20, "--delta", 0.05
+    )
+
+
+def test_a_hospital_sets_its_privacy_budget_and_reads_its_ledger(tmp_path):
+    assert "is missing" in refused("fedclient", "ledger")
+    file = SiteFile("north", "127.0.0.1:9", "Test", Data(str(tmp_path)))
+    write_atomic(Path("site") / "site.toml", site_toml(file).encode())
+    assert "No privacy budget is set" in call("fedclient", "ledger")[1]
+    assert call("fedclient", "budget", "--epsilon", 30)[0] == 0
+    number = open_ledger(Path("site")).reserve("all", "run-1", "a" * 64, 100, Spend(4.0, 1.0, 100))
+    told = parsed("fedclient", "ledger", "--json")["all"]
+    assert told == {"epsilon": epsilon([Spend(4.0, 1.0, 100)], 1e-5), "budget": {"epsilon": 30.0, "delta": 1e-5},
+                    "steps": 100, "runs": ["run-1"], "not_settled": 1}  # fmt: skip
+    shown = call("fedclient", "ledger")[1]
+    assert "of 30 spent at delta 1e-05" in shown
+    assert "1 not settled" in shown
+    open_ledger(Path("site")).settle(number, 0)
+    assert "epsilon 0 of 30 spent" in call("fedclient", "ledger")[1]
+    assert "delta" in refused("fedclient", "budget", "--epsilon", 3, "--delta", 0.5)

@@ -23,13 +23,14 @@ DOORS: dict[str, tuple[str, ...]] = {
     ),
     "pydantic": (
         "shared_models/parse.py", "shared_models/study.py", "shared_models/wire.py", "shared_models/metrics.py",
-        "shared_models/invite.py", "fedclient/site.py", "shared_models/protect/context.py",
-        "shared_models/protect/messages.py",
+        "shared_models/invite.py", "fedclient/site.py", "fedclient/ledger.py", "shared_models/protect/context.py",
+        "shared_models/protect/messages.py", "shared_models/protect/accounting.py",
     ),
     "cryptography": (
         "shared_models/identity.py", "shared_models/protect/prg.py", "shared_models/protect/masking.py",
         "fedserver/enrol.py", "fedclient/enrol.py",
     ),
+    "dp_accounting": ("shared_models/protect/accounting.py",),
     "nibabel": DATA,
     "PIL": DATA,
     "pydicom": (*DATA, "simulations/fixtures"),

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from shared_models.errors import StateInvalid, UpdateRejected, WeightsInvalid
 from shared_models.identity import identity_public_key
 from shared_models.protect.context import Roster, least_threshold, read_roster, sign_roster
-from shared_models.protect.masking import agree, channel_key, commitment, pair_mask_key, public_key, seal, unseal
+from shared_models.protect.masking import (
+    agree,
+    channel_key,
+    commitment,
+    is_weak,
+    pair_mask_key,
+    public_key,
+    seal,
+    unseal,
+)
 from shared_models.protect.messages import Inbox, read, write
 from shared_models.protect.prg import CHUNK, Masks, derive, framed, hkdf, keystream
 from shared_models.protect.ring import Layout, bytes_of, encode, encoding, mean_of, packed, read_tail, unpacked
@@ -38,6 +47,8 @@ def test_x25519_agrees_as_in_rfc_7748_section_6_1():
 
 
 def test_a_public_key_of_small_order_is_refused():
+    assert is_weak(bytes(32))
+    assert not is_weak(public_key(BOB))
     with pytest.raises(ValueError):
         agree(ALICE, bytes(32))
 

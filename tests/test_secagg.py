@@ -11,7 +11,7 @@ from fedclient import secagg
 from shared_models.errors import OrderRefused, SumAborted, UpdateRejected
 from shared_models.protect.context import least_threshold
 from shared_models.protect.masking import public_key
-from shared_models.protect.messages import Adverts, Confirmations, Survivors
+from shared_models.protect.messages import Advert, Adverts, Confirmations, Survivors, write
 from shared_models.protect.ring import encode, packed, unpacked
 from shared_models.weights import InMemory
 from tests.sums import Federation, federation, names, plain_mean
@@ -87,6 +87,22 @@ def test_a_masked_vector_looks_like_chance_to_whoever_does_not_know_the_masks():
     assert np.unpackbits(plain).mean() < 0.499 or np.bincount(plain, minlength=256).max() > 2 * vector.size / 256
 
 
+def test_no_byte_that_the_coordinator_gets_tells_a_sites_numbers():
+    """Its keys, boxes and shares are JSON, its vector is masked: neither holds the vector, a count or the weight."""
+    made = federation(4, model={"w": np.zeros(64, np.float32)})
+    made.parties["site-02"].counts = {"cases": 0x7A3B}
+    made.run()
+    server, party = made.server, made.parties["site-02"]
+    got = [write(m) for step in (server._adverts, server._sealed, server._revealed) for m in step.values()]
+    stored = b"".join([*got, *(made.vectors[site].tobytes() for site in made.parties)])
+    share = party.weight / made.context.whole
+    plain = [block.copy() for block in encode(
+        InMemory(party.delta), share, party.weight, party.counts, made.layout, made.context.encoding, 0
+    )]  # fmt: skip
+    for secret in (plain[0][:8].tobytes(), plain[1][:6].tobytes(), b"31291", party.delta["w"][:4].tobytes()):
+        assert secret not in stored
+
+
 def test_counts_weights_and_clipped_elements_are_known_of_the_sum_alone():
     made = federation(4, clip=0.05)
     total = made.run()
@@ -122,6 +138,18 @@ def test_swapped_keys_are_refused_because_their_site_has_not_signed_them():
     made = federation()
     made.tamper["adverts"] = swap
     assert refusal_of(made) == "KEYS_FORGED"
+
+
+def test_a_site_whose_keys_give_every_other_site_the_same_secret_is_left_out_and_refused():
+    made = federation()
+    member = made.parties["site-02"].member
+    weak = secagg._signed(member, Advert("site-02", made.context.id, "0" * 64, "0" * 64, "0" * 64))
+    with pytest.raises(UpdateRejected, match="its keys are weak"):
+        made.server.take_advert(weak)
+    made.tamper["adverts"] = lambda site, told: Adverts(
+        told.context, tuple(weak if a.site == "site-02" else a for a in told.adverts)
+    )
+    assert refusal_of(made) == "KEYS_WEAK"
 
 
 def test_keys_of_another_sum_are_refused():
@@ -208,11 +236,11 @@ def test_survivors_that_differ_between_sites_are_found_out_before_a_share_is_giv
     assert not made.server._revealed
 
 
-def test_survivors_without_the_site_itself_or_with_a_stranger_are_refused():
-    for chosen in (names(5)[1:], [*names(4), "stranger"], [*names(5), "site-00"]):
-        made = federation()
-        made.tamper["survivors"] = lambda s, m, chosen=chosen: Survivors(m.context, tuple(chosen))
-        assert refusal_of(made) == "SURVIVORS_INVALID"
+@pytest.mark.parametrize("chosen", [names(5)[1:], [*names(4), "stranger"], [*names(5), "site-00"]])
+def test_survivors_without_the_site_itself_with_a_stranger_or_twice_the_same_are_refused(chosen):
+    made = federation()
+    made.tamper["survivors"] = lambda site, told: Survivors(told.context, tuple(chosen))
+    assert refusal_of(made) == "SURVIVORS_INVALID"
 
 
 def test_too_few_survivors_are_refused_by_the_site_itself():
@@ -317,10 +345,7 @@ def test_a_site_that_keeps_its_masks_back_ends_the_sum():
 
 def test_a_vector_that_was_not_masked_as_agreed_leaves_a_residue_and_the_sum_is_thrown_away():
     made = federation(3)
-    taken = made.server.take_vector
-    made.server.take_vector = lambda site, size_bytes, blocks: taken(
-        site, size_bytes, [b + np.uint8(1) for b in blocks]
-    )  # type: ignore[method-assign]
+    made.tamper["vector"] = lambda site, vector: vector + np.uint8(1) if site == "site-01" else vector
     assert refusal_of(made) == "SUM_MASK_RESIDUE"
 
 

@@ -3,6 +3,7 @@
 import sqlite3
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,12 +104,16 @@ def test_an_update_that_was_confirmed_is_never_masked_for_another_sum(tmp_path):
     made = federation(3)
     sums = open_all(made, tmp_path)
     sums["site-00"].confirm(until_vectors(made, sums).close_vectors())
-    for change in ({"attempt": 2}, {"attempt": 2, "model_sha256": "e" * 64}, {"round": 2}):
+    again: list[dict[str, Any]] = [
+        {"attempt": 2}, {"attempt": 2, "model_sha256": "e" * 64}, {"round": 2}, {"run": "same-study-anew"},
+    ]  # fmt: skip
+    for change in again:
         other = replace(made.context, **change)
         told = Held(other.model_sha256, made.layout.sha256, other.policy_sha256)
         assert code_of(lambda other=other, told=told: sums["site-00"].advertise(other, told)) == "ROUND_CONFIRMED"
-    later = replace(made.context, round=2, model_sha256="e" * 64)
-    sums["site-00"].advertise(later, Held("e" * 64, made.layout.sha256, later.policy_sha256))
+    for change in ({"round": 2, "model_sha256": "e" * 64}, {"run": "another-study", "policy_sha256": "e" * 64}):
+        other = replace(made.context, **change)
+        sums["site-00"].advertise(other, Held(other.model_sha256, made.layout.sha256, other.policy_sha256))
 
 
 def test_another_attempt_ends_the_one_before_it(tmp_path):

@@ -25,9 +25,18 @@ def agree(private: bytes, public: bytes) -> bytes:
     """What two holders of X25519 keys, and nobody else, can know (RFC 7748, section 6.1).
 
     Raises:
-        ValueError: `public` is a point of small order, which gives the same secret with every key.
+        ValueError: `public` is weak (`is_weak`).
     """
     return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+
+
+def is_weak(public: bytes) -> bool:
+    """Whether a public key is a point of small order: all who agree with it agree on the same."""
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        return True
+    return False
 
 
 def pair_mask_key(private: bytes, public: bytes, context: bytes, one: str, other: str) -> bytes:

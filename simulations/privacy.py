@@ -1,0 +1,81 @@
+"""What epsilon a study would cost, and what noise an epsilon takes: the site's accountant, before anything runs."""
+
+from dataclasses import dataclass
+from math import ceil
+
+from shared_models.errors import StudyInvalid
+from shared_models.parse import parse
+from shared_models.protect.accounting import Spend, epsilon, epsilon_bound, noise_for
+from shared_models.study import Study
+
+NOISES = (0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # shown when neither noise nor epsilon is asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What training asks of one site's patients, whatever the noise.
+
+    Attributes:
+        batch: patients in a step on average; a step takes each with probability batch / patients.
+        delta: below one over the patients, or the promise is empty.
+    """
+
+    patients: int
+    batch: int
+    steps: int
+    delta: float
+
+    @property
+    def sample_rate(self) -> float:
+        return self.batch / self.patients
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """One answer: epsilon by privacy loss distributions, and the bound by Rényi's that it must not exceed."""
+
+    noise_multiplier: float
+    epsilon: float
+    epsilon_rdp: float
+
+
+def work_of(
+    study: Study | None, patients: int, batch: int | None = None, steps: int | None = None, delta: float | None = None
+) -> Work:
+    """The work of a whole study at a site with `patients` training patients; what is given goes before the study's.
+
+    Raises:
+        StudyInvalid: numbers that do not go together, or that nobody has given.
+    """
+    batch = batch or (study.train.batch_size if study else None)
+    if batch is None:
+        raise StudyInvalid("privacy: name a study, or give --batch and --steps.")
+    if batch > patients:
+        raise StudyInvalid(f"privacy: a batch of {batch} of {patients} patients. Give a smaller --batch.")
+    if steps is None and study is not None:
+        train = study.train
+        steps = study.rounds.count * (train.local_steps or ceil(train.local_epochs * patients / batch))
+    if steps is None:
+        raise StudyInvalid("privacy: how many steps? Name a study, or give --steps.")
+    chosen = min(1e-5, 0.1 / patients) if delta is None else delta
+    if not 0 < chosen < 1 / patients:
+        raise StudyInvalid(
+            f"privacy: delta {chosen:g} for {patients} patients; it must be above 0 and below {1 / patients:.2g}, "
+            f"because it allows that often to publish a patient outright."
+        )
+    return Work(patients, batch, steps, chosen)
+
+
+def price(work: Work, noise_multiplier: float) -> Price:
+    """What `work` costs with this noise."""
+    asked = {"noise_multiplier": noise_multiplier, "sample_rate": work.sample_rate, "steps": work.steps}
+    spent = [parse(Spend, asked, "privacy")]
+    return Price(noise_multiplier, epsilon(spent, work.delta), epsilon_bound(spent, work.delta))
+
+
+def noise_of(work: Work, target: float) -> Price:
+    """The least noise with which `work` stays within epsilon `target`."""
+    try:
+        return price(work, noise_for(target, work.sample_rate, work.steps, work.delta))
+    except ValueError as error:
+        raise StudyInvalid(f"privacy: {error}.") from None
