@@ -49,20 +49,20 @@ def test_more_steps_cost_more_and_more_noise_costs_less(noise, rate, steps):
 
 
 def test_noise_for_an_epsilon_meets_it_and_a_hundredth_less_does_not():
-    noise = noise_for(1.0, 0.5, 4, 1e-5)
-    assert epsilon([Spend(noise, 0.5, 4)], 1e-5) <= 1.0
-    assert epsilon([Spend(0.99 * noise, 0.5, 4)], 1e-5) > 1.0
+    noise = noise_for(0.1, 0.1, 4, 1e-5)
+    assert epsilon([Spend(noise, 0.1, 4)], 1e-5) <= 0.1
+    assert epsilon([Spend(0.99 * noise, 0.1, 4)], 1e-5) > 0.1
     with pytest.raises(ValueError, match="no noise up to 1000"):
         noise_for(1e-4, 1.0, 10**6, 1e-5)
 
 
 def test_the_steps_that_fit_do_and_twice_as_many_do_not():
-    spent = [Spend(4.0, 0.5, 10)]
-    fits = steps_within(3.0, spent, 4.0, 0.5, 1e-5, 100)
-    assert 0 < fits < 100
-    assert epsilon([*spent, Spend(4.0, 0.5, fits)], 1e-5) <= 3.0
-    assert epsilon([*spent, Spend(4.0, 0.5, 2 * fits)], 1e-5) > 3.0
-    assert steps_within(0.1, spent, 4.0, 0.5, 1e-5, 1) == 0
+    spent = [Spend(8.0, 0.1, 10)]
+    fits = steps_within(0.4, spent, 8.0, 0.1, 1e-5, 400)
+    assert 0 < fits < 400
+    assert epsilon([*spent, Spend(8.0, 0.1, fits)], 1e-5) <= 0.4
+    assert epsilon([*spent, Spend(8.0, 0.1, 2 * fits)], 1e-5) > 0.4
+    assert steps_within(0.1, spent, 8.0, 0.1, 1e-5, 1) == 0
 
 
 @pytest.mark.parametrize("spoilt", [{"noise_multiplier": 0.0}, {"sample_rate": 1.1}, {"steps": 0}])

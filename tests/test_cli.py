@@ -375,9 +375,9 @@ def test_a_hospital_sets_its_privacy_budget_and_reads_its_ledger(tmp_path):
     write_atomic(Path("site") / "site.toml", site_toml(file).encode())
     assert "No privacy budget is set" in call("fedclient", "ledger")[1]
     assert call("fedclient", "budget", "--epsilon", 30)[0] == 0
-    number = open_ledger(Path("site")).reserve("all", "run-1", "a" * 64, 100, Spend(4.0, 1.0, 100))
+    number = open_ledger(Path("site")).reserve("all", "run-1", "a" * 64, 100, Spend(8.0, 0.1, 100))
     told = parsed("fedclient", "ledger", "--json")["all"]
-    assert told == {"epsilon": epsilon([Spend(4.0, 1.0, 100)], 1e-5), "budget": {"epsilon": 30.0, "delta": 1e-5},
+    assert told == {"epsilon": epsilon([Spend(8.0, 0.1, 100)], 1e-5), "budget": {"epsilon": 30.0, "delta": 1e-5},
                     "steps": 100, "runs": ["run-1"], "not_settled": 1}  # fmt: skip
     shown = call("fedclient", "ledger")[1]
     assert "of 30 spent at delta 1e-05" in shown

@@ -11,7 +11,7 @@ from shared_models.protect.accounting import Spend, epsilon
 from tests.crash import fresh, killed_at
 
 STUDY = "a" * 64
-WORK = Spend(4.0, 1.0, 100)
+WORK = Spend(8.0, 0.1, 100)
 
 
 def booked(folder, most_epsilon: float = 50.0) -> Ledger:
@@ -32,20 +32,20 @@ def test_what_is_reserved_is_spent_and_what_is_settled_is_given_back(tmp_path):
     assert open_ledger(tmp_path).accounts()[0].spent == epsilon([WORK], 1e-5)
     ledger.settle(number, 40)
     account = open_ledger(tmp_path).accounts()[0]
-    assert account.spends == (Spend(4.0, 1.0, 40),)
+    assert account.spends == (Spend(8.0, 0.1, 40),)
     assert (account.runs, account.open) == (("run-1",), 0)
 
 
 def test_work_is_added_up_over_studies_and_years_until_the_budget_is_spent(tmp_path):
     ledger = booked(tmp_path, 1.5 * epsilon([WORK], 1e-5))
     ledger.reserve("all", "run-1", STUDY, 500, WORK)
-    ledger.reserve("all", "run-2", "b" * 64, 500, Spend(4.0, 1.0, 50))
+    ledger.reserve("all", "run-2", "b" * 64, 500, Spend(8.0, 0.1, 50))
     with pytest.raises(OrderRefused) as refused:
         ledger.reserve("all", "run-3", "c" * 64, 500, WORK)
     assert refused.value.code == "DP_BUDGET_EXHAUSTED"
-    found = epsilon([Spend(4.0, 1.0, 250)], 1e-5)
+    found = epsilon([Spend(8.0, 0.1, 250)], 1e-5)
     assert f"which would make it {found:.3g}" in str(refused.value)
-    assert "is left. Asked are 100 steps with noise 4 and sample rate 1" in str(refused.value)
+    assert "is left. Asked are 100 steps with noise 8 and sample rate 0.1" in str(refused.value)
     assert [account.runs for account in ledger.accounts()] == [("run-1", "run-2")]
 
 
@@ -167,7 +167,7 @@ def test_killed_at_any_line_the_book_never_counts_less_than_was_trained(tmp_path
             ledger.settle(second, 60)
             tell("settled")
 
-        words, ended = killed_at(1 + 9 * number, act, ("fedclient/ledger.py",))
+        words, ended = killed_at(1 + 13 * number, act, ("fedclient/ledger.py",))
         trained = sum(int(word.split()[1]) for word in words if word.startswith("trained"))
         accounts = open_ledger(folder).accounts()
         counted = sum(spend.steps for account in accounts for spend in account.spends)
@@ -175,4 +175,4 @@ def test_killed_at_any_line_the_book_never_counts_less_than_was_trained(tmp_path
         assert not ("settled" in words and counted != 160)
         seen.add((trained, counted))
         number += 1
-    assert {(0, 0), (0, 100), (100, 100), (160, 200), (160, 160)} <= seen
+    assert {(0, 0), (100, 100), (160, 200), (160, 160)} <= seen

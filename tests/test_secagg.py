@@ -31,7 +31,7 @@ def in_the_sum(made: Federation) -> list[str]:
     return [site for site in made.parties if made.lost_at.get(site, 99) > 3.5]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(losses(), st.sampled_from([24, 32]))
 def test_the_sum_is_exact_in_the_ring_and_the_mean_is_the_plain_one_whoever_is_lost(drawn, bits):
     sites, lost_at = drawn
@@ -59,7 +59,7 @@ def test_the_sum_is_exact_in_the_ring_and_the_mean_is_the_plain_one_whoever_is_l
     }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(losses(beyond=True))
 def test_beyond_the_limit_the_sum_is_given_up_and_no_secret_was_revealed(drawn):
     sites, lost_at = drawn
