@@ -267,8 +267,7 @@ def _allow(account: Account, asked: Reservation) -> None:
         )
     after = epsilon([*account.spends, spend], budget.delta)
     if after > budget.epsilon:
-        fits = steps_within(budget.epsilon, account.spends, spend.noise_multiplier, spend.sample_rate, budget.delta,
-                            spend.steps)  # fmt: skip
+        fits = steps_within(budget.epsilon, account.spends, spend, budget.delta)
         raise OrderRefused(
             "DP_BUDGET_EXHAUSTED",
             f"{where}: epsilon {account.spent:.3g} of {budget.epsilon:g} is spent, "

@@ -178,9 +178,9 @@ def check_context(member: Member, context: Context, held: Held) -> None:
         raise OrderRefused("ENCODING_UNSAFE", f"{where}: {problem}.")
 
 
-def share(state: Advertised, member: Member, message: Adverts, random_bytes: RandomBytes = os.urandom) -> tuple[
-    Shared, Sealed
-]:  # fmt: skip
+def share(
+    state: Advertised, member: Member, message: Adverts, random_bytes: RandomBytes = os.urandom
+) -> tuple[Shared, Sealed]:
     """Shares out the secrets among the sites whose adverts have come.
 
     Raises:

@@ -21,7 +21,8 @@ def create(path: Path, schema: str) -> None:
     """Makes `path` with the tables of `schema`; raises StateInvalid if there is a file."""
     private_folder(path.parent)
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.part")
-    part.unlink(missing_ok=True)
+    for left in (part, *(part.with_name(part.name + end) for end in ("-wal", "-shm"))):
+        left.unlink(missing_ok=True)  # of a process with our number that was killed here: SQLite would read them
     os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # its -wal and -shm take over the mode
     try:
         with connected(part) as db:

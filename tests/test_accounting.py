@@ -58,11 +58,11 @@ def test_noise_for_an_epsilon_meets_it_and_a_hundredth_less_does_not():
 
 def test_the_steps_that_fit_do_and_twice_as_many_do_not():
     spent = [Spend(8.0, 0.1, 10)]
-    fits = steps_within(0.4, spent, 8.0, 0.1, 1e-5, 400)
+    fits = steps_within(0.4, spent, Spend(8.0, 0.1, 400), 1e-5)
     assert 0 < fits < 400
     assert epsilon([*spent, Spend(8.0, 0.1, fits)], 1e-5) <= 0.4
     assert epsilon([*spent, Spend(8.0, 0.1, 2 * fits)], 1e-5) > 0.4
-    assert steps_within(0.1, spent, 8.0, 0.1, 1e-5, 1) == 0
+    assert steps_within(0.1, spent, Spend(8.0, 0.1, 1), 1e-5) == 0
 
 
 @pytest.mark.parametrize("spoilt", [{"noise_multiplier": 0.0}, {"sample_rate": 1.1}, {"steps": 0}])

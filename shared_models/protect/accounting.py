@@ -11,7 +11,7 @@ secure aggregation are not, whatever else they are good for.
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import log
 from typing import Annotated
@@ -67,16 +67,15 @@ def noise_for(target: float, sample_rate: float, steps: int, delta: float) -> fl
     return _root(over, low, high)
 
 
-def steps_within(target: float, spent: Iterable[Spend], noise_multiplier: float, sample_rate: float, delta: float,
-                 most: int) -> int:  # fmt: skip
-    """At least so many steps of these settings, up to `most`, fit into epsilon `target` beside `spent`.
+def steps_within(target: float, spent: Iterable[Spend], asked: Spend, delta: float) -> int:
+    """At least so many of the steps that are `asked` for fit into epsilon `target` beside `spent`.
 
     By the quicker bound, which every step count that it allows keeps.
     """
-    before, low, high = tuple(spent), 0, most + 1
+    before, low, high = tuple(spent), 0, asked.steps + 1
     while high - low > 1:
         middle = (low + high) // 2
-        if epsilon_bound([*before, Spend(noise_multiplier, sample_rate, middle)], delta) <= target:
+        if epsilon_bound([*before, replace(asked, steps=middle)], delta) <= target:
             low = middle
         else:
             high = middle
