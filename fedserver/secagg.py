@@ -1,8 +1,8 @@
-"""The coordinator's side of a secure sum (sfl-secagg/1): passes keys and shares on, adds masked vectors, and is freed
-of the masks only when enough sites have confirmed that they all mean the same sum.
+"""The coordinator's side of a secure sum (sfl-secagg/1): it adds masked vectors, and learns their sum and no more.
 
-It holds one accumulator, whatever the number of sites: each vector is added as it arrives, block by block. What a site
-sends is doubted by itself, so that one bad answer costs that site's update and no other.
+It passes keys and shares on, and is freed of the masks only when enough sites have confirmed that they all mean the
+same sum. It holds one accumulator, whatever the number of sites: each vector is added as it arrives, block by block.
+What a site sends is doubted by itself, so that one bad answer costs that site's update and no other.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
