@@ -45,6 +45,7 @@ from shared_models.wire import MessageInvalid, Order, Reply, read_reply, write_o
 log = logging.getLogger("fedserver")
 MOST_REASON = 500  # characters of a reason in files and on screens
 MOST_ATTEMPTS = 6  # orders to one site in one round
+LONGEST_S = 30 * 86400.0  # the longest deadline that a study may give
 LOST = frozenset({3, 4, 5, 8})  # Flower's error codes of a node or app that went away, not of one that said no
 
 
@@ -56,7 +57,12 @@ def _first_weights(study: Study) -> Arrays:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Everything that varies between a deployment, a simulation and a test."""
+    """Everything that varies between a deployment, a simulation and a test.
+
+    Attributes:
+        bounded: False in a simulation, whose sites share a machine: how long one of them takes says nothing about a
+            hospital, so that it is neither late nor asked again, and results do not follow from the machine's load.
+    """
 
     grid: Grid
     folder: RunFolder
@@ -67,6 +73,7 @@ class Setting:
     poll_s: float = 0.1
     presence_s: float = 1.0
     reask_s: float = 60.0
+    bounded: bool = True
     first_weights: Callable[[Study], Arrays] = _first_weights
 
 
@@ -262,9 +269,9 @@ def converse(
         RoundPaused: the quorum is still missing then, or everybody has settled and it cannot be reached.
     """
     rounds = table.study.rounds
-    began = setting.clock()
-    deadline, give_up = began + rounds.deadline_s, began + rounds.deadline_s + rounds.pause_s
-    reask_s = max(setting.reask_s, rounds.deadline_s / 4)
+    began, span_s = setting.clock(), rounds.deadline_s if setting.bounded else LONGEST_S
+    deadline, give_up = began + span_s, began + span_s + rounds.pause_s
+    reask_s = max(setting.reask_s, span_s / 4)
     seats = table.seats = {site: Seat() for site in cohort}
     asked: dict[str, str] = {}  # message id -> site
     presence, looked_at = setting.presence(), setting.clock()
@@ -277,7 +284,9 @@ def converse(
                 seats.setdefault(newcomer, Seat())
         for site, seat in seats.items():
             if site in presence.nodes and _is_due(seat, now, reask_s):
-                asked |= _ask(setting, order, parcel, site, presence.nodes[site], seat, now, rounds.deadline_s)
+                asked |= _ask(setting, order, parcel, site, presence.nodes[site], seat, now, span_s)
+            elif seat.state == "lost" and seat.attempt >= MOST_ATTEMPTS:
+                seat.state, seat.reason = "failed", f"its node went away {MOST_ATTEMPTS} times while working"
             elif seat.state == "away":
                 seat.reason = presence.away.get(site, "is not online")
         arrived = _take(setting, table, asked, seats, accept, expected)

@@ -56,7 +56,11 @@ def run(
     with watching(console, folder, loaded.rounds.count) as say:
         sources = simulation.data_folders(loaded, data or [], sites, CACHE / "phantom", say)
         nodes = simulation.node_configs(folder, sources, how, sites, layout)
-        results = simulation.simulate(loaded, nodes, folder, how, seeds, compare, say)
+        try:
+            results = simulation.simulate(loaded, nodes, folder, how, seeds, compare, say)
+        except KeyboardInterrupt:
+            say(f"Stopped by hand. The same command goes on from the last finished rounds in {folder}.")
+            raise typer.Exit(130) from None
     if json_to is not None and str(json_to) != "-":
         write_json(json_to, results)
     if str(json_to) == "-":

@@ -24,7 +24,7 @@ from shared_models.errors import ProcessFailed, StateInvalid
 from shared_models.files import read_lines, write_json
 from shared_models.study import load_study
 from simulations.phantoms import phantom
-from simulations.run import Job, Machine, as_numbers, carry_out, jobs, node_configs, phantom_plan, score
+from simulations.run import Job, Machine, as_numbers, jobs, node_configs, phantom_plan, score, side_by_side
 from simulations.show import dice_table, watching
 
 STUDY = "lung-ct-quick"
@@ -97,14 +97,10 @@ def demonstrate(out: Path, console: Console) -> dict[str, Any]:
 
 def compare(alone: Sequence[Job], run: RunFolder, folder: Path, machine: Machine, nodes: Any) -> Comparison:
     """Each site alone, side by side, and every model on every site."""
-    from concurrent.futures import ThreadPoolExecutor
-
     study = load_study(STUDY)
     seed = folder / f"seed-{study.seed}"
-    one_each = Machine(machine.engine, min(1, machine.workers), machine.threads, machine.device)
-    with ThreadPoolExecutor(machine.workers) as side_by_side:
-        runs = list(side_by_side.map(lambda job: carry_out(job, seed, one_each), alone))
-    local = {job.name.removeprefix("local-"): score(r, nodes) for job, r in zip(alone, runs, strict=True)}
+    runs = side_by_side(alone, seed, machine, lambda _: None)
+    local = {name.removeprefix("local-"): score(r, nodes) for name, r in runs.items()}
     return Comparison(local=local, pooled={}, federated=score(run, nodes))
 
 

@@ -8,6 +8,7 @@ import json
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -195,6 +196,7 @@ class Pool:
             if pipe is not None:
                 with suppress(BrokenPipeError):  # of an order that a dead worker never read
                     pipe.close()
+        worker.process.kill()  # not asked to end: an order that nobody waits for may take hours
         worker.process.wait()
 
     def close(self) -> None:
@@ -222,13 +224,29 @@ def read_config(frame: bytes) -> NodeConfig:
     return cast(NodeConfig, json.loads(frame))
 
 
-def run_local(folder: Path, nodes: Mapping[str, NodeConfig], app: ClientApp | None = None, workers: int = 0) -> State:
+def run_local(
+    folder: Path,
+    nodes: Mapping[str, NodeConfig],
+    app: ClientApp | None = None,
+    workers: int = 0,
+    stop: threading.Event | None = None,
+) -> State:
     """Carries out the run in `folder` with one client for each of `nodes` (site -> node configuration).
 
     Args:
         app: another client than the installed one, for tests and benchmarks; always in this process.
         workers: processes that carry out orders; 0 is this process alone.
+        stop: ends the run when it is set, at once where workers carry out its orders.
+
+    Raises:
+        ProcessFailed: `stop` was set.
     """
+
+    def clock() -> float:
+        if stop is not None and stop.is_set():
+            raise ProcessFailed(f"{folder}: was stopped. The same command goes on from its last finished round.")
+        return time.monotonic()
+
     if app is None and workers == 0:
         from fedclient.app import app as installed  # imports torch
 
@@ -238,7 +256,16 @@ def run_local(folder: Path, nodes: Mapping[str, NodeConfig], app: ClientApp | No
     presence = Presence({site: i for i, site in enumerate(sorted(nodes), start=1)})
     try:
         return carry_out(
-            Setting(grid, RunFolder(folder), lambda: presence, Inline(), poll_s=0.0, presence_s=float("inf"))
+            Setting(
+                grid,
+                RunFolder(folder),
+                lambda: presence,
+                Inline(),
+                clock,
+                poll_s=0.0,
+                presence_s=float("inf"),
+                bounded=False,
+            )
         )
     finally:
         grid.close()

@@ -47,7 +47,9 @@ def run_ray(
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         presence = greet(grid, run, len(configs))
-        done.append(carry_out(Setting(grid, run, lambda: presence, Inline(), poll_s=0.02, presence_s=math.inf)))
+        done.append(
+            carry_out(Setting(grid, run, lambda: presence, Inline(), poll_s=0.02, presence_s=math.inf, bounded=False))
+        )
 
     backend: Any = {
         "client_resources": {"num_cpus": 1, "num_gpus": gpus},

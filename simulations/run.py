@@ -10,6 +10,7 @@ steps as all sites together, a site alone as many as it takes in the federation.
 
 import hashlib
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -127,15 +128,15 @@ def jobs(study: Study, nodes: Mapping[str, NodeConfig], compare: bool) -> list[J
     return listed + [Job(f"local-{site}", alone, {site: config}) for site, config in nodes.items()]
 
 
-def carry_out(job: Job, folder: Path, how: Machine) -> RunFolder:
-    """Starts the run of a job, or goes on with it."""
+def carry_out(job: Job, folder: Path, how: Machine, stop: threading.Event | None = None) -> RunFolder:
+    """Starts the run of a job, or goes on with it; `stop` ends one of the local engine with a ProcessFailed."""
     from shared_models.nets import initial_weights  # imports torch
 
     run, inputs = RunFolder(folder / job.name), _inputs(job)
     if not (run.path / "state.json").exists():
         initial = None if job.study.plan == "federated" else initial_weights(job.study)
+        write_json(run.path / "inputs.json", inputs)  # first: a run that is there has it
         create_run(folder, job.name, job.study, initial)
-        write_json(run.path / "inputs.json", inputs)
     elif not (run.path / "inputs.json").exists() or read_json(run.path / "inputs.json") != inputs:
         raise StateInvalid(f"{run.path}: holds a run of another study or other data. Give --out another folder.")
     if how.engine == "ray":
@@ -143,8 +144,26 @@ def carry_out(job: Job, folder: Path, how: Machine) -> RunFolder:
 
         run_ray(run.path, job.nodes, how.workers)
     else:
-        run_local(run.path, job.nodes, workers=how.workers)
+        run_local(run.path, job.nodes, workers=how.workers, stop=stop)
     return run
+
+
+def side_by_side(todo: Sequence[Job], folder: Path, how: Machine, say: Say) -> dict[str, RunFolder]:
+    """Carries out jobs at once, each with one worker; the first that fails, or Ctrl-C, ends them all.
+
+    Returns the run folders by the names of the jobs.
+    """
+    stop, one_each, runs = threading.Event(), replace(how, workers=min(1, how.workers)), dict[str, RunFolder]()
+    with ThreadPoolExecutor(max(1, how.workers)) as pool:
+        try:
+            for job, future in [(job, pool.submit(carry_out, job, folder, one_each, stop)) for job in todo]:
+                runs[job.name] = future.result()
+                say(job.name)
+        except BaseException:
+            stop.set()  # leaving the block waits for the threads
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return runs
 
 
 def _inputs(job: Job) -> dict[str, Any]:
@@ -183,13 +202,7 @@ def simulate_seed(
     todo = jobs(study, nodes, compare)
     runs = {todo[0].name: carry_out(todo[0], folder, how)}
     say("federated")
-    with ThreadPoolExecutor(max_workers=max(1, how.workers)) as side_by_side:
-        one_each = replace(how, workers=min(1, how.workers))
-        for job, run in zip(
-            todo[1:], side_by_side.map(lambda j: carry_out(j, folder, one_each), todo[1:]), strict=True
-        ):
-            runs[job.name] = run
-            say(job.name)
+    runs |= side_by_side(todo[1:], folder, how, say)
     scores = {name: score(run, nodes) for name, run in runs.items()}
     local = {name.removeprefix("local-"): s for name, s in scores.items() if name.startswith("local-")}
     return Comparison(local=local, pooled=scores.get("pooled", {}), federated=scores["federated"])

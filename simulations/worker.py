@@ -1,6 +1,7 @@
 """A worker process of the simulation engine: orders in on standard input, replies out on standard output."""
 
 import os
+import signal
 import sys
 
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -10,6 +11,7 @@ from simulations.engine import answer, identify, read_config, read_frame, write_
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the engine ends its workers
     source, to = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints goes to the error stream, not between the frames
     identify()

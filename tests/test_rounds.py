@@ -31,6 +31,7 @@ def play(
     delays: Mapping[str, float] | None = None,
     errors: Mapping[tuple[str, int], int] | None = None,
     presence: Callable[[Clock], Presence] | None = None,
+    bounded: bool = True,
 ) -> tuple[State, RunFolder, Clock, ScriptedGrid]:
     """One run over SITES, as the script says."""
     clock = Clock()
@@ -40,7 +41,7 @@ def play(
     here = Presence({s: i for s, i in numbers.items() if s not in (away or {})}, away or {})
     folder = RunFolder(tmp_path / "toy") if (tmp_path / "toy").exists() else new_run(tmp_path, study)
     who = (lambda: presence(clock)) if presence else (lambda: here)
-    setting = Setting(grid, folder, who, Inline(), clock, clock.sleep, poll_s=0.5, reask_s=1000.0)
+    setting = Setting(grid, folder, who, Inline(), clock, clock.sleep, poll_s=0.5, reask_s=1000.0, bounded=bounded)
     return carry_out(setting), folder, clock, grid
 
 
@@ -80,6 +81,25 @@ def test_a_slow_site_ends_at_the_deadline_and_is_named_late(tmp_path):
     assert 100 <= clock.now - 1000 <= 105
     assert line(folder, 1)["left_out"]["north"]["state"] == "late"
     assert set(line(folder, 1)["sites"]) == {"east", "south"}
+
+
+def test_in_a_simulation_no_site_is_late_nor_asked_twice_however_long_the_machine_takes(tmp_path):
+    study = replace(STUDY, rounds=replace(STUDY.rounds, count=1), evaluate=Evaluate(every=0))
+    _, folder, _clock, grid = play(tmp_path, study, delays={"north": 5000.0, "south": 9000.0}, bounded=False)
+    assert set(line(folder, 1)["sites"]) == set(SITES)
+    assert grid.asked == {"east": 1, "north": 1, "south": 1}
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_site_whose_node_goes_away_each_time_is_left_out_before_the_deadline(tmp_path, bounded):
+    study = replace(STUDY, rounds=replace(STUDY.rounds, count=1), evaluate=Evaluate(every=0))
+    died = {("north", attempt): ErrorCode.CLIENT_APP_CRASHED for attempt in range(1, 20)}
+    _, folder, clock, grid = play(tmp_path, study, errors=died, bounded=bounded)
+    assert line(folder, 1)["left_out"] == {
+        "north": {"state": "failed", "reason": "its node went away 6 times while working"}
+    }
+    assert grid.asked["north"] == 6
+    assert clock.now - 1000 < 20
 
 
 def test_without_a_quorum_the_run_pauses_says_for_whom_and_goes_on_later(tmp_path):
