@@ -13,6 +13,7 @@ runs/ID/fingerprint.json         the sum of those statistics
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 from fedserver.optimizers import Optimizer, advance
 from shared_models.errors import StateInvalid
 from shared_models.files import append_json, canonical_json, read_json, read_lines, write_atomic, write_json
-from shared_models.parse import parse_json, plain
+from shared_models.parse import STRICT, parse_json, plain
 from shared_models.plan import Fingerprint, Plan
 from shared_models.plan import sha256 as plan_sha256
 from shared_models.planned import planned
@@ -47,6 +48,7 @@ from shared_models.weights import (
 class State:
     """Where a run stands: `round` is finished, its weights are `weights_sha256`."""
 
+    __pydantic_config__ = STRICT
     run: str
     study_sha256: str
     round: int
@@ -147,9 +149,11 @@ def read_state(folder: RunFolder) -> State:
     if not path.exists():
         raise StateInvalid(f"{folder.path}: holds no run. See `fedserver status` for the runs that there are.")
     try:
-        raw = read_json(path)
-        state, written = State(**{**raw, "cohort": tuple(raw["cohort"])}), (folder.path / "study.json").read_bytes()
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        state = parse_json(State, path.read_bytes(), str(path), StateInvalid)
+        written = (folder.path / "study.json").read_bytes()
+    except StateInvalid as e:
+        raise StateInvalid(f"{e} Restore the folder from its backup.") from None
+    except OSError as e:
         raise StateInvalid(
             f"{folder.path}: state.json or study.json cannot be read ({type(e).__name__}). "
             f"Restore the folder from its backup."
@@ -202,11 +206,21 @@ def finish_round(
 
 
 def forget_unfinished(folder: RunFolder, state: State) -> None:
-    """Cuts lines of rounds that a killed process wrote before they were finished, and what it left half written."""
+    """Cuts lines of rounds that a killed process wrote before they were finished, and what it left half written.
+
+    Raises:
+        StateInvalid: metrics.jsonl holds a line that is none of a round.
+    """
     for part in folder.path.glob(".*.part"):
         part.unlink(missing_ok=True)
-    lines = read_lines(folder.metrics)
-    kept = [line for line in lines if line["round"] <= state.round]
+    try:
+        lines = read_lines(folder.metrics)
+        kept = [line for line in lines if line["round"] <= state.round]
+    except (ValueError, KeyError, TypeError):
+        raise StateInvalid(
+            f"{folder.metrics}: has a line that tells of no round. Restore the file from its backup, or take out that "
+            "line; weights and state do not follow from it."
+        ) from None
     if len(kept) != len(lines):
         write_atomic(folder.metrics, b"".join(canonical_json(line) + b"\n" for line in kept))
 
@@ -228,11 +242,15 @@ def write_progress(folder: RunFolder, progress: Mapping[str, Any]) -> None:
     """Shows where the run is; replaced whole, but not synced: it tells, nothing is decided by it."""
     path = folder.path / "progress.json"
     part = path.with_name(f".progress.{os.getpid()}.part")
-    with os.fdopen(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
-        file.write(canonical_json(dict(progress)))
-    part.replace(path)
+    with suppress(OSError):  # a full disk: what matters is written elsewhere, and complains there
+        with os.fdopen(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(canonical_json(dict(progress)))
+        part.replace(path)
 
 
 def read_progress(folder: RunFolder) -> dict[str, Any]:
-    path = folder.path / "progress.json"
-    return dict(read_json(path)) if path.exists() else {}
+    """The last of them; {} where there is none, or none that a power cut has left whole."""
+    try:
+        return dict(read_json(folder.path / "progress.json"))
+    except (FileNotFoundError, ValueError):
+        return {}

@@ -175,6 +175,16 @@ def test_a_torn_line_of_a_killed_round_is_forgotten(tmp_path):
     assert folder.metrics.read_bytes().startswith(lines)
 
 
+@pytest.mark.parametrize("line", ["no json", "{}", "[]", '{"round": null}'])
+def test_a_damaged_metrics_file_is_told_and_left_as_it_is(tmp_path, line):
+    folder = played(tmp_path, STUDIES["fedavg"], rounds=1)
+    damaged = folder.metrics.read_text() + line + "\n" + folder.metrics.read_text()
+    folder.metrics.write_text(damaged)
+    with pytest.raises(StateInvalid, match=r"metrics\.jsonl: has a line that tells of no round"):
+        forget_unfinished(folder, read_state(folder))
+    assert folder.metrics.read_text() == damaged
+
+
 def test_forgetting_touches_nothing_where_nothing_is_unfinished(tmp_path):
     folder = played(tmp_path, STUDIES["fedavg"], rounds=2)
     append_json(folder.metrics, {"round": 2, "final": True})
@@ -231,7 +241,17 @@ def test_missing_weights_are_told_and_an_older_round_is_not_taken_for_them(tmp_p
         read_state(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"round": 1}', '{"round": 1, "cohort": 3}', '{"cohort": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "null", '{"round": 1}', '{"round": 1, "cohort": 3}', '{"cohort": []}'),
+        *(
+            '{"run": "toy", "study_sha256": "a", "weights_sha256": "b", "round": ' + r + "}"
+            for r in ('"1"', "1.0", "null")
+        ),
+        '{"run": "toy", "study_sha256": "a", "weights_sha256": "b", "round": 1, "cohort": "north"}',
+    ],
+)
 def test_a_state_that_somebody_edited_is_told(tmp_path, text):
     folder = played(tmp_path, STUDIES["fedavg"], rounds=1)
     (folder.path / "state.json").write_text(text)
@@ -267,4 +287,6 @@ def test_progress_is_replaced_whole_and_a_run_without_any_has_none(tmp_path):
     write_progress(folder, {"phase": "train", "sites": {"a": 1}})
     write_progress(folder, {"phase": "finished"})
     assert read_progress(folder) == {"phase": "finished"}
+    (folder.path / "progress.json").write_bytes(b"")  # a power cut: it is not synced
+    assert read_progress(folder) == {}
     assert not list(folder.path.glob(".progress*"))
