@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,12 +172,12 @@ def carry_out(work: Work, token: str) -> None:
     from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
     flower = flower_module("flwr.supernode.runtime.run_clientapp")
-    write_json(work.kept, {"token": token})
+    _note(work.kept, {"token": token})
     with _client(work.address, token=token) as client:
         try:
             with _heartbeat(work.address, token):
                 message, context, _, fab = flower.pull_task_input(client)
-                write_json(work.kept, {"token": token, "order": _frozen(message)})
+                _note(work.kept, {"token": token, "order": _frozen(message)})
                 reply, failed = answer(work, message, context, fab.content)
                 flower.push_message(client, reply, context)
                 status = "failed" if failed else "completed"
@@ -190,6 +190,14 @@ def carry_out(work: Work, token: str) -> None:
                 "a task could not be handed over (%s): its run ended or the node was restarted", type(error).__name__
             )
     work.kept.unlink(missing_ok=True)
+
+
+def _note(kept: Path, task: Mapping[str, str]) -> None:
+    """Keeps what the process after this one needs, if the disk takes it; the work itself says when it is full."""
+    try:
+        write_json(kept, task)
+    except OSError as error:
+        log.warning("the task under way could not be noted: %s", error)
 
 
 def answer(work: Work, message: "Message", context: "Context", archive: bytes) -> "tuple[Message, str]":

@@ -37,7 +37,7 @@ from shared_models.archive import (
     replace_name,
     start_log,
 )
-from shared_models.errors import FederationError, ProcessFailed, RoundPaused
+from shared_models.errors import FederationError, ProcessFailed, RoundPaused, StateInvalid
 from shared_models.files import read_json
 from shared_models.supervise import Child, end, kept_secret, reap, rotate, spawn, stop_on_signals
 
@@ -323,9 +323,10 @@ def _run_app(desk: Desk, outcome: dict[str, int], grid: "Grid", context: "Contex
         if find_state(desk, run_id) == "running":
             change_run(desk.state, run_id, time.time(), "paused", str(paused))
         raise
-    except FederationError as error:
-        if find_state(desk, run_id) == "running":
-            change_run(desk.state, run_id, time.time(), "running", str(error))
+    except (FederationError, OSError) as error:  # OSError: a full disk
+        with suppress(StateInvalid):  # which keeps the state from being written too
+            if find_state(desk, run_id) == "running":
+                change_run(desk.state, run_id, time.time(), "running", str(error))
         raise
     outcome["code"] = FINISHED
     return context

@@ -25,8 +25,10 @@ def replacing(path: Path, synced: bool = True) -> Iterator[IO[bytes]]:
                 file.flush()
                 os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a write or a sync: a full disk names no file
+            error.filename = str(path)
         raise
     if synced:
         sync_folder(path.parent)

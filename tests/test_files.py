@@ -56,8 +56,9 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path, monkeypatch):
 
     write_atomic(tmp_path / "f", b"old")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space") as refused:
         write_atomic(tmp_path / "f", b"new")
+    assert refused.value.filename == str(tmp_path / "f")  # which a command then names
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("f", b"old")]
 
 
