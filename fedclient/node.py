@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from fedclient.clock import check_clock
 from shared_models.archive import LOOPBACK, flower_module, patch_client, quiet_flower, replace_name, start_log
 from shared_models.errors import FederationError, ProcessFailed, StateInvalid
 from shared_models.files import read_json, write_atomic, write_json
@@ -159,6 +160,7 @@ def run_node(files: NodeFiles, port: int) -> None:
     os.environ.update(quiet_flower(home, os.environ))
     start_log()
     tls = ClientTls(files.keys)
+    check_clock(files.coordinator(), tls.context)
     loop = flower_module("flwr.supernode.start_client_internal")
     state_factory = _state_factory()
     state = state_factory.state()
@@ -291,7 +293,10 @@ def _connection(
             received: tuple[Message, Any] | None = receive()
             if received is not None:
                 pace.last_order = time.monotonic()
-                write_atomic(files.order, message_to_proto(received[0]).SerializeToString())
+                try:
+                    write_atomic(files.order, message_to_proto(received[0]).SerializeToString())
+                except OSError as error:  # a full disk: killed now, the node could not tell that the order was lost
+                    log.warning("the order under way could not be noted: %s", error)
             return received
 
         def forget_order(message: "Message", *rest: Any) -> Any:
