@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from shared_models.cli import guarded, print_json
-from shared_models.errors import EnrolmentFailed
+from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.files import write_atomic
 
 app = typer.Typer(
@@ -74,6 +74,7 @@ def check(
     from fedclient.site import open_site
 
     here = open_site({"site-dir": str(site)})
+    _check_data(site, str(here.data))
     to = Console(stderr=True)
     with Progress(console=to, transient=True, disable=not to.is_terminal) as bars:
         bar = bars.add_task("reading images", total=None)
@@ -101,8 +102,10 @@ def start(site: Folder = Path("site")) -> None:
 
     file = read_site_file(site)
     logs = escape(str(site / "logs"))
-    console.print(f"[bold]{file.name}[/]: node of {file.federation}, coordinator {file.coordinator}. Logs: {logs}")
-    supervise(site, stop_on_signals())
+    _check_data(site, file.data.folder)
+    words = f"[bold]{file.name}[/]: node of {file.federation}, coordinator {file.coordinator}. Logs: {logs}"
+    stop = stop_on_signals()
+    supervise(site, stop, begun=lambda: console.print(words), say=lambda it: print(it, flush=True))
 
 
 @app.command()
@@ -110,7 +113,7 @@ def start(site: Folder = Path("site")) -> None:
 def status(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     """What this node is doing: its processes and the last work done."""
     from fedclient.site import read_site_file
-    from shared_models.supervise import read_status
+    from shared_models.supervise import read_status, troubles
 
     file, running = read_site_file(site), read_status(site)
     work = sorted(str(p.relative_to(site / "runs")) for p in (site / "runs").glob("*/*.json"))
@@ -121,7 +124,10 @@ def status(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     alive = "running" if running.get("supervisor") else "stopped; `fedclient start` starts it"
     console.print(f"[bold]{file.name}[/], coordinator {file.coordinator}: {alive}")
     for name, child in running.get("children", {}).items():
-        console.print(f"  {name}: {child['state']}, restarts {child['restarts']}")
+        now = child["state"] if running.get("supervisor") else "stopped"  # a killed supervisor wrote no last word
+        console.print(f"  {name}: {now}, restarts {child['restarts']}")
+    for words in troubles(running):
+        print(f"  {words}")
     for path in work:
         console.print(f"  finished {path}")
 
@@ -180,6 +186,14 @@ def ledger(site: Folder = Path("site"), as_json: AsJson = False) -> None:
             )
         if a.open:
             console.print(f"  {a.open} not settled: work in progress, or of a process that died; it counts as spent")
+
+
+def _check_data(site: Path, folder: str) -> None:
+    """Raises StateInvalid where the data folder of site.toml has gone since the site joined."""
+    if not Path(folder).is_dir():
+        raise StateInvalid(
+            f"{folder}: the data folder is not there. Mount it, or set `folder` under [data] in {site / 'site.toml'}."
+        )
 
 
 def _is_text(name: str) -> bool:

@@ -3,21 +3,33 @@
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from shared_models.archive import CLIENT_APP, quiet_flower
-from shared_models.supervise import Child, kept_port, kept_secret, only_one, supervise
+from shared_models.supervise import Child, kept_port, kept_secret, only_one, supervise, tell_deaths
 
 
-def start(site: Path, stop: threading.Event, app: str = CLIENT_APP) -> None:
+def start(
+    site: Path,
+    stop: threading.Event,
+    app: str = CLIENT_APP,
+    begun: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
     """Keeps a site in the federation until `stop`.
+
+    Args:
+        begun: called once the folder is ours.
+        say: gets a sentence for each process that dies.
 
     Raises:
         ProcessFailed: the site is being served already.
     """
     site = site.resolve()
     with only_one(site):
-        supervise(_children(site, app), stop, site)
+        begun()
+        supervise(_children(site, app), stop, site, on_change=tell_deaths(say))
 
 
 def _children(site: Path, app: str) -> list[Child]:

@@ -49,7 +49,7 @@ def presence(grid: Grid, federation: Federation) -> Presence:
             nodes[site.name] = site.flower_node_id
         elif site.state == "invited":
             away[site.name] = "was invited and has not joined"
-        elif site.flower_node_id is None:
+        elif site.seen_at is None:
             away[site.name] = "has joined and never connected; is `fedclient start` running there?"
         else:
             away[site.name] = "is offline"

@@ -51,7 +51,9 @@ def init(
 @guarded
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on for hospitals.")] = "0.0.0.0",  # noqa: S104 they dial it
-    port: Annotated[int | None, typer.Option(help="Port to listen on; the one of the federation's address.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on; the one of the federation's address.")
+    ] = None,
     federation: Folder = HERE,
 ) -> None:
     """Serves hospitals and carries out queued runs until Ctrl-C; restarts whatever dies."""
@@ -61,21 +63,11 @@ def serve(
 
     opened = open_federation(federation)
     listening, logs = port or int(opened.address.rpartition(":")[2]), escape(str(opened.logs))
-    console.print(f"[bold]{opened.name}[/] listens on {host}:{listening} (mutual TLS). Logs: {logs}")
-    supervise(federation, host, listening, stop_on_signals())
-
-
-def _check_free(host: str, port: int) -> None:
-    """Raises ProcessFailed when something else listens there; the supervisor would try again for ever."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as e:
-            raise ProcessFailed(
-                f"{host}:{port}: cannot be listened on ({e.strerror}). Stop what uses it, or choose another --port."
-            ) from None
+    words = f"[bold]{opened.name}[/] listens on {host}:{listening} (mutual TLS). Logs: {logs}"
+    stop = stop_on_signals()
+    supervise(
+        federation, host, listening, stop, begun=lambda: console.print(words), say=lambda it: print(it, flush=True)
+    )
 
 
 @app.command()
@@ -109,7 +101,7 @@ def run(
     """Carries out a study with the enrolled hospitals; goes on with an unfinished run of the same study."""
     from fedserver.enrol import open_federation
     from fedserver.show import follow, run_table
-    from fedserver.submit import outcome, submit
+    from fedserver.submit import submit, watched
     from shared_models.study import load_study
     from shared_models.supervise import read_status
 
@@ -122,7 +114,17 @@ def run(
         if as_json:
             print_json({"run": submitted.id, "state": "queued"})
         return
-    ended = follow(submitted.folder, lambda: outcome(opened, submitted.id), as_json)
+    try:
+        ended = follow(submitted.folder, watched(opened, submitted.id), as_json)
+    except KeyboardInterrupt:
+        goes_on = f"run {submitted.id} goes on; the same command shows it, `fedserver stop {submitted.id}` stops it"
+        Console(stderr=True, soft_wrap=True).print(goes_on, highlight=False, markup=False)
+        raise typer.Exit(130) from None
+    if ended == "unserved":
+        raise ProcessFailed(
+            f"run {submitted.id} waits: nothing serves {federation} any more. Start `fedserver serve`; the run then "
+            "goes on from its last finished round, and the same command shows it."
+        )
     if ended != "finished":
         raise ProcessFailed(_why(opened.state, submitted.id, ended))
     if not as_json:

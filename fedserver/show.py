@@ -35,6 +35,7 @@ STATES = {"asked": "working", "rejected": "answer not accepted"}  # others are w
 COLOURS = {"counted": "green", "working": "cyan", "late": "yellow", "lost": "yellow", "away": "yellow"}
 UNDER_WAY = ("gathering", "train", "paused")
 WAITED_FOR = ("asked", "away", "lost")
+LEFT_OUT = ("refused", "rejected", "failed", "late")
 STALE_S = 5.0  # progress.json older than this, as one begins to follow, is of a process that has gone
 QUIET_S = 30.0  # without a change of progress.json, before the live view says so
 
@@ -146,6 +147,12 @@ def waits_for(progress: Mapping[str, Any]) -> dict[str, str]:
     """The sites that a run waits for, and why."""
     sites = progress.get("sites", {}) if progress.get("phase") != "finished" else {}
     return {site: seat["reason"] for site, seat in sorted(sites.items()) if seat["state"] in WAITED_FOR}
+
+
+def left_out(progress: Mapping[str, Any]) -> dict[str, str]:
+    """The sites that the phase under way has done without, and why."""
+    seats = progress.get("sites", {}) if progress.get("phase") != "finished" else {}
+    return {s: f"{state_of(seat)}{_why(seat)}" for s, seat in sorted(seats.items()) if seat["state"] in LEFT_OUT}
 
 
 def _json_lines(run: str, console: Console) -> Tell:
@@ -321,6 +328,7 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
     for run in facts["runs"]:
         progress = run["progress"] if run["state"] in ("running", "paused") else {}
         waits = [f"{site}: {why}" for site, why in waits_for(progress).items()]
+        waits += [f"without {site}: {why}" for site, why in left_out(progress).items()]
         waits += [run["message"]] if run["message"] else []
         state = "paused" if progress.get("phase") == "paused" else run["state"]
         where = "?" if run["rounds"] is None else f"{progress.get('round', run['finished_rounds'])} of {run['rounds']}"
@@ -335,7 +343,11 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
         why = "was invited and has not joined" if site["state"] == "invited" else site.get("reason") or ""
         row = [plain(words) for words in (site["name"], site["state"], here, "" if online else why)]
         sites.add_row(*map(Text, row))
+    troubles = list(facts.get("troubles", []))
+    if facts.get("served") is False and (facts["runs"] or facts["sites"]):
+        troubles.append("Nothing serves this federation: start `fedserver serve`, and runs go on by themselves.")
     return Group(
+        *(Text(plain(words), style="yellow") for words in troubles),
         runs if facts["runs"] else Text("No run yet: `fedserver run STUDY` starts one.\n"),
         sites if facts["sites"] else Text("No site yet: `fedserver invite SITE` invites one."),
     )

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from fedserver.state import Run, Site, add_run, change_run, find_run, list_runs,
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.identity import fingerprint_words
 from shared_models.study import Study, sha256
-from shared_models.supervise import read_status
+from shared_models.supervise import read_status, troubles
 
 ONLINE_S = 30.0  # a node is heard of every few seconds, and noted every ten
+UNSERVED_S = 30.0  # a supervisor that was killed is started again by systemd, or by hand
 UNFINISHED = ("queued", "running", "paused", "failed", "stopped")
 
 
@@ -61,13 +63,34 @@ def outcome(federation: Federation, run_id: str) -> str | None:
     return found.state if found is not None and found.state in ("finished", "paused", "failed", "stopped") else None
 
 
+def watched(
+    federation: Federation, run_id: str, patience_s: float = UNSERVED_S, clock: Callable[[], float] = time.monotonic
+) -> Callable[[], str | None]:
+    """`outcome`, or `unserved` once nobody has served the federation for `patience_s`."""
+    since: float | None = None
+
+    def look() -> str | None:
+        nonlocal since
+        if word := outcome(federation, run_id):
+            return word
+        if read_status(federation.folder)["supervisor"] is not None:
+            since = None
+            return None
+        since = clock() if since is None else since
+        return "unserved" if clock() - since >= patience_s else None
+
+    return look
+
+
 def overview(federation: Federation) -> dict[str, Any]:
     """Sites, runs and processes, as `fedserver status --json` prints them."""
+    status = read_status(federation.folder)
     return {
         "federation": federation.name,
         "address": federation.address,
-        "served": read_status(federation.folder).get("supervisor") is not None,
-        "processes": read_status(federation.folder)["children"],
+        "served": status["supervisor"] is not None,
+        "processes": status["children"],
+        "troubles": troubles(status),
         "sites": [_site(site, time.time()) for site in list_sites(federation.state)],
         "runs": [_run(federation, run) for run in list_runs(federation.state)],
     }

@@ -28,6 +28,7 @@ from shared_models.files import read_json, write_atomic, write_json
 
 POLL_S = 0.2
 LOG_LIMIT_BYTES = 10 * 2**20  # a full log becomes NAME.1, the one before it goes
+LATELY_S = 60.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -64,13 +65,19 @@ class Patience:
 
 @dataclass(slots=True)
 class Shown:
-    """What the status file says of a child; `last_exit` is negative for a signal, as in `subprocess`."""
+    """What the status file says of a child.
+
+    Attributes:
+        last_exit: negative for a signal, as in `subprocess`.
+        last_words: the last line of its log when it ended by itself, for the owner of the folder.
+    """
 
     pid: int | None = None
     state: Literal["running", "waiting", "stopped"] = "waiting"
     restarts: int = 0
     last_exit: int | None = None
     since: float = 0.0
+    last_words: str = ""
 
 
 @dataclass(slots=True)
@@ -119,7 +126,13 @@ def _attend(one: _Watched, patience: Patience) -> bool:
     if one.process is None:
         if now < one.next_start:
             return False
-        one.process, one.began = spawn(one.child), now
+        try:
+            one.process, one.began = spawn(one.child), now
+        except OSError as error:  # of its log: the disk is full
+            one.failures += 1
+            one.next_start = now + patience.longest_s
+            one.shown = Shown(None, "waiting", one.shown.restarts + 1, None, time.time(), str(error))
+            return True
         one.shown.pid, one.shown.state, one.shown.since = one.process.pid, "running", time.time()
         return True
     rotate(one.child.log)
@@ -129,8 +142,18 @@ def _attend(one: _Watched, patience: Patience) -> bool:
     one.failures = 1 if now - one.began >= patience.healthy_s else one.failures + 1
     pause_s = min(patience.longest_s, patience.first_s * 2 ** (one.failures - 1)) * random.uniform(0.75, 1.25)
     one.process, one.next_start = None, now + pause_s
-    one.shown = Shown(None, "waiting", one.shown.restarts + 1, code, time.time())
+    words = _last_line(one.child.log) if code > 0 else ""
+    one.shown = Shown(None, "waiting", one.shown.restarts + 1, code, time.time(), words)
     return True
+
+
+def _last_line(log: Path, most_bytes: int = 2000) -> str:
+    """Of a log, without what a terminal would obey; "" where there is none."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - most_bytes))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+        return "".join(c for c in lines[-1][-500:] if c.isprintable()) if lines else ""
+    return ""
 
 
 def spawn(child: Child, stdin: int | None = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
@@ -212,8 +235,12 @@ def rotate(log: Path, limit_bytes: int = LOG_LIMIT_BYTES) -> None:
     """Copies a full log aside and cuts it; its writer holds it open to append and goes on at the start."""
     with suppress(FileNotFoundError):
         if log.stat().st_size > limit_bytes:
-            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
-            log.with_name(f"{log.name}.1").chmod(0o600)
+            aside = log.with_name(f"{log.name}.1")
+            try:
+                shutil.copyfile(log, aside)
+                aside.chmod(0o600)
+            except OSError:  # a full disk: what is old makes room
+                aside.unlink(missing_ok=True)
             os.truncate(log, 0)
 
 
@@ -249,6 +276,36 @@ def _lock(handle: int, tries: int = 5) -> bool:
     return False
 
 
+def troubles(status: Mapping[str, Any]) -> list[str]:
+    """A sentence for each process of a served folder (`read_status`) that has ended lately and was not told to."""
+    if status.get("supervisor") is None:
+        return []
+    return [
+        _trouble(name, Shown(**child))
+        for name, child in status["children"].items()
+        if child["restarts"] and (child["state"] == "waiting" or time.time() - child["since"] < LATELY_S)
+    ]
+
+
+def tell_deaths(say: Callable[[str], None]) -> Callable[[Mapping[str, Shown]], None]:
+    """For `supervise`: says a sentence for each process that has ended and was not told to."""
+    told: dict[str, int] = {}
+
+    def on_change(shown: Mapping[str, Shown]) -> None:
+        for name, one in shown.items():
+            if one.restarts > told.get(name, 0):
+                told[name] = one.restarts
+                say(_trouble(name, one))
+
+    return on_change
+
+
+def _trouble(name: str, one: Shown) -> str:
+    how = "" if one.last_exit is None else f" by signal {-one.last_exit}" if one.last_exit < 0 else ""
+    times = "once" if one.restarts == 1 else f"{one.restarts} times"
+    return f"{name} has ended{how} and is started again, so far {times}; see logs/{name}.log. {one.last_words}".strip()
+
+
 def read_status(folder: Path) -> dict[str, Any]:
     """What status.json says, with `supervisor` None when nobody holds the folder: then the rest is history."""
     path = folder / "status.json"
@@ -276,7 +333,8 @@ def _is_held(folder: Path) -> bool:
 def _show(watched: Sequence[_Watched], folder: Path, on_change: Callable[[Mapping[str, Shown]], None] | None) -> None:
     shown = {one.child.name: one.shown for one in watched}
     children = {name: asdict(one) for name, one in shown.items()}
-    write_json(folder / "status.json", {"supervisor": os.getpid(), "children": children})
+    with suppress(OSError):  # a full disk is no reason to end processes that live
+        write_json(folder / "status.json", {"supervisor": os.getpid(), "children": children})
     if on_change is not None:
         on_change(shown)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from shared_models.cli import guarded
 from shared_models.errors import FederationError
 from shared_models.files import write_atomic
 from shared_models.protect.accounting import Spend, epsilon
+from shared_models.supervise import only_one
 from simulations.phantoms import PhantomPlan, phantom
 from tests.edge import running_edge
 
@@ -195,6 +197,41 @@ def test_a_path_that_cannot_be_is_told_and_not_traced(federation):
     assert "file" in refused(
         "fedsim", "phantom", "file/p", "--sites", "1", "--patients", "3", "--slices", "1", "--size", "16"
     )
+
+
+def test_a_port_that_something_else_listens_on_is_told_before_anything_is_started(federation, monkeypatch):
+    monkeypatch.setattr("fedserver.serve.PORT_PATIENCE_S", 0.0)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        told = refused("fedserver", "serve", "--host", "127.0.0.1", "--port", port)
+    assert f"127.0.0.1:{port}: cannot be listened on (Address already in use)" in told
+    assert "cannot be listened on" in refused("fedserver", "serve", "--host", "no such host", "--port", port)
+    assert not (federation / "logs/gateway.log").exists()
+
+
+def test_a_data_folder_that_has_gone_since_the_site_joined_is_told(tmp_path):
+    write_atomic(
+        Path("site/site.toml"), site_toml(SiteFile("north", "x:1", "f", Data(str(tmp_path / "gone")))).encode()
+    )
+    for name in ("start", "check"):
+        assert "gone: the data folder is not there. Mount it, or set `folder` under" in refused("fedclient", name)
+
+
+def test_a_run_that_is_no_longer_watched_goes_on_and_says_how_it_is_stopped(federation, monkeypatch):
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    Path("tiny.toml").write_text(TINY)
+    write_atomic(federation / "status.json", b'{"supervisor": 1, "children": {}}')
+    monkeypatch.setattr("fedserver.show.follow", interrupted)
+    with only_one(federation):
+        code, _, err = call("fedserver", "run", "tiny.toml")
+    assert (code, err) == (130, "run tiny-1 goes on; the same command shows it, `fedserver stop tiny-1` stops it\n")
+    monkeypatch.setattr("fedserver.show.follow", lambda *_: "unserved")
+    with only_one(federation):
+        assert "run tiny-1 waits: nothing serves federation any more" in refused("fedserver", "run", "tiny.toml")
 
 
 def test_a_message_with_brackets_is_printed_as_it_is():

@@ -215,6 +215,23 @@ def test_status_names_whom_a_run_waits_for_and_why_a_site_is_away() -> None:
     assert waits_for({}) == {}
 
 
+def test_status_names_the_sites_that_a_round_does_without_and_says_when_nothing_serves() -> None:
+    seats = {
+        "north": {"state": "refused", "reason": "DATA_INVALID", "attempt": 1},
+        "south": {"state": "counted", "reason": "", "attempt": 1},
+        "east": {"state": "rejected", "reason": "UPDATE_NONFINITE: holds NaN", "attempt": 1},
+    }
+    progress = {"phase": "train", "round": 2, "rounds": 3, "quorum": 1, "sites": seats}
+    run = {"id": "r-1", "study": "r", "state": "running", "message": "", "finished_rounds": 1, "rounds": 3}
+    facts = {"runs": [{**run, "progress": progress}], "sites": [], "served": False, "troubles": ["link has ended"]}
+    text = " ".join(shown(status_table(facts)).split())
+    assert "without north: refused (DATA_INVALID)" in text
+    assert "without east: answer not accepted (UPDATE_NONFINITE: holds NaN)" in text
+    assert "without south" not in text
+    assert "Nothing serves this federation: start `fedserver serve`" in text
+    assert "link has ended" in text
+
+
 def test_an_empty_federation_is_told_what_to_do_next() -> None:
     text = shown(status_table({"runs": [], "sites": []}))
     assert "fedserver run STUDY" in text

@@ -12,8 +12,9 @@ from fedserver.checkpoint import RunFolder, create_run, read_state, read_study, 
 from fedserver.enrol import Federation, init_federation, invite
 from fedserver.show import status_table
 from fedserver.state import RunState, change_run, find_run, list_runs
-from fedserver.submit import Submitted, outcome, overview, submit
+from fedserver.submit import Submitted, outcome, overview, submit, watched
 from shared_models.errors import StateInvalid
+from shared_models.files import write_json
 from shared_models.nets import initial_weights
 from shared_models.study import Model, Preprocess, Rounds, Study, sha256
 from shared_models.supervise import only_one
@@ -204,6 +205,23 @@ def test_the_overview_says_whether_the_federation_is_served(federation):
     assert not overview(federation)["served"]
     with only_one(federation.folder):
         assert overview(federation)["served"]
+
+
+def test_a_run_that_nobody_serves_any_more_is_not_waited_for_without_end(federation):
+    run_id, now = submit(federation, STUDY, None, False).id, 100.0
+    look = watched(federation, run_id, patience_s=30, clock=lambda: now)
+    with only_one(federation.folder):
+        write_json(federation.folder / "status.json", {"supervisor": 1, "children": {}})
+        assert look() is None
+    assert look() is None  # a supervisor that was killed may come back
+    now = 129.0
+    assert look() is None
+    now = 130.0
+    assert look() == "unserved"
+    with only_one(federation.folder):
+        assert look() is None
+    change_run(federation.state, run_id, 1.0, "finished")
+    assert look() == "finished"
 
 
 def test_one_damaged_run_hides_no_other(federation):

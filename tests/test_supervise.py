@@ -27,6 +27,8 @@ from shared_models.supervise import (
     rotate,
     spawn,
     supervise,
+    tell_deaths,
+    troubles,
 )
 
 QUICK = Patience(first_s=0.05, longest_s=0.2, healthy_s=60, grace_s=0.5)
@@ -73,6 +75,66 @@ def test_a_child_that_cannot_live_is_tried_again_and_again_with_longer_pauses(tm
     moments = [float(word) for word in times.read_text().split()]
     assert status(tmp_path)["child0"]["last_exit"] in (3, -15)
     assert moments[4] - moments[3] > 0.14  # doubled up to 0.2 s, less a quarter
+
+
+def test_the_last_words_of_a_child_that_dies_are_told_once_for_each_death_and_shown_by_the_status(
+    tmp_path: Path,
+) -> None:
+    stop, said = threading.Event(), list[str]()
+    child = Child(
+        "link", ["sh", "-c", "echo first; printf 'state.db: is \\033damaged\\n'; exit 3"], tmp_path / "logs/link.log"
+    )
+    thread = threading.Thread(target=supervise, args=([child], stop, tmp_path, QUICK, tell_deaths(said.append)))
+    with only_one(tmp_path):
+        thread.start()
+        wait(lambda: len(said) >= 2)
+        shown = troubles(read_status_of_another_process(tmp_path))
+        stop.set()
+        thread.join()
+    assert said[:2] == [
+        "link has ended and is started again, so far once; see logs/link.log. state.db: is damaged",
+        "link has ended and is started again, so far 2 times; see logs/link.log. state.db: is damaged",
+    ]
+    assert len(shown) == 1
+    assert shown[0].endswith("see logs/link.log. state.db: is damaged")
+
+
+def read_status_of_another_process(folder: Path) -> dict[str, Any]:
+    return {**json.loads((folder / "status.json").read_text())}
+
+
+def test_a_child_that_is_killed_is_told_with_its_signal_and_one_that_lives_is_no_trouble(tmp_path: Path) -> None:
+    with supervised(tmp_path, ["sleep", "60"]):
+        quiet = troubles(read_status_of_another_process(tmp_path))
+        os.kill(status(tmp_path)["child0"]["pid"], signal.SIGKILL)
+        wait(lambda: status(tmp_path)["child0"]["restarts"])
+        told = troubles(read_status_of_another_process(tmp_path))
+    assert (quiet, told) == (
+        [],
+        ["child0 has ended by signal 9 and is started again, so far once; see logs/child0.log."],
+    )
+
+
+def test_a_full_disk_ends_no_process_that_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = tmp_path / "starts"
+    with supervised(tmp_path, ["sh", "-c", f"echo one >> {starts}; exec sleep 60"]):
+        wait(starts.exists)
+        monkeypatch.setattr("shared_models.supervise.write_json", _full)
+        os.kill(status(tmp_path)["child0"]["pid"], signal.SIGKILL)
+        wait(lambda: starts.read_text() == "one\none\n")
+        monkeypatch.undo()
+
+
+def test_a_log_that_finds_no_room_aside_is_cut_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"x" * 200)
+    monkeypatch.setattr("shared_models.supervise.shutil.copyfile", _full)
+    rotate(log, limit_bytes=100)
+    assert [(p.name, p.stat().st_size) for p in tmp_path.iterdir()] == [("log", 0)]
+
+
+def _full(*_: object) -> None:
+    raise OSError(28, "No space left on device", "status.json")
 
 
 def test_the_output_of_a_child_is_in_its_log(tmp_path: Path) -> None:
@@ -164,4 +226,4 @@ def test_a_secret_is_made_once_and_is_its_owners_alone(tmp_path: Path) -> None:
 def test_the_status_file_is_json_for_others_to_read(tmp_path: Path) -> None:
     with supervised(tmp_path, ["sleep", "60"]):
         written = json.loads((tmp_path / "status.json").read_text())
-    assert set(written["children"]["child0"]) == {"pid", "state", "restarts", "last_exit", "since"}
+    assert set(written["children"]["child0"]) == {"pid", "state", "restarts", "last_exit", "since", "last_words"}
