@@ -164,5 +164,8 @@ def test_every_ready_study_has_a_network_that_answers(name):
     study = load_study(name)
     net = network(study)
     with torch.no_grad():
-        assert torch.isfinite(net.eval()(torch.zeros(1, 1, 32, 32))).all()
+        edges = (32,) * study.model.spatial_dims
+        answer = net.eval()(torch.zeros(1, max(1, len(study.channels)), *edges))
+    assert answer.shape == (1, len(study.task.labels), *edges)
+    assert torch.isfinite(answer).all()
     assert schema(net) == schema_of(initial_weights(study))
