@@ -1,17 +1,22 @@
 """From voxels to what a network sees, and its answer back onto the voxels: training, evaluation and the release alike.
 
 Every axis is one straight line: pixel `o` of an example lies at native index `start + step * o`. So scaling, cropping
-and padding are one separable gather (10 times faster than a general affine), and the way back is its inverse.
+and padding are one separable gather (10 times faster than a general affine), and the way back is its inverse. It goes
+plane by plane, so that what it works on stays in the processor's cache; no copy of the volume is made on the way.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+from scipy.sparse import csr_array
 
 from shared_models.study import Preprocess
+
+Plane = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +26,8 @@ class Geometry:
     Attributes:
         shape: native voxels I, J, K.
         spacing_mm: of the native grid, along I, J, K.
-        size: of one example: (rows, columns) of a plane, or (rows, columns, planes).
+        size: of one example: (rows, columns) of a plane, or (rows, columns, planes); of the whole image, where
+            patches of it are trained on.
         start, step: native index of pixel 0, and native voxels per pixel, for each axis of `size`.
     """
 
@@ -50,15 +56,42 @@ class Examples:
     """One image as examples.
 
     Attributes:
-        images: float32[N, C, rows, columns], one for each plane k; or float32[1, C, rows, columns, planes].
+        images: [N, C, rows, columns], one for each plane k; or [1, C, rows, columns, planes].
         geometry: for labels, and for the way back.
     """
 
-    images: NDArray[np.float32]
+    images: NDArray[Any]
     geometry: Geometry
 
 
-def preprocess(voxels: NDArray[np.float32], spacing_mm: tuple[float, float, float], plan: Preprocess) -> Examples:
+class _Line(NamedTuple):
+    """One axis of a gather: pixels `first` up to `last` lie on the image.
+
+    Attributes:
+        taps, weights: [last - first, taps]; the native voxels that make each of them, and their shares.
+        whole: a pixel is a voxel; then there is one tap.
+    """
+
+    first: int
+    last: int
+    taps: NDArray[np.intp]
+    weights: NDArray[np.float32]
+    whole: bool
+
+    @property
+    def matrix(self) -> csr_array:
+        rows, each = self.taps.shape
+        ends = np.arange(0, rows * each + 1, each, dtype=np.int32)
+        taps = self.taps.ravel().astype(np.int32)
+        return csr_array((self.weights.ravel(), taps, ends), shape=(rows, int(taps.max(initial=0)) + 1))
+
+
+def preprocess(
+    voxels: NDArray[np.float32],
+    spacing_mm: tuple[float, float, float],
+    plan: Preprocess,
+    dtype: DTypeLike = np.float32,
+) -> Examples:
     """The examples of one image float32[C, I, J, K].
 
     Rows are axis I and columns axis J, never transposed: for pictures as they are displayed; for CT and MR in RAS+
@@ -67,23 +100,69 @@ def preprocess(voxels: NDArray[np.float32], spacing_mm: tuple[float, float, floa
     padding of -2000 HU does not bleed into its neighbours; what lies outside the image gets its lowest value.
     """
     i, j, k = voxels.shape[1:]
-    geometry = plan_geometry((i, j, k), spacing_mm, plan)
-    images, low = _intensity(voxels, plan)
-    for axis, (start, step, count) in enumerate(zip(geometry.start, geometry.step, geometry.size, strict=True), 1):
-        images = _resample(images, axis, start, step, count)
-    _pad(images, geometry, low)
-    return Examples(_as_examples(images, geometry), geometry)
+    return sampled(voxels, plan_geometry((i, j, k), spacing_mm, plan), plan, dtype)
+
+
+def sampled(
+    voxels: NDArray[np.float32], geometry: Geometry, plan: Preprocess, dtype: DTypeLike = np.float32
+) -> Examples:
+    """The examples of an image at the places that `geometry` says."""
+    count = geometry.examples
+    images = np.empty((count, len(voxels), *geometry.size), dtype)
+    # [C, rows, columns, planes]
+    to = np.moveaxis(images, 0, -1) if len(geometry.size) == 2 else images[0]
+    lines = [
+        _line(n, start, step, edge)
+        for n, start, step, edge in zip(geometry.shape, geometry.start, geometry.step, geometry.size, strict=False)
+    ]
+    if len(lines) == 2:
+        lines.append(_line(geometry.shape[2], 0.0, 1.0, geometry.shape[2]))
+    sources, scale, low = _intensity(voxels, plan)
+    for channel, source in enumerate(sources):
+        if any((line.first, line.last) != (0, n) for line, n in zip(lines, to.shape[1:], strict=True)):
+            to[channel] = low[channel]
+        _gather(source, lines, scale, to[channel])
+    return Examples(images, geometry)
+
+
+def _gather(source: NDArray[np.float32], lines: list[_Line], scale: Callable[[Plane], Plane], to: NDArray[Any]) -> None:
+    """Puts the mapped and resampled `source` [I, J, K] into `to` [rows, columns, planes], a plane of I at a time."""
+    across, along, up = lines
+    columns, planes = (None if line.whole else line.matrix for line in (along, up))
+    inner = to[:, along.first : along.last, up.first : up.last]
+    if not inner.size:
+        return
+    ready: dict[int, Plane] = {}  # the planes that the next pixels may need again
+    for pixel, (taps, weights) in enumerate(zip(across.taps.tolist(), across.weights, strict=True), across.first):
+        ready = {at: ready[at] if at in ready else scale(source[at]) for at in taps}
+        if across.whole:
+            plane = ready[taps[0]]
+        else:
+            plane = ready[taps[0]] * weights[0]
+            for at, weight in zip(taps[1:], weights[1:], strict=True):
+                plane += ready[at] * weight
+        if columns is None:
+            plane = plane[along.taps[0, 0] : along.taps[-1, 0] + 1]
+        else:
+            plane = columns @ plane[: columns.shape[1]]
+        if planes is None:
+            inner[pixel] = plane[:, up.taps[0, 0] : up.taps[-1, 0] + 1]
+        else:
+            inner[pixel] = (planes @ np.ascontiguousarray(plane.T[: planes.shape[1]])).T
 
 
 def preprocess_labels(labels: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
     """uint8[N, *size] from uint8[I, J, K] by nearest neighbour; 0 outside the image."""
     small = labels
     for axis, (start, step, count) in enumerate(zip(geometry.start, geometry.step, geometry.size, strict=True)):
+        n = geometry.shape[axis]
+        if (start, step, count) == (0, 1, n):
+            continue
         at = start + step * np.arange(count)
-        index = np.clip(np.floor(at + 0.5).astype(np.intp), 0, geometry.shape[axis] - 1)
+        index = np.clip(np.floor(at + 0.5).astype(np.intp), 0, n - 1)
         small = small.take(index, axis=axis)
-        np.moveaxis(small, axis, 0)[~_inside(at, geometry.shape[axis])] = 0
-    return _as_examples(small[None], geometry)[:, 0]
+        np.moveaxis(small, axis, 0)[~_inside(at, n)] = 0
+    return np.ascontiguousarray(np.moveaxis(small, -1, 0) if len(geometry.size) == 2 else small[None])
 
 
 def restore(prediction: NDArray[np.float32], geometry: Geometry) -> NDArray[np.float32]:
@@ -91,13 +170,14 @@ def restore(prediction: NDArray[np.float32], geometry: Geometry) -> NDArray[np.f
     native = np.moveaxis(prediction, 0, -1) if len(geometry.size) == 2 else prediction[0]
     for axis, (start, step, count) in enumerate(zip(geometry.start, geometry.step, geometry.shape, strict=False), 1):
         native = _resample(native, axis, -start / step, 1 / step, count)
-        seen = _inside((np.arange(count) - start) / step, geometry.size[axis - 1])
-        np.moveaxis(native, axis, 0)[~seen] = 0
     return np.ascontiguousarray(native, dtype=np.float32)
 
 
 def plan_geometry(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], plan: Preprocess) -> Geometry:
-    """Where the plan's examples lie on a grid: centred on the image, by its voxel size or its extent in mm."""
+    """Where the plan's examples lie on a grid: centred on the image, by its voxel size or its extent in mm.
+
+    Where the plan trains on patches this is the whole image, with room around it for a patch that is larger.
+    """
     dims = len(plan.size)
     if plan.fit == "letterbox":  # one scale for all axes, in mm, that just holds the longest
         pixel_mm = max(n * mm / size for n, mm, size in zip(shape, spacing_mm, plan.size, strict=False))
@@ -107,24 +187,54 @@ def plan_geometry(shape: tuple[int, int, int], spacing_mm: tuple[float, float, f
     else:
         steps = [1.0] * dims
     steps = [1.0 if abs(step - 1) < 1e-4 else step for step in steps]  # rounding of a header is no reason to blur
+    sizes = plan.size
+    if plan.fit == "patches":  # every voxel of the image has a pixel, and every patch fits in
+        sizes = tuple(
+            max(edge, math.ceil(n / step - 1e-6)) for n, edge, step in zip(shape, sizes, steps, strict=False)
+        )
     starts = [
         # a half voxel of shift would blur as well
         float((n - size) // 2) if step == 1 else (n - 1) / 2 - step * (size - 1) / 2
-        for n, size, step in zip(shape, plan.size, steps, strict=False)
+        for n, size, step in zip(shape, sizes, steps, strict=False)
     ]
-    return Geometry(shape, spacing_mm, plan.size, tuple(starts), tuple(steps))
+    return Geometry(shape, spacing_mm, sizes, tuple(starts), tuple(steps))
 
 
-def _intensity(voxels: NDArray[np.float32], plan: Preprocess) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mapped voxels, and the lowest value of each channel."""
-    if plan.intensity == "zscore":
-        return _zscore(voxels, plan)
+def _intensity(
+    voxels: NDArray[np.float32], plan: Preprocess
+) -> tuple[NDArray[np.float32], Callable[[Plane], Plane], NDArray[np.float32]]:
+    """Voxels, what is still to be done to each plane of them, and the lowest value of each channel afterwards."""
+    low, high = plan.window_hu
     if plan.intensity == "window":
-        low, high = plan.window_hu
-        mapped = np.clip(voxels, low, high)
-        mapped -= np.float32(low)
-        mapped *= np.float32(1 / (high - low))
-        return mapped, np.zeros(len(voxels), np.float32)
+        factor = np.float32(1 / (high - low))
+
+        def windowed(plane: Plane) -> Plane:
+            mapped = np.clip(plane, low, high)
+            mapped -= np.float32(low)
+            mapped *= factor
+            return mapped
+
+        return voxels, windowed, np.zeros(len(voxels), np.float32)
+    if plan.intensity == "zscore" and plan.mean is not None and plan.deviation is not None:
+        # CT by the mean and deviation of all sites' labelled voxels, other images each by its own (as nnU-Net does)
+        mean, deviation = plan.mean, plan.deviation
+
+        def standardised(plane: Plane) -> Plane:
+            mapped = np.clip(plane, low, high)
+            mapped -= np.float32(mean)
+            mapped /= np.float32(deviation)
+            return mapped
+
+        return voxels, standardised, np.full(len(voxels), (low - mean) / deviation, np.float32)
+    mapped, lowest = _zscore(voxels, plan.nonzero) if plan.intensity == "zscore" else _percentile(voxels)
+    return mapped, _as_it_is, lowest
+
+
+def _as_it_is(plane: Plane) -> Plane:
+    return plane
+
+
+def _percentile(voxels: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     bounds = np.percentile(voxels.reshape(len(voxels), -1), (0.5, 99.5), axis=1).astype(np.float32)
     low_of, high_of = bounds.reshape(2, -1, 1, 1, 1)
     mapped = np.clip(voxels, low_of, high_of)
@@ -134,55 +244,49 @@ def _intensity(voxels: NDArray[np.float32], plan: Preprocess) -> tuple[NDArray[n
     return mapped, mapped.min(axis=(1, 2, 3))
 
 
-def _zscore(voxels: NDArray[np.float32], plan: Preprocess) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """CT by the mean and deviation of all sites' labelled voxels, other images each by its own (as nnU-Net does)."""
-    if plan.mean is not None and plan.deviation is not None:
-        low, high = plan.window_hu
-        mapped = np.clip(voxels, low, high)
-        mapped -= np.float32(plan.mean)
-        mapped /= np.float32(plan.deviation)
-        return mapped, np.full(len(voxels), (low - plan.mean) / plan.deviation, np.float32)
+def _zscore(voxels: NDArray[np.float32], nonzero: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Each channel of each image by its own mean and deviation."""
     mapped = voxels.copy()
     for channel in mapped:
-        seen = channel[channel != 0] if plan.nonzero else channel
+        seen = channel[channel != 0] if nonzero else channel
         if seen.size:
             mean, deviation = seen.mean(dtype=np.float64), seen.std(dtype=np.float64)
             scaled = (channel - np.float32(mean)) / np.float32(deviation or 1)
-            channel[...] = np.where(channel == 0, 0, scaled) if plan.nonzero else scaled
-    return mapped, np.zeros(len(voxels), np.float32) if plan.nonzero else mapped.min(axis=(1, 2, 3))
+            channel[...] = np.where(channel == 0, 0, scaled) if nonzero else scaled
+    return mapped, np.zeros(len(voxels), np.float32) if nonzero else mapped.min(axis=(1, 2, 3))
 
 
-def _resample(data: NDArray[np.float32], axis: int, start: float, step: float, count: int) -> NDArray[np.float32]:
-    """`data` at `start + step * o` along one axis: linear, and where it shrinks a triangle that keeps fine lines from
-    turning into false ones. Outside the data its edge goes on."""
-    source = data.shape[axis]
-    if step == 1 and start == int(start):
-        return data.take(np.clip(np.arange(count) + int(start), 0, source - 1), axis=axis)
+def _line(source: int, start: float, step: float, count: int) -> _Line:
+    """`count` pixels at `start + step * o` along an axis of `source` voxels: linear, and where it shrinks a triangle
+    that keeps fine lines from turning into false ones. Outside the image its edge goes on."""
     at = start + step * np.arange(count)
+    on = np.flatnonzero(_inside(at, source))
+    first, last = (int(on[0]), int(on[-1]) + 1) if on.size else (0, 0)
+    at = at[first:last]
+    if step == 1 and start == int(start):
+        return _Line(first, last, at.astype(np.intp)[:, None], np.ones((len(at), 1), np.float32), True)
     width = max(1.0, step)
     taps = np.floor(at - width).astype(np.intp)[:, None] + 1 + np.arange(math.ceil(2 * width))
     weights = np.clip(1 - np.abs(taps - at[:, None]) / width, 0, None)
     weights /= weights.sum(axis=1, keepdims=True)
-    taps = np.clip(taps, 0, source - 1)
-    along = (count,) + (1,) * (data.ndim - axis - 1)
+    return _Line(first, last, np.clip(taps, 0, source - 1), weights.astype(np.float32), False)
+
+
+def _resample(data: NDArray[np.float32], axis: int, start: float, step: float, count: int) -> NDArray[np.float32]:
+    """`data` along one axis; 0 outside."""
+    line = _line(data.shape[axis], start, step, count)
     out = np.zeros((*data.shape[:axis], count, *data.shape[axis + 1 :]), np.float32)
-    for tap in range(taps.shape[1]):
-        out += data.take(taps[:, tap], axis=axis) * weights[:, tap].astype(np.float32).reshape(along)
+    if line.last > line.first:
+        moved, to = np.moveaxis(data, axis, 0), np.moveaxis(out, axis, 0)[line.first : line.last]
+        if line.whole:
+            to[...] = moved[line.taps[0, 0] : line.taps[-1, 0] + 1]
+        else:
+            weights = line.matrix
+            rows = np.ascontiguousarray(moved[: weights.shape[1]]).reshape(weights.shape[1], -1)
+            to[...] = (weights @ rows).reshape(to.shape)
     return out
 
 
 def _inside(at: NDArray[np.floating[Any]], count: int) -> NDArray[np.bool_]:
     """Whether native positions lie on the image, whose first and last voxels reach half a voxel out."""
     return (at > -0.5 - 1e-6) & (at < count - 0.5 + 1e-6)
-
-
-def _pad(images: NDArray[np.float32], geometry: Geometry, low: NDArray[np.float32]) -> None:
-    for axis, (start, step, count) in enumerate(zip(geometry.start, geometry.step, geometry.size, strict=True), 1):
-        outside = ~_inside(start + step * np.arange(count), geometry.shape[axis - 1])
-        for channel, lowest in zip(images, low, strict=True):
-            np.moveaxis(channel, axis - 1, 0)[outside] = lowest
-
-
-def _as_examples(data: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
-    """[C, rows, columns, planes] as [N, C, *size]."""
-    return np.ascontiguousarray(np.moveaxis(data, -1, 0) if len(geometry.size) == 2 else data[None])

@@ -17,7 +17,7 @@ from fedclient.data.nrrd import read_nrrd
 from fedclient.data.pictures import picture_values, read_picture
 from fedclient.data.volume import MAX_PIXELS as MAX_PIXELS
 from fedclient.data.volume import MAX_VOXELS as MAX_VOXELS
-from fedclient.data.volume import PICTURE_PIXELS
+from fedclient.data.volume import PICTURE_PIXELS, contiguous
 from fedclient.data.volume import Volume as Volume
 from shared_models.errors import ImageUnreadable
 
@@ -131,7 +131,7 @@ def _whole(values: NDArray[Any]) -> NDArray[np.uint8]:
         raise ImageUnreadable(
             "a label is below 0, above 255 or not a number. Number the labels from 1; 127 = ignore.", "LABEL_VALUES"
         )
-    labels = np.ascontiguousarray(values, dtype=np.uint8)
+    labels: NDArray[np.uint8] = contiguous(values, np.uint8)
     if not np.array_equal(labels, values):
         raise ImageUnreadable(
             "some labels are fractions (resampled or blurred). Export labels with nearest neighbour.", "LABEL_VALUES"

@@ -32,7 +32,7 @@ def read_nifti(path: Path, part: int | None = None) -> Volume:
     """
     values, affine_ras = nifti_values(path, part)
     voxels = contiguous(values)
-    if not np.isfinite(voxels).all():
+    if values.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise ImageUnreadable(
             "NIfTI: some voxels are NaN or infinite. Replace them (air is -1000 HU) and save again.",
             code="INTENSITY_INVALID",
@@ -40,8 +40,9 @@ def read_nifti(path: Path, part: int | None = None) -> Volume:
     return Volume(voxels[None], affine_ras)
 
 
-def nifti_values(path: Path, part: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Scaled values [I, J, K] in RAS+, finite or not, and their affine in mm."""
+def nifti_values(path: Path, part: int | None = None) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Values [I, J, K] in RAS+ and their affine in mm: whole numbers as stored, where the header scales none; else
+    float32, finite or not."""
     try:
         with _opened(path) as (file, version):
             image: Any = (nibabel.Nifti2Image if version == 2 else nibabel.Nifti1Image).from_stream(file)
@@ -49,9 +50,7 @@ def nifti_values(path: Path, part: int | None = None) -> tuple[NDArray[np.float3
             _check_values(header)
             affine_ras = _affine(header)
             shape = _shape(header, part)  # before a header that lies makes room for its voxels
-            chosen = slice(None) if part is None else (slice(None),) * 3 + (part,)
-            with np.errstate(over="ignore"):  # too large for float32 is refused as infinite
-                values = np.asarray(image.dataobj[chosen], dtype=np.float32).reshape(shape)
+            values = _values(file, image.dataobj, shape, part or 0)
             turn = turn_to_ras(affine_ras, shape)
             return turned(values, turn), affine_ras @ turn.stored_of_voxel
     except (
@@ -61,6 +60,28 @@ def nifti_values(path: Path, part: int | None = None) -> tuple[NDArray[np.float3
         raise ImageUnreadable(
             f"NIfTI: the file is broken or cut short ({type(e).__name__}). Copy or export it again."
         ) from None  # their messages hold the path
+
+
+def _values(file: Any, stored: Any, shape: tuple[int, ...], part: int) -> NDArray[Any]:
+    """The voxels of one volume. nibabel would make float64 of them: 39 ms for 256 x 256 x 64 of int16, so 5.
+
+    They are read, not mapped: a file that is cut short meanwhile would end the process.
+    """
+    count, kind = math.prod(shape), stored.dtype
+    file.seek(stored.offset + part * count * kind.itemsize)
+    content = file.read(count * kind.itemsize)
+    if len(content) < count * kind.itemsize:
+        raise EOFError
+    values = np.frombuffer(content, kind).reshape(shape, order="F")
+    if (stored.slope, stored.inter) == (1.0, 0.0) and kind.kind in "iu":
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):  # too large for float32 is refused as infinite
+        if (stored.slope, stored.inter) == (1.0, 0.0):
+            return values.astype(np.float32)
+        scaled = np.empty(shape, np.float32, order="F")
+        for k in range(shape[2]):  # in float64, as nibabel does, without a float64 copy of it all
+            scaled[:, :, k] = values[:, :, k] * np.float64(stored.slope) + np.float64(stored.inter)
+        return scaled
 
 
 @contextmanager
