@@ -29,6 +29,8 @@ check: setup
 	$(BIN)/python -m pytest
 
 bench: setup
+	$(BIN)/python -m simulations.bench.pipeline
+	$(BIN)/python -m simulations.bench.plan
 	$(BIN)/python -m simulations.bench.overhead
 	$(BIN)/python -m simulations.bench.server_memory
 	$(BIN)/python -m simulations.bench.secagg

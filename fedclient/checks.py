@@ -1,6 +1,5 @@
 """A first look at a site's data: every file read once, counted, nothing told to anybody else."""
 
-from pathlib import Path
 from typing import Any
 
 from fedclient.data.cases import Case, Mask, read_case
@@ -33,7 +32,14 @@ def look(site: Site, study: str | None, progress: Progress) -> dict[str, Any]:
         from fedclient.data.dataset import prepare
         from shared_models.study import load_study
 
-        prepare([c for c in cases if c.label is not None], load_study(study), Path(site.folder) / "cache", progress)
+        prepare(
+            [c for c in cases if c.label is not None],
+            load_study(study),
+            site.folder / "cache",
+            progress,
+            quota_bytes=site.quota_bytes,
+            processes=site.processes,
+        )
     return {
         "layout": listing.layout,
         "findings": [f"{found.code}: {found.what}" for found in listing.findings],

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fedclient.data.quota import GIB, QUOTA_GIB
 from fedclient.data.where import Where
 from shared_models.errors import StateInvalid
 from shared_models.files import write_atomic
@@ -51,11 +52,24 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """`[compute]`: `device` is auto (the first GPU, else CPU), cpu or cuda:N; `threads` 0 leaves it to PyTorch."""
+    """`[compute]`: `device` is auto (the first GPU, else CPU), cpu or cuda:N; `threads` 0 leaves it to PyTorch.
+
+    Attributes:
+        processes: that prepare images side by side; 0 is one for each core, at most 8.
+    """
 
     __pydantic_config__ = STRICT
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    processes: Annotated[int, Field(ge=0, le=256)] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """`[cache]`: the most that preprocessed images may take up; the least recently used go first."""
+
+    __pydantic_config__ = STRICT
+    quota_gib: Annotated[float, Field(gt=0, le=1e6)] = QUOTA_GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +91,7 @@ class SiteFile:
     data: Data
     compute: Compute = field(default_factory=Compute)
     policy: Policy = field(default_factory=Policy)
+    cache: Cache = field(default_factory=Cache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +103,8 @@ class Site:
         manifest_sites: the rows of the manifest that are this site's; none named are all of a manifest of one site.
         salt: secret of the site that case keys and splits are derived with.
         apart, pooled: of a simulation; see `Where.name` and `Where.pooled`.
+        processes: that prepare images side by side.
+        quota_bytes: the most that the cache may take up.
         deployed: tensors travel as blobs, and finished work is kept for an order that comes again.
     """
 
@@ -105,6 +122,8 @@ class Site:
     structures: Mapping[str, str] = field(default_factory=dict)
     apart: str = ""
     pooled: tuple[Where, ...] = ()
+    processes: int = 1
+    quota_bytes: int = int(QUOTA_GIB * GIB)
 
     @property
     def where(self) -> Where:
@@ -183,6 +202,8 @@ def open_site(node_config: Mapping[str, object]) -> Site:
             coordinator=file.coordinator,
             layout=file.data.layout,
             structures=file.data.structures,
+            processes=file.compute.processes or min(8, len(os.sched_getaffinity(0))),
+            quota_bytes=int(file.cache.quota_gib * GIB),
         )
     where = _where(node_config)
     return Site(

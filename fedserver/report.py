@@ -90,9 +90,10 @@ def in_words(study: Study) -> str:
     loss = {"bce": "binary cross-entropy", "dice_bce": "soft Dice and binary cross-entropy"}[task.loss]
     pull = f", with a pull towards the received weights of {train.proximal_mu:g} (FedProx)" if train.proximal_mu else ""
     share = {"examples": "by its number of examples", "uniform": "like every other"}[study.strategy.weighting]
+    pieces = ", in patches" if plan.fit == "patches" else ""
     return (
         f"{_PROPER.get(study.model.name, study.model.name)} in {study.model.spatial_dims}-D that marks "
-        f"{', '.join(task.labels)} on {kind} images of {' x '.join(map(str, plan.size))}. In each of "
+        f"{', '.join(task.labels)} on {kind} images{pieces} of {' x '.join(map(str, plan.size))}. In each of "
         f"{study.rounds.count} rounds every site trains ({amount}, batches of {train.batch_size}, "
         f"{_PROPER.get(train.optimizer, train.optimizer)} with learning rate {train.learning_rate:g}, against "
         f"{loss}{pull}), and {_PROPER.get(study.strategy.name, study.strategy.name)} combines what they learned, each "

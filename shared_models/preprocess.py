@@ -189,9 +189,7 @@ def plan_geometry(shape: tuple[int, int, int], spacing_mm: tuple[float, float, f
     steps = [1.0 if abs(step - 1) < 1e-4 else step for step in steps]  # rounding of a header is no reason to blur
     sizes = plan.size
     if plan.fit == "patches":  # every voxel of the image has a pixel, and every patch fits in
-        sizes = tuple(
-            max(edge, math.ceil(n / step - 1e-6)) for n, edge, step in zip(shape, sizes, steps, strict=False)
-        )
+        sizes = tuple(max(edge, math.ceil(n / step - 1e-6)) for n, edge, step in zip(shape, sizes, steps, strict=False))
     starts = [
         # a half voxel of shift would blur as well
         float((n - size) // 2) if step == 1 else (n - 1) / 2 - step * (size - 1) / 2

@@ -102,12 +102,14 @@ class Preprocess:
     Attributes:
         size: pixels (rows, columns) or voxels (rows, columns, planes) of one example.
         fit: `letterbox` scales the whole image into `size` keeping its aspect; `crop_pad` keeps the voxel size
-            (or resamples to `spacing_mm`) and crops or pads around the centre.
+            (or resamples to `spacing_mm`) and crops or pads around the centre; `patches` keeps the voxel size
+            likewise and the whole image: `size` is of patches, which are drawn from it at random for training and
+            moved over it, overlapping, to predict.
         intensity: `window` clips to `window_hu` and maps to [0, 1]; `percentile` clips each image to its own 0.5 and
             99.5 percentiles and standardises it (mean 0, deviation 1); `zscore` clips to `window_hu`, subtracts `mean`
             and divides by `deviation`, or standardises each image as it is where these are not given.
         nonzero: that standardisation looks at voxels that are not 0, and leaves 0 as it is (images without a skull).
-        spacing_mm: voxel size (rows, columns[, planes]) before cropping; only with `crop_pad`.
+        spacing_mm: voxel size (rows, columns[, planes]) before cropping; not with `letterbox`.
     """
 
     __pydantic_config__ = STRICT
@@ -115,7 +117,7 @@ class Preprocess:
         256,
         256,
     )
-    fit: Literal["letterbox", "crop_pad"] = "letterbox"
+    fit: Literal["letterbox", "crop_pad", "patches"] = "letterbox"
     intensity: Literal["window", "percentile", "zscore"] = "window"
     window_hu: tuple[Finite, Finite] = (-1000.0, 400.0)
     mean: Finite | None = None
@@ -126,10 +128,10 @@ class Preprocess:
     def __post_init__(self) -> None:
         if not self.window_hu[0] < self.window_hu[1]:
             raise ValueError(f"window_hu must rise, it is {list(self.window_hu)}")
-        if self.spacing_mm is not None and (self.fit != "crop_pad" or len(self.spacing_mm) != len(self.size)):
+        if self.spacing_mm is not None and (self.fit == "letterbox" or len(self.spacing_mm) != len(self.size)):
             raise ValueError(
-                f'spacing_mm is {list(self.spacing_mm)} with fit = "{self.fit}"; it needs fit = "crop_pad" and as many '
-                f"numbers as size {list(self.size)}"
+                f'spacing_mm is {list(self.spacing_mm)} with fit = "{self.fit}"; it needs fit = "crop_pad" or '
+                f'"patches", and as many numbers as size {list(self.size)}'
             )
         if (self.mean is None) != (self.deviation is None) or (self.mean is not None and self.intensity != "zscore"):
             raise ValueError('mean and deviation come together, and only with intensity = "zscore"')
@@ -166,6 +168,8 @@ class Train:
         local_steps: batches a round instead of `local_epochs`, so that sites of unlike size do equal work.
         schedule: of the learning rate over the rounds; `cosine` falls to a twentieth in the last (Loshchilov & Hutter
             2017, equation 5, one cycle).
+        foreground: share of the patches that are drawn around a labelled voxel; only with preprocess.fit = "patches",
+            where 0.33 is taken if nothing is said.
         proximal_mu: FedProx's pull towards the received weights (Li et al. 2020, equation 2); 0 is plain training.
         precision: `auto` is bf16 autocast on a GPU that has it, float32 elsewhere.
         deterministic: bit-equal weights on a second run of the same machine and thread count; slower on a GPU.
@@ -175,6 +179,7 @@ class Train:
     local_epochs: Annotated[int, Field(ge=1, le=1000)] = 1
     local_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    foreground: Annotated[float, Field(ge=0, le=1)] | None = None
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: Positive = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
@@ -228,11 +233,17 @@ class Strategy:
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """`[evaluate]`: validation each `every` rounds (0: never), test after the last; `threshold` is a probability."""
+    """`[evaluate]`: validation each `every` rounds (0: never), test after the last; `threshold` is a probability.
+
+    Attributes:
+        overlap: share of its edge by which patches overlap that are moved over an image; only with preprocess.fit =
+            "patches", where 0.5 is taken if nothing is said.
+    """
 
     __pydantic_config__ = STRICT
     every: Annotated[int, Field(ge=0)] = 1
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    overlap: Annotated[float, Field(ge=0, le=0.9)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +307,9 @@ class Study:
                 f'preprocess.intensity = "{self.preprocess.intensity}" is for modality = "ct", which is '
                 f'"{self.modality}"; use "percentile"'
             )
+        for key, given in (("train.foreground", self.train.foreground), ("evaluate.overlap", self.evaluate.overlap)):
+            if given is not None and self.preprocess.fit != "patches":
+                raise ValueError(f'{key} is {given}; it is for preprocess.fit = "patches", which is not chosen')
         size, divisors = self.preprocess.size, self.model.divisors
         if any(edge % divisor for edge, divisor in zip(size, divisors, strict=True)):
             raise ValueError(

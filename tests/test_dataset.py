@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+import fedclient.data.cache as cache_files
 import fedclient.data.dataset as dataset
 from fedclient.data.augment import apply, draw
 from fedclient.data.cases import Case, Mask, read_case
@@ -76,7 +77,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         reads.append(image_of(case).name)
         return read_case(case, channels)
 
-    monkeypatch.setattr(dataset, "read_case", read)
+    monkeypatch.setattr(cache_files, "read_case", read)
     return reads
 
 
@@ -196,10 +197,10 @@ def test_a_case_without_labels_takes_no_part_unless_no_case_has_any(cases: tuple
 
 
 def test_a_full_disk_is_told_as_such(cases: tuple[Case, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(dataset, "write_atomic", full)
+    monkeypatch.setattr(cache_files, "replacing", full)
     with pytest.raises(StateInvalid, match="No space left"):
         prepare(cases, STUDY, tmp_path / "cache")
 
@@ -241,10 +242,10 @@ def test_a_volume_plan_takes_pictures_as_one_plane(cases: tuple[Case, ...], tmp_
 def test_an_epoch_shows_every_example_once_and_keeps_the_short_batch(data: DataSet) -> None:
     batches = list(data.batches(2, np.random.default_rng(0), epochs=2))
     assert [len(b.images) for b in batches] == [2, 2, 1, 2, 2, 1]
-    seen = [image.tobytes() for b in batches for image in b.images]
+    seen = [image.astype(np.float32).tobytes() for b in batches for image in b.images]
     assert sorted(seen[:5]) == sorted(seen[5:]) == sorted(c.images.tobytes() for c in data.by_case())
     assert seen[:5] != seen[5:]
-    assert batches[0].images.dtype == np.float32
+    assert batches[0].images.dtype == np.float16
     assert batches[0].masks.dtype == np.uint8
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fedclient.data.images import read_image, read_labels
+from fedclient.data.nifti import read_nifti
 from shared_models.errors import ImageUnreadable
 
 Nifti1Image: Any = nibabel.Nifti1Image  # has no types
@@ -415,3 +416,24 @@ def test_each_refusal_has_its_code(folder: Path) -> None:
     complaint(read_labels, write_nifti(folder / "l.nii", np.full((2, 2, 2), 0.5, np.float32)), "LABEL_VALUES")
     (folder / "cut.nii").write_bytes(lost.read_bytes()[:300])
     complaint(read_image, folder / "cut.nii", "IMAGE_UNREADABLE")
+
+
+@pytest.mark.parametrize("kind", ["<i2", ">i2", "<u1", "<i4", ">f4", "<f8", "<u2"])
+@pytest.mark.parametrize("scale", [(1.0, 0.0), (0.37, -1024.5), (2.0, 0.0)])
+def test_nifti_voxels_are_to_the_bit_what_nibabel_makes_of_them(tmp_path, kind, scale):
+    rng = np.random.default_rng(0)
+    content = rng.integers(0, 200, (7, 5, 4, 2)).astype(kind)
+    header = nibabel.Nifti1Header(endianness=kind[0])
+    header.set_data_dtype(np.dtype(kind))
+    affine = np.diag([-2.0, 1.0, 3.0, 1.0])
+    image = nibabel.Nifti1Image(content, affine, header)
+    image.set_sform(affine, code="scanner")
+    image.header.set_slope_inter(*scale)
+    for name in ("a.nii", "a.nii.gz"):
+        nibabel.save(image, tmp_path / name)
+        stored: Any = nibabel.load(tmp_path / name)
+        for part in (0, 1):
+            wanted = np.asarray(stored.dataobj[..., part], dtype=np.float32)[::-1]
+            found = read_nifti(tmp_path / name, part).voxels[0]
+            assert found.dtype == np.float32
+            assert (found == wanted).all()

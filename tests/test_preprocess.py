@@ -5,10 +5,12 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, zoom
+from torch.nn.functional import interpolate
 
 from shared_models.preprocess import geometry_from, plan_geometry, preprocess, preprocess_labels, restore
 from shared_models.study import Preprocess
@@ -166,6 +168,37 @@ def test_resampling_agrees_with_scipy() -> None:
     pixels = preprocess(image[None], MM, window((80, 96), "crop_pad", (0.5, 0.5))).images[0, 0]
     reference = zoom(image[:, :, 0], 2, order=1, grid_mode=True, mode="nearest")
     assert pixels == pytest.approx(reference[:, 2:-2], abs=1e-5)
+
+
+@pytest.mark.parametrize("step", [1.3, 2.0, 3.7])
+def test_shrinking_is_torch_s_antialiased_interpolation(step: float) -> None:
+    """torch 2.13: a triangle as wide as the step, pixels centred on the image's extent, edges left out of the weights;
+    ours go on beyond the edge, so the outermost pixels are left out here."""
+    image = np.random.default_rng(0).random((1, 74, 74, 2), np.float32)
+    count = round(74 / step)
+    exact = 74 / count
+    pixels = preprocess(image, MM, window((count, count), "crop_pad", (exact, exact))).images[:, 0]
+    theirs = interpolate(
+        torch.from_numpy(np.moveaxis(image[0], -1, 0).copy())[None], (count, count), mode="bilinear", antialias=True
+    )[0].numpy()
+    assert pixels[:, 2:-2, 2:-2] == pytest.approx(theirs[:, 2:-2, 2:-2], abs=1e-5)
+
+
+def test_half_precision_is_what_rounding_afterwards_gives() -> None:
+    image = np.random.default_rng(0).normal(-300, 500, (2, 30, 20, 8)).astype(np.float32)
+    for plan in (window((16, 16)), window((48, 16, 16), "crop_pad", (0.7, 0.7, 2.0), (-1000.0, 400.0))):
+        whole = preprocess(image, MM, plan).images
+        half = preprocess(image, MM, plan, np.float16).images
+        assert half.dtype == np.float16
+        assert (half == whole.astype(np.float16)).all()
+
+
+def test_an_image_is_not_written_to() -> None:
+    image = np.random.default_rng(0).normal(-300, 500, (1, 30, 20, 8)).astype(np.float32)
+    before = image.copy()
+    for intensity in ("window", "percentile", "zscore"):
+        preprocess(image, MM, Preprocess(size=(32, 32), fit="crop_pad", intensity=intensity, nonzero=False))
+    assert (image == before).all()
 
 
 def test_crop_pad_without_spacing_moves_by_whole_voxels() -> None:

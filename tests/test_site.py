@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedclient.site import UNIT, Compute, Data, Policy, SiteFile, open_site, read_site_file, secret, site_toml
+from fedclient.site import UNIT, Cache, Compute, Data, Policy, SiteFile, open_site, read_site_file, secret, site_toml
 from shared_models.errors import StateInvalid, StudyInvalid
 from shared_models.files import write_atomic
 
@@ -38,13 +38,13 @@ def test_a_site_file_comes_back_whatever_its_names_hold(tmp_path_factory, folder
 
 
 def test_every_setting_comes_back(tmp_path):
-    file = SiteFile("a-1_b", "[::1]:1", "f", Data("d", "s"), Compute("cuda:3", 7), Policy(25))
+    file = SiteFile("a-1_b", "[::1]:1", "f", Data("d", "s"), Compute("cuda:3", 7, 2), Policy(25), Cache(12.5))
     assert read_site_file(site_folder(tmp_path, file)) == file
 
 
 def test_every_value_that_a_hospital_may_change_stands_in_the_file():
     text = site_toml(replace(FILE, data=Data("/srv/images", "north")))
-    for key in ("folder", "manifest_site", "device", "threads", "smallest_count"):
+    for key in ("folder", "manifest_site", "device", "threads", "processes", "smallest_count", "quota_gib"):
         assert f"\n{key} = " in text
 
 
@@ -54,7 +54,7 @@ WRONG = [
     ("", "coordinator", '"fed.example.org"', "`coordinator` is 'fed.example.org'"),
     ("", "coordinator", '"https://fed.example.org:8443"', "`coordinator` is 'https://fed"),
     ("", "coordinator", '"a b:8443"', "`coordinator` is 'a b:8443'"),
-    ("", "token", '"x"', "`token` is not a key here. Allowed: compute, coordinator, data"),
+    ("", "token", '"x"', "`token` is not a key here. Allowed: cache, compute, coordinator, data"),
     ("data", "folder", "3", "`data.folder` is 3; allowed: a valid string"),
     ("data", "foldr", '"x"', "`data.foldr` is not a key here. Did you mean `folder`?"),
     ("compute", "device", '"gpu"', "`compute.device` is 'gpu'"),
@@ -63,6 +63,8 @@ WRONG = [
     ("compute", "threads", "-1", "`compute.threads` is -1; allowed: greater than or equal to 0"),
     ("compute", "threads", '"2"', "`compute.threads` is '2'; allowed: a valid integer"),
     ("compute", "threads", "true", "`compute.threads` is True; allowed: a valid integer"),
+    ("compute", "processes", "-1", "`compute.processes` is -1; allowed: greater than or equal to 0"),
+    ("cache", "quota_gib", "0", "`cache.quota_gib` is 0; allowed: greater than 0"),
     ("policy", "smallest_count", "0", "`policy.smallest_count` is 0; allowed: greater than or equal to 1"),
     ("policy", "smallest_cout", "5", "`policy.smallest_cout` is not a key here. Did you mean `smallest_count`?"),
 ]
@@ -151,11 +153,13 @@ def test_a_secret_that_was_cut_or_overwritten_is_not_used(tmp_path, content):
 
 
 def test_a_deployed_site_is_what_its_file_says(tmp_path):
-    file = replace(FILE, data=Data("/srv/images", "north"), compute=Compute("cpu", 2), policy=Policy(20))
+    file = replace(FILE, data=Data("/srv/images", "north"), compute=Compute("cpu", 2, 3), policy=Policy(20))
+    file = replace(file, cache=Cache(0.5))
     site = open_site({"site-dir": str(site_folder(tmp_path, file))})
     assert (site.name, site.folder, site.data) == ("north", tmp_path, Path("/srv/images"))
     assert (site.manifest_sites, site.device, site.threads, site.smallest_count) == (("north",), "cpu", 2, 20)
     assert (site.deployed, site.coordinator) == (True, "fed.example.org:8443")
+    assert (site.processes, site.quota_bytes) == (3, 2**29)
     assert site.salt == (tmp_path / "secrets" / "case-keys").read_text()
 
 

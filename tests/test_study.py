@@ -71,7 +71,9 @@ WRONG = [
     ("preprocess", "window_hu", [float("nan"), 400.0], "`preprocess.window_hu.0` is nan; allowed: a finite number"),
     ("preprocess", "spacing_mm", [1.0, 1.0], 'spacing_mm is .* with fit = "letterbox"; it needs fit = "crop_pad"'),
     ("preprocess", "spacing_mm", [1.0, 0.0], "`preprocess.spacing_mm.1` is 0.0; allowed: greater than 0"),
-    ("preprocess", "fit", "stretch", "`preprocess.fit` is 'stretch'; allowed: 'letterbox' or 'crop_pad'"),
+    ("preprocess", "fit", "stretch", "`preprocess.fit` is 'stretch'; allowed: 'letterbox', 'crop_pad' or 'patches'"),
+    ("train", "foreground", 0.5, 'train.foreground is 0.5; it is for preprocess.fit = "patches"'),
+    ("evaluate", "overlap", 0.5, 'evaluate.overlap is 0.5; it is for preprocess.fit = "patches"'),
     ("augment", "scale", 1.0, "`augment.scale` is 1.0; allowed: less than 1"),
     ("augment", "rotate_deg", 181, "`augment.rotate_deg` is 181; allowed: less than or equal to 180"),
     ("augment", "noise", float("inf"), "`augment.noise` is inf; allowed: a finite number"),
@@ -249,6 +251,7 @@ OTHER: dict[tuple[str, ...], Any] = {
 ONLY_ONE = {
     ("task", "kind"), ("model", "name"), ("model", "spatial_dims"), ("model", "levels"), ("preprocess", "fit"),
     ("preprocess", "mean"), ("preprocess", "deviation"), ("preprocess", "nonzero"),
+    ("train", "foreground"), ("evaluate", "overlap"),
 }  # fmt: skip
 
 
@@ -272,6 +275,9 @@ def test_every_value_shows_in_the_digest():
             other = (value or 0) + 8
         digests.add(sha256(changed(study, path, other)))
     assert len(digests) == len(keys)
+    patches = replace(study, preprocess=replace(study.preprocess, fit="patches"))
+    for path in (("train", "foreground"), ("evaluate", "overlap")):
+        assert sha256(changed(patches, path, 0.25)) != sha256(patches)
     ct = replace(study, modality="ct")
     assert sha256(changed(ct, ("preprocess", "intensity"), "window")) != sha256(ct)
 

@@ -49,18 +49,19 @@ def draw(augment: Augment, examples: int, dims: int, rng: np.random.Generator) -
 
 
 def apply(
-    images: NDArray[np.float32],
+    given: NDArray[np.float16] | NDArray[np.float32],
     masks: NDArray[np.uint8],
     left_right_axis: NDArray[np.intp],
     drawn: Draw,
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Images float32[B, C, *size] and masks uint8[B, *size], changed together; the arrays given are written to.
+    """Images float32[B, C, *size] and masks uint8[B, *size], changed together; the arrays given may be written to.
 
     Args:
         left_right_axis: intp[B]; 0 where rows run between left and right, 1 where columns do.
         rng: for the noise alone.
     """
+    images: NDArray[np.float32] = torch.from_numpy(given).float().numpy()  # 8 times faster than numpy's
     for b in np.flatnonzero(drawn.flip):
         axis = left_right_axis[b]
         images[b] = np.flip(images[b], axis=1 + axis)

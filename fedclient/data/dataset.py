@@ -5,42 +5,44 @@ and the metrics leave out. With `labels = ["lung"]` a mask may hold 0, 1 and 127
 else: a 2 would mean that this mask was drawn for another study, and is refused.
 """
 
-import json
-import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
-from fedclient.data.cases import Case, read_case, read_case_labels, state_of
-from fedclient.data.images import is_picture
+from fedclient.data.cache import Stored, in_memory, open_case, plan_digest
+from fedclient.data.cases import Case, state_of
+from fedclient.data.making import Maker, making
 from fedclient.data.manifest import Progress, usable
-from shared_models.errors import ImageUnreadable, ManifestInvalid, StateInvalid
-from shared_models.files import canonical_json, write_atomic
-from shared_models.parse import plain
-from shared_models.preprocess import Geometry, geometry_from, preprocess, preprocess_labels
+from fedclient.data.patches import Patches
+from fedclient.data.quota import GIB, QUOTA_GIB, Room, expect, used
+from shared_models.errors import ImageUnreadable, ManifestInvalid
+from shared_models.files import private_folder
+from shared_models.preprocess import Geometry
 from shared_models.study import Augment, Study
 
-FORMAT = 2  # of the cache files: raise it when readers or preprocessing change what they give
 MEMORY_BYTES = 1024**3  # a smaller data set is held in memory, a larger one is mapped from its files
+FOREGROUND = 0.33  # of the patches, where the study says nothing (Isensee et al. 2021: a third)
+MOST_TRIES = 5  # to make a file that is gone again at once: another process makes room for another plan
 NO_AUGMENT = Augment()
 
 
 class Batch(NamedTuple):
-    """float32[B, C, *size] and uint8[B, *size]."""
+    """Images [B, C, *size], float16 as they are kept or float32 once augmented; masks uint8[B, *size]."""
 
-    images: NDArray[np.float32]
+    images: NDArray[np.float16] | NDArray[np.float32]
     masks: NDArray[np.uint8]
 
 
 class CaseExamples(NamedTuple):
-    """One case for evaluation: float32[N, C, *size], uint8[N, *size], and the way back to its own grid."""
+    """One case for evaluation: float32[N, C, *size], uint8[N, *size], and the way back to its own grid.
+
+    Where patches are trained on, these are of the whole image.
+    """
 
     key: str
     images: NDArray[np.float32]
@@ -49,30 +51,24 @@ class CaseExamples(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """One case as the cache holds it.
+class DataSet:
+    """The examples of some cases, usually of one split; `len` counts examples, not cases.
 
-    Attributes:
-        images: float16[N, C, *size], in memory or mapped.
-        masks: uint8[N, *size].
-        left_right_axis: 0 where rows run between the patient's left and right, 1 where columns do.
+    An example is a plane or a volume; or, where `patches` are drawn, one of so many as cover it.
     """
 
-    key: str
-    images: NDArray[np.float16]
-    masks: NDArray[np.uint8]
-    geometry: Geometry
-    left_right_axis: int
-
-
-@dataclass(frozen=True, slots=True)
-class DataSet:
-    """The examples of some cases, usually of one split; `len` counts examples (planes or volumes), not cases."""
-
     cases: tuple[Stored, ...]
+    patches: Patches | None = None
 
     def __len__(self) -> int:
-        return sum(len(case.masks) for case in self.cases)
+        return sum(self._examples(case) for case in self.cases)
+
+    def _examples(self, case: Stored) -> int:
+        return len(case.masks) * self._each(case)
+
+    def _each(self, case: Stored) -> int:
+        """Examples of a plane or volume of the case."""
+        return 1 if self.patches is None else self.patches.of_plane(case)
 
     def batches(
         self,
@@ -103,7 +99,7 @@ class DataSet:
             order = _steps(len(self), batch_size, steps, rng)
         else:
             raise TypeError("batches() takes epochs or steps, one of the two")
-        ends = np.cumsum([len(case.masks) for case in self.cases])
+        ends = np.cumsum([self._examples(case) for case in self.cases])
         batches = (self._batch(chosen, ends, augment, rng) for chosen in order)
         return _ahead(batches) if ahead else batches
 
@@ -116,9 +112,15 @@ class DataSet:
         self, chosen: NDArray[np.intp], ends: NDArray[np.intp], augment: Augment, rng: np.random.Generator
     ) -> Batch:
         of = np.searchsorted(ends, chosen, side="right")
-        places = [(self.cases[c], int(n - ends[c])) for c, n in zip(of, chosen, strict=True)]  # from the case's end
-        images = np.stack([case.images[n] for case, n in places]).astype(np.float32)
-        masks = np.stack([case.masks[n] for case, n in places])
+        before = np.concatenate([[0], ends])
+        places = [
+            (self.cases[c], int(n - before[c]) // self._each(self.cases[c])) for c, n in zip(of, chosen, strict=True)
+        ]
+        if self.patches is None:
+            images = np.stack([case.images[n] for case, n in places])
+            masks = np.stack([case.masks[n] for case, n in places])
+        else:
+            images, masks = self.patches.batch(places, rng)
         if augment == NO_AUGMENT:
             return Batch(images, masks)
         from fedclient.data.augment import apply, draw  # torch
@@ -128,94 +130,67 @@ class DataSet:
         return Batch(*apply(images, masks, axes, drawn, rng))
 
 
-def prepare(cases: Sequence[Case], study: Study, cache: Path, progress: Progress | None = None) -> DataSet:
+def prepare(
+    cases: Sequence[Case],
+    study: Study,
+    cache: Path,
+    progress: Progress | None = None,
+    *,
+    quota_bytes: int = int(QUOTA_GIB * GIB),
+    processes: int = 1,
+    in_all: int = 0,
+) -> DataSet:
     """Preprocesses the cases that are not in `cache` yet, or whose files have changed since, and opens all.
+
+    Several processes may do so at once, also for the same cases.
+
+    Args:
+        processes: that share the work where there is much of it.
+        in_all: cases that the run will have in the cache, those of other splits too; at least `cases`.
 
     Raises:
         ImageUnreadable: images or masks that cannot be used, by their rows; the others are kept in the cache.
+        OrderRefused: `CACHE_FULL`: they do not fit.
         StateInvalid: the cache cannot be written.
+        ProcessFailed: one of the processes died.
     """
-    folder = cache / _plan_digest(study)
-    for made in (cache, folder):
-        made.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = cache / plan_digest(study)
+    private_folder(folder)
+    room = Room(cache, folder.name, quota_bytes)
     older: dict[str, list[Path]] = {}
     for path in cache.glob("*/*.safetensors"):
         older.setdefault(path.name.partition("-")[0], []).append(path)
     ordered = sorted(cases, key=lambda case: case.key)
-    stored = list(usable(ordered, lambda case: _prepared(case, study, folder, older.get(case.key, [])), progress))
-    if sum(case.images.nbytes + case.masks.nbytes for case in stored) < MEMORY_BYTES:
-        stored = [_in_memory(case) for case in stored]
-    return DataSet(tuple(stored))
+    stored: list[Stored] = []
+    sizes: list[int] = []
+    with making(ordered, study, room, processes) as make:
+        for case in usable(ordered, lambda case: _prepared(case, folder, older.get(case.key, []), make), progress):
+            stored.append(case)
+            sizes.append(case.images.nbytes + case.masks.nbytes)
+            expect(room, sizes, max(in_all, len(ordered)))
+    if sum(sizes) < MEMORY_BYTES:
+        stored = [in_memory(case) for case in stored]
+    drawn = FOREGROUND if study.train.foreground is None else study.train.foreground
+    patches = Patches(study.preprocess.size, drawn) if study.preprocess.fit == "patches" else None
+    return DataSet(tuple(stored), patches)
 
 
-def _prepared(case: Case, study: Study, folder: Path, older: Sequence[Path]) -> Stored:
+def _prepared(case: Case, folder: Path, older: Sequence[Path], make: Maker) -> Stored:
     source = state_of(case)
     path = folder / f"{case.key}-{source}.safetensors"
-    stored = _open(path, case.key)
-    if stored is None:
-        made = _made(case, study)
-        try:
-            write_atomic(path, made)
-        except OSError as e:
-            raise StateInvalid(
-                f"{folder}: cannot be written ({e.strerror}). Free some space, or move the cache."
-            ) from None
+    stored = open_case(path, case.key)
+    for _ in range(MOST_TRIES):
+        if stored is not None:
+            break
+        make(case, path)
         for old in older:
             if not old.stem.endswith(source):  # of any plan: the files it was made from are gone
                 old.unlink(missing_ok=True)
-        stored = _open(path, case.key)
-        if stored is None:
-            raise ImageUnreadable("its cache file cannot be read back. Is the disk full or broken?")
+        stored = open_case(path, case.key)
+    if stored is None:
+        raise ImageUnreadable("its cache file cannot be read back. Is the disk full or broken?")
+    used(path)
     return stored
-
-
-def _made(case: Case, study: Study) -> bytes:
-    """The cache file of one case."""
-    volume = read_case(case, study.channels)
-    if study.preprocess.spacing_mm is not None and is_picture(case.channels[0].files[0]):
-        raise ImageUnreadable("PNG and JPEG state no pixel size, so spacing_mm cannot be met. Use fit = letterbox")
-    labels = read_case_labels(case, volume, study.task.labels)
-    examples = preprocess(volume.voxels, volume.spacing_mm, study.preprocess)
-    facts = {
-        "geometry": examples.geometry.plain(),
-        "left_right_axis": volume.left_right_axis,
-    }
-    tensors: dict[str, NDArray[Any]] = {
-        "images": examples.images.astype(np.float16),
-        "masks": preprocess_labels(labels, examples.geometry),
-    }
-    return save(tensors, metadata={"case": json.dumps(facts)})
-
-
-def _open(path: Path, key: str) -> Stored | None:
-    """The case mapped from its cache file; None if there is no such file, or no whole one."""
-    try:
-        content = np.memmap(path, np.uint8, mode="r")
-        (length,) = struct.unpack("<Q", content[:8].tobytes())
-        header = json.loads(content[8 : 8 + length].tobytes())
-        facts = json.loads(header["__metadata__"]["case"])
-        images = _view(content[8 + length :], header["images"], np.float16)
-        masks = _view(content[8 + length :], header["masks"], np.uint8)
-        geometry = geometry_from(facts["geometry"])
-        return Stored(key, images, masks, geometry, facts["left_right_axis"])
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
-        return None
-
-
-def _view(data: NDArray[np.uint8], entry: dict[str, Any], kind: type[Any]) -> NDArray[Any]:
-    begin, end = entry["data_offsets"]
-    view: NDArray[Any] = data[begin:end].view(kind).reshape(entry["shape"])
-    return view
-
-
-def _in_memory(case: Stored) -> Stored:
-    images, masks = np.array(case.images), np.array(case.masks)
-    return Stored(case.key, images, masks, case.geometry, case.left_right_axis)
-
-
-def _plan_digest(study: Study) -> str:
-    """Of all that a cached case depends on beside its files."""
-    return sha256(canonical_json([FORMAT, plain(study.preprocess), study.channels, study.task.labels])).hexdigest()[:12]
 
 
 def _epochs(examples: int, batch_size: int, epochs: int, rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:

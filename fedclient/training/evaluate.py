@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import nn
 
 from fedclient.data.dataset import DataSet
 from fedclient.training.trainer import autocast
+from fedclient.training.windows import logits
 from shared_models.metrics import IGNORE, DiceCounts, counts, dice
 from shared_models.study import Study
 
@@ -15,19 +15,13 @@ from shared_models.study import Study
 def case_scores(net: nn.Module, cases: DataSet, study: Study, device: torch.device) -> dict[str, list[float | None]]:
     """Label -> Dice of each case, in the order of the data set; all examples of a case count as one volume.
 
-    On the grid of the study's plan (`preprocess.size`), ignored voxels left out.
+    On the grid of the study's plan, over the whole image where patches are trained on; ignored voxels left out.
     """
     net.eval()
     scores: dict[str, list[float | None]] = {label: [] for label in study.task.labels}
     with torch.inference_mode(), autocast(study.train, device):
         for _, images, masks, _ in cases.by_case():
-            chances = [
-                torch.sigmoid(
-                    net(torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32)).to(device)).float()
-                ).cpu()
-                for part in np.array_split(images, max(1, len(images) // 32))
-            ]
-            predicted = torch.cat(chances).numpy() > study.evaluate.threshold
+            predicted = torch.sigmoid(logits(net, images, study, device)).numpy() > study.evaluate.threshold
             for k, label in enumerate(study.task.labels):
                 scores[label].append(dice(predicted[:, k], masks == k + 1, masks != IGNORE))
     return scores

@@ -1,6 +1,8 @@
 """Training and scoring on this site's images: data set, network and loop put together."""
 
+import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +11,7 @@ import torch
 from fedclient.data.cases import Case
 from fedclient.data.dataset import DataSet, prepare
 from fedclient.data.listing import list_cases
+from fedclient.data.manifest import Progress
 from fedclient.site import Site
 from fedclient.training.evaluate import evaluate
 from fedclient.training.trainer import fit, scheduled
@@ -21,6 +24,8 @@ from shared_models.study import Study
 from shared_models.tasks.segmentation import loss_of
 from shared_models.weights import Arrays
 from shared_models.wire import Split
+
+log = logging.getLogger("fedclient")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +92,34 @@ def data_set(site: Site, study: Study, split: str) -> DataSet:
     """The prepared cases of one split.
 
     Raises:
-        OrderRefused: the site has none for training.
+        OrderRefused: the site has none for training, or they do not fit into its cache.
     """
-    cases = [case for case in _cases(site) if case.split == split and case.label is not None]
+    labelled = [case for case in _cases(site) if case.label is not None]
+    cases = [case for case in labelled if case.split == split]
     if not cases and split == "train":
         raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Run `fedclient check`.")
-    return prepare(cases, study, site.folder / "cache")
+    return prepare(
+        cases,
+        study,
+        site.folder / "cache",
+        _told(split),
+        quota_bytes=site.quota_bytes,
+        processes=site.processes,
+        in_all=len(labelled),
+    )
+
+
+def _told(split: str) -> Progress:
+    """Progress for the log, every ten seconds: the first time a large data set is prepared for long."""
+    told = time.monotonic()
+
+    def tell(done: int, of: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            log.info("prepared %d of %d cases for %s", done, of, split)
+
+    return tell
 
 
 def _cases(site: Site) -> tuple[Case, ...]:

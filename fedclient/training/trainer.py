@@ -83,7 +83,7 @@ def _optimizer(net: nn.Module, train: Train) -> torch.optim.Optimizer:
 
 
 def _on(device: torch.device, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches as tensors on the device: images float32[B, C, *size], masks uint8[B, *size]."""
+    """Batches as tensors on the device: images float32[B, C, *size] (they travel as float16), masks uint8[B, *size]."""
     for batch in batches:
         images, masks = torch.from_numpy(batch.images), torch.from_numpy(batch.masks)
-        yield images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+        yield images.to(device, non_blocking=True).float(), masks.to(device, non_blocking=True)

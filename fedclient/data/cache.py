@@ -1,0 +1,170 @@
+"""One case as it is kept on disk: pixels, labels, and facts of a closed list, under a key that says nothing.
+
+    cache/PLAN/KEY-STATE.safetensors    PLAN: what it is made for; KEY: of the case; STATE: of the files behind it
+
+Nothing of a header or a path is copied here: what is written are the fields of `Facts`, each a number or a word that
+`provenance` knows.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclient.data.cases import Case, read_case, read_case_labels
+from fedclient.data.images import is_picture
+from fedclient.data.provenance import MODALITIES, UNKNOWN, Provenance, one_of
+from shared_models.errors import ImageUnreadable
+from shared_models.files import canonical_json, replacing
+from shared_models.parse import plain
+from shared_models.preprocess import Geometry, geometry_from, preprocess, preprocess_labels
+from shared_models.study import Study
+
+FORMAT = 3  # raise it when readers or preprocessing change what they give, or the files what they hold
+MOST_PLACES = 10_000  # of labelled voxels that are remembered, for each label
+TYPES = {"F16": np.float16, "U8": np.uint8, "I64": np.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a cache file tells beside pixels: where they lie on their own grid, and how the image was taken.
+
+    Attributes:
+        left_right_axis: 0 where rows run between the patient's left and right, 1 where columns do.
+        labelled: how many places of labelled voxels are remembered, for each label of the study.
+    """
+
+    geometry: Geometry
+    left_right_axis: int
+    labelled: tuple[int, ...] = ()
+    modality: str | None = None
+    provenance: Provenance = UNKNOWN
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One case as the cache holds it.
+
+    Attributes:
+        images: float16[N, C, *size], in memory or mapped; of the whole image, where patches are trained on.
+        masks: uint8[N, *size].
+        labelled: int64[places], for each label of the study: flat indices of voxels of `masks` that have it, at most
+            `MOST_PLACES`, evenly chosen; empty where patches are not wanted.
+    """
+
+    key: str
+    images: NDArray[np.float16]
+    masks: NDArray[np.uint8]
+    facts: Facts
+    labelled: tuple[NDArray[np.int64], ...] = ()
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.facts.geometry
+
+    @property
+    def left_right_axis(self) -> int:
+        return self.facts.left_right_axis
+
+
+def plan_digest(study: Study) -> str:
+    """Of all that a cached case depends on beside its files."""
+    return sha256(canonical_json([FORMAT, plain(study.preprocess), study.channels, study.task.labels])).hexdigest()[:12]
+
+
+def write_case(path: Path, case: Case, study: Study, make_room: Callable[[int], None]) -> None:
+    """Reads, preprocesses and writes one case, whole or not at all; its bytes are told to `make_room` before.
+
+    Raises:
+        ImageUnreadable: image or labels that cannot be used.
+        OSError: the disk.
+    """
+    volume = read_case(case, study.channels)
+    if study.preprocess.spacing_mm is not None and is_picture(case.channels[0].files[0]):
+        raise ImageUnreadable("PNG and JPEG state no pixel size, so spacing_mm cannot be met. Use fit = letterbox")
+    labels = read_case_labels(case, volume, study.task.labels)
+    examples = preprocess(volume.voxels, volume.spacing_mm, study.preprocess, np.float16)
+    masks = preprocess_labels(labels, examples.geometry)
+    places = _places(masks, len(study.task.labels)) if study.preprocess.fit == "patches" else []
+    facts = Facts(
+        examples.geometry,
+        volume.left_right_axis,
+        tuple(len(of) for of in places),
+        one_of(volume.modality or "", MODALITIES),
+        volume.provenance,
+    )
+    tensors: dict[str, NDArray[Any]] = {"images": examples.images, "masks": masks}
+    if places:
+        tensors["labelled"] = np.concatenate(places)
+    make_room(sum(tensor.nbytes for tensor in tensors.values()))
+    _write(path, tensors, facts)
+
+
+def open_case(path: Path, key: str) -> Stored | None:
+    """The case mapped from its cache file; None if there is no such file, or no whole one."""
+    try:
+        content = np.memmap(path, np.uint8, mode="r")
+        (length,) = struct.unpack("<Q", content[:8].tobytes())
+        header = json.loads(content[8 : 8 + length].tobytes())
+        tensors = {name: _view(content[8 + length :], entry) for name, entry in header.items() if name[0] != "_"}
+        facts = _facts(json.loads(header["__metadata__"]["case"]))
+        places = tensors.get("labelled", np.empty(0, np.int64))
+        labelled = tuple(np.split(places, np.cumsum(facts.labelled)[:-1])) if facts.labelled else ()
+        return Stored(key, tensors["images"], tensors["masks"], facts, labelled)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+        return None
+
+
+def in_memory(case: Stored) -> Stored:
+    labelled = tuple(np.array(places) for places in case.labelled)
+    return Stored(case.key, np.array(case.images), np.array(case.masks), case.facts, labelled)
+
+
+def _places(masks: NDArray[np.uint8], labels: int) -> list[NDArray[np.int64]]:
+    found = [np.flatnonzero(masks == k + 1) for k in range(labels)]
+    return [of[np.linspace(0, len(of) - 1, min(len(of), MOST_PLACES)).astype(np.intp)] for of in found]
+
+
+def _write(path: Path, tensors: Mapping[str, NDArray[Any]], facts: Facts) -> None:
+    """A safetensors file; written here because the library would hold it twice."""
+    names = {np.dtype(kind): name for name, kind in TYPES.items()}
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # as the format wants them, aligned
+    header: dict[str, Any] = {"__metadata__": {"case": canonical_json(facts.plain()).decode()}}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in ordered:
+            file.write(np.ascontiguousarray(tensor).data)
+
+
+def _view(data: NDArray[np.uint8], entry: dict[str, Any]) -> NDArray[Any]:
+    begin, end = entry["data_offsets"]
+    view: NDArray[Any] = data[begin:end].view(TYPES[entry["dtype"]]).reshape(entry["shape"])
+    return view
+
+
+def _facts(given: dict[str, Any]) -> Facts:
+    known = {f.name for f in fields(Facts)}
+    if given.keys() != known:
+        raise ValueError("facts of another version")
+    return Facts(
+        geometry_from(given["geometry"]),
+        given["left_right_axis"],
+        tuple(given["labelled"]),
+        given["modality"],
+        Provenance(**given["provenance"]),
+    )
