@@ -36,4 +36,4 @@ def _fingerprint(case: Case, study: Study) -> Fingerprint:
     volume = read_case(case, study.channels)
     labels = read_case_labels(case, volume, study.task.labels)
     ct = study.modality == "ct"
-    return fingerprint_of(volume.voxels[0], labels, volume.spacing_mm, ct, len(study.task.labels))
+    return fingerprint_of(volume.voxels, labels, volume.spacing_mm, ct, len(study.task.labels))

@@ -10,10 +10,11 @@ import numpy as np
 
 from fedclient.site import Site
 from shared_models.errors import OrderRefused
+from shared_models.identity import stated
 from shared_models.metrics import DiceCounts
 from shared_models.parse import parse_json
 from shared_models.plan import Plan
-from shared_models.planned import planned
+from shared_models.planned import PURPOSE, planned, statement
 from shared_models.study import Study, from_json
 from shared_models.weights import Arrays
 from shared_models.wire import Order, Reply, Split
@@ -98,6 +99,25 @@ def planned_study(order: Order, study: Study) -> Study:
     return planned(study, parse_json(Plan, order.plan, f"plan of run {order.run}"))
 
 
+def check_proof(order: Order, site: Site) -> None:
+    """A hospital trains by no plan that its coordinator did not sign, as the authority pinned at `join` vouches.
+
+    Raises:
+        OrderRefused: `PLAN_UNSIGNED` or `PLAN_SIGNATURE`.
+    """
+    if order.plan_sha256 is None or not site.deployed:
+        return
+    if order.plan_proof is None:
+        raise OrderRefused("PLAN_UNSIGNED", f"run {order.run}: the coordinator has not signed its plan. Ask it why.")
+    certificate, signature = order.plan_proof.certificate.encode(), bytes.fromhex(order.plan_proof.signature)
+    content = statement(order.run, order.study_sha256, order.plan_sha256)
+    if not stated((site.folder / "keys" / "ca.pem").read_bytes(), certificate, signature, PURPOSE, content):
+        raise OrderRefused(
+            "PLAN_SIGNATURE",
+            f"run {order.run}: the plan's signature is not the coordinator's for this run and study. Telephone it.",
+        )
+
+
 def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner) -> Answer:
     """Scores the received weights where asked, trains where asked, and tells what may be told.
 
@@ -126,6 +146,7 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner) -> An
 
         found = site_fingerprint(site, study)
         return Answer(replace(reply, kind="statistics", fingerprint=found, seconds=time.monotonic() - began))
+    check_proof(order, site)
     study = planned_study(order, study)
     if order.evaluate is not None:
         reply = replace(reply, scored=order.evaluate, scores=learner.score(site, study, weights, order.evaluate))

@@ -9,10 +9,13 @@ from flwr.serverapp import Grid, ServerApp
 from fedserver.checkpoint import RunFolder
 from fedserver.cohort import Presence
 from fedserver.courier import Beside
-from fedserver.enrol import Federation, open_federation
+from fedserver.enrol import Federation, open_federation, signer
 from fedserver.report import write_report
 from fedserver.rounds import Setting, carry_out
 from fedserver.state import list_sites
+from shared_models.identity import sign
+from shared_models.planned import PURPOSE
+from shared_models.wire import Proof
 
 app = ServerApp()
 
@@ -29,12 +32,19 @@ def main(grid: Grid, context: Context) -> None:
             presence=lambda: presence(grid, federation),
             courier=Beside(federation.blobs / "out", federation.blobs / "in"),
             poll_s=0.15,
+            sign=lambda content: proof(federation, content),
         )
     )
     try:
         write_report(run)
     except Exception:  # the run is done and its weights are saved: a page that cannot be drawn does not undo that
         logging.getLogger("fedserver").exception("run %s is finished, but its report could not be written", run.id)
+
+
+def proof(federation: Federation, content: bytes) -> Proof:
+    """The coordinator's signature of a statement about a plan."""
+    by = signer(federation)
+    return Proof(by.certificate.decode(), sign(by.key, PURPOSE, content).hex())
 
 
 def presence(grid: Grid, federation: Federation) -> Presence:

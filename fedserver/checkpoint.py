@@ -7,6 +7,7 @@ runs/ID/state.json               the last finished round; written last, so that 
 runs/ID/metrics.jsonl            a line for each finished round, then one for the final evaluation
 runs/ID/progress.json            the round in progress and whom it waits for
 runs/ID/plan.json                canonical JSON of the plan, where it is derived from the sites' statistics
+runs/ID/plan-proof.json          the coordinator's signature of that plan, in a deployment
 runs/ID/fingerprint.json         the sum of those statistics
 """
 

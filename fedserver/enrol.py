@@ -29,6 +29,7 @@ from shared_models.identity import (
     Credential,
     check_site_name,
     issue_server,
+    issue_signer,
     issue_site,
     load_secret,
     new_authority,
@@ -81,6 +82,11 @@ class Federation:
     @property
     def ca_key(self) -> Path:
         return self.folder / "ca" / "ca.key"
+
+    @property
+    def signer(self) -> Path:
+        """The coordinator's key for statements and, after it, the authority's certificate of it."""
+        return self.folder / "ca" / "signer.pem"
 
     @property
     def server_certificate(self) -> Path:
@@ -185,6 +191,17 @@ def open_federation(folder: Path) -> Federation:
 def ca_fingerprint(federation: Federation) -> str:
     """SHA-256 of the CA certificate, hexadecimal."""
     return read_certificate(federation.ca_certificate.read_bytes()).fingerprint
+
+
+def signer(federation: Federation) -> Credential:
+    """What the coordinator signs statements with; made when it is first needed."""
+    mark = b"-----BEGIN CERTIFICATE-----"
+    if not federation.signer.exists():
+        authority = Credential(federation.ca_certificate.read_bytes(), load_secret(federation.ca_key))
+        made = issue_signer(authority)
+        save_secret(federation.signer, made.key + made.certificate)
+    key, _, certificate = load_secret(federation.signer).partition(mark)
+    return Credential(mark + certificate, key)
 
 
 def invite(federation: Federation, site: str, now_s: float | None = None) -> str:

@@ -32,15 +32,16 @@ from fedserver.cohort import Presence, choose
 from fedserver.courier import Courier, Parcel
 from fedserver.optimizers import optimizer_of
 from shared_models.errors import FederationError, RoundPaused, StateInvalid, UpdateRejected, WeightsInvalid
-from shared_models.files import append_json, read_lines
+from shared_models.files import append_json, read_lines, write_json
 from shared_models.metrics import as_row, total
+from shared_models.parse import plain
 from shared_models.plan import Fingerprint, derive, doubted
 from shared_models.plan import total as merged
-from shared_models.planned import constraints
+from shared_models.planned import constraints, statement
 from shared_models.study import Study
 from shared_models.update import Expected, Total, Update, admit, weight_of
 from shared_models.weights import Arrays, Schema, size_bytes
-from shared_models.wire import MessageInvalid, Order, Reply, read_reply, write_order
+from shared_models.wire import MessageInvalid, Order, Proof, Reply, read_reply, write_order
 
 log = logging.getLogger("fedserver")
 MOST_REASON = 500  # characters of a reason in files and on screens
@@ -62,6 +63,7 @@ class Setting:
     Attributes:
         bounded: False in a simulation, whose sites share a machine: how long one of them takes says nothing about a
             hospital, so that it is neither late nor asked again, and results do not follow from the machine's load.
+        sign: a statement about the plan, as the coordinator; None in a simulation, where nobody has a key.
     """
 
     grid: Grid
@@ -75,6 +77,7 @@ class Setting:
     reask_s: float = 60.0
     bounded: bool = True
     first_weights: Callable[[Study], Arrays] = _first_weights
+    sign: Callable[[bytes], Proof] | None = None
 
 
 @dataclass(slots=True)
@@ -98,6 +101,7 @@ class Table:
     study: Study
     text: str  # of study.json, which the study is known by
     plan: str | None = None  # of plan.json
+    proof: Proof | None = None  # of the plan
     seats: dict[str, Seat] = field(default_factory=dict)
     late: dict[str, tuple[str, Expected]] = field(default_factory=dict)  # message id -> site, what it was asked
     counted: set[tuple[str, int]] = field(default_factory=set)  # (site, round): an update counts once
@@ -123,6 +127,9 @@ def carry_out(setting: Setting) -> State:
         state = statistics(setting, table, state)
     check_weights(folder, state)
     table.plan = read_plan(folder, state)
+    if state.plan_sha256 is not None and setting.sign is not None:
+        table.proof = setting.sign(statement(state.run, state.study_sha256, state.plan_sha256))
+        write_json(folder.path / "plan-proof.json", plain(table.proof))
     schema = schema_on_disk(folder, state.round)
     while state.round < study.rounds.count:
         began = setting.clock()
@@ -478,7 +485,7 @@ def show(setting: Setting, table: Table, phase: str, round_number: int, deadline
 def _order(kind: Any, table: Table, state: State, round_number: int, evaluate: Any = None) -> Order:
     digests = (state.study_sha256, state.weights_sha256)
     order = Order(kind, state.run, round_number, 1, table.text, *digests, evaluate)
-    return replace(order, plan=table.plan, plan_sha256=state.plan_sha256)
+    return replace(order, plan=table.plan, plan_sha256=state.plan_sha256, plan_proof=table.proof)
 
 
 def _update(site: str, reply: Reply, delta: Any) -> Update:

@@ -24,6 +24,7 @@ from shared_models.files import write_atomic
 
 SITE_NAME = re.compile(r"[a-z0-9-]{1,32}")
 AUTHORITY_DAYS = 3650
+DOCUMENT_SIGNING = x509.ObjectIdentifier("1.3.6.1.5.5.7.3.36")  # RFC 9336; no certificate of a site or server has it
 SITE_DAYS = 90
 CLOCK_SKEW = timedelta(
     minutes=10
@@ -136,7 +137,7 @@ def issue_server(authority: Credential, hosts: Sequence[str]) -> Credential:
     """
     issuer = x509.load_pem_x509_certificate(authority.certificate)
     key = ec.generate_private_key(ec.SECP256R1())
-    days = (issuer.not_valid_after_utc - datetime.now(UTC)).days
+    days = _days_left(issuer)
     names = dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"])
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "coordinator")])
     builder = _leaf(subject, issuer.subject, key.public_key(), days, datetime.now(UTC)).add_extension(
@@ -144,6 +145,30 @@ def issue_server(authority: Credential, hosts: Sequence[str]) -> Credential:
     )
     certificate = _sign_leaf(builder, ExtendedKeyUsageOID.SERVER_AUTH, authority)
     return Credential(certificate, _pkcs8(key))
+
+
+def issue_signer(authority: Credential) -> Credential:
+    """The coordinator's key for what it states (Ed25519), vouched for by the authority for as long as that lives."""
+    issuer = x509.load_pem_x509_certificate(authority.certificate)
+    key = ed25519.Ed25519PrivateKey.generate()
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "coordinator")])
+    builder = _leaf(subject, issuer.subject, key.public_key(), _days_left(issuer), datetime.now(UTC))
+    return Credential(_sign_leaf(builder, DOCUMENT_SIGNING, authority), _pkcs8(key))
+
+
+def stated(authority: bytes, certificate: bytes, signature: bytes, purpose: str, content: bytes) -> bool:
+    """Whether a coordinator whom `authority` (a CA certificate, PEM) vouches for signed `content` for `purpose`."""
+    try:
+        issuer, signer = x509.load_pem_x509_certificate(authority), x509.load_pem_x509_certificate(certificate)
+        signer.verify_directly_issued_by(issuer)
+        uses = signer.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        key = signer.public_key()
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound):
+        return False
+    valid = signer.not_valid_before_utc <= datetime.now(UTC) <= signer.not_valid_after_utc
+    if not valid or DOCUMENT_SIGNING not in uses or not isinstance(key, ed25519.Ed25519PublicKey):
+        return False
+    return verify(key.public_bytes_raw(), signature, purpose, content)
 
 
 def request_certificate(site: str, tls_key: bytes) -> bytes:
@@ -205,7 +230,11 @@ def fingerprint_words(fingerprint: str) -> str:
 
 
 def _leaf(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int, now: datetime
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey,
+    days: int,
+    now: datetime,
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -217,6 +246,10 @@ def _leaf(
         .not_valid_after(now + timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
+
+
+def _days_left(issuer: x509.Certificate) -> int:
+    return (issuer.not_valid_after_utc - datetime.now(UTC)).days
 
 
 def _sign_leaf(builder: x509.CertificateBuilder, purpose: x509.ObjectIdentifier, authority: Credential) -> bytes:

@@ -43,13 +43,16 @@ class Fingerprint:
 
     Attributes:
         cases, labelled: images, and those of them with any labelled voxel.
-        intensity: CT: of labelled voxels, in bins of 4 HU, each labelled case in equal parts; else zeros.
+        intensity: CT: of labelled voxels, in bins of 4 HU, each labelled case in equal parts; else zeros. Several
+            channels (phases of contrast) count alike: Hounsfield units are one scale, and are mapped as one.
         spacing, shape, extent: cases by their value on `SPACING_UM`, on `LENGTH` (voxels after cropping to what is not
-            0), and on `LENGTH` again (mm: shape times spacing. The shape after resampling follows from it, and not from
-            the other two, whose joint distribution is lost).
+            0 in every channel), and on `LENGTH` again (mm: shape times spacing. The shape after resampling follows
+            from it, and not from the other two, whose joint distribution is lost).
         crop: cases by the share of their voxels that cropping leaves, on `CROP_PERMILLE`.
         present: cases that hold label k + 1.
-        sum_milli, square_milli: not CT: sums over labelled cases of the mean of x, and of x squared, in thousandths.
+        sum_milli, square_milli: not CT: sums over labelled cases of the mean of x, and of x squared, in thousandths;
+            of all channels. They tell of the data and decide nothing: such images are standardised each by itself,
+            channel by channel.
 
     Raises:
         ValueError: numbers that no cases can have; they may come from another machine.
@@ -128,22 +131,23 @@ def fingerprint_of(
     ct: bool,
     label_count: int = MOST_LABELS,
 ) -> Fingerprint:
-    """The fingerprint of one case: voxels and labels [I, J, K] on the native grid; label values above `label_count` are
-    background here (127 is `ignore`)."""
-    box = _box(voxels)
+    """The fingerprint of one case on its native grid: voxels [C, I, J, K], or [I, J, K] of a single channel, and labels
+    [I, J, K]; label values above `label_count` are background here (127 is `ignore`)."""
+    channels = voxels.reshape(-1, *labels.shape)
+    box = _box(channels)
     spacing_um = [round(float(mm) * 1000) for mm in spacing_mm]  # a header's 0.99999988 is 1
     extent_mm = [n * um / 1000 for n, um in zip(box, spacing_um, strict=True)]
     bins, values, grey = np.zeros(BINS_HU, np.int64), np.zeros(256, np.int64), np.zeros(2)
-    for block in _blocks(voxels):
+    for block in _blocks(channels):
         marks = labels[block]
         chosen = (marks > 0) & (marks <= label_count)
-        found = np.clip(voxels[block][chosen], -MOST_GREY, MOST_GREY).astype(np.float64)
+        found = np.clip(channels[:, block][:, chosen], -MOST_GREY, MOST_GREY).astype(np.float64).ravel()
         values += np.bincount(marks[chosen], minlength=256)
         at = np.floor((found - (LOWEST_HU - 0.5)) / BIN_HU)
         bins += np.bincount(np.clip(at, 0, BINS_HU - 1).astype(np.intp), minlength=BINS_HU)
         grey += found.sum(), np.square(found).sum()
     count = int(values.sum())
-    mean, square = (0, 0) if ct or not count else (round(1000 * float(each) / count) for each in grey)
+    mean, square = (0, 0) if ct or not count else (round(1000 * float(each) / count / len(channels)) for each in grey)
     return Fingerprint(
         cases=1,
         labelled=int(count > 0),
@@ -151,7 +155,7 @@ def fingerprint_of(
         spacing=_each_on(SPACING_UM, spacing_um),
         shape=_each_on(LENGTH, box),
         extent=_each_on(LENGTH, extent_mm),
-        crop=_on(CROP_PERMILLE, 1000 * math.prod(box) / voxels.size),
+        crop=_on(CROP_PERMILLE, 1000 * math.prod(box) / labels.size),
         present=tuple((values[1 : MOST_LABELS + 1] > 0).astype(int).tolist()),
         sum_milli=mean,
         square_milli=square,
@@ -164,24 +168,26 @@ def _in_equal_parts(bins: NDArray[np.int64]) -> Counts:
     return tuple(np.diff(np.rint(summed * (PER_CASE / summed[-1])).astype(np.int64), prepend=0).tolist())
 
 
-def _box(voxels: NDArray[np.float32]) -> tuple[int, int, int]:
-    """Edges of the smallest box that holds all voxels that are not 0; the whole where there are none."""
-    occupied = [np.zeros(n, np.bool_) for n in voxels.shape]
-    for block in _blocks(voxels):
-        solid = voxels[block] != 0
+def _box(channels: NDArray[np.float32]) -> tuple[int, int, int]:
+    """Edges of the smallest box that holds all voxels that are not 0 in some channel; the whole where there are none
+    (Isensee et al. 2021: cropping)."""
+    shape = channels.shape[1:]
+    occupied = [np.zeros(n, np.bool_) for n in shape]
+    for block in _blocks(channels):
+        solid = (channels[:, block] != 0).any(axis=0)
         planes = solid.any(axis=0)
         occupied[0][block] = solid.any(axis=(1, 2))
         occupied[1] |= planes.any(axis=1)
         occupied[2] |= planes.any(axis=0)
     sides = [np.flatnonzero(axis) for axis in occupied]
-    i, j, k = (int(s[-1] - s[0]) + 1 if s.size else n for s, n in zip(sides, voxels.shape, strict=True))
+    i, j, k = (int(s[-1] - s[0]) + 1 if s.size else n for s, n in zip(sides, shape, strict=True))
     return i, j, k
 
 
-def _blocks(voxels: NDArray[Any]) -> Iterator[slice]:
+def _blocks(channels: NDArray[Any]) -> Iterator[slice]:
     """Pieces of axis I that hold at most `BLOCK_VOXELS` (or one plane)."""
-    step = max(1, BLOCK_VOXELS // max(1, voxels[0].size))
-    return (slice(at, at + step) for at in range(0, len(voxels), step))
+    step = max(1, BLOCK_VOXELS // max(1, channels[:, 0].size))
+    return (slice(at, at + step) for at in range(0, channels.shape[1], step))
 
 
 def _on(grid: NDArray[np.int64], value: float) -> Counts:

@@ -2,9 +2,17 @@
 
 from typing import Any
 
+from shared_models.files import canonical_json
 from shared_models.parse import parse, plain
 from shared_models.plan import Constraints, Plan
 from shared_models.study import Study
+
+PURPOSE = "plan"  # of the coordinator's signature
+
+
+def statement(run: str, study_sha256: str, plan_sha256: str) -> bytes:
+    """What the coordinator signs: this plan, for this run of this study and no other."""
+    return canonical_json({"run": run, "study_sha256": study_sha256, "plan_sha256": plan_sha256})
 
 
 def constraints(study: Study) -> Constraints:
@@ -37,7 +45,7 @@ def planned(study: Study, plan: Plan) -> Study:
     }
     table["preprocess"] |= {
         "size": plan.patch,
-        "fit": "letterbox" if plan.spacing_mm is None else "crop_pad",
+        "fit": "letterbox" if plan.spacing_mm is None else "patches",
         "intensity": "zscore",
         "window_hu": plan.clip_hu or study.preprocess.window_hu,
         "spacing_mm": plan.spacing_mm,

@@ -41,6 +41,15 @@ class BlobRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Proof:
+    """A signature of the coordinator, in hexadecimal, and the certificate (PEM) by which its authority vouches."""
+
+    __pydantic_config__ = STRICT
+    certificate: Annotated[str, Field(max_length=4000)]
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """What the coordinator asks of one site.
 
@@ -50,6 +59,7 @@ class Order:
         evaluate: score the received weights on this split of the site's own patients.
         blob: where the weights are when they do not travel inside the message.
         plan, plan_sha256: canonical JSON of the plan that the sites' statistics gave, and its digest.
+        plan_proof: that the coordinator made the plan for this run (`planned.statement`); none in a simulation.
     """
 
     __pydantic_config__ = STRICT
@@ -64,6 +74,7 @@ class Order:
     blob: BlobRef | None = None
     plan: Annotated[str, Field(max_length=20_000)] | None = None
     plan_sha256: Sha256 | None = None
+    plan_proof: Proof | None = None
 
 
 @dataclass(frozen=True, slots=True)

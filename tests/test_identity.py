@@ -17,6 +17,7 @@ from shared_models.identity import (
     fingerprint_words,
     identity_public_key,
     issue_server,
+    issue_signer,
     issue_site,
     load_secret,
     new_authority,
@@ -28,6 +29,7 @@ from shared_models.identity import (
     save_secret,
     sign,
     split_address,
+    stated,
     verify,
 )
 
@@ -209,3 +211,27 @@ def test_addresses_are_host_and_port() -> None:
     for wrong in ("fed.example.org", "https://fed:1", "fed:0", "fed:70000", ":1", "a b:1"):
         with pytest.raises(EnrolmentFailed, match="host:port"):
             split_address(wrong)
+
+
+def test_a_statement_is_the_coordinator_s_if_its_authority_vouches_for_the_key_that_signed_it() -> None:
+    signer = issue_signer(AUTHORITY)
+    said = sign(signer.key, "plan", b"content")
+    assert stated(AUTHORITY.certificate, signer.certificate, said, "plan", b"content")
+    assert not stated(AUTHORITY.certificate, signer.certificate, said, "plan", b"other content")
+    assert not stated(AUTHORITY.certificate, signer.certificate, said, "release", b"content")
+    assert not stated(new_authority("Test federation").certificate, signer.certificate, said, "plan", b"content")
+    usage = load(signer.certificate).extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert [use.dotted_string for use in usage] == ["1.3.6.1.5.5.7.3.36"]
+
+
+def test_nobody_else_of_the_federation_can_make_a_statement_of_the_coordinator() -> None:
+    said = sign(KEYS.identity, "plan", b"content")
+    others = [
+        issue_site(AUTHORITY, request_certificate("north", KEYS.tls), "north"),
+        issue_server(AUTHORITY, ["fed.example.org"]).certificate,
+        AUTHORITY.certificate,
+        issue_signer(AUTHORITY).certificate,
+        b"-----BEGIN CERTIFICATE-----\nno\n-----END CERTIFICATE-----\n",
+        b"",
+    ]
+    assert not any(stated(AUTHORITY.certificate, other, said, "plan", b"content") for other in others)

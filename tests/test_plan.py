@@ -127,6 +127,7 @@ def test_the_plan_does_not_know_which_site_had_which_case(sites):
     assert sha256(derive(summed(everything), constraints)) == sha256(federated)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.lists(st.floats(0.3, 13), min_size=1, max_size=9), min_size=1, max_size=5), st.sampled_from([10, 50])
 )
@@ -430,3 +431,28 @@ def test_a_site_without_training_cases_says_so(sites, tmp_path):
 def test_a_mask_of_another_study_is_named_by_its_row(sites, tmp_path):
     with pytest.raises(ImageUnreadable, match=r"2 of 2 cases .*\nrow \d \(case .*values \[2\]"):
         site_fingerprint(site(tmp_path, sites["c"][:2], ["train", "train"], value=2), STUDY)
+
+
+def test_channels_of_ct_count_alike_and_make_one_histogram():
+    labels = np.zeros((8, 8, 4), np.uint8)
+    labels[2:4, 2:4, 1] = 1
+    plain, contrast = np.full((2, 8, 8, 4), 0, np.float32)
+    plain[labels == 1], contrast[labels == 1] = 40, 240
+    found = fingerprint_of(np.stack([plain, contrast]), labels, (1, 1, 1), True, 1)
+    assert {n: count for n, count in enumerate(found.intensity) if count} == {266: 5000, 316: 5000}  # (HU + 1024) / 4
+    assert moments(found.intensity)[0] == pytest.approx(141.5)  # bins of whole numbers: 40 to 43, 240 to 243
+    alone = fingerprint_of(plain, labels, (1, 1, 1), True, 1)
+    assert alone == fingerprint_of(plain[None], labels, (1, 1, 1), True, 1)
+    assert alone.intensity[266] == 10_000
+
+
+def test_a_case_is_cropped_to_what_any_of_its_channels_shows(monkeypatch):
+    labels = np.ones((40, 20, 10), np.uint8)
+    first, second = np.zeros((2, 40, 20, 10), np.float32)
+    first[3:7, 5:8, 2:4], second[12:30, 6, 9] = 100, 300
+    for voxels in (1, 2**22):  # in pieces and whole
+        monkeypatch.setattr("shared_models.plan.BLOCK_VOXELS", voxels)
+        found = fingerprint_of(np.stack([first, second]), labels, (1, 1, 1), False, 1)
+        assert [nth(counts, LENGTH) for counts in found.shape] == [27, 3, 8]
+        assert found.crop[int(20 * 27 * 3 * 8 / 8000)] == 1
+        assert found.sum_milli == round(1000 * (24 * 100 + 18 * 300) / 16_000)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,25 @@ from fedclient.fingerprint import site_fingerprint
 from fedclient.parcels import answered
 from fedclient.site import Site, open_site
 from fedclient.work import carry_out as carry_out_at_site
+from fedserver.app import proof
 from fedserver.checkpoint import RunFolder, State, create_run, read_plan, read_state, trained_study
 from fedserver.cohort import Presence
 from fedserver.courier import Inline
+from fedserver.enrol import Federation, init_federation
 from fedserver.rounds import Setting, carry_out
 from shared_models import nets
 from shared_models.errors import OrderRefused, RoundPaused, StateInvalid, StudyInvalid, UpdateRejected
 from shared_models.files import canonical_json, read_lines
+from shared_models.identity import stated
 from shared_models.parse import parse_json, plain
 from shared_models.plan import Plan, derive, total
 from shared_models.plan import sha256 as plan_sha256
-from shared_models.planned import constraints, planned
+from shared_models.planned import PURPOSE, constraints, planned, statement
 from shared_models.preprocess import preprocess
 from shared_models.study import Evaluate, Model, Planning, Preprocess, Rounds, Study, Train, canonical, sha256
 from shared_models.update import Expected, Update, admit
 from shared_models.weights import NO_WEIGHTS, InMemory, load, schema_of
-from shared_models.wire import Order, Reply, read_order, read_reply, write_order, write_reply
+from shared_models.wire import Order, Proof, Reply, read_order, read_reply, write_order, write_reply
 from simulations.engine import NodeConfig, identify, run_local
 from tests.edge import joined_site, running_edge
 from tests.toys import WEIGHTS, Clock, ScriptedGrid, ToyLearner, toy_app
@@ -87,6 +90,7 @@ def play(
     study: Study = STUDY,
     delays: Mapping[str, float] | None = None,
     learner: ToyLearner | None = None,
+    sign: Callable[[bytes], Proof] | None = None,
 ) -> tuple[State, RunFolder, ScriptedGrid]:
     """One run, or the rest of it, with real counts and toy training."""
     clock = Clock()
@@ -97,8 +101,9 @@ def play(
     presence = Presence({s: i for i, s in enumerate(SITES, start=1)})
     grid = ScriptedGrid(toy_app(learner), configs, clock, delays)
     setting = Setting(
-        grid, run, lambda: presence, Inline(), clock, clock.sleep, 0.5, reask_s=1000.0, first_weights=lambda _: WEIGHTS
-    )
+        grid, run, lambda: presence, Inline(), clock, clock.sleep, 0.5, reask_s=1000.0, first_weights=lambda _: WEIGHTS,
+        sign=sign,
+    )  # fmt: skip
     return carry_out(setting), run, grid
 
 
@@ -221,6 +226,66 @@ def test_a_site_trains_by_no_other_plan_than_the_one_that_is_named(data, plan):
     assert refused(order("statistics", given)) == "PLAN_GIVEN"
 
 
+def proven(made: Order, federation: Federation, **change: str) -> Order:
+    named = {"run": made.run, "study_sha256": made.study_sha256, "plan_sha256": made.plan_sha256, **change}
+    return replace(made, plan_proof=proof(federation, statement(**named)))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def federations(tmp_path_factory: pytest.TempPathFactory) -> list[Federation]:
+    folder = tmp_path_factory.mktemp("federations")
+    return [init_federation(folder / name, name, "localhost:1") for name in ("ours", "theirs")]
+
+
+@pytest.fixture
+def hospital(tmp_path, data, federations) -> Site:
+    """A deployed site that pinned the first federation's authority when it joined."""
+    (tmp_path / "keys").mkdir()
+    shutil.copyfile(federations[0].ca_certificate, tmp_path / "keys" / "ca.pem")
+    return replace(here(data), folder=tmp_path, deployed=True)
+
+
+def test_a_hospital_trains_by_a_plan_that_its_coordinator_signed_for_this_very_run(hospital, plan, federations):
+    good = proven(order("train", plan=plan), federations[0])
+    assert carry_out_at_site(good, WEIGHTS, hospital, ToyLearner()).reply.plan_sha256 == plan_sha256(plan)
+    score = replace(good, kind="evaluate", evaluate="test")
+    assert carry_out_at_site(score, WEIGHTS, hospital, ToyLearner()).reply.kind == "evaluation"
+
+
+def test_a_hospital_trains_by_no_plan_that_is_unsigned_or_signed_by_others_or_for_another_run(
+    hospital, plan, federations
+):
+    ours, theirs = federations
+
+    def refused(of: Order) -> str:
+        with pytest.raises(OrderRefused) as found:
+            carry_out_at_site(of, WEIGHTS, hospital, ToyLearner())
+        return found.value.code
+
+    made = order("train", plan=plan)
+    assert refused(made) == "PLAN_UNSIGNED"
+    assert refused(replace(made, kind="evaluate", evaluate="test")) == "PLAN_UNSIGNED"
+    assert refused(proven(made, theirs)) == "PLAN_SIGNATURE"
+    for change in ({"run": "other"}, {"study_sha256": "c" * 64}, {"plan_sha256": "c" * 64}):
+        assert refused(proven(made, ours, **change)) == "PLAN_SIGNATURE"
+    other = replace(plan, batch_size=2)
+    signed = proven(made, ours).plan_proof
+    assert refused(replace(order("train", plan=other), plan_proof=signed)) == "PLAN_SIGNATURE"
+    assert refused(replace(proven(made, ours), plan=order("train", plan=other).plan)) == "PLAN_MISMATCH"
+
+
+def test_a_deployed_run_signs_its_plan_and_keeps_the_signature(tmp_path, data, plan, federations):
+    _, run, grid = play(tmp_path, data, sign=lambda content: proof(federations[0], content))
+    later = [o for o in orders(grid) if o.kind != "statistics"]
+    kept = json.loads((run.path / "plan-proof.json").read_bytes())
+    assert {plain(o.plan_proof)["signature"] for o in later} == {kept["signature"]}
+    content = statement("toy", sha256(STUDY), plan_sha256(plan))
+    authority = federations[0].ca_certificate.read_bytes()
+    given = kept["certificate"].encode(), bytes.fromhex(kept["signature"])
+    assert stated(authority, *given, PURPOSE, content)
+    assert all(o.plan_proof is None for o in orders(grid) if o.kind == "statistics")
+
+
 def test_a_hospital_with_few_cases_refuses_to_be_counted(data):
     with pytest.raises(OrderRefused, match="do not leave this site") as refused:
         carry_out_at_site(order("statistics"), {}, replace(here(data), smallest_count=11), ToyLearner())
@@ -268,7 +333,7 @@ def test_a_planned_study_has_the_plans_preprocessing_network_and_batch(plan):
     study = planned(STUDY, plan)
     assert study.plan == "given"
     assert study.preprocess == Preprocess(
-        size=plan.patch, fit="crop_pad", intensity="zscore", window_hu=plan.clip_hu or (0, 0),
+        size=plan.patch, fit="patches", intensity="zscore", window_hu=plan.clip_hu or (0, 0),
         spacing_mm=plan.spacing_mm, mean=plan.mean, deviation=plan.deviation,
     )  # fmt: skip
     assert [(level.stride, level.kernel) for level in study.model.levels] == [
