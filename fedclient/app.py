@@ -5,26 +5,27 @@ import logging
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedclient.gate.ready import ready
 from fedclient.parcels import answered
 from fedclient.site import Site, open_site
-from fedclient.work import Learner, carry_out, refusal
+from fedclient.work import Gate, Learner, carry_out, no_gate, refusal
 from shared_models.errors import FederationError, OrderRefused, WeightsInvalid
 from shared_models.wire import Order, pack, read_order, tensors_of, write_reply
 
 log = logging.getLogger("fedclient")
 
 
-def client_app(learner: Learner) -> ClientApp:
-    """A ClientApp whose orders `learner` carries out."""
+def client_app(learner: Learner, gate: Gate = no_gate) -> ClientApp:
+    """A ClientApp whose orders `learner` carries out, if `gate` lets them touch the data."""
     app = ClientApp()
 
     def answer(message: Message, context: Context) -> Message:
         order, site = read_order(message), open_site(context.node_config)
         try:
             if site.deployed:
-                return write_reply(answered(order, site, learner), message)
+                return write_reply(answered(order, site, learner, gate=gate), message)
             weights = tensors_of(message, f"order of round {order.round}") or {}
-            done = carry_out(order, weights, site, learner)
+            done = carry_out(order, weights, site, learner, gate)
             return write_reply(done.reply, message, pack(done.delta) if done.delta else None)
         except FederationError as e:
             return _refused(order, site, e, message)
@@ -57,4 +58,4 @@ def _learner() -> Learner:
     return ImageLearner()
 
 
-app = client_app(_learner())
+app = client_app(_learner(), ready)

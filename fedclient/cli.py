@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 
+from fedclient.gate.commands import card, check, waive
 from shared_models.cli import guarded, print_json
 from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.files import write_atomic
@@ -62,34 +62,9 @@ def join(
     console.print(f"Settings: {escape(str(site / 'site.toml'))}. Next: `fedclient check`, then `fedclient start`.")
 
 
-@app.command()
-@guarded
-def check(
-    study: Annotated[str, typer.Option(help="Also prepare the images as this study needs them.")] = "",
-    site: Folder = Path("site"),
-    as_json: AsJson = False,
-) -> None:
-    """Reads every image and label of the data folder and says what is there; nothing leaves this machine."""
-    from fedclient.checks import look
-    from fedclient.site import open_site
-
-    here = open_site({"site-dir": str(site)})
-    _check_data(site, str(here.data))
-    to = Console(stderr=True)
-    with Progress(console=to, transient=True, disable=not to.is_terminal) as bars:
-        bar = bars.add_task("reading images", total=None)
-        found = look(here, study or None, lambda done, of: bars.update(bar, completed=done, total=of))
-    if as_json:
-        print_json(found)
-        return
-    console.print(f"Data: {found['layout']}")
-    for what in found["findings"]:
-        console.print(f"  {what}")
-    for split, part in found["splits"].items():
-        console.print(
-            f"{split:6} {part['cases']:5} cases  {part['patients']:5} patients  {part['labelled']:5} labelled"
-        )
-    console.print(f"{found['readable']} of {found['cases']} cases can be read.")
+app.command()(check)
+app.command()(waive)
+app.command()(card)
 
 
 @app.command()

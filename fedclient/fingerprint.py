@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from fedclient.data.cases import Case, read_case, read_case_labels
-from fedclient.data.listing import list_cases
 from fedclient.data.manifest import Progress, usable
+from fedclient.gate.run import usable_cases
 from fedclient.site import Site
 from shared_models.errors import OrderRefused
 from shared_models.plan import Fingerprint, fingerprint_of, released, total
@@ -20,7 +20,7 @@ def site_fingerprint(site: Site, study: Study, progress: Progress | None = None)
         OrderRefused: `NO_CASES`, or `FEW_CASES` where the site's policy wants more of them.
         ImageUnreadable: files that cannot be used, by their rows.
     """
-    cases = list_cases(site.where, site.salt).cases
+    cases = usable_cases(site)
     labelled = [case for case in cases if case.split == "train" and case.label is not None]
     if not labelled:
         raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Run `fedclient check`.")

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedclient.site import Site
-from fedclient.work import Learner, carry_out
+from fedclient.work import Gate, Learner, carry_out, no_gate
 from shared_models.errors import OrderRefused
 from shared_models.files import write_atomic
 from shared_models.parse import parse_json
@@ -26,18 +26,18 @@ from shared_models.wire import BlobRef, Order, Reply, dump
 FORGOTTEN_S = 14 * 86400.0  # a run that has not asked for so long will not ask again for what it has had
 
 
-def answered(order: Order, site: Site, learner: Learner, timeout_s: float = 3600.0) -> Reply:
+def answered(order: Order, site: Site, learner: Learner, timeout_s: float = 3600.0, gate: Gate = no_gate) -> Reply:
     """Carries out an order whose tensors travel as blobs, or answers it from finished work.
 
     Raises:
-        OrderRefused: the order names no weights, or names others than its digest says.
+        OrderRefused: the order names no weights, names others than its digest says, or the gate refuses it.
         TransferFailed: the weights did not come or the delta could not be sent within `timeout_s`.
     """
     blobs = _blobs(site.coordinator, site.folder / "keys", _changed(site.folder / "keys"))
     kept = _kept(order, site)
     reply = _finished(order, kept)
     if reply is None:
-        done = carry_out(order, _fetched(order, site, blobs, timeout_s), site, learner)
+        done = carry_out(order, _fetched(order, site, blobs, timeout_s), site, learner, gate)
         reply = done.reply
         if reply.kind == "update":
             reply = _keep(reply, done.delta, kept)

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -52,6 +52,9 @@ class Learner(Protocol):
     def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]: ...
 
     def holding(self, site: Site, study: Study) -> Holding: ...
+
+
+Gate = Callable[[Order, Site, Study], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +121,19 @@ def check_proof(order: Order, site: Site) -> None:
         )
 
 
-def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner) -> Answer:
+def no_gate(order: Order, site: Site, study: Study) -> None:
+    """For learners without images."""
+
+
+def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate: Gate = no_gate) -> Answer:
     """Scores the received weights where asked, trains where asked, and tells what may be told.
 
+    Args:
+        gate: asked before images are touched; refuses by raising.
+
     Raises:
-        OrderRefused: the order does not hold together, or training left numbers that are not finite.
+        OrderRefused: the order does not hold together, the gate refuses it, or training left numbers that are not
+            finite.
     """
     began = time.monotonic()
     study = study_of(order)
@@ -139,6 +150,7 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner) -> An
     if order.kind == "hello":
         held = learner.holding(site, study)
         return Answer(replace(reply, train_cases=held.train_cases, test_cases=held.test_cases))
+    gate(order, site, study)
     if order.kind == "statistics":
         if study.plan == "given":
             raise OrderRefused("PLAN_GIVEN", f"run {order.run}: the study's plan is given, it needs no statistics.")

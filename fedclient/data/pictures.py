@@ -1,5 +1,6 @@
 """PNG, JPEG and TIFF: rows first as displayed, at their bit depth."""
 
+import io
 import struct
 import warnings
 import zlib
@@ -19,6 +20,7 @@ from shared_models.errors import ImageUnreadable
 
 _GREY = ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "LA", "F")
 _COLOUR = ("P", "PA", "RGB", "RGBA")
+FAR_FROM_GREY = 40  # grey levels between the colours of a pixel; JPEG moves them by less
 _PHOTOMETRIC = 262  # TIFF: 0 is white at zero
 
 
@@ -53,6 +55,30 @@ def picture_values(path: Path) -> NDArray[Any]:
         else:
             values = np.asarray(_without_alpha(image))
     return values
+
+
+def picture_texts(path: Path) -> str:
+    """What words a picture carries beside its pixels: PNG's texts and EXIF; for looking through, not for telling."""
+    with _picture(path) as image:
+        found = [*image.info.items(), *image.getexif().items()]
+        return "\n".join(f"{key}: {value}" for key, value in found if isinstance(value, str))
+
+
+def is_coloured(path: Path) -> bool:
+    """Whether colours mean something in a picture: more than a hundredth of its pixels are far from grey."""
+    with _picture(path) as image:
+        if image.mode not in _COLOUR:
+            return False
+        image.thumbnail((256, 256))
+        rgb = np.asarray(image.convert("RGBA"), dtype=np.int16)[..., :3]
+        return bool((np.ptp(rgb, axis=-1) > FAR_FROM_GREY).mean() > 0.01)
+
+
+def png_bytes(pixels: NDArray[np.uint8]) -> bytes:
+    """A PNG of uint8[rows, columns] or uint8[rows, columns, 3], without a word in it."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG", optimize=True)
+    return content.getvalue()
 
 
 @contextmanager

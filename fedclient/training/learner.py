@@ -10,8 +10,8 @@ import torch
 
 from fedclient.data.cases import Case
 from fedclient.data.dataset import DataSet, prepare
-from fedclient.data.listing import list_cases
 from fedclient.data.manifest import Progress
+from fedclient.gate.run import usable_cases
 from fedclient.site import Site
 from fedclient.training.evaluate import evaluate
 from fedclient.training.trainer import fit, scheduled
@@ -123,4 +123,4 @@ def _told(split: str) -> Progress:
 
 
 def _cases(site: Site) -> tuple[Case, ...]:
-    return list_cases(site.where, site.salt).cases
+    return usable_cases(site)

@@ -1,0 +1,114 @@
+"""What the gate knows: what a study needs of a case, what was found in one, and how that is kept for the next look."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedclient.data.cases import Case
+from fedclient.data.findings import Finding
+from shared_models.files import canonical_json
+from shared_models.parse import STRICT, plain
+from shared_models.study import Study
+
+VERSION = 1  # of the checks: raise it when they see more, or something else
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a study asks of each case; without a study nothing, and then only what any study would want is checked.
+
+    Attributes:
+        modality: `ct`, `xray`, `mr`; empty without a study.
+        channels, labels: as the study names them.
+        spacing_mm: voxel size that images are resampled to, if they are.
+    """
+
+    modality: str = ""
+    channels: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    spacing_mm: tuple[float, ...] | None = None
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits of all that the findings of a case depend on beside its files."""
+        return hashlib.sha256(canonical_json([VERSION, plain(self)])).hexdigest()[:12]
+
+
+def needs_of(study: Study | None) -> Needs:
+    if study is None:
+        return Needs()
+    return Needs(study.modality, study.channels, study.task.labels, study.preprocess.spacing_mm)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What is drawn of one label in a case.
+
+    Attributes:
+        share: of the image's voxels.
+        level: median grey value inside it.
+    """
+
+    __pydantic_config__ = STRICT
+    voxels: int
+    share: float
+    level: float
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What was seen in a case that could be read; no identifier, and no value that says who it is without the secret.
+
+    Attributes:
+        axes: voxels along I, J, K.
+        level_1, level_50, level_99: percentiles of its grey values.
+        pixels: HMAC of its grid and all its voxels.
+        bands: HMACs of the rows of a perceptual hash; None for a row without contrast.
+        axial, coronal: 16 x 16 grey values of its projections, for telling which way it lies.
+        person: HMAC of the PatientID in its headers; empty where there is none.
+    """
+
+    __pydantic_config__ = STRICT
+    modality: str | None
+    manufacturer: str | None
+    body_part: str | None
+    slice_thickness_mm: float | None
+    tube_kv: float | None
+    lossy: bool
+    picture: bool
+    spacing_mm: tuple[float, float, float]
+    axes: tuple[int, int, int]
+    level_1: float
+    level_50: float
+    level_99: float
+    pixels: str
+    bands: tuple[str | None, ...]
+    axial: tuple[int, ...]
+    coronal: tuple[int, ...]
+    person: str = ""
+    drawn: Mapping[str, Drawn] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """One case after a look at it, as it is kept.
+
+    Attributes:
+        state: of its files, as `state_of` gives it.
+        facts: None where the image could not be read.
+        picture: a small PNG in base64; stays on site, and may show what is burnt into the pixels.
+    """
+
+    __pydantic_config__ = STRICT
+    state: str
+    facts: Facts | None
+    findings: tuple[Finding, ...]
+    picture: str = field(repr=False, default="")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A case and what was seen in it."""
+
+    case: Case
+    looked: Looked
