@@ -94,7 +94,7 @@ def test_splits_have_shares_of_70_10_and_20_percent() -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("secret-patient,a.png,m.png,holdout", "`split` is 'holdout'"),
+        ("secret-patient,a.png,m.png,holdout", "`split` is none of train, val, test"),
         ("secret-patient,a.png,m.png,", "`split` is empty"),
         (",a.png,m.png,train", "`patient_id` is empty"),
         ("secret-patient,,m.png,train", "`image` is empty"),

@@ -63,15 +63,18 @@ def read_manifest(folder: Path, site: str | None, salt: str) -> tuple[Case, ...]
     rows = rows_of_site(_rows(folder), site, path)
     cases: list[Case] = []
     complaints: list[str] = []
+    codes: set[str] = set()
     for row in rows:
         try:
             cases.append(_case(folder.resolve(), row, salt))
         except ManifestInvalid as e:
             complaints.append(str(e))
+            codes.add(e.code)
     complaints += _twice(cases)
     if complaints:
         more = f"\n... and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
-        raise ManifestInvalid(f"{path}:\n" + "\n".join(complaints[:SHOWN]) + f"{more}\nMend these rows.")
+        told = f"{path}:\n" + "\n".join(complaints[:SHOWN]) + f"{more}\nMend these rows."
+        raise ManifestInvalid(told, next((c for c in ("PATH_ESCAPE", "FILE_MISSING") if c in codes), "MANIFEST_INVALID"))
     check_splits(cases, path)
     return tuple(sorted(cases, key=lambda case: case.key))
 
@@ -200,7 +203,7 @@ def _case(root: Path, row: _Row, salt: str) -> Case:
     elif row.get("split") in SPLITS:
         split = cast(Split, row.get("split"))
     else:
-        raise ManifestInvalid(f"row {row.number}: `split` is {row.get('split')!r}; allowed: {', '.join(SPLITS)}")
+        raise ManifestInvalid(f"row {row.number}: `split` is none of {', '.join(SPLITS)}")
     return Case(
         key=case_key(salt, patient, image.relative_to(root).as_posix()),
         patient=patient,

@@ -205,8 +205,8 @@ def _of_hu(case: Case, channel: NDArray[np.float32], low: float, high: float) ->
     elif (values > 3100).mean() > 0.02:
         what = "more than 2 % of the voxels are denser than bone can be."
         yield finding("INTENSITY_ODD", what, case=case.key, row=case.row)
-    elif np.percentile(values, 99.9) < -200:
-        what = "hardly a voxel is denser than fat: is it an image of a patient?"
+    elif np.percentile(values, 99.9) < -600:
+        what = "hardly a voxel is denser than air: is it an image of a patient?"
         yield finding("INTENSITY_ODD", what, case=case.key, row=case.row)
 
 

@@ -18,6 +18,7 @@ from fedclient.data.cases import Case, files_of
 from fedclient.data.findings import finding
 from fedclient.gate.facts import Looked, Needs
 from fedclient.gate.inspect import look_at
+from shared_models.errors import ProcessFailed
 
 PATIENCE_S = 120.0  # for one case, and a second more for each megabyte of it
 SLOWEST_BYTES_S = 1 << 20
@@ -47,6 +48,9 @@ def looks(
 
     Args:
         processes: 0 looks in this process, where nothing ends a file that hangs.
+
+    Raises:
+        ProcessFailed: a process could not be started.
     """
     if processes == 0:
         for case in cases:
@@ -84,7 +88,16 @@ def _started(setting: Setting) -> _Worker:
     process = get_context("spawn").Process(target=_serve, args=(there, setting), daemon=True)
     process.start()
     there.close()
-    return _Worker(process, here)
+    worker = _Worker(process, here)
+    try:
+        here.recv()  # it is there: whatever ends it from now on is a case's doing
+    except EOFError:
+        _end(worker)
+        raise ProcessFailed(
+            "the check cannot start a process of its own: too little memory, or a main module that cannot be imported. "
+            "Free some memory, or close other programs."
+        ) from None
+    return worker
 
 
 def _hand(worker: _Worker, case: Case, patience_s: float) -> None:
@@ -133,6 +146,7 @@ def _serve(pipe: Connection, setting: Setting) -> None:
     silence = os.open(os.devnull, os.O_RDWR)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
+    pipe.send("ready")
     while True:
         try:
             case = pipe.recv()
