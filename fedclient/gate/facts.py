@@ -63,7 +63,7 @@ class Facts:
         axes: voxels along I, J, K.
         level_1, level_50, level_99: percentiles of its grey values.
         pixels: HMAC of its grid and all its voxels.
-        bands: HMACs of the rows of a perceptual hash; None for a row without contrast.
+        bands: HMACs of the parts of a perceptual hash; None for a part without contrast.
         axial, coronal: 16 x 16 grey values of its projections, for telling which way it lies.
         person: HMAC of the PatientID in its headers; empty where there is none.
     """

@@ -12,6 +12,7 @@ from fedclient.data.pictures import png_bytes
 from fedclient.data.volume import Volume
 
 EDGE = 16  # of the perceptual hash and the projections
+BAND = 8  # steps in one part of the hash: noise spoils parts, not the whole
 LAYERS = 4  # of a volume, along K
 FLAT = 0.02  # of the range of grey values: smaller steps are noise
 CT_HU = (-1000.0, 1000.0)
@@ -69,19 +70,21 @@ def shrunk(values: NDArray[np.float32], shape: Sequence[int]) -> NDArray[np.floa
 
 
 def bands(grey: NDArray[np.float32], secret: str) -> tuple[str | None, ...]:
-    """HMACs of the rows of a difference hash: whether it grows brighter from box to box (Krawetz's dHash).
+    """HMACs of half rows of a difference hash: whether it grows brighter from box to box (Krawetz's dHash).
 
-    Two images are alike where most rows agree; rows whose grey values hardly change say nothing and are None.
+    Two images are alike where most of them agree; those whose grey values hardly change say nothing and are None.
     """
     layers = min(LAYERS, grey.shape[2])
     small = shrunk(grey, (EDGE + 1, EDGE, layers))
-    steps = np.diff(small, axis=0)
-    bits = steps > FLAT
-    told = (np.abs(steps) > FLAT).sum(axis=0) >= 4
+    steps = np.diff(small, axis=0).reshape(-1, BAND, EDGE, layers)
+    told = (np.abs(steps) > FLAT).sum(axis=1) >= BAND // 4
     return tuple(
-        sealed(secret, f"band {j} {k}", np.packbits(bits[:, j, k]).tobytes())[:12] if told[j, k] else None
+        sealed(secret, f"band {half} {j} {k}", np.packbits(steps[half, :, j, k] > FLAT).tobytes())[:12]
+        if told[half, j, k]
+        else None
         for k in range(layers)
         for j in range(EDGE)
+        for half in range(EDGE // BAND)
     )
 
 

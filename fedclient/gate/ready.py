@@ -26,6 +26,7 @@ from shared_models.study import Study
 from shared_models.wire import Order
 
 CODE = "DATA_NOT_READY"
+CORES = os.cpu_count() or 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,11 @@ class _Used:
     states: Mapping[str, str] = field_of(default_factory=dict)
 
 
-def ready(order: Order, site: Site, study: Study) -> None:
+def ready(order: Order, site: Site, study: Study, processes: int | None = None) -> None:
     """Returns if the order may touch this site's data.
+
+    Args:
+        processes: that look at cases; half of the cores if not given.
 
     Raises:
         OrderRefused: DATA_NOT_READY, with the codes of what stands against it.
@@ -45,7 +49,7 @@ def ready(order: Order, site: Site, study: Study) -> None:
     if not site.deployed:
         stop(site, [found for found in cheap_findings(site) if found.severity == "block"], order)
         return
-    found = check(site, needs_of(study), processes=max(1, (os.cpu_count() or 2) // 2))
+    found = check(site, needs_of(study), processes=max(1, CORES // 2) if processes is None else processes)
     changed, used_before = list(changes(site, order.run, found.states)), len(found.used)
     moved, used = sorted_out(changed, read_waivers(site.folder))
     used = [*found.used, *used]

@@ -1,0 +1,340 @@
+"""The readiness gate: what each fault is called, what is kept between two looks, and who may pass it."""
+
+import json
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedclient.data.cases import Case, Channel
+from fedclient.data.findings import CATALOGUE
+from fedclient.data.identifiers import identifying_path
+from fedclient.gate import ready as gate
+from fedclient.gate import run
+from fedclient.gate.across import torn_patients
+from fedclient.gate.facts import Needs, needs_of
+from fedclient.gate.inspect import look_at
+from fedclient.gate.pixels import bands, shrunk
+from fedclient.gate.pool import Setting, looks
+from fedclient.gate.run import Checked, check
+from fedclient.gate.waivers import excluded, read_waivers, waive, withdraw
+from fedclient.site import Site
+from shared_models.errors import OrderRefused, StateInvalid
+from shared_models.files import read_lines, write_atomic
+from shared_models.study import Study, canonical, sha256
+from shared_models.wire import Order
+from simulations.bench.gate import site_of, tried
+from simulations.fixtures.faults import FAULTS, LUNG, Fault, Set, person
+from simulations.phantoms import nifti
+
+REASON = "looked at by two radiologists"
+MISSED = "mask mirrored in its header"  # lungs are nearly symmetric, and the two grids coincide
+FAST = [fault for fault in FAULTS if fault.name != MISSED and fault.code != "ORIENTATION_ODD"][::4]
+NEEDS = needs_of(LUNG)
+
+
+def healthy(root: Path, train: int = 3, test: int = 1) -> Set:
+    made = Set(root / "data")
+    for n in range(train + test):
+        made.nifti(n, split="train" if n < train else "test")
+    return made
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """A deployed site with four sound patients."""
+    healthy(tmp_path).finish()
+    return replace(site_of(tmp_path / "data", tmp_path / "site"), deployed=True, salt="secret", smallest_count=11)
+
+
+def spoil(site: Site, row: int = 2) -> None:
+    """Blanks the image of one row."""
+    number = row - 2
+    blank = np.full(person(0).volume.voxels[0].shape, -1000, np.int16)
+    write_atomic(site.data / f"images/{number}.nii.gz", nifti(blank, person(number).volume.affine_ras))
+
+
+def order(kind: str = "train", round_number: int = 1) -> Order:
+    study = canonical(LUNG).decode()
+    return Order(kind, "lung-1", round_number, 1, study, sha256(LUNG), "b" * 64)  # type: ignore[arg-type]
+
+
+def ready(of: Order, site: Site, study: Study) -> None:
+    gate.ready(of, site, study, processes=0)
+
+
+def codes(found: Checked) -> set[str]:
+    return {f.code for f in found.findings}
+
+
+# Faults
+
+
+@pytest.mark.parametrize("fault", FAST, ids=lambda fault: fault.name)
+def test_a_fault_gets_its_code_and_no_other_case_is_blocked(fault: Fault, tmp_path: Path) -> None:
+    row = tried(fault, tmp_path)
+    assert fault.code in row.found
+    assert row.silent_on_the_rest
+
+
+def test_the_corpus_has_sixty_faults_of_codes_that_the_catalogue_knows() -> None:
+    assert len(FAULTS) >= 60
+    assert {fault.code for fault in FAULTS} <= CATALOGUE.keys()
+    assert CATALOGUE.keys() - {fault.code for fault in FAULTS} == {"IO_TIMEOUT", "DATASET_CHANGED", "CHANNELS_APART"}
+
+
+def test_sound_data_are_ready_and_only_their_small_number_is_told(site: Site) -> None:
+    found = check(site, NEEDS)
+    assert found.ready
+    assert [(f.code, f.severity) for f in found.findings] == [("DATASET_TOO_SMALL", "warn")]
+    assert found.plain()["splits"]["train"] == {"cases": 3, "patients": 3, "labelled": 3}
+
+
+def test_without_a_study_no_label_is_asked_for(tmp_path: Path) -> None:
+    made = healthy(tmp_path)
+    made.nifti(5, lung=person(5).lung * 9)
+    made.rows[0]["mask"] = ""
+    here = site_of(made.finish(), tmp_path / "site")
+    assert not codes(check(here, Needs())) & {"LABEL_MISSING", "LABEL_VALUES", "MODALITY_MISMATCH"}
+    assert codes(check(here, NEEDS)) >= {"LABEL_MISSING", "LABEL_VALUES"}
+
+
+def test_a_case_without_labels_stops_nobody(tmp_path: Path) -> None:
+    made = healthy(tmp_path)
+    made.nifti(5, hu=np.full(person(5).volume.voxels[0].shape, -1000, np.int16))
+    made.rows[-1]["mask"] = ""
+    found = check(site_of(made.finish(), tmp_path / "site"), NEEDS)
+    assert found.ready
+    assert ("INTENSITY_INVALID", "warn") in {(f.code, f.severity) for f in found.findings}
+
+
+def test_a_patient_of_two_splits_is_told_for_the_case_that_is_not_trained_on() -> None:
+    cases = [Case(f"{n:016x}", "same", (Channel(),), None, split) for n, split in enumerate(("train", "val", "test"))]  # type: ignore[arg-type]
+    assert [(f.case[-1], f.severity) for f in torn_patients(cases)] == [("1", "block"), ("2", "block")]
+    assert not list(torn_patients(cases[:1] * 3))
+
+
+@pytest.mark.parametrize(
+    ("path", "words", "told"),
+    [
+        ("images/case-07.nii.gz", (), ""),
+        ("1.3.6.1.4.1.14519.5.2.1.19600229/1.2.840.10008.20200101/7.dcm", (), ""),
+        ("subset0/1-001.dcm", (), ""),
+        ("Doe^Jane/1.dcm", (), "a person's name"),
+        ("Doe, Jane/1.dcm", (), "a person's name"),
+        ("scan_19600229/1.dcm", (), "a date"),
+        ("29.02.1960/1.dcm", (), "a date"),
+        ("a/jane_2.dcm", ("jane",), "from the header"),
+        ("a/MRN-4711-b.dcm", ("mrn4711",), "from the header"),
+        ("a/june_2.dcm", ("jane",), ""),
+    ],
+)
+def test_a_path_that_names_somebody_is_told_without_the_name(path: str, words: tuple[str, ...], told: str) -> None:
+    assert told in identifying_path(path, words)
+    assert bool(identifying_path(path, words)) == bool(told)
+
+
+def test_boxes_may_cut_through_voxels() -> None:
+    values = np.arange(5, dtype=np.float32)
+    assert shrunk(values, (2,)).tolist() == pytest.approx([(0 + 1 + 0.5 * 2) / 2.5, (0.5 * 2 + 3 + 4) / 2.5])
+    assert shrunk(values, (5,)).tolist() == values.tolist()
+    assert shrunk(np.arange(64, dtype=np.float32), (2,)).tolist() == [15.5, 47.5]
+
+
+def test_a_perceptual_hash_is_kept_under_the_secret_and_a_flat_image_has_none() -> None:
+    image = np.random.default_rng(0).random((40, 40, 1), np.float32)
+    assert bands(image, "one") == bands(image, "one")
+    assert not set(bands(image, "one")) & set(bands(image, "two"))
+    assert set(bands(image * 0, "one")) == {None}
+
+
+# What is kept
+
+
+def test_a_second_run_looks_at_what_changed_only(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = check(site, NEEDS)
+    again = check(site, NEEDS)
+    assert (first.anew, again.anew) == (4, 0)
+    assert again.findings == first.findings
+    spoil(site)
+    changed = check(site, NEEDS)
+    assert changed.anew == 1
+    assert [f.row for f in changed.blocking] == [2]
+    assert check(site, replace(NEEDS, labels=("lung", "nodule"))).anew == 4  # another study needs other checks
+    monkeypatch.setattr("fedclient.gate.facts.VERSION", 99)
+    assert check(site, NEEDS).anew == 4
+
+
+def test_a_result_that_is_spoilt_is_looked_at_again(site: Site) -> None:
+    check(site, NEEDS)
+    kept = sorted((site.folder / "gate" / "cases").rglob("*.json"))
+    kept[0].write_bytes(b"{}")
+    kept[1].write_bytes(kept[1].read_bytes()[:50])
+    assert check(site, NEEDS).anew == 2
+
+
+def test_what_is_kept_is_its_owners_alone(site: Site) -> None:
+    waive(site.folder, "SERIES_GAP", "", REASON, exclude=False)
+    check(site, NEEDS)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (site.folder / "gate").rglob("*") if path.is_file()}
+    assert modes == {0o600}
+
+
+def test_rows_that_moved_are_told_as_they_are_now(site: Site) -> None:
+    spoil(site)
+    check(site, NEEDS)
+    table = (site.data / "manifest.csv").read_text().splitlines()
+    (site.data / "manifest.csv").write_text("\n".join([table[0], table[2], table[1], *table[3:]]) + "\n")
+    found = check(site, NEEDS)
+    assert (found.anew, [f.row for f in found.blocking]) == (0, [3])
+
+
+def test_a_file_that_hangs_costs_one_case_and_not_the_check(site: Site, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    sound = run.listed(site).cases[0]
+    hanging = replace(sound, key="f" * 16, channels=(Channel(files=(tmp_path / "pipe",)),))
+    setting = Setting(site.data, NEEDS, "secret")
+    seen = {case.key: looked for case, looked in looks([hanging, sound], setting, 2, patience_s=2.0)}
+    assert [f.code for f in seen["f" * 16].findings] == ["IO_TIMEOUT"]
+    assert seen[sound.key] == look_at(sound, site.data.resolve(), NEEDS, "secret")
+
+
+def test_a_reader_that_fails_in_a_way_that_nobody_foresaw_is_a_finding(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("Jane_Doe")
+
+    monkeypatch.setattr("fedclient.gate.inspect.read_case", fail)
+    (found,) = look_at(run.listed(site).cases[0], site.data, NEEDS, "secret").findings
+    assert found.code == "IMAGE_UNREADABLE"
+    assert "ZeroDivisionError" in found.what
+    assert "Jane" not in found.what
+
+
+# Waivers
+
+
+def test_a_waiver_lets_a_finding_pass_and_is_taken_back(site: Site) -> None:
+    spoil(site)
+    (blocking,) = check(site, NEEDS).blocking
+    waive(site.folder, blocking.code, blocking.case, REASON, exclude=False)
+    assert check(site, NEEDS).ready
+    spoil(site, row=3)
+    assert [f.row for f in check(site, NEEDS).blocking] == [3]  # of one case only
+    waive(site.folder, blocking.code, "", REASON, exclude=False)
+    assert check(site, NEEDS).ready
+    withdraw(site.folder, blocking.code, "")
+    withdraw(site.folder, blocking.code, blocking.case)
+    assert len(check(site, NEEDS).blocking) == 2
+    events = [line["event"] for line in read_lines(site.folder / "gate" / "log.jsonl")]
+    assert events == ["waived", "waived", "withdrawn", "withdrawn"]
+
+
+def test_a_case_that_is_left_out_takes_no_part(site: Site) -> None:
+    spoil(site)
+    (blocking,) = check(site, NEEDS).blocking
+    waive(site.folder, blocking.code, blocking.case, REASON, exclude=True)
+    found = check(site, NEEDS)
+    assert found.ready
+    assert (found.left_out, len(found.seen)) == (1, 3)
+    assert excluded(read_waivers(site.folder)) == {blocking.case}
+    assert blocking.case not in {case.key for case in run.usable_cases(site)}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("SERIES_GONE", "", REASON, False), "no code of a finding"),
+        (("SERIES_GAP", "", "because", False), "needs a reason of 10"),
+        (("SERIES_GAP", "", " " * 40, False), "needs a reason of 10"),
+        (("SERIES_GAP", "row 2", REASON, False), "16 hexadecimal digits"),
+        (("SERIES_GAP", "", REASON, True), "takes single cases out"),
+    ],
+)
+def test_a_waiver_that_says_too_little_is_refused(site: Site, words: tuple[str, str, str, bool], told: str) -> None:
+    with pytest.raises(StateInvalid, match=told):
+        waive(site.folder, *words)
+    assert read_waivers(site.folder) == ()
+
+
+def test_a_waiver_that_is_not_there_cannot_be_taken_back(site: Site) -> None:
+    with pytest.raises(StateInvalid, match="there is no waiver of SERIES_GAP"):
+        withdraw(site.folder, "SERIES_GAP", "")
+
+
+# Orders
+
+
+@pytest.mark.parametrize("kind", ["train", "statistics", "evaluate"])
+def test_a_node_that_never_checked_refuses_to_work_on_bad_data(site: Site, kind: str) -> None:
+    spoil(site)
+    with pytest.raises(OrderRefused, match=r"INTENSITY_INVALID \(1\)") as refused:
+        ready(order(kind), site, LUNG)
+    assert refused.value.code == "DATA_NOT_READY"
+    (line,) = read_lines(site.folder / "gate" / "log.jsonl")
+    assert (line["event"], line["codes"]) == ("refused", {"INTENSITY_INVALID": 1})
+
+
+def test_data_that_went_bad_after_the_check_are_seen_by_the_next_order(site: Site) -> None:
+    ready(order(), site, LUNG)
+    spoil(site, row=4)
+    with pytest.raises(OrderRefused, match="INTENSITY_INVALID"):
+        ready(order(round_number=2), site, LUNG)
+
+
+def test_files_that_change_during_a_run_stop_it_until_that_is_waived(site: Site) -> None:
+    ready(order(), site, LUNG)
+    write_atomic(
+        site.data / "images/0.nii.gz", nifti(person(7).volume.voxels[0].astype(np.int16), person(0).volume.affine_ras)
+    )
+    for _ in range(2):
+        with pytest.raises(OrderRefused, match=r"DATASET_CHANGED \(1\)"):
+            ready(order(round_number=2), site, LUNG)
+    waive(site.folder, "DATASET_CHANGED", "", REASON, exclude=False)
+    ready(order(round_number=2), site, LUNG)
+    used = [line for line in read_lines(site.folder / "gate" / "log.jsonl") if line["event"] == "used"]
+    assert [(u["run"], u["round"], u["waivers"][0]["code"]) for u in used] == [("lung-1", 2, "DATASET_CHANGED")]
+    ready(order(round_number=3), site, LUNG)  # the run goes on with the files as they are now
+    assert len(read_lines(site.folder / "gate" / "log.jsonl")) == 4
+
+
+def test_a_case_that_comes_during_a_run_does_not_stop_it_and_one_that_goes_does(site: Site) -> None:
+    ready(order(), site, LUNG)
+    table = (site.data / "manifest.csv").read_text()
+    made = Set(site.data, rows=[{}] * 8)
+    made.nifti(8)
+    (site.data / "manifest.csv").write_text(table + "p90,images/8.nii.gz,masks/8.nii.gz,train\n")
+    ready(order(round_number=2), site, LUNG)
+    (site.data / "manifest.csv").write_text("\n".join(table.splitlines()[:-2] + table.splitlines()[-1:]) + "\n")
+    with pytest.raises(OrderRefused, match=r"DATASET_CHANGED \(1\)"):
+        ready(order(round_number=3), site, LUNG)
+
+
+def test_a_table_that_does_not_describe_the_data_refuses_the_order_by_its_code(site: Site) -> None:
+    (site.data / "manifest.csv").write_text("patient_id\nDoe\n")
+    with pytest.raises(OrderRefused, match=r"MANIFEST_INVALID \(1\)"):
+        ready(order(), site, LUNG)
+
+
+def test_a_simulation_checks_patients_and_opens_no_image(tmp_path: Path) -> None:
+    made = healthy(tmp_path)
+    here = site_of(made.finish(), tmp_path / "site")
+    spoil(here)
+    ready(order(), here, LUNG)
+    assert not (tmp_path / "site" / "gate").exists()
+    table = (tmp_path / "data" / "manifest.csv").read_text()
+    (tmp_path / "data" / "manifest.csv").write_text(table + "p01,masks/0.nii.gz,,test\n")
+    with pytest.raises(OrderRefused, match=r"LEAKAGE_PATIENT \(1\)"):
+        ready(order(), here, LUNG)
+
+
+def test_findings_are_told_gravest_first_as_json(site: Site) -> None:
+    spoil(site)
+    facts = json.loads(json.dumps(check(site, NEEDS).plain()))
+    assert [f["severity"] for f in facts["findings"]] == ["block", "warn"]
+    assert facts["findings"][0]["blocks"] is True
+    assert (facts["ready"], facts["codes"]["INTENSITY_INVALID"], facts["looked_at"]) == (False, 1, 4)
