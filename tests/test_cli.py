@@ -32,7 +32,7 @@ COMMANDS: dict[str, typer.Typer] = {
 }
 SUBCOMMANDS = {
     "fedserver": ["init", "serve", "invite", "run", "stop", "status"],
-    "fedclient": ["join", "check", "start", "status", "budget", "ledger"],
+    "fedclient": ["join", "check", "waive", "card", "start", "status", "budget", "ledger"],
     "fedsim": ["run", "studies", "privacy", "demo", "phantom"],
 }
 TINY = """
@@ -132,7 +132,7 @@ def test_an_unknown_study_is_told_with_those_that_there_are(federation):
 def test_a_missing_folder_is_told_with_the_command_that_makes_it():
     for words in (["status"], ["invite", "north"], ["run", "lung-ct-quick"], ["serve"], ["stop", "x"]):
         assert "fedserver init" in refused("fedserver", *words)
-    for name in ("check", "start", "status"):
+    for name in ("check", "card", "start", "status"):
         assert "Run `fedclient join INVITE` first" in refused("fedclient", name)
     assert "nowhere: there is no such folder" in refused("fedsim", "run", "lung-ct-quick", "--data", "nowhere")
     assert list(Path().rglob("*.db")) == []
@@ -348,15 +348,17 @@ def test_a_hospital_joins_looks_at_its_data_and_asks_how_it_stands(tmp_path, dat
         assert joined["data"] == "manifest.csv"
         assert "belongs to a federation already" in refused(*words)
         assert "HTTP 4" in refused(*words, "--site", "second")  # an invite is good for one
-    assert parsed("fedclient", "check", "--json") == {
-        "layout": "manifest.csv",
-        "findings": [],
-        "cases": 4,
-        "readable": 4,
-        "splits": {
-            split: {"cases": n, "patients": n, "labelled": n} for split, n in (("train", 2), ("val", 1), ("test", 1))
-        },
+    checked = parsed("fedclient", "check", "--json", "--study", "lung-ct-quick")
+    assert (checked["cases"], checked["readable"], checked["ready"], checked["looked_at"]) == (4, 4, True, 4)
+    assert checked["splits"] == {
+        split: {"cases": n, "patients": n, "labelled": n} for split, n in (("train", 2), ("val", 1), ("test", 1))
     }
+    assert (
+        "4 of 4 cases can be read; 0 were looked at anew" in call("fedclient", "check", "--study", "lung-ct-quick")[1]
+    )
+    assert "fewer than 11 cases" in call("fedclient", "card")[1]
+    card = parsed("fedclient", "card", "--json")
+    assert (card["cases"], card["tables"]) == (None, {})
     status = parsed("fedclient", "status", "--json")
     assert (status["site"], status["finished_work"]) == ("north", [])
     assert "stopped; `fedclient start` starts it" in call("fedclient", "status")[1]
@@ -368,10 +370,20 @@ def test_a_site_with_unreadable_images_is_told_by_rows_and_not_by_names(tmp_path
     (tmp_path / "data" / "manifest.csv").write_text("patient_id,image,mask\nJane_Doe,Jane_Doe.nii.gz,\n")
     file = SiteFile("north", "127.0.0.1:9", "Test", Data(str(tmp_path / "data")))
     write_atomic(Path("site") / "site.toml", site_toml(file).encode())
-    told = refused("fedclient", "check")
-    assert "1 of 1 cases cannot be used" in told
-    assert "row 2 (case " in told
-    assert "Jane" not in told
+    code, told, err = call("fedclient", "check", "--html", "page.html")
+    assert (code, err) == (1, "")
+    assert "0 of 1 cases can be read" in told
+    assert ", row 2: NIfTI: the file is broken" in told
+    assert "Not ready" in told
+    assert "Jane" not in told + Path("page.html").read_text()
+    found = json.loads(call("fedclient", "check", "--json")[1])
+    (case,) = {finding["case"] for finding in found["findings"] if finding["blocks"] and finding["case"]}
+    words = ("fedclient", "waive", "IMAGE_UNREADABLE", "--case", case)
+    assert "needs a reason" in refused(*words)
+    assert "left out" in call(*words, "--exclude", "--reason", "sent to the PACS again")[1]
+    assert [waiver["case"] for waiver in parsed("fedclient", "waive", "--list", "--json")] == [case]
+    assert json.loads(call("fedclient", "check", "--json")[1])["left_out"] == 1
+    assert "No finding is waived" in call(*words, "--remove")[1]
 
 
 def test_a_simulation_tells_its_results_as_json_on_standard_output_and_nothing_else(data):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import stat
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
 
 from fedclient.data.cases import Case, Channel
 from fedclient.data.findings import CATALOGUE
@@ -17,6 +19,7 @@ from fedclient.gate import run
 from fedclient.gate.across import torn_patients
 from fedclient.gate.facts import Needs, needs_of
 from fedclient.gate.inspect import look_at
+from fedclient.gate.page import render
 from fedclient.gate.pixels import bands, shrunk
 from fedclient.gate.pool import Setting, looks
 from fedclient.gate.run import Checked, check
@@ -25,7 +28,7 @@ from fedclient.site import Site
 from shared_models.errors import OrderRefused, StateInvalid
 from shared_models.files import read_lines, write_atomic
 from shared_models.study import Study, canonical, sha256
-from shared_models.wire import Order
+from shared_models.wire import Order, pack, read_reply, write_order
 from simulations.bench.gate import site_of, tried
 from simulations.fixtures.faults import FAULTS, LUNG, Fault, Set, person
 from simulations.phantoms import nifti
@@ -330,6 +333,31 @@ def test_a_simulation_checks_patients_and_opens_no_image(tmp_path: Path) -> None
     (tmp_path / "data" / "manifest.csv").write_text(table + "p01,masks/0.nii.gz,,test\n")
     with pytest.raises(OrderRefused, match=r"LEAKAGE_PATIENT \(1\)"):
         ready(order(), here, LUNG)
+
+
+def test_the_app_that_a_hospital_runs_has_the_gate(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    import fedclient.app
+    from simulations.engine import identify
+
+    identify()
+    (site.data / "manifest.csv").write_text("patient_id\nDoe\n")
+    config: dict[str, bool | float | int | str] = {"site": "bench", "data": str(site.data), "work": str(site.folder)}
+    sent = write_order(order(), 1, pack({}))
+    reply = read_reply(fedclient.app.app(sent, Context(1, 1, config, RecordDict(), {})), "north")
+    assert (reply.kind, reply.refusal) == ("refusal", "DATA_NOT_READY")
+    assert "MANIFEST_INVALID" in caplog.text
+
+
+def test_the_page_shows_each_finding_with_its_case_and_runs_nothing(site: Site) -> None:
+    spoil(site)
+    found = check(site, NEEDS)
+    waiver = waive(site.folder, "LABEL_EMPTY", "", "<script>alert(1)</script>", exclude=False)
+    page = render(found, "north", [waiver], "lung", "2026-01-01T00:00:00Z")
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert found.blocking[0].case in page
+    assert page.count("data:image/png;base64,") == 4  # the one with a finding, and three without
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
 
 
 def test_findings_are_told_gravest_first_as_json(site: Site) -> None:

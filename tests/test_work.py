@@ -104,6 +104,33 @@ def test_the_order_is_handed_to_the_learner_as_it_came():
     assert asked == [HERE, STUDY, 3, WEIGHTS]
 
 
+# The gate
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate", "statistics"])
+def test_an_order_that_the_gate_refuses_touches_no_image(kind):
+    asked: list[object] = []
+
+    def closed(of: Order, site: Site, study: Study) -> None:
+        asked.extend([of, site, study])
+        raise OrderRefused("DATA_NOT_READY", "Jane_Doe")
+
+    @dataclass(frozen=True)
+    class Untouched(ToyLearner):
+        def learn(self, site: Site, study: Study, round_number: int, weights: Arrays) -> Learned:
+            raise AssertionError("was trained")
+
+        def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
+            raise AssertionError("was scored")
+
+    of = order(kind, evaluate="test")
+    with pytest.raises(OrderRefused, match="Jane_Doe") as refused:
+        carry_out(of, WEIGHTS, HERE, Untouched(), closed)
+    assert refused.value.code == "DATA_NOT_READY"
+    assert asked == [of, HERE, STUDY]
+    assert carry_out(order("hello"), {}, HERE, ToyLearner(), closed).reply.train_cases == 8  # counts, no image
+
+
 # What is doubted
 
 
