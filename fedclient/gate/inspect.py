@@ -29,7 +29,7 @@ FAR_FROM_CHEST = frozenset((
     "UTERUS", "OVARY", "RECTUM", "SACRUM",
 ))  # fmt: skip
 HU_BOUNDS = (-4096.0, 65535.0)
-SMALLEST_MM, LARGEST_MM = 0.02, 30.0
+SMALLEST_MM, LARGEST_MM = 0.02, 50.0
 SHEAR = 0.02  # cosine between two axes: 1.1 degrees from a right angle
 
 
