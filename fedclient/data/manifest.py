@@ -74,7 +74,9 @@ def read_manifest(folder: Path, site: str | None, salt: str) -> tuple[Case, ...]
     if complaints:
         more = f"\n... and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
         told = f"{path}:\n" + "\n".join(complaints[:SHOWN]) + f"{more}\nMend these rows."
-        raise ManifestInvalid(told, next((c for c in ("PATH_ESCAPE", "FILE_MISSING") if c in codes), "MANIFEST_INVALID"))
+        raise ManifestInvalid(
+            told, next((c for c in ("PATH_ESCAPE", "FILE_MISSING") if c in codes), "MANIFEST_INVALID")
+        )
     check_splits(cases, path)
     return tuple(sorted(cases, key=lambda case: case.key))
 

@@ -102,7 +102,7 @@ def check(
             progress(done, len(todo))
     seen = tuple(Seen(case, _here(kept[case.key], case, needs)) for case in cases)
     findings = list(listing.findings)
-    if not any(found.severity == "block" and not found.case for found in listing.findings):
+    if listing.cases or not listing.findings:  # else there is nothing to be seen together
         findings += together(seen, needs)
     findings += [found for each in seen for found in each.looked.findings]
     findings.sort(key=lambda f: (ORDER[f.severity], f.code, f.case))
