@@ -39,10 +39,11 @@ def look_at(case: Case, root: Path, needs: Needs, secret: str) -> Looked:
     Args:
         root: the data folder.
     """
-    state = ""
+    state, said = "", NOTHING
     try:
         state = state_of(case)
-        return _looked(case, root, needs, secret, state)
+        said = said_in(_members(case.channels[0].files))
+        return _looked(case, root, needs, secret, state, said)
     except ImageUnreadable as e:
         found = _refused(e, case)
     except MemoryError:
@@ -50,12 +51,11 @@ def look_at(case: Case, root: Path, needs: Needs, secret: str) -> Looked:
     except Exception as e:  # a gap in a reader's doubt; its words may hold a name
         what = f"its reader failed on it ({type(e).__name__})."
         found = finding("IMAGE_UNREADABLE", what, case=case.key, row=case.row)
-    return Looked(state, None, tuple([found, *_of_paths(case, root, NOTHING)]))
+    return Looked(state, None, (found, *_of_headers(case, said), *_of_paths(case, root, said)))
 
 
-def _looked(case: Case, root: Path, needs: Needs, secret: str, state: str) -> Looked:
+def _looked(case: Case, root: Path, needs: Needs, secret: str, state: str, said: Said) -> Looked:
     first = case.channels[0].files
-    said = said_in(_members(first))
     volume = read_case(case, needs.channels or tuple(c.name for c in case.channels if len(case.channels) > 1))
     picture = first[0].is_file() and is_picture(first[0])
     ct = volume.modality == "CT" or (volume.modality is None and needs.modality == "ct" and not picture)
