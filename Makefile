@@ -35,6 +35,7 @@ bench: setup
 	$(BIN)/python -m simulations.bench.server_memory
 	$(BIN)/python -m simulations.bench.secagg
 	$(BIN)/python -m simulations.bench.deployed_round
+	$(BIN)/python -m simulations.bench.gate
 
 clean:
 	rm -rf .venv build *.egg-info

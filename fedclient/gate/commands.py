@@ -140,6 +140,7 @@ def _checked(folder: Path, study: str, processes: int) -> "tuple[Site, Checked]"
 
 def _show(found: "Checked", html: Path | None) -> None:
     facts = found.plain()
+    console.print(f"Data: {escape(facts['layout'])}", highlight=False)
     for split, part in facts["splits"].items():
         console.print(
             f"{split:6} {part['cases']:5} cases  {part['patients']:5} patients  {part['labelled']:5} labelled"
@@ -147,7 +148,7 @@ def _show(found: "Checked", html: Path | None) -> None:
     kept = facts["cases"] - facts["looked_at"]
     console.print(
         f"{facts['readable']} of {facts['cases']} cases can be read; {facts['looked_at']} were looked at anew, {kept} "
-        f"had not changed. Layout: {escape(facts['layout'])}."
+        f"had not changed."
     )
     if found.left_out:
         console.print(f"{found.left_out} cases are left out by `fedclient waive`.")
