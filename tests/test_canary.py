@@ -22,8 +22,8 @@ from shared_models.files import write_atomic
 from shared_models.study import canonical, sha256
 from shared_models.wire import Order
 from simulations.fixtures.dicom import write_dicom_series
-from simulations.fixtures.faults import LUNG, Set, person
 from simulations.fixtures.folders import write_mhd
+from simulations.fixtures.sown import LUNG, Set, person
 from simulations.phantoms import nifti
 
 NAME, NUMBER, BIRTH, ACCESSION = "Zyxmann", "QX774411", "19470813", "ACC90210"

@@ -14,7 +14,7 @@ from fedclient.gate.card import card_bytes, card_digest, card_of, withheld
 from fedclient.gate.facts import needs_of
 from fedclient.gate.run import check
 from simulations.bench.gate import site_of
-from simulations.fixtures.faults import LUNG, Set
+from simulations.fixtures.sown import LUNG, Set
 
 
 def test_a_small_cell_is_withheld_and_the_next_smallest_with_it() -> None:

@@ -30,7 +30,8 @@ from shared_models.files import read_lines, write_atomic
 from shared_models.study import Study, canonical, sha256
 from shared_models.wire import Order, pack, read_reply, write_order
 from simulations.bench.gate import site_of, tried
-from simulations.fixtures.faults import FAULTS, LUNG, Fault, Set, person
+from simulations.fixtures.faults import FAULTS
+from simulations.fixtures.sown import LUNG, Fault, Set, person
 from simulations.phantoms import nifti
 
 REASON = "looked at by two radiologists"

@@ -23,8 +23,9 @@ from fedclient.data.manifest import sites_of
 from fedclient.gate.facts import needs_of
 from fedclient.gate.run import Checked, check
 from fedclient.site import Site, open_site
-from simulations.fixtures.faults import FAULTS, Fault, Set
+from simulations.fixtures.faults import FAULTS
 from simulations.fixtures.real_faults import REAL_FAULTS, SETS, RealSet
+from simulations.fixtures.sown import Fault, Set
 
 CAUGHT_SHARE = 0.95
 FEWEST = 60
