@@ -36,7 +36,7 @@ from simulations.phantoms import nifti
 
 REASON = "looked at by two radiologists"
 MISSED = "mask mirrored in its header"  # lungs are nearly symmetric, and the two grids coincide
-FAST = [fault for fault in FAULTS if fault.name != MISSED and fault.code != "ORIENTATION_ODD"][::4]
+FAST = [fault for fault in FAULTS if fault.name != MISSED and fault.code != "ORIENTATION_ODD"][::6]
 NEEDS = needs_of(LUNG)
 
 
