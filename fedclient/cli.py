@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from fedclient.gate.commands import card, check, waive
 from shared_models.cli import guarded, print_json
-from shared_models.errors import EnrolmentFailed, StateInvalid
+from shared_models.errors import EnrolmentFailed
 from shared_models.files import write_atomic
 
 app = typer.Typer(
@@ -71,13 +71,13 @@ app.command()(card)
 @guarded
 def start(site: Folder = Path("site")) -> None:
     """Connects to the coordinator and works until Ctrl-C; restarts whatever dies."""
-    from fedclient.site import read_site_file
+    from fedclient.site import check_data, read_site_file
     from fedclient.start import start as supervise
     from shared_models.supervise import stop_on_signals
 
     file = read_site_file(site)
     logs = escape(str(site / "logs"))
-    _check_data(site, file.data.folder)
+    check_data(site, file.data.folder)
     words = f"[bold]{file.name}[/]: node of {file.federation}, coordinator {file.coordinator}. Logs: {logs}"
     stop = stop_on_signals()
     supervise(site, stop, begun=lambda: console.print(words), say=lambda it: print(it, flush=True))
@@ -161,14 +161,6 @@ def ledger(site: Folder = Path("site"), as_json: AsJson = False) -> None:
             )
         if a.open:
             console.print(f"  {a.open} not settled: work in progress, or of a process that died; it counts as spent")
-
-
-def _check_data(site: Path, folder: str) -> None:
-    """Raises StateInvalid where the data folder of site.toml has gone since the site joined."""
-    if not Path(folder).is_dir():
-        raise StateInvalid(
-            f"{folder}: the data folder is not there. Mount it, or set `folder` under [data] in {site / 'site.toml'}."
-        )
 
 
 def _is_text(name: str) -> bool:

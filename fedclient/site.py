@@ -147,6 +147,14 @@ def read_data_file(folder: Path) -> DataFile:
     return parse(DataFile, read_toml(path), str(path)) if path.exists() else DataFile()
 
 
+def check_data(site: Path, folder: str) -> None:
+    """Raises StateInvalid where the data folder of site.toml has gone since the site joined."""
+    if not Path(folder).is_dir():
+        raise StateInvalid(
+            f"{folder}: the data folder is not there. Mount it, or set `folder` under [data] in {site / 'site.toml'}."
+        )
+
+
 def site_toml(site: SiteFile) -> str:
     """The text of a site file; every value that a hospital may change stands in it."""
     tables = plain(site)

@@ -120,10 +120,11 @@ def card(
 def _checked(folder: Path, study: str, processes: int) -> "tuple[Site, Checked]":
     from fedclient.gate.facts import needs_of
     from fedclient.gate.run import check as run_check
-    from fedclient.site import open_site
+    from fedclient.site import check_data, open_site
     from shared_models.study import load_study
 
     here = open_site({"site-dir": str(folder)})
+    check_data(folder, str(here.data))
     needs = needs_of(load_study(study) if study else None)
     to = Console(stderr=True)
     columns = (TextColumn("looking at cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
