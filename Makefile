@@ -33,6 +33,7 @@ bench: setup
 	$(BIN)/python -m simulations.bench.plan
 	$(BIN)/python -m simulations.bench.overhead
 	$(BIN)/python -m simulations.bench.server_memory
+	$(BIN)/python -m simulations.bench.robust_memory
 	$(BIN)/python -m simulations.bench.secagg
 	$(BIN)/python -m simulations.bench.deployed_round
 	$(BIN)/python -m simulations.bench.gate

@@ -4,19 +4,22 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from fedclient.memory import memory_folder, own_path, recall, remember
 from fedclient.site import Site
+from shared_models.control import without_control
 from shared_models.errors import OrderRefused
 from shared_models.identity import stated
 from shared_models.metrics import DiceCounts
 from shared_models.parse import parse_json
 from shared_models.plan import Plan
 from shared_models.planned import PURPOSE, planned, statement
+from shared_models.strategy import remembers
 from shared_models.study import Study, from_json
-from shared_models.weights import Arrays
+from shared_models.weights import Arrays, load, save_arrays
 from shared_models.wire import Order, Reply, Split
 
 
@@ -27,6 +30,7 @@ class Learned:
     Attributes:
         weights: after training; same names, shapes and dtypes as received.
         examples: examples trained on, each counted once.
+        variance: of the mean local step, where the study weighs by it.
     """
 
     weights: Arrays
@@ -34,6 +38,7 @@ class Learned:
     steps: int
     losses: tuple[float | None, ...] = ()
     device: str = ""
+    variance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,25 @@ class Learner(Protocol):
 
 
 Gate = Callable[[Order, Site, Study], None]
+
+
+@runtime_checkable
+class Rememberer(Learner, Protocol):
+    """A learner for studies in which a site keeps something between its rounds, or has a model of its own."""
+
+    def learn_on(
+        self, site: Site, study: Study, round_number: int, weights: Arrays, memory: Arrays
+    ) -> tuple[Learned, Arrays]:
+        """`learn` from what the site remembers of its last counted round; what it remembers of this one besides."""
+        ...
+
+    def own(self, site: Site, study: Study, weights: Arrays, memory: Arrays, tuned: bool) -> Arrays | None:
+        """The site's own model; None where it has none yet.
+
+        Args:
+            tuned: trained once more, by itself, as the study says.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +185,25 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
     check_proof(order, site)
     study = planned_study(order, study)
     if order.evaluate is not None:
-        reply = replace(reply, scored=order.evaluate, scores=learner.score(site, study, weights, order.evaluate))
+        alone = without_control(weights)
+        reply = replace(reply, scored=order.evaluate, scores=learner.score(site, study, alone, order.evaluate))
+        own = own_model(order, study, alone, site, learner)
+        if own is not None:
+            reply = replace(reply, own_scores=learner.score(site, study, own, order.evaluate))
     if order.kind == "evaluate":
         return Answer(replace(reply, kind="evaluation", seconds=time.monotonic() - began))
-    learned = learner.learn(site, study, order.round, weights)
+    folder = memory_folder(site, order.run, order.study_sha256)
+    if remembers(study):
+        last = recall(folder, order.counted)
+        learned, memory = _rememberer(learner).learn_on(site, study, order.round, weights, last)
+    else:
+        learned, memory = learner.learn(site, study, order.round, weights), {}
     delta = {name: learned.weights[name] - weights[name] for name in weights}
-    odd = [n for n, d in delta.items() if d.dtype.kind == "f" and not np.isfinite(d).all()]
+    odd = [n for n, d in (*delta.items(), *memory.items()) if d.dtype.kind == "f" and not np.isfinite(d).all()]
     if odd:
         raise OrderRefused("TRAINING_DIVERGED", f"round {order.round}: {odd[0]!r} is not finite after training.")
+    if memory:
+        remember(folder, order.round, order.counted, memory)
     done = replace(
         reply,
         kind="update",
@@ -176,9 +211,35 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         steps=learned.steps,
         losses=learned.losses,
         device=learned.device,
+        variance=learned.variance,
         seconds=time.monotonic() - began,
     )
     return Answer(done, delta)
+
+
+def own_model(order: Order, study: Study, weights: Arrays, site: Site, learner: Learner) -> Arrays | None:
+    """The site's own model on the weights of an order, where the study gives it one; the last one is kept at the site.
+
+    Raises:
+        OrderRefused: what it is made of is lost.
+    """
+    if not study.personal.any:
+        return None
+    folder, final = memory_folder(site, order.run, order.study_sha256), order.kind == "evaluate"
+    kept = own_path(folder, order.base_sha256)
+    if final and kept.exists():
+        return load(kept)
+    memory = recall(folder, order.counted) if remembers(study) else {}
+    own = _rememberer(learner).own(site, study, weights, memory, tuned=final and study.personal.fine_tunes)
+    if final and own is not None:
+        save_arrays(kept, own)
+    return own
+
+
+def _rememberer(learner: Learner) -> Rememberer:
+    if not isinstance(learner, Rememberer):
+        raise OrderRefused("NO_MEMORY", "this client keeps nothing between rounds. Install the released client.")
+    return learner
 
 
 def refusal(order: Order, site: Site, code: str) -> Reply:

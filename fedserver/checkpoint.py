@@ -9,19 +9,23 @@ runs/ID/progress.json            the round in progress and whom it waits for
 runs/ID/plan.json                canonical JSON of the plan, where it is derived from the sites' statistics
 runs/ID/plan-proof.json          the coordinator's signature of that plan, in a deployment
 runs/ID/fingerprint.json         the sum of those statistics
+runs/ID/spool/SITE.safetensors   updates of the round in progress, where the strategy needs them all at once
 """
 
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedserver.optimizers import Optimizer, advance
+from fedserver.spool import clear
+from shared_models.control import CONTROL, with_control
 from shared_models.errors import StateInvalid
 from shared_models.files import append_json, canonical_json, read_json, read_lines, write_atomic, write_json
 from shared_models.parse import STRICT, parse_json, plain
@@ -29,7 +33,6 @@ from shared_models.plan import Fingerprint, Plan
 from shared_models.plan import sha256 as plan_sha256
 from shared_models.planned import planned
 from shared_models.study import Study, canonical, from_json, sha256
-from shared_models.update import Total
 from shared_models.weights import (
     NO_WEIGHTS,
     Array,
@@ -56,6 +59,7 @@ class State:
     weights_sha256: str
     cohort: tuple[str, ...] = ()  # sites that were counted in `round`
     plan_sha256: str | None = None
+    counted: Mapping[str, int] = field(default_factory=dict)  # site -> round of its last update that was counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +77,27 @@ class RunFolder:
         return self.path / f"server-{round_number:04d}.safetensors"
 
     @property
+    def spool(self) -> Path:
+        return self.path / "spool"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
     @property
     def plan(self) -> Path:
         return self.path / "plan.json"
+
+
+class Mean(Protocol):
+    """What a round is closed with: a running sum, or a spool of updates."""
+
+    @property
+    def schema(self) -> Schema: ...
+
+    def take_mean(self, name: str) -> NDArray[np.float64] | NDArray[np.int64]:
+        """The mean update of one tensor, or what stands for it; each may be taken once."""
+        ...
 
 
 def create_run(runs: Path, run: str, study: Study, initial: Arrays | None) -> RunFolder:
@@ -90,7 +109,7 @@ def create_run(runs: Path, run: str, study: Study, initial: Arrays | None) -> Ru
     if (folder.path / "state.json").exists():
         raise StateInvalid(f"{folder.path}: holds a run already. Choose another name, or resume that one.")
     write_atomic(folder.path / "study.json", canonical(study))
-    digest = NO_WEIGHTS if initial is None else save_arrays(folder.weights(0), initial)
+    digest = NO_WEIGHTS if initial is None else save_arrays(folder.weights(0), _first(study, initial))
     write_json(folder.path / "state.json", asdict(State(run, sha256(study), 0, digest)))
     return folder
 
@@ -104,13 +123,18 @@ def adopt_plan(
     initial: Callable[[Study], Arrays],
 ) -> State:
     """Makes the plan of a run durable, and the first weights of its network; killed before the end, it is made anew."""
-    weights = initial(planned(read_study(folder), plan))
+    study = planned(read_study(folder), plan)
+    weights = _first(study, initial(study))
     write_atomic(folder.path / "fingerprint.json", canonical_json(plain(fingerprint)))
     write_atomic(folder.plan, canonical_json(plain(plan)))
     digest = save_arrays(folder.weights(0), weights)
     done = replace(state, weights_sha256=digest, cohort=cohort, plan_sha256=plan_sha256(plan))
     write_json(folder.path / "state.json", asdict(done))
     return done
+
+
+def _first(study: Study, initial: Arrays) -> Arrays:
+    return with_control(initial) if study.train.scaffold else initial
 
 
 def read_plan(folder: RunFolder, state: State) -> str | None:
@@ -172,12 +196,16 @@ def read_state(folder: RunFolder) -> State:
 def finish_round(
     folder: RunFolder,
     state: State,
-    total: Total,
+    total: Mean,
     optimizer: Optimizer,
     cohort: tuple[str, ...],
     line: Mapping[str, Any],
+    late: Mapping[str, int] | None = None,
 ) -> State:
     """Steps the weights by the mean of `total` and makes the round durable; holds one tensor beside `total`.
+
+    SCAFFOLD's control variate stays the mean over all sites that were ever counted (Karimireddy et al. 2020, Algorithm
+    1, line 17); one that comes later brings its first from zero.
 
     `line` goes into metrics.jsonl before the state names the round; a line of a round that was not finished is cut off
     by `forget_unfinished` when the run resumes.
@@ -186,12 +214,20 @@ def finish_round(
     schema = total.schema
     weights = open_tensors(folder.weights(state.round), "weights of the last round")
     before = load(folder.server_state(state.round)) if optimizer.slots and state.round else {}
+    tardy = {site: max(number, state.counted.get(site, 0)) for site, number in (late or {}).items()}
+    counted = {**state.counted, **tardy, **dict.fromkeys(cohort, round_number)}
+    everybody = max(1, len(counted))
     after: dict[str, Array] = {}
 
     def stepped() -> Iterator[tuple[str, Array]]:
         for name in sorted(schema):
             spec = schema[name]
-            slots = {s: before.pop(f"{s}/{name}", np.zeros(spec.shape, np.float32)) for s in optimizer.slots}
+            if name.startswith(CONTROL):
+                sums = len(state.counted) * one(weights, name) + len(cohort) * total.take_mean(name)
+                yield name, (sums / everybody).astype(spec.dtype)
+                continue
+            starts = optimizer.slots.items()
+            slots = {s: before.pop(f"{s}/{name}", np.full(spec.shape, start, np.float32)) for s, start in starts}
             moved, kept = advance(optimizer, one(weights, name), total.take_mean(name), slots)
             after.update({f"{s}/{name}": a for s, a in kept.items()})
             yield name, moved
@@ -201,8 +237,9 @@ def finish_round(
     if after:
         save_arrays(folder.server_state(round_number), after)
     append_json(folder.metrics, {"round": round_number, "weights_sha256": digest, **line})
-    done = replace(state, round=round_number, weights_sha256=digest, cohort=cohort)
+    done = replace(state, round=round_number, weights_sha256=digest, cohort=cohort, counted=counted)
     write_json(folder.path / "state.json", asdict(done))
+    clear(folder.spool)
     return done
 
 
@@ -212,6 +249,7 @@ def forget_unfinished(folder: RunFolder, state: State) -> None:
     Raises:
         StateInvalid: metrics.jsonl holds a line that is none of a round.
     """
+    clear(folder.spool)
     for part in folder.path.glob(".*.part"):
         part.unlink(missing_ok=True)
     try:

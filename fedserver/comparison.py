@@ -1,7 +1,7 @@
 """What federation was worth: the federated model beside pooled training and every site alone, over one seed or more."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Any
@@ -19,11 +19,15 @@ class Comparison:
         local: site that trained alone -> site that was tested -> Dice; empty where nobody trained alone.
         pooled: site that was tested -> Dice of the model trained on all images together; empty where there is none.
         federated: site that was tested -> Dice of the federated model.
+        personalised: site -> Dice of its own model of the federation; empty where the study gives it none.
+        left_out: site -> Dice of the federation of all the others; empty where none was trained.
     """
 
     local: Mapping[str, Mapping[str, DiceCounts]]
     pooled: Mapping[str, DiceCounts]
     federated: Mapping[str, DiceCounts]
+    personalised: Mapping[str, DiceCounts] = field(default_factory=dict)
+    left_out: Mapping[str, DiceCounts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,8 @@ class SiteResult:
         elsewhere: of the model that it trained alone, mean over the other sites.
         pooled, federated: of those models, on its own patients.
         gain_points: federated less own, in Dice points (hundredths).
+        personalised: of the model that the federation gives this site for its own, on its own patients.
+        left_out: of the federation of all other sites, on this one's patients.
     """
 
     site: str
@@ -51,6 +57,8 @@ class SiteResult:
     pooled: Spread
     federated: Spread
     gain_points: Spread
+    personalised: Spread = Spread()
+    left_out: Spread = Spread()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,10 @@ class ModelRow:
     name: str
     trained: str | None
     dice: Mapping[str, Spread]
+
+
+FIGURES = ("own", "elsewhere", "pooled", "federated", "gain_points", "personalised", "left_out")
+NAMES = {"personalised": "each site's own", "left_out": "the others alone"}
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -92,6 +104,8 @@ def results(comparisons: Sequence[Comparison]) -> tuple[SiteResult, ...]:
             pooled=spread(_dice(c.pooled, site) for c in comparisons),
             federated=spread(federated),
             gain_points=spread(100 * (f - o) for f, o in zip(federated, own, strict=True)),
+            personalised=spread(_dice(c.personalised, site) for c in comparisons),
+            left_out=spread(_dice(c.left_out, site) for c in comparisons),
         )
 
     return tuple(of(site) for site in sites_of(comparisons))
@@ -104,8 +118,7 @@ def mean_over_sites(comparisons: Sequence[Comparison]) -> SiteResult:
     def over(name: str) -> Spread:
         return spread(spread(getattr(r, name).mean for r in rows).mean for rows in by_seed)
 
-    names = ("own", "elsewhere", "pooled", "federated", "gain_points")
-    return SiteResult("mean over sites", **{name: over(name) for name in names})
+    return SiteResult("mean over sites", **{name: over(name) for name in FIGURES})
 
 
 def matrix(comparisons: Sequence[Comparison]) -> tuple[ModelRow, ...]:
@@ -116,10 +129,10 @@ def matrix(comparisons: Sequence[Comparison]) -> tuple[ModelRow, ...]:
         ModelRow(f"{m} alone", m, {s: spread(_dice(c.local.get(m, {}), s) for c in comparisons) for s in sites})
         for m in trained
     ]
-    for name in ("pooled", "federated"):
+    for name in ("pooled", "federated", "personalised", "left_out"):
         if any(getattr(c, name) for c in comparisons):
             row = {s: spread(_dice(getattr(c, name), s) for c in comparisons) for s in sites}
-            rows.append(ModelRow(name, None, row))
+            rows.append(ModelRow(NAMES.get(name, name), None, row))
     return tuple(rows)
 
 
@@ -165,6 +178,8 @@ def as_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "seeds": len(comparisons),
         "has_local": any(c.local for c in comparisons),
         "has_pooled": any(c.pooled for c in comparisons),
+        "has_personalised": any(c.personalised for c in comparisons),
+        "has_left_out": any(c.left_out for c in comparisons),
         "sites": {r.site: {**_row(r), "verdict": verdict(r, len(comparisons))} for r in rows},
         "mean": _row(means),
         "worst_federated": worst and {"site": worst.site, "dice": _number(worst.federated.mean)},
@@ -178,7 +193,10 @@ def as_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def by_seed(comparison: Comparison) -> dict[str, Any]:
-    """The mean Dice of one seed: {"local": {site: {site: dice}}, "pooled": {site: dice}, "federated": {site: dice}}."""
+    """The mean Dice of one seed: {"local": {site: {site: dice}}, "pooled": {site: dice}, "federated": {site: dice}}.
+
+    And, where there are such models, "personalised" and "left_out": {site: dice}.
+    """
 
     def flat(scores: Mapping[str, DiceCounts]) -> dict[str, float | None]:
         return {s: _number(d.mean) for s, d in sorted(scores.items())}
@@ -187,12 +205,12 @@ def by_seed(comparison: Comparison) -> dict[str, Any]:
         "local": {trained: flat(scores) for trained, scores in sorted(comparison.local.items())},
         "pooled": flat(comparison.pooled),
         "federated": flat(comparison.federated),
+        **{name: flat(getattr(comparison, name)) for name in NAMES if getattr(comparison, name)},
     }
 
 
 def _row(result: SiteResult) -> dict[str, Any]:
-    names = ("own", "elsewhere", "pooled", "federated", "gain_points")
-    return {name: _spread(getattr(result, name)) for name in names}
+    return {name: _spread(getattr(result, name)) for name in FIGURES}
 
 
 def _spread(spread: Spread) -> dict[str, float | None]:

@@ -26,7 +26,9 @@ _LATE = re.compile(r"(?P<site>.+) \(round (?P<round>\d+)\)")  # an update of an 
 
 _PROPER = {
     "unet": "U-Net", "dynunet": "DynUNet", "adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "fedavg": "FedAvg",
-    "fedavgm": "FedAvgM",
+    "fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad",
+    "median": "the coordinate-wise median", "trimmed_mean": "the trimmed mean", "krum": "Krum",
+    "multi_krum": "Multi-Krum", "bulyan": "Bulyan", "norm_bound": "the mean of updates of bounded length",
 }  # fmt: skip
 
 
@@ -89,7 +91,11 @@ def in_words(study: Study) -> str:
     amount = f"{train.local_steps} batches" if train.local_steps else f"local epochs: {train.local_epochs}"
     loss = {"bce": "binary cross-entropy", "dice_bce": "soft Dice and binary cross-entropy"}[task.loss]
     pull = f", with a pull towards the received weights of {train.proximal_mu:g} (FedProx)" if train.proximal_mu else ""
-    share = {"examples": "by its number of examples", "uniform": "like every other"}[study.strategy.weighting]
+    share = {
+        "examples": "by its number of examples",
+        "uniform": "like every other",
+        "inverse_variance": "by how little its steps vary",
+    }[study.strategy.weighting]
     pieces = ", in patches" if plan.fit == "patches" else ""
     return (
         f"{_PROPER.get(study.model.name, study.model.name)} in {study.model.spatial_dims}-D that marks "
@@ -97,8 +103,28 @@ def in_words(study: Study) -> str:
         f"{study.rounds.count} rounds every site trains ({amount}, batches of {train.batch_size}, "
         f"{_PROPER.get(train.optimizer, train.optimizer)} with learning rate {train.learning_rate:g}, against "
         f"{loss}{pull}), and {_PROPER.get(study.strategy.name, study.strategy.name)} combines what they learned, each "
-        f"site weighing {share}."
+        f"site weighing {share}.{strategy_in_words(study)}"
     )
+
+
+def strategy_in_words(study: Study) -> str:
+    """What the study adds to local training and averaging, one sentence each, with a blank before it."""
+    train, strategy, own = study.train, study.strategy, study.personal
+    kept = " and ".join({"norm": "norm layers", "head": "last layer"}[kind] for kind in own.keep)
+    said = {
+        "Steps are corrected by control variates (SCAFFOLD).": train.scaffold,
+        "Features are held near to those of the received weights (MOON).": train.moon_mu,
+        "Steps look for flat optima (sharpness-aware).": train.sharpness_rho,
+        "Updates are divided by their steps (FedNova).": strategy.normalise_steps,
+        f"In the place of the mean stands {_PROPER.get(strategy.robust, strategy.robust)}"
+        f"{f', which bears {strategy.malicious} malicious sites' if strategy.malicious else ''}.": strategy.robust
+        != "none",
+        f"Each site keeps its {kept}.": own.keep,
+        "Each site also has a model of its own (Ditto).": own.ditto_lambda,
+        "Each site also has a model of its own, mixed with the federation's (APFL).": own.apfl_alpha,
+        "After the last round each site tunes a copy on its own images.": own.fine_tunes,
+    }
+    return "".join(f" {sentence}" for sentence, so in said.items() if so)
 
 
 def curves(found: Mapping[str, Any]) -> tuple[plots.Series, dict[str, plots.Series]]:
@@ -195,8 +221,10 @@ def _test(final: Mapping[str, Any], label: str) -> dict[str, Any]:
     rows = {site: part["scores"][label] for site, part in final["sites"].items() if label in part["scores"]}
     known = {site: row["dice"] for site, row in rows.items() if row["dice"] is not None}
     worst, best = min(known, key=known.__getitem__, default=None), max(known, key=known.__getitem__, default=None)
+    own = {site: part.get("personalised", {}) for site, part in final["sites"].items()}
     return {
         "sites": rows,
+        "personalised": {site: _without_bins(scores[label]) for site, scores in own.items() if label in scores},
         "all_cases": final["federation"].get(label),
         "mean_over_sites": round(fmean(known.values()), 6) if known else None,
         "worst": worst,

@@ -15,6 +15,7 @@ import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedserver.aggregation import fold
 from fedserver.checkpoint import (
     RunFolder,
     State,
@@ -39,7 +40,7 @@ from shared_models.plan import Fingerprint, derive, doubted
 from shared_models.plan import total as merged
 from shared_models.planned import constraints, statement
 from shared_models.study import Study
-from shared_models.update import Expected, Total, Update, admit, weight_of
+from shared_models.update import Expected, Update, admit
 from shared_models.weights import Arrays, Schema, size_bytes
 from shared_models.wire import MessageInvalid, Order, Proof, Reply, read_reply, write_order
 
@@ -105,6 +106,7 @@ class Table:
     seats: dict[str, Seat] = field(default_factory=dict)
     late: dict[str, tuple[str, Expected]] = field(default_factory=dict)  # message id -> site, what it was asked
     counted: set[tuple[str, int]] = field(default_factory=set)  # (site, round): an update counts once
+    last: Mapping[str, int] = field(default_factory=dict)  # site -> round of its last update that was counted
     durations: list[float] = field(default_factory=list)
     shown_at: float = float("-inf")
 
@@ -122,7 +124,7 @@ def carry_out(setting: Setting) -> State:
     state = read_state(folder)
     study = read_study(folder)
     forget_unfinished(folder, state)
-    table = Table(study, (folder.path / "study.json").read_text())
+    table = Table(study, (folder.path / "study.json").read_text(), last=state.counted)
     if study.plan == "federated" and state.plan_sha256 is None:
         state = statistics(setting, table, state)
     check_weights(folder, state)
@@ -168,7 +170,7 @@ def statistics(setting: Setting, table: Table, state: State) -> State:
 def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> State:
     """Opens, collects and closes round `state.round + 1`."""
     study, number = table.study, state.round + 1
-    sums, lines, weights = Total(schema), dict[str, dict[str, Any]](), study.rounds
+    updates, lines, late_rounds = fold(study, number, schema, setting.folder.spool), dict[str, Any](), dict[str, int]()
     score = bool(study.evaluate.every) and state.round > 0 and state.round % study.evaluate.every == 0
     order = _order("train", table, state, number, "val" if score else None)
     expected = Expected(
@@ -183,17 +185,21 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
         _check_labels(study, site, reply)
         delta = setting.courier.collect(site, reply, message)
         admit(_update(site, reply, delta), asked)
-        share = weights.late_weight ** (number - asked.round)
         try:
-            sums.add(delta, weight_of(reply.examples, study.strategy.weighting, share))
+            if not updates.add(site, asked.round, delta, reply):
+                return
         except (WeightsInvalid, ValueError) as e:  # half of it may be in the sum: the round begins again
             raise StateInvalid(
                 f"round {number}: the sum was spoilt ({e}). It begins again from the last weights."
             ) from e
+        if updates.one_vote:
+            lines.pop(f"{site} (round {late_rounds.pop(site, 0)})", None)
+        if late:
+            late_rounds[site] = max(asked.round, late_rounds.get(site, 0))
         lines[site if not late else f"{site} (round {asked.round})"] = _line(reply)
 
     began = setting.clock()
-    converse(setting, table, order, parcel, cohort, expected, count, weights.quorum)
+    converse(setting, table, order, parcel, cohort, expected, count, study.rounds.quorum)
     scores = {site: line["scores"] for site, line in lines.items() if line["scores"]}
     line = {
         "seconds": round(setting.clock() - began, 3),
@@ -204,7 +210,10 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
         "bytes_up": size_bytes(schema) * len(lines),
     }
     counted = tuple(sorted(s for s, a in table.seats.items() if a.state == "counted"))
-    done = finish_round(setting.folder, state, sums, optimizer_of(study.strategy), counted, line)
+    if (used := updates.used()) is not None:
+        line["used"] = used
+    done = finish_round(setting.folder, state, updates, optimizer_of(study.strategy), counted, line, late_rounds)
+    table.last = done.counted
     setting.courier.retire(state.weights_sha256)
     return done
 
@@ -235,7 +244,7 @@ def final_evaluation(setting: Setting, table: Table, state: State, schema: Schem
             "round": state.round,
             "final": True,
             "scored_round": state.round,
-            "sites": {site: {"scores": _rows(r)} for site, r in sorted(replies.items())},
+            "sites": {site: _rows(r) for site, r in sorted(replies.items())},
             "federation": pooled,
             "left_out": {s: {"state": a.state, "reason": a.reason} for s, a in table.seats.items() if s not in replies},
         },
@@ -291,7 +300,8 @@ def converse(
                 seats.setdefault(newcomer, Seat())
         for site, seat in seats.items():
             if site in presence.nodes and _is_due(seat, now, reask_s):
-                asked |= _ask(setting, order, parcel, site, presence.nodes[site], seat, now, span_s)
+                mine = replace(order, counted=table.last.get(site, 0))
+                asked |= _ask(setting, mine, parcel, site, presence.nodes[site], seat, now, span_s)
             elif seat.state == "lost" and seat.attempt >= MOST_ATTEMPTS:
                 seat.state, seat.reason = "failed", f"its node went away {MOST_ATTEMPTS} times while working"
             elif seat.state == "away":
@@ -425,7 +435,7 @@ def _settle(setting: Setting, site: str, seat: Seat, message: Message, accept: A
 
 def _check_labels(study: Study, site: str, reply: Reply) -> None:
     """Scores go into files and reports by the names of their labels; only the study's own may."""
-    if strange := set(reply.scores) - set(study.task.labels):
+    if strange := {*reply.scores, *reply.own_scores} - set(study.task.labels):
         raise UpdateRejected(
             "OTHER_LABELS", f"site {site!r}: scores {len(strange)} labels that the study does not have."
         )
@@ -501,12 +511,14 @@ def _line(reply: Reply) -> dict[str, Any]:
         "losses": list(reply.losses),
         "attempt": reply.attempt,
         "device": reply.device,
-        "scores": _rows(reply),
+        **_rows(reply),
     }
 
 
 def _rows(reply: Reply) -> dict[str, Any]:
-    return {label: as_row(counts) for label, counts in sorted(reply.scores.items())}
+    """Scores of the received weights, and of the site's own model where it has one."""
+    kinds = {"scores": reply.scores} | ({"personalised": reply.own_scores} if reply.own_scores else {})
+    return {kind: {label: as_row(c) for label, c in sorted(of.items())} for kind, of in kinds.items()}
 
 
 def _code(reason: str | None) -> str:

@@ -1,7 +1,9 @@
 """Networks by name and arguments, and their weights as arrays.
 
-No batch statistics: they leak what a batch held, fail at batch size 1, and differ between sites.
+No batch statistics but where norm layers stay at their site: they leak what a batch held, and differ between sites.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +11,7 @@ from monai.networks.nets.basic_unet import BasicUNet
 from monai.networks.nets.dynunet import DynUNet
 from torch import Tensor, nn
 
-from shared_models.errors import WeightsInvalid
+from shared_models.errors import StudyInvalid, WeightsInvalid
 from shared_models.seeds import seed_of
 from shared_models.study import Model, Study
 from shared_models.weights import Arrays, Schema, difference, schema_of
@@ -17,17 +19,12 @@ from shared_models.weights import Arrays, Schema, difference, schema_of
 
 def unet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
     """U-Net (Ronneberger et al. 2015) as MONAI's BasicUNet: logits float32[B, out_channels, *size]."""
-    norm: tuple[str, dict[str, object]] = (
-        ("group", {"num_groups": model.groups, "affine": True})
-        if model.norm == "group"
-        else ("instance", {"affine": True})
-    )
     net: nn.Module = BasicUNet(
         spatial_dims=model.spatial_dims,
         in_channels=in_channels,
         out_channels=out_channels,
         features=model.features,
-        norm=norm,
+        norm=_norm(model),
         dropout=model.dropout,
     )
     return net
@@ -45,11 +42,14 @@ def dynunet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
         upsample_kernel_size=[level.stride for level in levels[1:]],
         filters=[level.features for level in levels],
         dropout=model.dropout or None,
-        norm_name=("group", {"num_groups": model.groups, "affine": True})
-        if model.norm == "group"
-        else ("instance", {"affine": True}),
+        norm_name=_norm(model),
     )
     return net
+
+
+def _norm(model: Model) -> tuple[str, dict[str, Any]]:
+    """The norm layers of a network, in MONAI's words."""
+    return (model.norm, {"affine": True} | ({"num_groups": model.groups} if model.norm == "group" else {}))
 
 
 def network(study: Study) -> nn.Module:
@@ -60,8 +60,46 @@ def network(study: Study) -> nn.Module:
         make = {"unet": unet, "dynunet": dynunet}[study.model.name]
         net = make(study.model, max(1, len(study.channels)), len(study.task.labels))
     batch_norms = [n for n, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert not batch_norms, f"batch norm in {batch_norms}"
+    assert not batch_norms or study.model.norm == "batch", f"batch norm in {batch_norms}"
     return net
+
+
+NORMS = (
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
+FEATURES = {"unet": "down_4", "dynunet": "bottleneck"}
+
+
+def norm_names(net: nn.Module) -> frozenset[str]:
+    """Names of all tensors of the norm layers, statistics of batch norm among them.
+
+    Raises:
+        StudyInvalid: the network has none.
+    """
+    found = {f"{at}.{n}" for at, m in net.named_modules() if isinstance(m, NORMS) for n in m.state_dict()}
+    if not (names := found & _tensors(net).keys()):
+        raise StudyInvalid('personal.keep = ["norm"]: the network of the study has no norm layer with weights.')
+    return frozenset(names)
+
+
+def head_names(net: nn.Module) -> frozenset[str]:
+    """Names of the tensors of the last layer that has any: the one that makes logits of features."""
+    last = [at for at, m in net.named_modules() if any(True for _ in m.parameters(recurse=False))][-1]
+    return frozenset(name for name in _tensors(net) if name.startswith(f"{last}."))
+
+
+def feature_layer(net: nn.Module, model: Model) -> nn.Module:
+    """The layer whose output stands for the image: the bottleneck of a U-Net.
+
+    Raises:
+        StudyInvalid: a network of which none is known.
+    """
+    if model.name not in FEATURES:
+        raise StudyInvalid(f'train.moon_mu: no feature layer is known of model.name = "{model.name}".')
+    return net.get_submodule(FEATURES[model.name])
 
 
 def _tensors(net: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ its identity: the SHA-256 of those bytes travels in every order and every update
 import hashlib
 from dataclasses import dataclass, field
 from importlib.resources import files
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,9 +16,10 @@ from pydantic import Field
 from shared_models.errors import StudyInvalid
 from shared_models.files import canonical_json
 from shared_models.parse import STRICT, parse, parse_json, plain, read_toml
+from shared_models.strategy import NotNegative, Positive, check_strategy
+from shared_models.strategy import Personal as Personal
+from shared_models.strategy import Strategy as Strategy
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
@@ -60,7 +61,8 @@ class Model:
     Attributes:
         features: channels of the five levels of `unet`, then of the last up-sampling (MONAI BasicUNet's order).
         levels: of `dynunet`, from full size down; its features are there. A federated plan sets them.
-        norm: `group` (of `groups` groups) or `instance`; batch statistics leak and differ between sites.
+        norm: `group` (of `groups` groups) or `instance`; batch statistics leak and differ between sites, so `batch`
+            is only for norm layers that stay at their site (`personal.keep`).
     """
 
     __pydantic_config__ = STRICT
@@ -69,7 +71,7 @@ class Model:
     features: Annotated[tuple[Annotated[int, Field(ge=4, le=2048)], ...], Field(min_length=6, max_length=6)] = (
         32, 32, 64, 128, 256, 32)  # fmt: skip
     levels: Annotated[tuple[Level, ...], Field(max_length=12)] = ()
-    norm: Literal["group", "instance"] = "group"
+    norm: Literal["group", "instance", "batch"] = "group"
     groups: Annotated[int, Field(ge=1, le=64)] = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -170,7 +172,14 @@ class Train:
             2017, equation 5, one cycle).
         foreground: share of the patches that are drawn around a labelled voxel; only with preprocess.fit = "patches",
             where 0.33 is taken if nothing is said.
+        momentum: of `sgd`.
         proximal_mu: FedProx's pull towards the received weights (Li et al. 2020, equation 2); 0 is plain training.
+        scaffold: each step is corrected by how the site's mean gradient differs from the federation's (Karimireddy et
+            al. 2020, Algorithm 1, option II); every order and update is twice as large.
+        moon_mu, moon_temperature: MOON's pull of the network's features towards those of the received weights, and
+            away from those of the site's last ones (Li et al. 2021, equations 3 and 4); 0 switches it off.
+        sharpness_rho: each step takes the gradient at the worst weights so far away (FedSAM, Qu et al. 2022, Algorithm
+            1; Foret et al. 2021, equation 2): twice the time, flatter optima; 0 switches it off.
         precision: `auto` is bf16 autocast on a GPU that has it, float32 elsewhere.
         deterministic: bit-equal weights on a second run of the same machine and thread count; slower on a GPU.
     """
@@ -185,9 +194,18 @@ class Train:
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: NotNegative = 0.0
     clip_gradient: Positive | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     proximal_mu: NotNegative = 0.0
+    scaffold: bool = False
+    moon_mu: NotNegative = 0.0
+    moon_temperature: Positive = 0.5
+    sharpness_rho: NotNegative = 0.0
     precision: Literal["auto", "float32"] = "auto"
     deterministic: bool = False
+
+    def steps(self, examples: int) -> int:
+        """Batches that a site with so many examples trains on in a round."""
+        return self.local_steps or self.local_epochs * ceil(examples / self.batch_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,23 +230,6 @@ class Rounds:
     late: Literal["drop", "next"] = "drop"
     late_weight: Share = 0.5
     cohort: Share = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Strategy:
-    """`[strategy]`: how updates become the next weights.
-
-    Attributes:
-        weighting: a site's share in the mean, by its `examples` or `uniform`.
-        server_learning_rate: factor on the mean update (1 is McMahan et al. 2017, Algorithm 1).
-        momentum: of the server (FedAvgM, Hsu et al. 2019, section 4.3).
-    """
-
-    __pydantic_config__ = STRICT
-    name: Literal["fedavg", "fedavgm"] = "fedavg"
-    weighting: Literal["examples", "uniform"] = "examples"
-    server_learning_rate: Positive = 1.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,11 +290,13 @@ class Study:
     train: Train = field(default_factory=Train)
     rounds: Rounds = field(default_factory=Rounds)
     strategy: Strategy = field(default_factory=Strategy)
+    personal: Personal = field(default_factory=Personal)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
     def __post_init__(self) -> None:
         if len(set(self.channels)) < len(self.channels):
             raise ValueError(f"channels {list(self.channels)} must differ from each other")
+        check_strategy(self)
         if self.plan == "federated":
             return  # the tables below are the plan's to set
         if len(self.preprocess.size) != self.model.spatial_dims:
@@ -318,7 +321,7 @@ class Study:
                 else f"preprocess.size {list(size)} must be multiples of {list(divisors)}, as model.levels halve it"
             )
         deepest = self.model.levels[-1].features if self.model.levels else self.model.features[4]
-        together = 1 if self.model.norm == "instance" else deepest // self.model.groups
+        together = deepest // self.model.groups if self.model.norm == "group" else 1
         if prod(edge // divisor for edge, divisor in zip(size, divisors, strict=True)) * together < 2:
             raise ValueError(
                 f"preprocess.size {list(size)} leaves one value at the bottom of the U-Net for "

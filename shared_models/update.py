@@ -101,17 +101,28 @@ class Total:
 
     Fixed point of `UNIT` in int64, so that the sum is exact and the order of arrival cannot show in it (and so that
     secure aggregation, a sum in a ring, can take its place). Twice the size of a float32 model. `add` changes it.
+
+    Attributes:
+        weight: of all that was added.
+        stretch: what the means are multiplied by.
     """
 
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
         self.weight = 0
+        self.stretch = 1.0
         self.sums: dict[str, NDArray[np.int64]] = {
             name: np.zeros(int(np.prod(spec.shape, dtype=np.int64)), np.int64) for name, spec in schema.items()
         }
 
-    def add(self, delta: Tensors, weight: int) -> None:
-        """Adds an admitted delta; `weight` is a whole number above 0 (McMahan et al. 2017, Algorithm 1: n_k)."""
+    def add(self, delta: Tensors, weight: int, factor: float = 1.0) -> None:
+        """Adds an admitted delta; `weight` is a whole number above 0 (McMahan et al. 2017, Algorithm 1: n_k).
+
+        Args:
+            factor: what the delta is multiplied by, above 0 and at most 1; whole-number tensors are added as they are.
+        """
+        if not 0 < factor <= 1:
+            raise ValueError(f"factor {factor}: must lie above 0 and not above 1, or the sum may overflow")
         if not 0 < weight <= MOST_WEIGHT - self.weight:
             raise ValueError(f"weight {weight} after {self.weight}: the sum of weights must stay below {MOST_WEIGHT}")
         self.weight += weight
@@ -120,17 +131,18 @@ class Total:
             for block in delta.blocks(name):
                 into = sums[at : at + block.size]
                 if spec.dtype.kind == "f":
-                    scaled = np.multiply(block, weight / UNIT, dtype=np.float64)
+                    scaled = np.multiply(block, weight * factor / UNIT, dtype=np.float64)
                     into += np.rint(scaled, out=scaled).astype(np.int64)
                 else:
                     into += block.astype(np.int64) * weight
                 at += block.size
 
     def take_mean(self, name: str) -> NDArray[np.float64] | NDArray[np.int64]:
-        """The weighted mean of one tensor, in the memory of its sum; integers stay integers (nearest)."""
+        """The weighted mean of one tensor times `stretch`, in the memory of its sum; integers stay what they are
+        (nearest)."""
         spec, sums = self.schema[name], self.sums.pop(name)
         whole = spec.dtype.kind != "f"
-        unit = 1.0 if whole else UNIT
+        unit = 1.0 if whole else UNIT * self.stretch
         means = sums if whole else sums.view(np.float64)
         for at in range(0, sums.size, BLOCK):
             mean = sums[at : at + BLOCK] * (unit / max(self.weight, 1))

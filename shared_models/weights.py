@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import IO, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,22 +111,30 @@ class OnDisk:
     offsets: Mapping[str, int]  # of each tensor from the start of the file, bytes
 
     def blocks(self, name: str) -> Iterator[Array]:
-        spec = self.schema[name]
-        left = int(np.prod(spec.shape, dtype=np.int64))
+        left = int(np.prod(self.schema[name].shape, dtype=np.int64))
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offsets[name])
             while left:
-                block = np.empty(min(left, BLOCK), spec.dtype)
-                view = block.data.cast("B")
-                while view:  # a read may come short
-                    got = file.readinto(view)
-                    if not got:
-                        raise WeightsInvalid(
-                            f"{self.path.name}: ends within {name!r}. The file was cut: fetch it again."
-                        )
-                    view = view[got:]
+                block = self._next(file, name, min(left, BLOCK))
                 left -= block.size
                 yield block
+
+    def part(self, name: str, start: int, count: int) -> Array:
+        """Elements `start` to `start + count` of one tensor in C order; fewer where it ends before."""
+        spec = self.schema[name]
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offsets[name] + start * spec.dtype.itemsize)
+            return self._next(file, name, max(0, min(count, prod(spec.shape) - start)))
+
+    def _next(self, file: IO[bytes], name: str, count: int) -> Array:
+        block = np.empty(count, self.schema[name].dtype)
+        view = block.data.cast("B")
+        while view:  # a read may come short
+            got = file.readinto(view)  # type: ignore[attr-defined]
+            if not got:
+                raise WeightsInvalid(f"{self.path.name}: ends within {name!r}. The file was cut: fetch it again.")
+            view = view[got:]
+        return block
 
 
 def open_tensors(path: Path, where: str) -> OnDisk:

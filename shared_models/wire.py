@@ -58,6 +58,8 @@ class Order:
         base_sha256: of the weights file of the round; the update must name it.
         evaluate: score the received weights on this split of the site's own patients.
         blob: where the weights are when they do not travel inside the message.
+        counted: round of this site's last update that the coordinator counted (0: none); what the site remembers of
+            that round is what it goes on with.
         plan, plan_sha256: canonical JSON of the plan that the sites' statistics gave, and its digest.
         plan_proof: that the coordinator made the plan for this run (`planned.statement`); none in a simulation.
     """
@@ -75,6 +77,7 @@ class Order:
     plan: Annotated[str, Field(max_length=20_000)] | None = None
     plan_sha256: Sha256 | None = None
     plan_proof: Proof | None = None
+    counted: Annotated[int, Field(ge=0, le=10_000)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,8 @@ class Reply:
         examples: examples behind the update, each counted once.
         losses: mean training loss of ten equal stretches of the local steps; None where it was not finite.
         scores: label -> Dice of the received weights on split `scored`.
+        own_scores: the same of the site's own model, where the study gives it one.
+        variance: of the site's mean local step, summed over the weights, where the study weighs by it.
         train_cases, test_cases: how many cases the site holds for each.
         plan_sha256: of the plan that the work followed.
         fingerprint: what the site's training cases add to the plan.
@@ -106,6 +111,8 @@ class Reply:
     losses: Annotated[tuple[Finite | None, ...], Field(max_length=1000)] = ()
     scored: Split | None = None
     scores: Mapping[Annotated[str, Field(max_length=64)], DiceCounts] = field(default_factory=dict)
+    own_scores: Mapping[Annotated[str, Field(max_length=64)], DiceCounts] = field(default_factory=dict)
+    variance: Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)] | None = None
     train_cases: Count = 0
     test_cases: Count = 0
     device: Annotated[str, Field(pattern=r"^[a-z0-9:]{0,16}$")] = ""

@@ -42,6 +42,9 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="PyTorch threads in each process (1).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     compare: Annotated[bool, typer.Option(help="Train pooled and every site alone beside the federation.")] = True,
+    leave_one_out: Annotated[
+        bool, typer.Option(help="Also train without each site in turn, and test on the one left out.")
+    ] = False,
     json_to: Annotated[
         Path | None, typer.Option("--json", help="Write the results as JSON; - is standard output.")
     ] = None,
@@ -57,7 +60,7 @@ def run(
         sources = simulation.data_folders(loaded, data or [], sites, CACHE / "phantom", say)
         nodes = simulation.node_configs(folder, sources, how, sites, layout)
         try:
-            results = simulation.simulate(loaded, nodes, folder, how, seeds, compare, say)
+            results = simulation.simulate(loaded, nodes, folder, how, seeds, compare, say, leave_one_out)
         except KeyboardInterrupt:
             say(f"Stopped by hand. The same command goes on from the last finished rounds in {folder}.")
             raise typer.Exit(130) from None

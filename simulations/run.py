@@ -2,10 +2,13 @@
 
     OUT/seed-0/federated/      a run folder like a deployment's, with the report
     OUT/seed-0/pooled/, local-SITE/    run folders of the comparisons
+    OUT/seed-0/without-SITE/   with --leave-one-out: the federation of the other sites
     OUT/results.json           every number, by seed
 
 Pooled and local training are runs with one site, so that nothing but the data differs: pooled takes as many gradient
 steps as all sites together, a site alone as many as it takes in the federation. A run that was interrupted goes on.
+
+What a site remembers between rounds lies in OUT/states, as it lies in a hospital's own folder in a deployment.
 """
 
 import hashlib
@@ -22,14 +25,18 @@ from typing import Any, Literal, cast
 
 from fedclient.data.cases import state_of
 from fedclient.data.listing import list_cases
-from fedclient.site import open_site
+from fedclient.site import Site, open_site
+from fedclient.work import own_model
 from fedserver.checkpoint import RunFolder, create_run, read_state, trained_study
 from fedserver.report import Comparison, write_report
+from shared_models.control import without_control
 from shared_models.errors import ManifestInvalid, StateInvalid, StudyInvalid
 from shared_models.files import canonical_json, read_json, write_json
 from shared_models.metrics import DiceCounts, as_row
+from shared_models.strategy import Personal, Strategy
 from shared_models.study import Study, sha256
-from shared_models.weights import load
+from shared_models.weights import Arrays, load
+from shared_models.wire import Order
 from simulations.engine import NodeConfig, run_local
 from simulations.phantoms import PhantomPlan, phantom
 from simulations.sources import config_of, pooled, sites_at
@@ -115,17 +122,55 @@ class Job:
 
 
 def jobs(study: Study, nodes: Mapping[str, NodeConfig], compare: bool) -> list[Job]:
-    alone = replace(
-        study, rounds=replace(study.rounds, quorum=1, cohort=1.0), evaluate=replace(study.evaluate, every=0)
-    )
-    quorum = min(study.rounds.quorum, len(nodes))
-    listed = [Job("federated", replace(study, rounds=replace(study.rounds, quorum=quorum)), nodes)]
+    alone = plain_study(study)
+    listed = [federation("federated", study, nodes)]
     if not compare:
         return listed
     steps = study.train.local_steps
     together = replace(alone, train=replace(alone.train, local_steps=steps * len(nodes) if steps else None))
     listed.append(Job("pooled", together, {"pooled": {**pooled([*nodes.values()]), "site": "pooled"}}))
     return listed + [Job(f"local-{site}", alone, {site: config}) for site, config in nodes.items()]
+
+
+def federation(name: str, study: Study, nodes: Mapping[str, NodeConfig]) -> Job:
+    """The study with these sites; its quorum is no larger than their number.
+
+    Raises:
+        StudyInvalid: too few sites for the study's robust rule.
+    """
+    if len(nodes) < (needed := study.strategy.fewest_updates):
+        raise StudyInvalid(
+            f'study {study.name!r}: strategy.robust = "{study.strategy.robust}" with malicious = '
+            f"{study.strategy.malicious} needs {needed} sites, there are {len(nodes)}. Take more sites or another rule."
+        )
+    quorum = min(study.rounds.quorum, len(nodes))
+    return Job(name, replace(study, rounds=replace(study.rounds, quorum=quorum)), nodes)
+
+
+def plain_study(study: Study) -> Study:
+    """The study for one site: what combines sites, or keeps them together, has no meaning there."""
+    return replace(
+        study,
+        train=replace(study.train, proximal_mu=0.0, scaffold=False, moon_mu=0.0),
+        strategy=Strategy(),
+        personal=Personal(keep=("norm",) if study.model.norm == "batch" else ()),
+        rounds=replace(study.rounds, quorum=1, cohort=1.0),
+        evaluate=replace(study.evaluate, every=0),
+    )
+
+
+def left_out_jobs(study: Study, nodes: Mapping[str, NodeConfig]) -> list[Job]:
+    """For each site the federation of all the others, which is then tested on it.
+
+    Raises:
+        StudyInvalid: there are no others, or too few for the study's robust rule.
+    """
+    if len(nodes) < 2:
+        raise StudyInvalid(f"study {study.name!r}: --leave-one-out needs at least 2 sites, there is {len(nodes)}.")
+    plain = replace(study, evaluate=replace(study.evaluate, every=0))
+    return [
+        federation(f"without-{site}", plain, {s: config for s, config in nodes.items() if s != site}) for site in nodes
+    ]
 
 
 def carry_out(job: Job, folder: Path, how: Machine, stop: threading.Event | None = None) -> RunFolder:
@@ -196,29 +241,76 @@ def _cases_sha256(config: NodeConfig) -> str:
 
 
 def simulate_seed(
-    study: Study, nodes: Mapping[str, NodeConfig], folder: Path, how: Machine, compare: bool, say: Say
+    study: Study,
+    nodes: Mapping[str, NodeConfig],
+    folder: Path,
+    how: Machine,
+    compare: bool,
+    say: Say,
+    leave_one_out: bool = False,
 ) -> Comparison:
-    """Federated, then pooled and every site alone side by side, then each model scored on each site's test patients."""
-    todo = jobs(study, nodes, compare)
+    """Federated, then the rest side by side, then each model scored on each site's test patients."""
+    todo = jobs(study, nodes, compare) + (left_out_jobs(study, nodes) if leave_one_out else [])
     runs = {todo[0].name: carry_out(todo[0], folder, how)}
     say("federated")
     runs |= side_by_side(todo[1:], folder, how, say)
-    scores = {name: score(run, nodes) for name, run in runs.items()}
+    without = {name.removeprefix("without-"): run for name, run in runs.items() if name.startswith("without-")}
+    left_out = {site: score(run, {site: nodes[site]})[site] for site, run in without.items()}
+    scores = {job.name: score(runs[job.name], nodes, job.nodes) for job in todo if not job.name.startswith("without-")}
     local = {name.removeprefix("local-"): s for name, s in scores.items() if name.startswith("local-")}
-    return Comparison(local=local, pooled=scores.get("pooled", {}), federated=scores["federated"])
+    own = own_scores(runs["federated"], nodes)
+    return Comparison(local, scores.get("pooled", {}), scores["federated"], own, left_out)
 
 
-def score(run: RunFolder, nodes: Mapping[str, NodeConfig]) -> dict[str, DiceCounts]:
-    """Site -> Dice of the run's last weights on its test patients, for the first label."""
+def score(
+    run: RunFolder, nodes: Mapping[str, NodeConfig], trained_by: Mapping[str, NodeConfig] | None = None
+) -> dict[str, DiceCounts]:
+    """Site -> Dice of the run's last weights on its test patients, for the first label.
+
+    Args:
+        trained_by: who trained; a model of one site alone has that site's own norm layers, where these stay there.
+    """
     from fedclient.training.learner import ImageLearner  # imports torch
 
-    study, weights = trained_study(run), load(run.weights(read_state(run).round))
+    study, weights = trained_study(run), without_control(load(run.weights(read_state(run).round)))
+    if trained_by is not None and len(trained_by) == 1 and study.personal.any:
+        weights = _own(run, open_site(next(iter(trained_by.values()))), study, weights) or weights
     label = study.task.labels[0]
     return {s: ImageLearner().score(open_site(c), study, weights, "test")[label] for s, c in nodes.items()}
 
 
+def own_scores(run: RunFolder, nodes: Mapping[str, NodeConfig]) -> dict[str, DiceCounts]:
+    """Site -> Dice of its own model on its test patients; empty where the study gives the sites none."""
+    from fedclient.training.learner import ImageLearner  # imports torch
+
+    study, weights = trained_study(run), without_control(load(run.weights(read_state(run).round)))
+    scores: dict[str, DiceCounts] = {}
+    for name, config in nodes.items():
+        site = open_site(config)
+        if (own := _own(run, site, study, weights)) is not None:
+            scores[name] = ImageLearner().score(site, study, own, "test")[study.task.labels[0]]
+    return scores
+
+
+def _own(run: RunFolder, site: Site, study: Study, weights: Arrays) -> Arrays | None:
+    """A site's own model after the last round, asked for as its coordinator would."""
+    from fedclient.training.learner import ImageLearner  # imports torch
+
+    state = read_state(run)
+    digests = (state.study_sha256, state.weights_sha256)
+    order = Order("evaluate", state.run, state.round, 1, "", *digests, counted=state.counted.get(site.name, 0))
+    return own_model(order, study, weights, site, ImageLearner())
+
+
 def simulate(
-    study: Study, nodes: Mapping[str, NodeConfig], out: Path, how: Machine, seeds: int, compare: bool, say: Say
+    study: Study,
+    nodes: Mapping[str, NodeConfig],
+    out: Path,
+    how: Machine,
+    seeds: int,
+    compare: bool,
+    say: Say,
+    leave_one_out: bool = False,
 ) -> dict[str, Any]:
     """Every seed from `study.seed` on; writes results.json and a report, and returns the results.
 
@@ -232,7 +324,7 @@ def simulate(
     for seed in range(study.seed, study.seed + seeds):
         folder = out / f"seed-{seed}"
         of_seed = partial(_say_of, say, seed)
-        comparison = simulate_seed(replace(study, seed=seed), nodes, folder, how, compare, of_seed)
+        comparison = simulate_seed(replace(study, seed=seed), nodes, folder, how, compare, of_seed, leave_one_out)
         comparisons.append(comparison)
         results["seeds"].append({"seed": seed} | as_numbers(comparison))
         results["summary"] = summary(results["seeds"])
@@ -261,10 +353,14 @@ def as_numbers(comparison: Comparison) -> dict[str, Any]:
         "local": {trained: means(of) for trained, of in comparison.local.items()},
         "pooled": means(comparison.pooled),
         "federated": means(comparison.federated),
+        "personalised": means(comparison.personalised),
+        "left_out": means(comparison.left_out),
         "details": {
             "local": {trained: rows(of) for trained, of in comparison.local.items()},
             "pooled": rows(comparison.pooled),
             "federated": rows(comparison.federated),
+            "personalised": rows(comparison.personalised),
+            "left_out": rows(comparison.left_out),
         },
     }
 
@@ -283,6 +379,9 @@ def summary(seeds: list[dict[str, Any]]) -> dict[str, float | None]:
         "federated_worst": over([min(s["federated"].values()) for s in seeds]),
         "pooled_mean": over([mean(s["pooled"]) for s in seeds if s["pooled"]]),
         "pooled_worst": over([min(s["pooled"].values()) for s in seeds if s["pooled"]]),
+        "personalised_mean": over([mean(s["personalised"]) for s in seeds if s["personalised"]]),
+        "personalised_worst": over([min(s["personalised"].values()) for s in seeds if s["personalised"]]),
+        "left_out_mean": over([mean(s["left_out"]) for s in seeds if s["left_out"]]),
         "local_home_mean": over([mean({t: of[t] for t, of in s["local"].items()}) for s in seeds if s["local"]]),
         "local_worst_cell": over([min(min(of.values()) for of in s["local"].values()) for s in seeds if s["local"]]),
     }

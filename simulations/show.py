@@ -73,6 +73,9 @@ def results_table(results: Mapping[str, Any]) -> Table:
     if seeds[0]["pooled"]:
         models["pooled"] = {s: _mean([r["pooled"][s] for r in seeds]) for s in sites}
     models["federated"] = {s: _mean([r["federated"][s] for r in seeds]) for s in sites}
+    for key, name in (("personalised", "each site's own"), ("left_out", "the others alone")):
+        if seeds[0].get(key):
+            models[name] = {s: _mean([r[key][s] for r in seeds]) for s in sites}
     return dice_table(models, sites, f"Test Dice, {results['study']}, mean of {len(seeds)} seed(s)")
 
 

@@ -22,7 +22,8 @@ DOORS: dict[str, tuple[str, ...]] = {
         "simulations/engine.py", "simulations/worker.py", "simulations/ray_engine.py", "simulations/bench/",
     ),
     "pydantic": (
-        "shared_models/parse.py", "shared_models/study.py", "shared_models/wire.py", "shared_models/metrics.py",
+        "shared_models/parse.py", "shared_models/study.py", "shared_models/strategy.py", "shared_models/wire.py",
+        "shared_models/metrics.py",
         "shared_models/invite.py", "fedclient/site.py", "fedclient/ledger.py", "shared_models/protect/context.py",
         "shared_models/protect/messages.py", "shared_models/protect/accounting.py",
     ),

@@ -3,22 +3,41 @@
 import numpy as np
 import pytest
 import torch
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedYogi
+from flwr.serverapp.strategy.fedopt import FedOpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 import fedserver.optimizers as optimizers
-from fedserver.optimizers import Optimizer, Slots, advance, fedavg, fedavgm, optimizer_of
+from fedserver.optimizers import (
+    Optimizer,
+    Slots,
+    advance,
+    fedadagrad,
+    fedadam,
+    fedavg,
+    fedavgm,
+    fedyogi,
+    optimizer_of,
+)
 from shared_models.study import Strategy
 from shared_models.weights import Array
+from simulations.engine import identify
 
-ALL = {"fedavg": fedavg(), "half": fedavg(0.5), "fedavgm": fedavgm(0.75, 0.9)}
+ALL = {
+    "fedavg": fedavg(), "half": fedavg(0.5), "fedavgm": fedavgm(0.75, 0.9),
+    "fedadam": fedadam(0.1), "fedyogi": fedyogi(0.1), "fedadagrad": fedadagrad(0.1, 0.5),
+}  # fmt: skip
 shapes = array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
 numbers = st.floats(-8, 8, width=32)
 
 
 def zeros(optimizer: Optimizer, weights: Array) -> Slots:
-    return {slot: np.zeros(weights.shape, np.float32) for slot in optimizer.slots}
+    """What a server optimizer begins with."""
+    return {slot: np.full(weights.shape, start, np.float32) for slot, start in optimizer.slots.items()}
 
 
 def played(optimizer: Optimizer, weights: Array, deltas: list[Array]) -> Array:
@@ -62,12 +81,72 @@ def test_fedavgm_without_momentum_is_fedavg():
     assert played(fedavgm(0.5, 0.0), start, deltas).tobytes() == played(fedavg(0.5), start, deltas).tobytes()
 
 
+def test_one_step_of_each_adaptive_optimizer_is_the_one_done_by_hand():
+    """Reddi et al. 2021, Algorithm 2, with tau = 0.1, so that v starts at 0.01; delta = 0.2 and -0.3."""
+    delta, start = np.array([0.2, -0.3]), np.zeros(2, np.float32)
+    first = np.array([0.02, -0.03])  # 0.1 delta
+    by_hand = {
+        "fedadam": first / (np.sqrt([0.99 * 0.01 + 0.01 * 0.04, 0.99 * 0.01 + 0.01 * 0.09]) + 0.1),
+        "fedyogi": first / (np.sqrt([0.01 + 0.01 * 0.04, 0.01 + 0.01 * 0.09]) + 0.1),
+        "fedadagrad": first / (np.sqrt([0.01 + 0.04, 0.01 + 0.09]) + 0.1),
+    }
+    made = {
+        "fedadam": fedadam(2.0, 0.9, 0.99, 0.1),
+        "fedyogi": fedyogi(2.0, 0.9, 0.99, 0.1),
+        "fedadagrad": fedadagrad(2.0, 0.9, 0.1),
+    }
+    for name, optimizer in made.items():
+        np.testing.assert_allclose(played(optimizer, start, [delta]), 2.0 * by_hand[name], rtol=1e-6)
+
+
+def test_yogis_second_moment_falls_by_a_step_of_the_square_where_it_is_above_it():
+    optimizer = fedyogi(1.0, 0.0, 0.9, 1e-3)
+    slots: Slots = {"first": np.zeros(2, np.float32), "second": np.array([1.0, 0.01], np.float32)}
+    _, after = advance(optimizer, np.zeros(2, np.float32), np.array([0.5, 0.5]), slots)
+    np.testing.assert_allclose(after["second"], [1.0 - 0.1 * 0.25, 0.01 + 0.1 * 0.25], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedadagrad"])
+def test_an_adaptive_optimizer_moves_as_flowers_does(name):
+    """Flower starts v at 0, which is put right here, and corrects the rate of FedAdam alone, which is taken out."""
+    rate, beta1, beta2, tau, start = 0.1, 0.9, 0.99, 1e-2, np.full(5, 0.5)
+    words = {"eta": rate, "tau": tau} | ({} if name == "fedadagrad" else {"beta_1": beta1, "beta_2": beta2})
+    flower = {"fedadam": FedAdam, "fedyogi": FedYogi, "fedadagrad": FedAdagrad}[name](**words)
+    flower.v_t = {"w": np.full(5, tau**2)}
+    rng, theirs, ours = np.random.default_rng(3), start, start
+    slots: Slots = {"first": np.zeros(5), "second": np.full(5, tau**2)}
+    for number in range(1, 6):
+        delta, factor = rng.normal(0, 0.1, 5), 1.0
+        if name == "fedadam":
+            factor = np.sqrt(1 - beta2 ** (number + 1)) / (1 - beta1 ** (number + 1))
+        made = {
+            "fedadam": fedadam(rate * factor, beta1, beta2, tau),
+            "fedyogi": fedyogi(rate, beta1, beta2, tau),
+            "fedadagrad": fedadagrad(rate, 0.0, tau),
+        }[name]
+        ours, slots = made.step(ours, delta, slots)
+        theirs = flowers(flower, number, theirs, delta)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def flowers(strategy: FedOpt, number: int, weights: Array, delta: Array) -> Array:
+    """One round of Flower's: a site that began from `weights` sends what it ended with."""
+    identify()
+    strategy.current_arrays = {"w": weights}
+    content = RecordDict(
+        {"arrays": ArrayRecord({"w": FlowerArray(weights + delta)}), "metrics": MetricRecord({"num-examples": 1})}
+    )
+    record, _ = strategy.aggregate_train(number, [Message(content, reply_to=Message(RecordDict(), 1, "train"))])
+    assert record is not None
+    return record["w"].numpy()
+
+
 @settings(max_examples=60)
 @given(st.data(), st.sampled_from(sorted(ALL)), shapes, st.integers(1, 9))
 def test_in_pieces_it_is_what_it_is_on_the_whole(data, name, shape, block):
     weights = data.draw(arrays(np.float32, shape, elements=numbers))
     delta = data.draw(arrays(np.float64, shape, elements=numbers))
-    slots = {slot: data.draw(arrays(np.float32, shape, elements=numbers)) for slot in ALL[name].slots}
+    slots = {slot: np.abs(data.draw(arrays(np.float32, shape, elements=numbers))) for slot in ALL[name].slots}
     whole, kept = ALL[name].step(weights, delta, slots)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(optimizers, "BLOCK", block)
@@ -87,7 +166,7 @@ def test_whole_numbers_move_by_the_whole_mean_and_stay_what_they_are(name, dtype
         weights, slots = advance(ALL[name], weights, np.array([2, 0, -3], np.int64), slots)
     assert weights.dtype == dtype
     assert weights.tolist() == [13, 0, 191]
-    assert all(not slot.any() for slot in slots.values())
+    assert all((slot == np.float32(ALL[name].slots[kind])).all() for kind, slot in slots.items())
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -119,5 +198,5 @@ def test_the_study_names_the_optimizer():
     assert played(optimizer_of(Strategy(server_learning_rate=0.5)), start, delta).tolist() == [1.0, 1.0]
     momentum = Strategy(name="fedavgm", momentum=0.5)
     assert played(optimizer_of(momentum), start, delta).tolist() == [2.5, 2.5]
-    assert optimizer_of(Strategy(momentum=0.5)).slots == ()
-    assert optimizer_of(momentum).slots == ("velocity",)
+    assert optimizer_of(Strategy(momentum=0.5)).slots == {}
+    assert optimizer_of(momentum).slots == {"velocity": 0.0}

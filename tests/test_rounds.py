@@ -15,8 +15,9 @@ from fedserver.courier import Inline
 from fedserver.rounds import Setting, carry_out
 from shared_models.errors import RoundPaused
 from shared_models.files import read_lines
-from shared_models.study import Evaluate, Rounds, Study
+from shared_models.study import Evaluate, Rounds, Strategy, Study
 from shared_models.weights import load
+from shared_models.wire import read_order
 from tests.toys import Clock, ScriptedGrid, ToyLearner, new_run, nodes, toy_app
 
 STUDY = Study(name="toy", rounds=Rounds(count=3, quorum=2, deadline_s=100, pause_s=50, gather_s=5))
@@ -264,3 +265,76 @@ def test_a_second_answer_after_the_round_is_taken_away_and_never_counted(tmp_pat
     assert ("east", 1, 2) in dropped
     assert set(line(folder, 2)["sites"]) == set(SITES)
     np.testing.assert_allclose(load(folder.weights(2))["body.bias"], 2.5)
+
+
+# Rules over all updates at once
+
+MEDIAN = replace(
+    STUDY,
+    rounds=replace(STUDY.rounds, quorum=3),
+    strategy=Strategy(robust="median", malicious=1, weighting="uniform"),
+    evaluate=Evaluate(every=0),
+)
+LIAR = ToyLearner(moves={"east": 1.0, "north": 2.0, "south": 60.0})
+
+
+def test_a_liar_moves_the_mean_and_not_the_median_and_its_file_is_gone_with_the_round(tmp_path):
+    _, folder, _, _ = play(tmp_path, MEDIAN, LIAR)
+    np.testing.assert_allclose(load(folder.weights(3))["body.bias"], 0.5 + 3 * 2.0, rtol=1e-6)
+    assert load(folder.weights(3))["steps"].tolist() == [13]
+    assert not folder.spool.exists()
+    assert set(line(folder, 1)["sites"]) == set(SITES)
+
+
+def test_too_few_updates_for_a_rule_pause_the_run_and_it_goes_on_to_the_same_weights(tmp_path):
+    _, whole, _, _ = play(tmp_path / "whole", MEDIAN, LIAR)
+    with pytest.raises(RoundPaused, match=r"2 of 3 sites needed have answered.*south: is working on it"):
+        play(tmp_path / "cut", MEDIAN, LIAR, delays={"south": 1e6})
+    assert {p.stem for p in (tmp_path / "cut/toy/spool").iterdir()} == {"east", "north"}
+    _, cut, _, _ = play(tmp_path / "cut", MEDIAN, LIAR)
+    assert whole.weights(3).read_bytes() == cut.weights(3).read_bytes()
+
+
+def test_krum_tells_whose_update_it_took(tmp_path):
+    study = replace(MEDIAN, strategy=replace(MEDIAN.strategy, robust="krum"), rounds=replace(STUDY.rounds, quorum=5))
+    sites = ("a", "b", "c", "d", "e")
+    clock, numbers = Clock(), {site: i for i, site in enumerate(sites, start=1)}
+    learner = ToyLearner(moves={"a": 9.0, "b": 1.0, "c": 1.25, "d": 1.5, "e": 3.0})
+    grid = ScriptedGrid(toy_app(learner), {numbers[s]: c for s, c in nodes(sites, tmp_path).items()}, clock)
+    folder = new_run(tmp_path, study)
+    carry_out(Setting(grid, folder, lambda: Presence(numbers), Inline(), clock, clock.sleep, poll_s=0.5))
+    assert [line(folder, n)["used"] for n in (1, 2, 3)] == [["c"]] * 3
+    np.testing.assert_allclose(load(folder.weights(3))["body.bias"], 0.5 + 3 * 1.25, rtol=1e-6)
+
+
+def test_a_late_update_has_no_second_vote_beside_the_sites_own(tmp_path):
+    rounds = Rounds(count=2, quorum=2, deadline_s=30, gather_s=0, late="next", late_weight=0.5)
+    study = replace(MEDIAN, rounds=rounds, strategy=Strategy(robust="norm_bound", norm_bound=1e6, weighting="uniform"))
+    learner = ToyLearner(moves={"east": 0.0, "north": 0.0, "south": 3.0})
+    _, folder, _, _ = play(tmp_path / "late", study, learner, delays={"south": 40.0})
+    assert set(line(folder, 2)["sites"]) == {"east", "north", "south (round 1)"}
+    np.testing.assert_allclose(load(folder.weights(2))["body.bias"], 0.5 + 0.5 * 3 / 2.5, rtol=1e-6)
+    assert read_state(folder).counted == {"east": 2, "north": 2, "south": 1}
+    _, folder, _, _ = play(tmp_path / "both", study, learner, delays={"south": 29.9, "east": 55.0})
+    votes = [key for key in line(folder, 2)["sites"] if key.startswith("east")]
+    assert len(votes) <= 1
+
+
+def test_an_order_tells_each_site_which_of_its_updates_was_counted_last(tmp_path):
+    asked: list[tuple[str, int, int]] = []
+
+    class Listening(ScriptedGrid):
+        def push_messages(self, messages):
+            listed = list(messages)
+            for message in listed:
+                order = read_order(message)
+                asked.append((str(self.configs[message.metadata.dst_node_id]["site"]), order.round, order.counted))
+            return super().push_messages(listed)
+
+    clock, numbers = Clock(), {site: i for i, site in enumerate(SITES, start=1)}
+    configs = {numbers[s]: c for s, c in nodes(SITES, tmp_path).items()}
+    grid = Listening(toy_app(), configs, clock, errors={("south", 2): ErrorCode.CLIENT_APP_RAISED_EXCEPTION})
+    folder = new_run(tmp_path, replace(STUDY, evaluate=Evaluate(every=0)))
+    carry_out(Setting(grid, folder, lambda: Presence(numbers), Inline(), clock, clock.sleep, poll_s=0.5))
+    assert [(r, c) for site, r, c in asked if site == "north"] == [(1, 0), (2, 1), (3, 2)]
+    assert [(r, c) for site, r, c in asked if site == "south"] == [(1, 0), (2, 1), (3, 1)]

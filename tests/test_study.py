@@ -14,6 +14,7 @@ from shared_models.study import (
     Augment,
     Evaluate,
     Model,
+    Personal,
     Preprocess,
     Rounds,
     Strategy,
@@ -57,7 +58,7 @@ WRONG = [
     ("model", "features", [32] * 5 + [3], "`model.features.5` is 3; allowed: greater than or equal to 4"),
     ("model", "features", [32] * 5 + [4096], "`model.features.5` is 4096; allowed: less than or equal to 2048"),
     ("model", "features", [32] * 5 + [12], r"`model`: features \[.*12\] must all be multiples of groups = 8"),
-    ("model", "norm", "batch", "`model.norm` is 'batch'; allowed: 'group' or 'instance'"),
+    ("model", "norm", "batch", r'model.norm = "batch" needs personal.keep = \["norm"\] \(FedBN\)'),
     ("model", "groups", 0, "`model.groups` is 0; allowed: greater than or equal to 1"),
     ("model", "dropout", 1.0, "`model.dropout` is 1.0; allowed: less than 1"),
     ("model", "weights", "model.pt", "`model.weights` is not a key here.*Allowed: dropout, features, groups"),
@@ -98,7 +99,20 @@ WRONG = [
     ("rounds", "late", "wait", "`rounds.late` is 'wait'; allowed: 'drop' or 'next'"),
     ("rounds", "late_weight", 1.5, "`rounds.late_weight` is 1.5; allowed: less than or equal to 1"),
     ("rounds", "cohort", 0.0, "`rounds.cohort` is 0.0; allowed: greater than 0"),
-    ("strategy", "name", "scaffold", "`strategy.name` is 'scaffold'; allowed: 'fedavg' or 'fedavgm'"),
+    ("strategy", "name", "scaffold", "`strategy.name` is 'scaffold'; allowed: 'fedavg', 'fedavgm', 'fedadam'"),
+    ("strategy", "robust", "median", 'robust = "median" needs weighting = "uniform": a site that claims many'),
+    ("strategy", "norm_bound", 1.0, 'norm_bound is for robust = "norm_bound", which is "none"'),
+    ("strategy", "malicious", 1, 'malicious = 1 with robust = "none", which promises nothing'),
+    ("strategy", "normalise_steps", True, 'strategy.normalise_steps needs train.optimizer = "sgd"'),
+    ("strategy", "weighting", "votes", "'examples', 'uniform' or 'inverse_variance'"),
+    ("strategy", "tau", 0.0, "`strategy.tau` is 0.0; allowed: greater than 0"),
+    ("train", "scaffold", True, 'train.scaffold needs train.optimizer = "sgd" and train.momentum = 0, strategy.weight'),
+    ("train", "moon_temperature", 0.0, "`train.moon_temperature` is 0.0; allowed: greater than 0"),
+    ("personal", "keep", ["head", "head"], r"keep \['head', 'head'\] names a kind of layer twice"),
+    ("personal", "keep", ["body"], "`personal.keep.0` is 'body'; allowed: 'norm' or 'head'"),
+    ("personal", "head_epochs", 1, r'head_epochs = 1 needs keep = \["head"\]'),
+    ("personal", "apfl_adaptive", True, "apfl_adaptive needs apfl_alpha, the share to begin with"),
+    ("personal", "apfl_alpha", 0.0, "`personal.apfl_alpha` is 0.0; allowed: greater than 0"),
     ("strategy", "momentum", 1.0, "`strategy.momentum` is 1.0; allowed: less than 1"),
     ("evaluate", "threshold", 1, "`evaluate.threshold` is 1; allowed: less than 1"),
     ("evaluate", "every", -1, "`evaluate.every` is -1; allowed: greater than or equal to 0"),
@@ -228,6 +242,47 @@ def test_the_digest_knows_no_order_of_keys_and_no_spelled_out_default(tmp_path, 
     assert sha256(from_json(backwards, "here")) == sha256(from_json(spelled_out, "here")) == sha256(study)
 
 
+@pytest.mark.parametrize(
+    ("rule", "malicious", "fewest"),
+    [("median", 2, 5), ("trimmed_mean", 2, 5), ("krum", 2, 7), ("multi_krum", 1, 5), ("bulyan", 2, 11)],
+)
+def test_a_robust_rule_needs_a_quorum_that_it_can_keep_its_promise_with(rule, malicious, fewest):
+    strategy = Strategy(robust=rule, malicious=malicious, weighting="uniform")
+    assert Study(name="s", strategy=strategy, rounds=Rounds(quorum=fewest)).rounds.quorum == fewest
+    with pytest.raises(ValueError, match=f"needs {fewest} sites in every round, rounds.quorum is {fewest - 1}; raise"):
+        Study(name="s", strategy=strategy, rounds=Rounds(quorum=fewest - 1))
+
+
+@pytest.mark.parametrize("rule", ["trimmed_mean", "krum", "multi_krum", "bulyan"])
+def test_a_rule_against_nobody_is_refused(rule):
+    with pytest.raises(ValueError, match="needs malicious, how many sites it is to bear"):
+        Strategy(robust=rule, weighting="uniform")
+
+
+@pytest.mark.parametrize("words", [{"keep": ("norm",), "ditto_lambda": 0.1}, {"ditto_lambda": 0.1, "apfl_alpha": 0.5}])
+def test_a_site_has_one_model_of_its_own(words):
+    with pytest.raises(ValueError, match="each make a site's model its own; choose one"):
+        Personal(**words)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "train", "rounds"),
+    [
+        (Strategy(name="fedadam", weighting="uniform"), {}, Rounds()),
+        (Strategy(robust="median", weighting="uniform"), {}, Rounds()),
+        (Strategy(weighting="uniform"), {"momentum": 0.9}, Rounds()),
+        (Strategy(weighting="uniform"), {"optimizer": "adam"}, Rounds()),
+        (Strategy(weighting="examples"), {}, Rounds()),
+        (Strategy(weighting="uniform"), {}, Rounds(late="next")),
+    ],
+)
+def test_scaffold_is_refused_where_its_control_variates_would_not_be_mean_gradients(strategy, train, rounds):
+    sound: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.0, "scaffold": True}
+    Study(name="s", strategy=Strategy(weighting="uniform"), train=Train(**sound))
+    with pytest.raises(ValueError, match=r"train\.scaffold needs"):
+        Study(name="s", strategy=strategy, train=Train(**(sound | train)), rounds=rounds)
+
+
 def leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
     if not is_dataclass(value):
         return [(path, value)]
@@ -246,7 +301,19 @@ OTHER: dict[tuple[str, ...], Any] = {
     ("preprocess", "window_hu"): (-1000.0, 401.0), ("train", "optimizer"): "sgd", ("train", "precision"): "float32",
     ("train", "schedule"): "cosine",
     ("rounds", "late"): "next", ("strategy", "name"): "fedavgm", ("strategy", "weighting"): "uniform",
-    ("plan",): "federated", ("channels",): ("t1ce", "flair"),
+    ("plan",): "federated", ("channels",): ("t1ce", "flair"), ("strategy", "robust"): "norm_bound",
+    ("strategy", "server_learning_rate"): 0.5, ("strategy", "norm_bound"): 2.0, ("personal", "keep"): ("norm",),
+    ("personal", "apfl_alpha"): 0.25,
+}  # fmt: skip
+PAIRED: dict[tuple[str, ...], dict[tuple[str, ...], Any]] = {  # what another value cannot stand without
+    ("strategy", "malicious"): {("strategy", "weighting"): "uniform", ("strategy", "robust"): "median",
+                                ("rounds", "quorum"): 20},
+    ("strategy", "norm_bound"): {("strategy", "robust"): "norm_bound"},
+    ("strategy", "normalise_steps"): {("train", "optimizer"): "sgd"},
+    ("train", "scaffold"): {("train", "optimizer"): "sgd", ("train", "momentum"): 0.0,
+                            ("strategy", "weighting"): "uniform"},
+    ("personal", "head_epochs"): {("personal", "keep"): ("head",)},
+    ("personal", "apfl_adaptive"): {("personal", "apfl_alpha"): 0.5},
 }  # fmt: skip
 ONLY_ONE = {
     ("task", "kind"), ("model", "name"), ("model", "spatial_dims"), ("model", "levels"), ("preprocess", "fit"),
@@ -273,7 +340,11 @@ def test_every_value_shows_in_the_digest():
             other = value / 2 + 0.0625
         else:
             other = (value or 0) + 8
-        digests.add(sha256(changed(study, path, other)))
+        base = study
+        for companion, beside in PAIRED.get(path, {}).items():
+            base = changed(base, companion, beside)
+        assert sha256(changed(base, path, other)) != sha256(base)
+        digests.add(sha256(changed(base, path, other)))
     assert len(digests) == len(keys)
     patches = replace(study, preprocess=replace(study.preprocess, fit="patches"))
     for path in (("train", "foreground"), ("evaluate", "overlap")):

@@ -3,20 +3,24 @@
 import logging
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
+from numpy.random import Generator
 
 from fedclient.data.cases import Case
-from fedclient.data.dataset import DataSet, prepare
+from fedclient.data.dataset import Batch, DataSet, prepare
 from fedclient.data.manifest import Progress
 from fedclient.gate.run import usable_cases
 from fedclient.site import Site
 from fedclient.training.evaluate import evaluate
+from fedclient.training.local_round import Start, train_round
+from fedclient.training.personal import LOCAL, own_weights, part, staying
 from fedclient.training.trainer import fit, scheduled
 from fedclient.work import Holding, Learned
 from shared_models import nets
+from shared_models.control import without_control
 from shared_models.errors import OrderRefused
 from shared_models.metrics import DiceCounts
 from shared_models.seeds import rng, seed_of
@@ -33,21 +37,48 @@ class ImageLearner:
     """The learner of a real site; holds nothing, so that every order reads the data that is there."""
 
     def learn(self, site: Site, study: Study, round_number: int, weights: Arrays) -> Learned:
+        return self.learn_on(site, study, round_number, weights, {})[0]
+
+    def learn_on(
+        self, site: Site, study: Study, round_number: int, weights: Arrays, memory: Arrays
+    ) -> tuple[Learned, Arrays]:
         device = device_of(site)
         settle(site, study, seed_of(study.seed, study.name, round_number, site.name, "torch"))
         cases = data_set(site, study, "train")
+        received = without_control(weights)
         net = nets.network(study)
-        nets.load_arrays(net, weights)
+        stay = staying(net, study)
+        nets.load_arrays(net, {**received, **part(memory, LOCAL)})
         net.to(device)
-        draw = rng(study.seed, study.name, round_number, site.name, "batches")
-        steps, epochs = study.train.local_steps, None if study.train.local_steps else study.train.local_epochs
-        ahead = device.type == "cuda"  # on a CPU the thread that prepares takes from the one that trains
-        batches = cases.batches(
-            study.train.batch_size, draw, epochs=epochs, steps=steps, augment=study.augment, ahead=ahead
-        )
         train = scheduled(study.train, round_number, study.rounds.count)
-        fitted = fit(net, batches, loss_of(study.task), train, device)
-        return Learned(nets.arrays_of(net), len(cases), fitted.steps, fitted.losses, str(device))
+        words = (study.seed, study.name, round_number, site.name)
+        if study.personal.head_epochs:
+            heads = drawn(cases, study, device, rng(*words, "head batches"), study.personal.head_epochs, None)
+            fit(net, heads, loss_of(study.task), train, device, only=sorted(nets.head_names(net)))
+        steps, epochs = study.train.local_steps, None if study.train.local_steps else study.train.local_epochs
+        batches = drawn(cases, study, device, rng(*words, "batches"), epochs, steps)
+        start = Start(study, train, device, net, weights, memory, stay)
+        done = train_round(start, batches, loss_of(study.task))
+        fitted = done.fitted
+        learned = Learned(done.tensors, len(cases), fitted.steps, fitted.losses, str(device), done.variance)
+        return learned, done.memory
+
+    def own(self, site: Site, study: Study, weights: Arrays, memory: Arrays, tuned: bool) -> Arrays | None:
+        mine = own_weights(weights, memory)
+        if not tuned:
+            return mine
+        device = device_of(site)
+        settle(site, study, seed_of(study.seed, study.name, "fine-tuning", site.name, "torch"))
+        net = nets.network(study)
+        nets.load_arrays(net, weights if mine is None else mine)
+        net.to(device)
+        last = study.rounds.count
+        train = replace(scheduled(study.train, last, last), proximal_mu=0.0)
+        draw, steps = rng(study.seed, study.name, site.name, "fine-tuning"), study.personal.fine_tune_steps or None
+        epochs = None if steps else study.personal.fine_tune_epochs
+        batches = drawn(data_set(site, study, "train"), study, device, draw, epochs, steps)
+        fit(net, batches, loss_of(study.task), train, device)
+        return nets.arrays_of(net)
 
     def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
         device = device_of(site)
@@ -59,6 +90,14 @@ class ImageLearner:
     def holding(self, site: Site, study: Study) -> Holding:
         cases = [case for case in _cases(site) if case.label is not None]
         return Holding(sum(c.split == "train" for c in cases), sum(c.split == "test" for c in cases))
+
+
+def drawn(
+    cases: DataSet, study: Study, device: torch.device, draw: Generator, epochs: int | None, steps: int | None
+) -> Iterator[Batch]:
+    """Batches for training; on a CPU the thread that prepares them ahead would take from the one that trains."""
+    ahead = device.type == "cuda"
+    return cases.batches(study.train.batch_size, draw, epochs=epochs, steps=steps, augment=study.augment, ahead=ahead)
 
 
 def device_of(site: Site) -> torch.device:

@@ -1,17 +1,17 @@
 """The local loop: what a site does with the weights of a round."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import cos, pi
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedclient.data.dataset import Batch
-from fedclient.training.drift import proximal
+from fedclient.training.drift import Correction, Pull, proximal
 from shared_models.study import Train
 from shared_models.tasks.segmentation import Loss
 
@@ -28,28 +28,101 @@ class Fitted:
     losses: tuple[float | None, ...]
 
 
-def fit(net: nn.Module, batches: Iterable[Batch], loss_of: Loss, train: Train, device: torch.device) -> Fitted:
-    """Trains `net` in place on every batch, once."""
-    net.train()
-    optimizer = _optimizer(net, train)
-    pull = proximal(net, train.proximal_mu)
-    scaler = torch.amp.GradScaler(device.type, enabled=_half(train, device) is torch.float16)
+Step: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # images, masks -> loss; changes the network that it was made for
+
+
+def fit(
+    net: nn.Module,
+    batches: Iterable[Batch],
+    loss_of: Loss,
+    train: Train,
+    device: torch.device,
+    *,
+    pulls: Sequence[Pull] = (),
+    correct: Correction | None = None,
+    only: Sequence[str] | None = None,
+    beside: Sequence[Step] = (),
+) -> Fitted:
+    """Trains `net` in place on every batch, once, with FedProx's pull where `train` has one.
+
+    Args:
+        beside: what else learns from each batch, before `net` does.
+        pulls, correct, only: see `stepper`.
+    """
+    step = stepper(net, loss_of, train, device, [proximal(net, train.proximal_mu), *pulls], correct, only)
     losses: list[Tensor] = []
     for images, masks in _on(device, batches):
-        with autocast(train, device):
-            loss = loss_of(net(images).float(), masks) + pull(net)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if train.clip_gradient is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(net.parameters(), train.clip_gradient)
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(loss.detach())  # read once at the end: a look at each would stop a GPU each time
+        for other in beside:
+            other(images, masks)
+        losses.append(step(images, masks))  # read once at the end: a look at each would stop a GPU each time
     values = torch.stack(losses).float().cpu().numpy() if losses else np.empty(0, np.float32)
     parts = np.array_split(values, min(10, len(losses))) if losses else []
     means = [float(part.mean()) for part in parts]
     return Fitted(len(losses), tuple(m if np.isfinite(m) else None for m in means))
+
+
+def stepper(
+    net: nn.Module,
+    loss_of: Loss,
+    train: Train,
+    device: torch.device,
+    pulls: Sequence[Pull] = (),
+    correct: Correction | None = None,
+    only: Sequence[str] | None = None,
+) -> Step:
+    """Makes a function that trains `net` by one batch and returns the loss, with an optimizer of its own.
+
+    Args:
+        pulls: what is added to the loss.
+        correct: what is done to the gradients once they are clipped.
+        only: names of the parameters that are trained; left out, all are.
+    """
+    net.train()
+    parameters = [p for name, p in net.named_parameters() if only is None or name in only]
+    optimizer = optimizer_of(parameters, train)
+    scaler = torch.amp.GradScaler(device.type, enabled=_half(train, device) is torch.float16)
+
+    def gradients(images: Tensor, masks: Tensor) -> Tensor:
+        with autocast(train, device):
+            loss = loss_of(net(images).float(), masks)
+            for pull in pulls:
+                loss = loss + pull(net)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def step(images: Tensor, masks: Tensor) -> Tensor:
+        loss = gradients(images, masks)
+        if train.sharpness_rho:
+            with _at_the_worst_near(parameters, train.sharpness_rho):
+                gradients(images, masks)
+        if train.clip_gradient is not None or correct is not None:
+            scaler.unscale_(optimizer)
+        if train.clip_gradient is not None:
+            nn.utils.clip_grad_norm_(parameters, train.clip_gradient)
+        if correct is not None:
+            correct(net)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss
+
+    return step
+
+
+@contextmanager
+def _at_the_worst_near(parameters: Sequence[nn.Parameter], rho: float) -> Iterator[None]:
+    """Moves the weights by `rho` along their gradient, and back (Foret et al. 2021, equation 2)."""
+    moved = [p for p in parameters if p.grad is not None]
+    before = [p.detach().clone() for p in moved]
+    norm = torch.stack([p.grad.norm() for p in moved if p.grad is not None]).norm()
+    with torch.no_grad():
+        for p in moved:
+            assert p.grad is not None
+            p.add_(p.grad * (rho / norm.clamp(min=1e-12)))
+    yield
+    with torch.no_grad():
+        for p, was in zip(moved, before, strict=True):
+            p.copy_(was)
 
 
 def scheduled(train: Train, round_number: int, rounds: int) -> Train:
@@ -72,14 +145,14 @@ def _half(train: Train, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def _optimizer(net: nn.Module, train: Train) -> torch.optim.Optimizer:
+def optimizer_of(parameters: Sequence[nn.Parameter], train: Train) -> torch.optim.Optimizer:
     """A new optimizer each round: its moments belong to weights that the mean has replaced."""
     rate, decay = train.learning_rate, train.weight_decay
     if train.optimizer == "sgd":
-        return torch.optim.SGD(net.parameters(), rate, momentum=0.9, weight_decay=decay)
+        return torch.optim.SGD(parameters, rate, momentum=train.momentum, weight_decay=decay)
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(net.parameters(), rate, weight_decay=decay)
-    return torch.optim.Adam(net.parameters(), rate, weight_decay=decay)
+        return torch.optim.AdamW(parameters, rate, weight_decay=decay)
+    return torch.optim.Adam(parameters, rate, weight_decay=decay)
 
 
 def _on(device: torch.device, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,30 +97,36 @@ def memory(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def prepare(folder: Path) -> float:
-    """Writes update and run folders; the model's size in MiB."""
+def prepare(folder: Path, studies: Mapping[int, Study]) -> float:
+    """Writes update and run folders for each number of sites; the model's size in MiB."""
     weights = model()
     digest = save_arrays(folder / "update", weights)
     (folder / "update.json").write_text(f"{digest} {(folder / 'update').stat().st_size}")
-    study = Study(name="memory", rounds=Rounds(count=1, quorum=1), evaluate=Evaluate(every=0))
-    for sites in SITES:
+    for sites, study in studies.items():
         create_run(folder / "runs", f"run-{sites}", study, weights)
     return sum(a.nbytes for a in weights.values()) / MIB
+
+
+def in_a_process_of_its_own(folder: Path, sites: int) -> dict[str, float]:
+    """What `aggregate` finds, with nothing else in the process."""
+    command = [sys.executable, "-m", "simulations.bench.server_memory", str(folder), str(sites)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{sites} sites failed:\n{done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def main() -> None:
     if len(sys.argv) == 3:
         print(json.dumps(aggregate(Path(sys.argv[1]), int(sys.argv[2]))))
         return
+    study = Study(name="memory", rounds=Rounds(count=1, quorum=1), evaluate=Evaluate(every=0))
     with tempfile.TemporaryDirectory() as folder:
-        size = prepare(Path(folder))
+        size = prepare(Path(folder), dict.fromkeys(SITES, study))
         above: dict[int, float] = {}
         for sites in SITES:
-            command = [sys.executable, "-m", "simulations.bench.server_memory", folder, str(sites)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(f"{sites} sites failed:\n{done.stderr[-2000:]}")
-            found = json.loads(done.stdout.strip().splitlines()[-1])
+            found = in_a_process_of_its_own(Path(folder), sites)
             above[sites] = found["peak_mib"] - found["idle_mib"]
             print(f"{sites:3} sites: idle {found['idle_mib']:.0f} MiB, peak {found['peak_mib']:.0f} MiB", flush=True)
     spread = (max(above.values()) - min(above.values())) / min(above.values())

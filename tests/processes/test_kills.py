@@ -25,6 +25,17 @@ count = 4
 quorum = 2
 deadline_s = 240
 """
+LAST = "states/*/*/round-0004.safetensors"
+# Two ways of training in which each site goes on from what it remembers
+REMEMBERING = (
+    STUDY.replace("[train]\n", '[train]\noptimizer = "sgd"\nmomentum = 0.0\nscaffold = true\n')
+    + """
+[strategy]
+weighting = "uniform"
+[personal]
+ditto_lambda = 0.1
+"""
+)
 
 
 @pytest.mark.process
@@ -32,7 +43,7 @@ def test_a_run_survives_the_death_of_each_process_with_the_same_weights(tmp_path
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data = phantom(tmp_path / "data", PhantomPlan(sites=2, train=6, val=1, test=2, slices=3, size=64))
     study = tmp_path / "kills.toml"
-    study.write_text(STUDY)
+    study.write_text(REMEMBERING)
     logs = tmp_path / "d"
     with deployed(logs, data, ("north", "south")) as here:
         here.fedserver("run", str(study), "--name", "whole", "--no-wait")
@@ -54,6 +65,9 @@ def test_a_run_survives_the_death_of_each_process_with_the_same_weights(tmp_path
             assert run.weights(number).read_bytes() == whole.weights(number).read_bytes(), f"round {number} differs"
         for line in read_lines(run.metrics):
             assert set(line["sites"]) == {"north", "south"}, f"round {line['round']} lost a site"
+        for site in ("north", "south"):
+            kept = {p.parent.parent.name.partition("-")[0]: p.read_bytes() for p in here.site(site).glob(LAST)}
+            assert kept["cut"] == kept["whole"], f"{site} remembers something else"
         rounds = [line["round"] for line in read_lines(run.metrics) if not line.get("final")]
         assert rounds == [1, 2, 3, 4], "a round was counted twice or not at all"
         assert read_state(run).round == 4
