@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fedclient.data.cases import Case, read_case, read_case_labels
 from fedclient.data.manifest import Progress, usable
+from fedclient.data.truths import has_truth
 from fedclient.gate.run import usable_cases
 from fedclient.site import Site
 from shared_models.errors import OrderRefused
@@ -21,7 +22,7 @@ def site_fingerprint(site: Site, study: Study, progress: Progress | None = None)
         ImageUnreadable: files that cannot be used, by their rows.
     """
     cases = usable_cases(site)
-    labelled = [case for case in cases if case.split == "train" and case.label is not None]
+    labelled = [case for case in cases if case.split == "train" and has_truth(case, study.task)]
     if not labelled:
         raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Run `fedclient check`.")
     return released(fingerprint_of_cases(labelled, study, progress), site.smallest_count)

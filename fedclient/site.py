@@ -32,6 +32,7 @@ class Data:
         manifest_site: which site of a manifest that lists several.
         layout: how the folder is laid out (`fedclient check` names it); `auto` finds it by what it holds.
         structures: names of segments, regions or labels in the files -> a label of the study, background or ignore.
+        labelled: the labels that this site's masks have, where a study has more of them; none named are all.
     """
 
     __pydantic_config__ = STRICT
@@ -39,6 +40,7 @@ class Data:
     manifest_site: str | None = None
     layout: str = "auto"
     structures: dict[str, str] = field(default_factory=dict)
+    labelled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,7 @@ class Site:
     pooled: tuple[Where, ...] = ()
     processes: int = 1
     quota_bytes: int = int(QUOTA_GIB * GIB)
+    labelled: tuple[str, ...] = ()
 
     @property
     def where(self) -> Where:
@@ -212,6 +215,7 @@ def open_site(node_config: Mapping[str, object]) -> Site:
             structures=file.data.structures,
             processes=file.compute.processes or min(8, len(os.sched_getaffinity(0))),
             quota_bytes=int(file.cache.quota_gib * GIB),
+            labelled=file.data.labelled,
         )
     where = _where(node_config)
     return Site(

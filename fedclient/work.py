@@ -13,10 +13,10 @@ from fedclient.site import Site
 from shared_models.control import without_control
 from shared_models.errors import OrderRefused
 from shared_models.identity import stated
-from shared_models.metrics import DiceCounts
 from shared_models.parse import parse_json
 from shared_models.plan import Plan
 from shared_models.planned import PURPOSE, planned, statement
+from shared_models.scores import Score
 from shared_models.strategy import remembers
 from shared_models.study import Study, from_json
 from shared_models.weights import Arrays, load, save_arrays
@@ -54,7 +54,7 @@ class Learner(Protocol):
 
     def learn(self, site: Site, study: Study, round_number: int, weights: Arrays) -> Learned: ...
 
-    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]: ...
+    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]: ...
 
     def holding(self, site: Site, study: Study) -> Holding: ...
 

@@ -95,6 +95,9 @@ def run(
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the study's, numbered.")] = None,
     new: Annotated[bool, typer.Option("--new", help="Begin anew even if this study has an unfinished run.")] = False,
     wait: Annotated[bool, typer.Option(help="Show progress until the run ends.")] = True,
+    weights: Annotated[
+        Path | None, typer.Option(help="Pretrained weights that the study names: .safetensors, or .pth of tensors.")
+    ] = None,
     federation: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
@@ -106,7 +109,9 @@ def run(
     from shared_models.supervise import read_status
 
     opened = open_federation(federation)
-    submitted = submit(opened, load_study(study), name, new)
+    submitted = submit(opened, load_study(study), name, new, weights)
+    for words in submitted.told if not as_json else ():
+        console.print(words, markup=False)
     served = read_status(federation).get("supervisor") is not None
     if not served and not as_json:
         console.print("The run is queued. Nothing serves this federation yet: start `fedserver serve`.")

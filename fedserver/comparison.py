@@ -6,7 +6,7 @@ from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Any
 
-from shared_models.metrics import NO_DICE, DiceCounts
+from shared_models.scores import Score, value_of
 
 MINUS, DASH = "\u2212", "\u2013"
 
@@ -16,18 +16,18 @@ class Comparison:
     """The models of one seed on the test patients of every site, for the first label of the study.
 
     Attributes:
-        local: site that trained alone -> site that was tested -> Dice; empty where nobody trained alone.
-        pooled: site that was tested -> Dice of the model trained on all images together; empty where there is none.
-        federated: site that was tested -> Dice of the federated model.
-        personalised: site -> Dice of its own model of the federation; empty where the study gives it none.
-        left_out: site -> Dice of the federation of all the others; empty where none was trained.
+        local: site that trained alone -> site that was tested -> score; empty where nobody trained alone.
+        pooled: site that was tested -> score of the model trained on all images together; empty where there is none.
+        federated: site that was tested -> score of the federated model.
+        personalised: site -> score of its own model of the federation; empty where the study gives it none.
+        left_out: site -> score of the federation of all the others; empty where none was trained.
     """
 
-    local: Mapping[str, Mapping[str, DiceCounts]]
-    pooled: Mapping[str, DiceCounts]
-    federated: Mapping[str, DiceCounts]
-    personalised: Mapping[str, DiceCounts] = field(default_factory=dict)
-    left_out: Mapping[str, DiceCounts] = field(default_factory=dict)
+    local: Mapping[str, Mapping[str, Score]]
+    pooled: Mapping[str, Score]
+    federated: Mapping[str, Score]
+    personalised: Mapping[str, Score] = field(default_factory=dict)
+    left_out: Mapping[str, Score] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class SiteResult:
-    """How one site fares, as mean test Dice.
+    """How one site fares, by the headline measure of the study's task (mean test Dice, AUROC).
 
     Attributes:
         own: of the model that it trained alone, on its own patients.
         elsewhere: of the model that it trained alone, mean over the other sites.
         pooled, federated: of those models, on its own patients.
-        gain_points: federated less own, in Dice points (hundredths).
+        gain_points: federated less own, in points (hundredths).
         personalised: of the model that the federation gives this site for its own, on its own patients.
         left_out: of the federation of all other sites, on this one's patients.
     """
@@ -67,7 +67,7 @@ class ModelRow:
 
     name: str
     trained: str | None
-    dice: Mapping[str, Spread]
+    values: Mapping[str, Spread]
 
 
 FIGURES = ("own", "elsewhere", "pooled", "federated", "gain_points", "personalised", "left_out")
@@ -83,29 +83,29 @@ def sites_of(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     return tuple(sorted({s for c in comparisons for s in (*c.federated, *c.pooled, *c.local)}))
 
 
-def _dice(scores: Mapping[str, DiceCounts], site: str) -> float:
-    return scores.get(site, NO_DICE).mean
+def _value(scores: Mapping[str, Score], site: str) -> float:
+    return value_of(scores.get(site))
 
 
-def _elsewhere(scores: Mapping[str, DiceCounts], site: str) -> float:
-    return spread(_dice(scores, s) for s in scores if s != site).mean
+def _elsewhere(scores: Mapping[str, Score], site: str) -> float:
+    return spread(_value(scores, s) for s in scores if s != site).mean
 
 
 def results(comparisons: Sequence[Comparison]) -> tuple[SiteResult, ...]:
     """One result for each site, each figure taken per seed and then over the seeds."""
 
     def of(site: str) -> SiteResult:
-        own = [_dice(c.local.get(site, {}), site) for c in comparisons]
-        federated = [_dice(c.federated, site) for c in comparisons]
+        own = [_value(c.local.get(site, {}), site) for c in comparisons]
+        federated = [_value(c.federated, site) for c in comparisons]
         return SiteResult(
             site,
             own=spread(own),
             elsewhere=spread(_elsewhere(c.local.get(site, {}), site) for c in comparisons),
-            pooled=spread(_dice(c.pooled, site) for c in comparisons),
+            pooled=spread(_value(c.pooled, site) for c in comparisons),
             federated=spread(federated),
             gain_points=spread(100 * (f - o) for f, o in zip(federated, own, strict=True)),
-            personalised=spread(_dice(c.personalised, site) for c in comparisons),
-            left_out=spread(_dice(c.left_out, site) for c in comparisons),
+            personalised=spread(_value(c.personalised, site) for c in comparisons),
+            left_out=spread(_value(c.left_out, site) for c in comparisons),
         )
 
     return tuple(of(site) for site in sites_of(comparisons))
@@ -126,23 +126,23 @@ def matrix(comparisons: Sequence[Comparison]) -> tuple[ModelRow, ...]:
     sites = sites_of(comparisons)
     trained = sorted({s for c in comparisons for s in c.local})
     rows = [
-        ModelRow(f"{m} alone", m, {s: spread(_dice(c.local.get(m, {}), s) for c in comparisons) for s in sites})
+        ModelRow(f"{m} alone", m, {s: spread(_value(c.local.get(m, {}), s) for c in comparisons) for s in sites})
         for m in trained
     ]
     for name in ("pooled", "federated", "personalised", "left_out"):
         if any(getattr(c, name) for c in comparisons):
-            row = {s: spread(_dice(getattr(c, name), s) for c in comparisons) for s in sites}
+            row = {s: spread(_value(getattr(c, name), s) for c in comparisons) for s in sites}
             rows.append(ModelRow(NAMES.get(name, name), None, row))
     return tuple(rows)
 
 
-def dice_text(value: float | None) -> str:
-    """Three decimals, which a Dice over tens of cases can bear; a dash for no value."""
+def value_text(value: float | None) -> str:
+    """Three decimals, which a score over tens of cases can bear; a dash for no value."""
     return DASH if value is None or not isfinite(value) else f"{value:.3f}"
 
 
 def spread_text(spread: Spread) -> str:
-    return dice_text(spread.mean) + (f" ± {spread.deviation:.3f}" if isfinite(spread.deviation) else "")
+    return value_text(spread.mean) + (f" ± {spread.deviation:.3f}" if isfinite(spread.deviation) else "")
 
 
 def points_text(spread: Spread) -> str:
@@ -153,13 +153,13 @@ def points_text(spread: Spread) -> str:
     return f"{sign}{abs(spread.mean):.1f}{more}"
 
 
-def verdict(result: SiteResult, seeds: int) -> str:
+def verdict(result: SiteResult, seeds: int, measure: str) -> str:
     """One sentence on whether federation helped a site; over several seeds a gain within its deviation is no gain."""
     gain, site = result.gain_points, result.site
     if not isfinite(gain.mean):
         return f"{site}: cannot be compared, a test score is missing."
-    figures = f"{dice_text(result.federated.mean)} with the federated model, {dice_text(result.own.mean)} alone"
-    change = f"({points_text(gain)} Dice points{f', {seeds} seeds' if seeds > 1 else ''})"
+    figures = f"{value_text(result.federated.mean)} with the federated model, {value_text(result.own.mean)} alone"
+    change = f"({points_text(gain)} {measure} points{f', {seeds} seeds' if seeds > 1 else ''})"
     if round(gain.mean, 1) == 0:
         return f"Federation made no difference to {site}: {figures} {change}."
     if isfinite(gain.deviation) and abs(gain.mean) <= gain.deviation:
@@ -167,12 +167,12 @@ def verdict(result: SiteResult, seeds: int) -> str:
     return f"Federation {'helped' if gain.mean > 0 else 'did not help'} {site}: {figures} {change}."
 
 
-def as_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def as_json(comparisons: Sequence[Comparison], measure: str) -> dict[str, Any]:
     """All figures for report.json; NaN as null."""
     rows, means = results(comparisons), mean_over_sites(comparisons)
     known = [r for r in rows if isfinite(r.federated.mean)]
     worst = min(known, key=lambda r: r.federated.mean, default=None)
-    cells = [(m.dice[s].mean, m.trained, s) for m in matrix(comparisons) if m.trained is not None for s in m.dice]
+    cells = [(m.values[s].mean, m.trained, s) for m in matrix(comparisons) if m.trained is not None for s in m.values]
     low = min((c for c in cells if isfinite(c[0])), default=None)
     return {
         "seeds": len(comparisons),
@@ -180,12 +180,12 @@ def as_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "has_pooled": any(c.pooled for c in comparisons),
         "has_personalised": any(c.personalised for c in comparisons),
         "has_left_out": any(c.left_out for c in comparisons),
-        "sites": {r.site: {**_row(r), "verdict": verdict(r, len(comparisons))} for r in rows},
+        "sites": {r.site: {**_row(r), "verdict": verdict(r, len(comparisons), measure)} for r in rows},
         "mean": _row(means),
-        "worst_federated": worst and {"site": worst.site, "dice": _number(worst.federated.mean)},
-        "worst_local": low and {"trained": low[1], "tested": low[2], "dice": _number(low[0])},
+        "worst_federated": worst and {"site": worst.site, "value": _number(worst.federated.mean)},
+        "worst_local": low and {"trained": low[1], "tested": low[2], "value": _number(low[0])},
         "matrix": [
-            {"model": m.name, "trained": m.trained, "dice": {s: _spread(d) for s, d in m.dice.items()}}
+            {"model": m.name, "trained": m.trained, "values": {s: _spread(d) for s, d in m.values.items()}}
             for m in matrix(comparisons)
         ],
         "by_seed": [by_seed(c) for c in comparisons],
@@ -193,13 +193,13 @@ def as_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def by_seed(comparison: Comparison) -> dict[str, Any]:
-    """The mean Dice of one seed: {"local": {site: {site: dice}}, "pooled": {site: dice}, "federated": {site: dice}}.
+    """The scores of one seed: {"local": {site: {site: value}}, "pooled": {site: value}, "federated": {site: value}}.
 
-    And, where there are such models, "personalised" and "left_out": {site: dice}.
+    And, where there are such models, "personalised" and "left_out": {site: value}.
     """
 
-    def flat(scores: Mapping[str, DiceCounts]) -> dict[str, float | None]:
-        return {s: _number(d.mean) for s, d in sorted(scores.items())}
+    def flat(scores: Mapping[str, Score]) -> dict[str, float | None]:
+        return {s: _number(d.value) for s, d in sorted(scores.items())}
 
     return {
         "local": {trained: flat(scores) for trained, scores in sorted(comparison.local.items())},

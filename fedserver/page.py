@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from fedserver import plots
-from fedserver.comparison import DASH, dice_text, points_text, spread_of, spread_text
+from fedserver.comparison import DASH, points_text, spread_of, spread_text, value_text
 
 PARTS = {  # a seat's last state -> words, and how high its cell stands (colour alone would not do for everyone)
     "counted": ("counted", 20),
@@ -21,6 +21,21 @@ PARTS = {  # a seat's last state -> words, and how high its cell stands (colour 
     "not asked": ("not asked", 1),
 }
 LONGEST_REASON = 240
+COLUMNS = {  # headline measure -> figures beside it in the table of the final test, where the sites tell them
+    "dice": {"deviation": "deviation", "nsd": "surface agreement", "hd95_mm": "95 % distance, mm",
+             "volume_error": "volume error", "lesion_f1": "lesion F1"},
+    "auroc": {"auprc": "AUPRC", "sensitivity": "sensitivity", "specificity": "specificity",
+              "balanced_accuracy": "balanced accuracy", "brier": "Brier", "ece": "calibration error"},
+    "c_index": {"brier": "Brier", "events": "events"},
+}  # fmt: skip
+TOLD = {
+    "auroc": "AUROC is the share of pairs of a case that shows the class and one that does not which the score orders "
+    "rightly: 1 is perfect, 0.5 is chance. Sensitivity and specificity are at the study's threshold; Brier and "
+    "calibration error (15 cells) are better the smaller they are.",
+    "c_index": "The C-index is the share of comparable pairs of patients of one site of whom the one with the earlier "
+    "event was given the higher risk: 1 is perfect, 0.5 is chance. The Brier score is the mean over the intervals, "
+    "weighted for censoring, and better the smaller it is.",
+}
 MOST_SPANS = 6  # kinds of absence that are spelt out for one site
 
 
@@ -42,7 +57,7 @@ class Bar:
     words: str
 
 
-def render(found: Mapping[str, Any], loss: plots.Series, dice: Mapping[str, plots.Series]) -> str:
+def render(found: Mapping[str, Any], loss: plots.Series, scores: Mapping[str, plots.Series]) -> str:
     """The page; every value that comes from a study or a site is escaped, and nothing in it is ever run or fetched."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -54,16 +69,17 @@ def render(found: Mapping[str, Any], loss: plots.Series, dice: Mapping[str, plot
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "dice": dice_text,
+        "value": value_text,
         "duration": duration_text,
         "points": lambda figures: points_text(spread_of(figures)),
         "size": size_text,
         "spread": lambda figures: spread_text(spread_of(figures)),
     }
-    style_of = plots.styles(found["sites"])
+    style_of, measure = plots.styles(found["sites"]), found["measure"]["name"]
     charts = [plots.line_chart("Training loss", "mean loss of the round", loss, style_of, (0.0, 0.0))]
-    for label, series in dice.items():
-        charts.append(plots.line_chart(f"Validation Dice: {label}", "mean Dice", series, style_of, (0.9, 1.0)))
+    for label, series in scores.items():
+        title, unit = f"Validation {measure}: {label}", f"mean {measure}" if measure == "Dice" else measure
+        charts.append(plots.line_chart(title, unit, series, style_of, (0.9, 1.0)))
     return environment.get_template("report.html").render(
         found=found,
         style_of=style_of,
@@ -79,8 +95,16 @@ def render(found: Mapping[str, Any], loss: plots.Series, dice: Mapping[str, plot
             p for p in PARTS if any(_part(line, s)[0] == p for line in found["rounds"] for s in found["sites"])
         ],
         bars_of={label: histograms(test["sites"]) for label, test in found["test"].items()},
+        measure=measure,
+        told=TOLD.get(found["measure"]["key"], ""),
+        columns_of={label: _columns(found["measure"]["key"], test) for label, test in found["test"].items()},
         heat=heat_map(found["comparison"]["matrix"] if found["comparison"] else []),
     )
+
+
+def _columns(measure: str, test: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [*test["sites"].values(), *filter(None, [test["all_cases"]])]
+    return [(key, title) for key, title in COLUMNS[measure].items() if all(key in row for row in rows)]
 
 
 def _part(line: Mapping[str, Any], site: str) -> tuple[str, str]:
@@ -131,12 +155,12 @@ def work(rounds: Sequence[Mapping[str, Any]], site: str) -> dict[str, Any] | Non
 
 
 def histograms(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Bar]]:
-    """Site -> bars of its Dice histogram, high as shares of its cases on one scale; none where it is withheld."""
-    shares = {s: [n / row["cases"] for n in row["histogram"]] for s, row in rows.items() if row["cases"]}
+    """Site -> bars of its histogram of Dice, high as shares of its cases on one scale; none where it is withheld."""
+    shares = {s: [n / row["cases"] for n in row.get("histogram", ())] for s, row in rows.items() if row["cases"]}
     most = max((share for line in shares.values() for share in line), default=1.0)
     bars = {}
     for site, line in shares.items():
-        wide, counts = 1 / max(len(line), 1), rows[site]["histogram"]
+        wide, counts = 1 / max(len(line), 1), rows[site].get("histogram", ())
         bars[site] = [
             Bar(
                 i,
@@ -151,15 +175,15 @@ def histograms(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Bar]]:
 
 def heat_map(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The matrix with background and ink of each cell, and the ends of the scale."""
-    values = [[nan if d["mean"] is None else d["mean"] for d in row["dice"].values()] for row in rows]
+    values = [[nan if d["mean"] is None else d["mean"] for d in row["values"].values()] for row in rows]
     low, high = plots.bounds(values)
 
     def cell(row: Mapping[str, Any], site: str, value: float) -> dict[str, Any]:
         background, ink = plots.heat(value, low, high)
-        return {"dice": value, "background": background, "ink": ink, "own": row["trained"] == site}
+        return {"value": value, "background": background, "ink": ink, "own": row["trained"] == site}
 
     drawn = [
-        {"model": row["model"], "cells": [cell(row, s, v) for s, v in zip(row["dice"], line, strict=True)]}
+        {"model": row["model"], "cells": [cell(row, s, v) for s, v in zip(row["values"], line, strict=True)]}
         for row, line in zip(rows, values, strict=True)
     ]
     return {"rows": drawn, "low": low, "high": high}

@@ -6,7 +6,7 @@ from io import BytesIO
 from math import ceil, floor, isfinite, log10
 from typing import TYPE_CHECKING, Any
 
-from fedserver.comparison import ModelRow, dice_text
+from fedserver.comparison import ModelRow, value_text
 
 if TYPE_CHECKING:  # half a second to import
     from matplotlib.axes import Axes
@@ -144,12 +144,12 @@ def heat(value: float, low: float, high: float) -> tuple[str, str]:
     return "#{:02x}{:02x}{:02x}".format(*rgb), "#000000" if place > 1.9 else "#ffffff"
 
 
-def curves_png(loss: Series, dice: Mapping[str, Series], sites: Sequence[str]) -> bytes:
-    """Training loss, and validation Dice of each label, by site over rounds."""
+def curves_png(loss: Series, scores: Mapping[str, Series], sites: Sequence[str], measure: str) -> bytes:
+    """Training loss, and the validation score of each label, by site over rounds."""
     from matplotlib.ticker import MaxNLocator
 
     panels: list[tuple[str, str, Series]] = [("Training loss", "loss", loss)]
-    panels += [(f"Validation Dice: {label}", "Dice", series) for label, series in dice.items()]
+    panels += [(f"Validation {measure}: {label}", measure, series) for label, series in scores.items()]
     columns, rows = min(3, len(panels)), ceil(len(panels) / 3)
     legend_rows = ceil(len(sites) / 6)
     figure = _figure(4.4 * columns, 3.3 * rows + 0.25 * legend_rows)
@@ -174,7 +174,7 @@ def curves_png(loss: Series, dice: Mapping[str, Series], sites: Sequence[str]) -
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if unit == "Dice":
+        if unit == measure:
             axes.set_ylim(top=1.0)
         elif axes.get_ylim()[0] > 0:
             axes.set_ylim(bottom=0.0)
@@ -184,23 +184,23 @@ def curves_png(loss: Series, dice: Mapping[str, Series], sites: Sequence[str]) -
     return _png(figure)
 
 
-def matrix_png(rows: Sequence[ModelRow], label: str) -> bytes:
+def matrix_png(rows: Sequence[ModelRow], label: str, measure: str) -> bytes:
     """The site x model matrix as a heat map."""
-    sites = list(rows[0].dice)
+    sites = list(rows[0].values)
     figure = _figure(2.4 + 0.85 * len(sites), 1.5 + 0.45 * len(rows))
     axes: Axes = figure.add_subplot()
-    cells = [[row.dice[s].mean for s in sites] for row in rows]
+    cells = [[row.values[s].mean for s in sites] for row in rows]
     low, high = bounds(cells)
     image = axes.imshow(cells, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     for i, line in enumerate(cells):
         for j, value in enumerate(line):
             ink = heat(value, low, high)[1]
-            axes.text(j, i, dice_text(value), ha="center", va="center", color="black" if ink == "inherit" else ink)
+            axes.text(j, i, value_text(value), ha="center", va="center", color="black" if ink == "inherit" else ink)
     axes.set_xticks(range(len(sites)), [_literal(s) for s in sites], rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), [_literal(r.name) for r in rows])
     axes.set_xlabel("tested on the patients of")
-    axes.set_title(_literal(f"Test Dice of every model at every site: {label}"), fontsize=10, loc="left")
-    figure.colorbar(image, label="Dice", shrink=0.9)
+    axes.set_title(_literal(f"Test {measure} of every model at every site: {label}"), fontsize=10, loc="left")
+    figure.colorbar(image, label=measure, shrink=0.9)
     return _png(figure)
 
 

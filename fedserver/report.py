@@ -18,6 +18,7 @@ from fedserver.checkpoint import RunFolder, read_state, trained_study
 from fedserver.comparison import Comparison
 from fedserver.page import render
 from shared_models.files import read_lines, replacing, write_atomic, write_json
+from shared_models.scores import NAMES, measure_of, value_in
 from shared_models.study import Study
 
 __all__ = ["Comparison", "facts", "write_events", "write_report"]
@@ -29,6 +30,14 @@ _PROPER = {
     "fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad",
     "median": "the coordinate-wise median", "trimmed_mean": "the trimmed mean", "krum": "Krum",
     "multi_krum": "Multi-Krum", "bulyan": "Bulyan", "norm_bound": "the mean of updates of bounded length",
+    "residual-unet": "Residual U-Net", "segresnet": "SegResNet", "resnet18": "ResNet-18",
+    "resnet34": "ResNet-34", "resnet50": "ResNet-50", "vgg11": "VGG-11", "vgg13": "VGG-13", "vgg16": "VGG-16",
+    "vgg19": "VGG-19", "densenet121": "DenseNet-121", "efficientnet-b0": "EfficientNet-B0", "mlp": "Perceptron",
+}  # fmt: skip
+_LOSSES = {
+    "bce": "binary cross-entropy", "dice_bce": "soft Dice and binary cross-entropy", "ce": "cross-entropy",
+    "dice_ce": "soft Dice and cross-entropy", "focal": "the focal loss", "tversky": "the Tversky index",
+    "hazard": "the likelihood of discrete time",
 }  # fmt: skip
 
 
@@ -41,15 +50,15 @@ def write_report(run: RunFolder, comparison: Comparison | Sequence[Comparison] |
     seeds = [comparison] if isinstance(comparison, Comparison) else list(comparison or ())
     found = facts(run, seeds)
     write_json(run.path / "report.json", found)
-    loss, dice = curves(found)
-    write_atomic(run.path / "curves.png", plots.curves_png(loss, dice, found["sites"]))
+    loss, scores = curves(found)
+    write_atomic(run.path / "curves.png", plots.curves_png(loss, scores, found["sites"], found["measure"]["name"]))
     rows = compared.matrix(seeds)
     (run.path / "matrix.png").unlink(missing_ok=True)  # of an earlier report
     if len(rows) > 1:
-        write_atomic(run.path / "matrix.png", plots.matrix_png(rows, found["labels"][0]))
+        write_atomic(run.path / "matrix.png", plots.matrix_png(rows, found["labels"][0], found["measure"]["name"]))
     write_events(run, found)
     page = run.path / "report.html"
-    write_atomic(page, render(found, loss, dice).encode())
+    write_atomic(page, render(found, loss, scores).encode())
     return page
 
 
@@ -58,6 +67,7 @@ def facts(run: RunFolder, comparisons: Sequence[Comparison] = ()) -> dict[str, A
     study, state, lines = trained_study(run), read_state(run), read_lines(run.metrics)
     rounds = [_round(line) for line in lines if not line.get("final")]
     final = next((line for line in reversed(lines) if line.get("final")), None)
+    measure = measure_of(study.task)
     sites = {s for r in rounds for s in r["sites"]} | set(compared.sites_of(comparisons))
     if final is not None:
         sites |= {*final["sites"], *final["left_out"]}
@@ -70,7 +80,8 @@ def facts(run: RunFolder, comparisons: Sequence[Comparison] = ()) -> dict[str, A
             "seed": study.seed,
             "trained": in_words(study),
         },
-        "labels": list(study.task.labels),
+        "measure": {"key": measure, "name": NAMES[measure]},
+        "labels": list(study.task.answers),
         "sites": sorted(sites),
         "rounds_planned": study.rounds.count,
         "rounds_done": state.round,
@@ -78,9 +89,9 @@ def facts(run: RunFolder, comparisons: Sequence[Comparison] = ()) -> dict[str, A
         "weights": {"file": run.weights(state.round).name, "sha256": state.weights_sha256},
         "rounds": rounds,
         "totals": {key: round(sum(r[key] for r in rounds), 3) for key in ("seconds", "bytes_down", "bytes_up")},
-        "test": {label: _test(final, label) for label in study.task.labels} if final is not None else {},
+        "test": {label: _test(final, label) for label in study.task.answers} if final is not None else {},
         "not_tested": final["left_out"] if final is not None else {},
-        "comparison": compared.as_json(comparisons) if comparisons else None,
+        "comparison": compared.as_json(comparisons, NAMES[measure]) if comparisons else None,
     }
 
 
@@ -89,7 +100,8 @@ def in_words(study: Study) -> str:
     plan, train, task = study.preprocess, study.train, study.task
     kind = {"ct": "CT", "xray": "X-ray", "mr": "MR"}[study.modality]
     amount = f"{train.local_steps} batches" if train.local_steps else f"local epochs: {train.local_epochs}"
-    loss = {"bce": "binary cross-entropy", "dice_bce": "soft Dice and binary cross-entropy"}[task.loss]
+    loss = _LOSSES[task.loss]
+    does = {"segmentation": "marks", "classification": "tells apart", "prognosis": "foretells"}[task.kind]
     pull = f", with a pull towards the received weights of {train.proximal_mu:g} (FedProx)" if train.proximal_mu else ""
     share = {
         "examples": "by its number of examples",
@@ -98,8 +110,8 @@ def in_words(study: Study) -> str:
     }[study.strategy.weighting]
     pieces = ", in patches" if plan.fit == "patches" else ""
     return (
-        f"{_PROPER.get(study.model.name, study.model.name)} in {study.model.spatial_dims}-D that marks "
-        f"{', '.join(task.labels)} on {kind} images{pieces} of {' x '.join(map(str, plan.size))}. In each of "
+        f"{_PROPER.get(study.model.name, study.model.name)} in {study.model.spatial_dims}-D that {does} "
+        f"{', '.join(task.answers)} on {kind} images{pieces} of {' x '.join(map(str, plan.size))}. In each of "
         f"{study.rounds.count} rounds every site trains ({amount}, batches of {train.batch_size}, "
         f"{_PROPER.get(train.optimizer, train.optimizer)} with learning rate {train.learning_rate:g}, against "
         f"{loss}{pull}), and {_PROPER.get(study.strategy.name, study.strategy.name)} combines what they learned, each "
@@ -128,18 +140,18 @@ def strategy_in_words(study: Study) -> str:
 
 
 def curves(found: Mapping[str, Any]) -> tuple[plots.Series, dict[str, plots.Series]]:
-    """Training loss, and validation Dice per label: site -> (round, value).
+    """Training loss, and the validation score per label: site -> (round, value).
 
-    The loss is the mean over a site's steps of the round, None where one was not finite; Dice of the weights after
+    The loss is the mean over a site's steps of the round, None where one was not finite; the score of the weights after
     round r stands at r, though sites measure it as round r + 1 begins.
     """
     loss: dict[str, dict[int, float | None]] = {}
-    dice: dict[str, dict[str, dict[int, float | None]]] = {label: {} for label in found["labels"]}
+    scores: dict[str, dict[str, dict[int, float | None]]] = {label: {} for label in found["labels"]}
     for site, update in _updates(found["rounds"]):
         loss.setdefault(site, {})[update["round"]] = update["loss"]
         for label, row in update["validation"].items():
-            dice.setdefault(label, {}).setdefault(site, {})[update["round"] - 1] = row["dice"]
-    return _series(loss), {label: _series(by_site) for label, by_site in dice.items()}
+            scores.setdefault(label, {}).setdefault(site, {})[update["round"] - 1] = value_in(row)
+    return _series(loss), {label: _series(by_site) for label, by_site in scores.items()}
 
 
 def write_events(run: RunFolder, found: Mapping[str, Any]) -> Path:
@@ -162,7 +174,8 @@ def write_events(run: RunFolder, found: Mapping[str, Any]) -> Path:
         mine = points.setdefault(site, [])
         mine += [(update["round"], tag, nan if value is None else value) for tag, value in values.items()]
         for label, row in update["validation"].items():
-            mine.append((update["round"] - 1, f"validation_dice/{label}", nan if row["dice"] is None else row["dice"]))
+            tag, value = f"validation_{found['measure']['key']}/{label}", value_in(row)
+            mine.append((update["round"] - 1, tag, nan if value is None else value))
     for site, mine in points.items():
         with replacing(folder / _folder_name(site) / f"events.out.tfevents.{began}.rounds") as file:
             writer = RecordWriter(file)
@@ -213,24 +226,32 @@ def _mean_loss(losses: Sequence[float | None]) -> float | None:
 
 
 def _without_bins(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("dice", "deviation", "cases", "empty")}
+    return {key: value for key, value in row.items() if key not in ("histogram", "hd95_histogram", "reliability")}
 
 
 def _test(final: Mapping[str, Any], label: str) -> dict[str, Any]:
     """The final test of one label: every site, all cases together, the mean over sites, and the worst site."""
-    rows = {site: part["scores"][label] for site, part in final["sites"].items() if label in part["scores"]}
-    known = {site: row["dice"] for site, row in rows.items() if row["dice"] is not None}
+    rows = {
+        site: _with_value(part["scores"][label]) for site, part in final["sites"].items() if label in part["scores"]
+    }
+    known = {site: row["value"] for site, row in rows.items() if row["value"] is not None}
+    whole = final["federation"].get(label)
     worst, best = min(known, key=known.__getitem__, default=None), max(known, key=known.__getitem__, default=None)
     own = {site: part.get("personalised", {}) for site, part in final["sites"].items()}
     return {
         "sites": rows,
         "personalised": {site: _without_bins(scores[label]) for site, scores in own.items() if label in scores},
-        "all_cases": final["federation"].get(label),
+        "all_cases": _with_value(whole) if whole else None,
         "mean_over_sites": round(fmean(known.values()), 6) if known else None,
         "worst": worst,
         "best": best,
         "gap": None if worst is None or best is None else round(known[best] - known[worst], 6),
     }
+
+
+def _with_value(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with its headline figure as `value`."""
+    return {**row, "value": value_in(row)}
 
 
 def _folder_name(site: str) -> str:

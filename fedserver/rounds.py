@@ -6,7 +6,7 @@ a list, waits for missing nodes without bound, and ends the run on one malformed
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,11 +34,12 @@ from fedserver.courier import Courier, Parcel
 from fedserver.optimizers import optimizer_of
 from shared_models.errors import FederationError, RoundPaused, StateInvalid, UpdateRejected, WeightsInvalid
 from shared_models.files import append_json, read_lines, write_json
-from shared_models.metrics import as_row, total
 from shared_models.parse import plain
 from shared_models.plan import Fingerprint, derive, doubted
 from shared_models.plan import total as merged
 from shared_models.planned import constraints, statement
+from shared_models.scores import Score, doubted_scores, row_of
+from shared_models.scores import total as scored_together
 from shared_models.study import Study
 from shared_models.update import Expected, Update, admit
 from shared_models.weights import Arrays, Schema, size_bytes
@@ -182,7 +183,7 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
     def count(site: str, reply: Reply, message: Message, asked: Expected, late: bool) -> None:
         if reply.kind != "update":
             raise UpdateRejected("MESSAGE_INVALID", f"round {number}, site {site!r}: answered with {reply.kind!r}.")
-        _check_labels(study, site, reply)
+        _check_scores(study, site, reply)
         delta = setting.courier.collect(site, reply, message)
         admit(_update(site, reply, delta), asked)
         try:
@@ -228,7 +229,7 @@ def final_evaluation(setting: Setting, table: Table, state: State, schema: Schem
     def keep(site: str, reply: Reply, message: Message, asked: Expected, late: bool) -> None:
         if reply.kind != "evaluation" or late:
             raise UpdateRejected("MESSAGE_INVALID", f"site {site!r}: answered an evaluation with {reply.kind!r}.")
-        _check_labels(study, site, reply)
+        _check_scores(study, site, reply)
         replies[site] = reply
 
     expected = Expected(state.run, state.round, state.study_sha256, state.weights_sha256, schema)
@@ -236,8 +237,7 @@ def final_evaluation(setting: Setting, table: Table, state: State, schema: Schem
     parcel = setting.courier.publish(setting.folder.weights(state.round), state.weights_sha256)
     converse(setting, table, order, parcel, setting.presence().sites, expected, keep, quorum=1)
     setting.courier.retire(state.weights_sha256)
-    pooled = {label: as_row(total(r.scores[label] for r in replies.values() if label in r.scores)) for label in
-              study.task.labels}  # fmt: skip
+    whole = {name: _together(name, replies.values()) for name in study.task.answers}
     append_json(
         setting.folder.metrics,
         {
@@ -245,7 +245,7 @@ def final_evaluation(setting: Setting, table: Table, state: State, schema: Schem
             "final": True,
             "scored_round": state.round,
             "sites": {site: _rows(r) for site, r in sorted(replies.items())},
-            "federation": pooled,
+            "federation": {name: None if score is None else row_of(score) for name, score in whole.items()},
             "left_out": {s: {"state": a.state, "reason": a.reason} for s, a in table.seats.items() if s not in replies},
         },
     )
@@ -433,12 +433,20 @@ def _settle(setting: Setting, site: str, seat: Seat, message: Message, accept: A
             setting.courier.drop(site, reply)
 
 
-def _check_labels(study: Study, site: str, reply: Reply) -> None:
-    """Scores go into files and reports by the names of their labels; only the study's own may."""
-    if strange := {*reply.scores, *reply.own_scores} - set(study.task.labels):
+def _check_scores(study: Study, site: str, reply: Reply) -> None:
+    """Scores go into files and reports by the names of their labels; only the study's own may, and counts of its task
+    that add up with those of other sites."""
+    if strange := {*reply.scores, *reply.own_scores} - set(study.task.answers):
         raise UpdateRejected(
             "OTHER_LABELS", f"site {site!r}: scores {len(strange)} labels that the study does not have."
         )
+    for score in (*reply.scores.values(), *reply.own_scores.values()):
+        doubted_scores(score, study.task, site)
+
+
+def _together(name: str, replies: Iterable[Reply]) -> Score | None:
+    """The counts of all sites for one label."""
+    return scored_together(reply.scores[name] for reply in replies if name in reply.scores)
 
 
 def _forget(setting: Setting, site: str, message: Message) -> None:
@@ -518,7 +526,7 @@ def _line(reply: Reply) -> dict[str, Any]:
 def _rows(reply: Reply) -> dict[str, Any]:
     """Scores of the received weights, and of the site's own model where it has one."""
     kinds = {"scores": reply.scores} | ({"personalised": reply.own_scores} if reply.own_scores else {})
-    return {kind: {label: as_row(c) for label, c in sorted(of.items())} for kind, of in kinds.items()}
+    return {kind: {label: row_of(c) for label, c in sorted(of.items())} for kind, of in kinds.items()}
 
 
 def _code(reason: str | None) -> str:

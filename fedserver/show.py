@@ -21,8 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedserver.checkpoint import RunFolder, read_progress
-from fedserver.comparison import dice_text, points_text, spread_of, spread_text
+from fedserver.comparison import points_text, spread_of, spread_text, value_text
 from fedserver.page import duration_text
+from shared_models.scores import NAMES, value_in
 
 PHASES = {
     "gathering": "waiting for sites",
@@ -42,11 +43,11 @@ QUIET_S = 30.0  # without a change of progress.json, before the live view says s
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A look at a run: its progress, the lines of rounds that were finished since the last look, and Dice by site."""
+    """A look at a run: its progress, the lines of rounds that were finished since the last look, and scores by site."""
 
     progress: Mapping[str, Any]
     finished: Sequence[Mapping[str, Any]] = ()
-    dice: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[str, str] = field(default_factory=dict)
     left_s: float | None = None
     ended: str | None = None
 
@@ -82,7 +83,7 @@ def follow(
 
 def watch(run: RunFolder, ended: Callable[[], str | None], poll_s: float) -> Iterator[View]:
     """A look every `poll_s`; one that says how the run ended was taken after that."""
-    tail, dice = Tail(run.metrics), dict[str, str]()
+    tail, scores = Tail(run.metrics), dict[str, str]()
     number, since, opened_at = None, time.monotonic(), time.time()
     while True:
         word = ended()
@@ -92,12 +93,12 @@ def watch(run: RunFolder, ended: Callable[[], str | None], poll_s: float) -> Ite
         lines = tail.read()
         for line in lines:
             if not line.get("final"):
-                dice |= {_site_of(key): _dice_words(part["scores"]) for key, part in _scored(line).items()}
+                scores |= {_site_of(key): _score_words(part["scores"]) for key, part in _scored(line).items()}
         if progress.get("round") != number:
             number, since = progress.get("round"), time.monotonic()
         left_s = progress.get("left_s") if progress.get("phase") in UNDER_WAY else None
         left_s = None if left_s is None else max(0.0, left_s - (time.monotonic() - since))
-        yield View(progress, lines, dict(dice), left_s, word)
+        yield View(progress, lines, dict(scores), left_s, word)
         time.sleep(poll_s)
 
 
@@ -133,10 +134,16 @@ def _scored(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {key: part for key, part in line["sites"].items() if part["scores"]}
 
 
-def _dice_words(scores: Mapping[str, Mapping[str, Any]]) -> str:
+def _score_words(scores: Mapping[str, Mapping[str, Any]]) -> str:
     if len(scores) == 1:
-        return dice_text(next(iter(scores.values()))["dice"])
-    return ", ".join(f"{label} {dice_text(row['dice'])}" for label, row in scores.items())
+        return value_text(value_in(next(iter(scores.values()))))
+    return ", ".join(f"{label} {value_text(value_in(row))}" for label, row in scores.items())
+
+
+def _measure_of(line: Mapping[str, Any]) -> str:
+    """The headline measure of a line that holds scores."""
+    rows = [row for part in line["sites"].values() for row in part["scores"].values()]
+    return NAMES[rows[0].get("measure", "dice")] if rows else "score"
 
 
 def state_of(seat: Mapping[str, Any]) -> str:
@@ -214,12 +221,12 @@ def _why(seat: Mapping[str, Any]) -> str:
 
 
 def _finished_words(line: Mapping[str, Any]) -> str:
-    dice = ", ".join(f"{key} {_dice_words(part['scores'])}" for key, part in sorted(_scored(line).items()))
+    scores = ", ".join(f"{key} {_score_words(part['scores'])}" for key, part in sorted(_scored(line).items()))
     if line.get("final"):
-        return f"test Dice: {dice or 'none'}"
+        return f"test {_measure_of(line)}: {scores or 'none'}"
     updates = f"{len(line['sites'])} update{'s' if len(line['sites']) != 1 else ''} counted"
     words = f"round {line['round']}: done in {duration_text(line['seconds'])}, {updates}"
-    return words + (f"; validation Dice {dice}" if dice else "")
+    return words + (f"; validation {_measure_of(line)} {scores}" if scores else "")
 
 
 @contextmanager
@@ -237,7 +244,7 @@ def _live(console: Console) -> Iterator[Tell]:
 
 
 def frame(view: View, quiet_s: float = 0.0) -> RenderableType:
-    """The live view: one bar over rounds, and a row per site with its state, reason and last validation Dice."""
+    """The live view: one bar over rounds, and a row per site with its state, reason and last validation score."""
     progress = view.progress
     if not progress:
         return Text(plain(view.ended or "waiting for the run to begin"))
@@ -254,11 +261,11 @@ def frame(view: View, quiet_s: float = 0.0) -> RenderableType:
     bar = ProgressBar(total=rounds, completed=done, width=30)
     head.add_row(Text(f"round {number} of {rounds}"), bar, Text(plain(words)), Text(left, style="dim"))
     table = Table(box=SIMPLE, pad_edge=False)
-    for column in ("site", "state", "why", "validation Dice"):
+    for column in ("site", "state", "why", "validation"):
         table.add_column(column, overflow="fold")
     for site, seat in sorted(progress["sites"].items()):
         state = Text(plain(state_of(seat)), style=COLOURS.get(state_of(seat), "red"))
-        row = [Text(plain(words)) for words in (site, _why(seat)[2:-1], view.dice.get(site, ""))]
+        row = [Text(plain(words)) for words in (site, _why(seat)[2:-1], view.scores.get(site, ""))]
         table.add_row(row[0], state, row[1], row[2])
     return Group(head, table)
 
@@ -267,12 +274,14 @@ def frame(view: View, quiet_s: float = 0.0) -> RenderableType:
 
 
 def run_table(found: Mapping[str, Any]) -> Table:
-    """The outcome of a run from what its report.json holds: per site test Dice, alone and pooled beside it if known.
+    """The outcome of a run from what its report.json holds: each site's test score, alone and pooled beside it.
 
     Alone is a site's own model on its own patients, and its mean over the other sites; the worst site is marked.
     """
     label, compared = found["labels"][0], found["comparison"]
-    table = Table(box=SIMPLE, title=Text(plain(f"Test Dice: {label}")), title_justify="left", pad_edge=False)
+    table = Table(
+        box=SIMPLE, title=Text(plain(f"Test {found['measure']['name']}: {label}")), title_justify="left", pad_edge=False
+    )
     table.add_column("site")
     if compared:
         _fill_compared(table, compared)
@@ -281,13 +290,15 @@ def run_table(found: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right")
     test = found["test"].get(label, {"sites": {}, "worst": None, "mean_over_sites": None})
     for site, row in test["sites"].items():
-        deviation = dice_text(row["deviation"] if row["cases"] > 1 else None)
+        deviation = value_text(row.get("deviation") if row["cases"] > 1 else None)
         mark = site == test["worst"] and len(test["sites"]) > 1
-        table.add_row(_site(site, mark), dice_text(row["dice"]), deviation, str(row["cases"]))
+        table.add_row(_site(site, mark), value_text(row["value"]), deviation, str(row["cases"]))
     for site, seat in sorted(found["not_tested"].items()):
-        table.add_row(_site(site, False), dice_text(None), Text(plain(f"{seat['state']} {seat['reason']}".strip())), "")
+        table.add_row(
+            _site(site, False), value_text(None), Text(plain(f"{seat['state']} {seat['reason']}".strip())), ""
+        )
     table.add_section()
-    table.add_row("mean over sites", dice_text(test["mean_over_sites"]), "", "")
+    table.add_row("mean over sites", value_text(test["mean_over_sites"]), "", "")
     return table
 
 

@@ -3,7 +3,8 @@
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fedserver.checkpoint import RunFolder, create_run, read_progress, read_state, read_study
@@ -11,8 +12,10 @@ from fedserver.enrol import Federation
 from fedserver.state import Run, Site, add_run, change_run, find_run, list_runs, list_sites
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.identity import fingerprint_words
+from shared_models.size import size_in_words
 from shared_models.study import Study, sha256
 from shared_models.supervise import read_status, troubles
+from shared_models.weights import schema_of
 
 ONLINE_S = 30.0  # a node is heard of every few seconds, and noted every ten
 UNSERVED_S = 30.0  # a supervisor that was killed is started again by systemd, or by hand
@@ -24,10 +27,12 @@ class Submitted:
     id: str
     folder: RunFolder
     rounds: int
+    told: tuple[str, ...] = field(default=(), compare=False)  # what a person should know before it starts
 
 
-def submit(federation: Federation, study: Study, name: str | None, new: bool) -> Submitted:
-    """Queues a run of `study`: an unfinished one of the same study goes on, unless `new`.
+def submit(federation: Federation, study: Study, name: str | None, new: bool, weights: Path | None = None) -> Submitted:
+    """Queues a run of `study`: an unfinished one of the same study goes on, unless `new`. `weights` is the file
+    that the study begins from, where it names one.
 
     Raises:
         StateInvalid: a name that is taken by a finished run or by another study.
@@ -45,16 +50,17 @@ def submit(federation: Federation, study: Study, name: str | None, new: bool) ->
             change_run(federation.state, going_on.id, now, "queued")
         return Submitted(going_on.id, RunFolder(federation.runs / going_on.id), study.rounds.count)
     run_id = _checked(name) if name else _numbered(federation, study)
-    from shared_models.nets import initial_weights  # imports torch
+    from shared_models.pretrained import first_weights  # imports torch
 
-    folder = RunFolder(federation.runs / run_id)
+    folder, told = RunFolder(federation.runs / run_id), tuple[str, ...]()
     if not (folder.path / "state.json").exists():
-        initial = None if study.plan == "federated" else initial_weights(study)
+        initial, came = (None, "") if study.plan == "federated" else first_weights(study, weights)
+        told = tuple(filter(None, [came, size_in_words(schema_of(initial)) if initial is not None else ""]))
         create_run(federation.runs, run_id, study, initial)
     elif read_state(folder).study_sha256 != digest:  # left there by a command that was killed before it was queued
         raise StateInvalid(f"{folder.path}: holds a run of another study. Move that folder away, or choose a name.")
     add_run(federation.state, Run(run_id, study.name, digest, "queued", None, now, now, ""))
-    return Submitted(run_id, RunFolder(federation.runs / run_id), study.rounds.count)
+    return Submitted(run_id, RunFolder(federation.runs / run_id), study.rounds.count, told)
 
 
 def outcome(federation: Federation, run_id: str) -> str | None:

@@ -9,13 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from math import sqrt
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from shared_models.parse import STRICT
+from shared_models.surface_counts import SurfaceCounts, surface_row
+from shared_models.surface_counts import merge as merge_surfaces
 
 BINS = 20  # of the Dice histogram, 0.05 wide, the last one closed
 MICRO = 1_000_000
@@ -32,6 +34,7 @@ class DiceCounts:
         empty: cases left out because neither truth nor prediction holds the label.
         sum_micro, square_micro: sums of Dice and of its square, each rounded to millionths.
         histogram: cases per Dice bin of 1 / `BINS`; empty when the site withholds it for want of cases.
+        surface: how far boundaries and volumes are off, where the study asks for it.
 
     Raises:
         ValueError: counts that no Dice between 0 and 1 can give; they may come from another machine.
@@ -43,6 +46,8 @@ class DiceCounts:
     sum_micro: Count = 0
     square_micro: Count = 0
     histogram: Annotated[tuple[Count, ...], Field(max_length=BINS)] = ()
+    surface: SurfaceCounts | None = None
+    measure: Literal["dice"] = "dice"
 
     def __post_init__(self) -> None:
         if not self.square_micro <= self.sum_micro <= self.cases * MICRO:
@@ -54,6 +59,10 @@ class DiceCounts:
     def mean(self) -> float:
         """Mean Dice, NaN without cases."""
         return self.sum_micro / MICRO / self.cases if self.cases else float("nan")
+
+    @property
+    def value(self) -> float:
+        return self.mean
 
     @property
     def deviation(self) -> float:
@@ -73,7 +82,12 @@ def merge(a: DiceCounts, b: DiceCounts) -> DiceCounts:
     else:
         histogram = a.histogram or b.histogram
     return DiceCounts(
-        a.cases + b.cases, a.empty + b.empty, a.sum_micro + b.sum_micro, a.square_micro + b.square_micro, histogram
+        a.cases + b.cases,
+        a.empty + b.empty,
+        a.sum_micro + b.sum_micro,
+        a.square_micro + b.square_micro,
+        histogram,
+        merge_surfaces(a.surface, b.surface),
     )
 
 
@@ -88,7 +102,7 @@ def dice(predicted: NDArray[np.bool_], truth: NDArray[np.bool_], valid: NDArray[
     return 2.0 * int((predicted & truth).sum()) / size if size else None
 
 
-def counts(scores: Iterable[float | None], smallest_count: int = 1) -> DiceCounts:
+def counts(scores: Iterable[float | None], smallest_count: int = 1, surface: SurfaceCounts | None = None) -> DiceCounts:
     """The counts of one site; the histogram is withheld below `smallest_count` cases."""
     listed = list(scores)
     known = np.array([s for s in listed if s is not None], dtype=np.float64)
@@ -100,15 +114,18 @@ def counts(scores: Iterable[float | None], smallest_count: int = 1) -> DiceCount
         sum_micro=int(np.rint(known * MICRO).sum()),
         square_micro=int(np.rint(known**2 * MICRO).sum()),
         histogram=histogram if known.size >= smallest_count else (),
+        surface=surface,
     )
 
 
 def as_row(part: DiceCounts) -> dict[str, Any]:
     """For JSON and tables: mean and deviation beside the counts they come from."""
     return {
+        "measure": part.measure,
         "dice": None if not part.cases else round(part.mean, 6),
         "deviation": None if not part.cases else round(part.deviation, 6),
         "cases": part.cases,
         "empty": part.empty,
         "histogram": list(part.histogram),
+        **({} if part.surface is None else surface_row(part.surface)),
     }

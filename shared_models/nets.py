@@ -3,17 +3,25 @@
 No batch statistics but where norm layers stay at their site: they leak what a batch held, and differ between sites.
 """
 
+from collections.abc import Callable
+from math import gcd
 from typing import Any
 
 import numpy as np
 import torch
 from monai.networks.nets.basic_unet import BasicUNet
+from monai.networks.nets.densenet import DenseNet121
 from monai.networks.nets.dynunet import DynUNet
+from monai.networks.nets.efficientnet import EfficientNetBN
+from monai.networks.nets.resnet import resnet18, resnet34, resnet50
+from monai.networks.nets.segresnet import SegResNet
+from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
 from shared_models.errors import StudyInvalid, WeightsInvalid
 from shared_models.seeds import seed_of
 from shared_models.study import Model, Study
+from shared_models.vgg import Vgg
 from shared_models.weights import Arrays, Schema, difference, schema_of
 
 
@@ -24,7 +32,7 @@ def unet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
         in_channels=in_channels,
         out_channels=out_channels,
         features=model.features,
-        norm=_norm(model),
+        norm=_norm_words(model),
         dropout=model.dropout,
     )
     return net
@@ -42,14 +50,107 @@ def dynunet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
         upsample_kernel_size=[level.stride for level in levels[1:]],
         filters=[level.features for level in levels],
         dropout=model.dropout or None,
-        norm_name=_norm(model),
+        norm_name=_norm_words(model),
     )
     return net
 
 
-def _norm(model: Model) -> tuple[str, dict[str, Any]]:
+def _norm_words(model: Model) -> tuple[str, dict[str, Any]]:
     """The norm layers of a network, in MONAI's words."""
     return (model.norm, {"affine": True} | ({"num_groups": model.groups} if model.norm == "group" else {}))
+
+
+def residual_unet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
+    """U-Net with residual units (Kerfoot et al. 2019) as MONAI's UNet: logits float32[B, out_channels, *size]."""
+    net: nn.Module = UNet(
+        spatial_dims=model.spatial_dims,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        channels=model.features,
+        strides=(2,) * (len(model.features) - 1),
+        num_res_units=2,
+        norm="batch",
+        dropout=model.dropout,
+    )
+    return net
+
+
+def segresnet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
+    """SegResNet (Myronenko 2018, without its autoencoder branch): logits float32[B, out_channels, *size]."""
+    net: nn.Module = SegResNet(
+        spatial_dims=model.spatial_dims,
+        init_filters=model.features[0],
+        in_channels=in_channels,
+        out_channels=out_channels,
+        dropout_prob=model.dropout or None,
+        norm="batch",
+    )
+    return net
+
+
+def resnet(model: Model, in_channels: int, outputs: int) -> nn.Module:
+    """ResNet (He et al. 2016, table 1) with the stem and the names of torchvision: logits float32[B, outputs]."""
+    make = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}[model.name]
+    net: nn.Module = make(
+        pretrained=False,
+        spatial_dims=model.spatial_dims,
+        n_input_channels=in_channels,
+        num_classes=outputs,
+        conv1_t_stride=2,  # MONAI's default of 1 costs four times as much
+        bias_downsample=False,
+    )
+    return net
+
+
+def vgg(model: Model, in_channels: int, outputs: int) -> nn.Module:
+    norm = None if model.norm == "none" else lambda channels: _norm(model, channels)
+    return Vgg(model.name, model.spatial_dims, in_channels, outputs, norm, model.head == "full", model.dropout)
+
+
+def densenet(model: Model, in_channels: int, outputs: int) -> nn.Module:
+    """DenseNet-121 (Huang et al. 2017, table 1): logits float32[B, outputs]."""
+    net: nn.Module = DenseNet121(
+        spatial_dims=model.spatial_dims,
+        in_channels=in_channels,
+        out_channels=outputs,
+        dropout_prob=model.dropout,
+        pretrained=False,
+    )
+    return net
+
+
+def efficientnet(model: Model, in_channels: int, outputs: int) -> nn.Module:
+    """EfficientNet-B0 (Tan & Le 2019, table 1): logits float32[B, outputs]."""
+    net: nn.Module = EfficientNetBN(
+        "efficientnet-b0",
+        pretrained=False,
+        spatial_dims=model.spatial_dims,
+        in_channels=in_channels,
+        num_classes=outputs,
+    )
+    return net
+
+
+def perceptron(model: Model, inputs: int, outputs: int) -> nn.Module:
+    """Layers of `features` units over a table float32[B, inputs]; without any it is linear. Logits [B, outputs]."""
+    layers: list[nn.Module] = []
+    for units in model.features:
+        layers += [nn.Linear(inputs, units), nn.ReLU(), nn.Dropout(model.dropout)]
+        inputs = units
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+MAKERS: dict[str, Callable[[Model, int, int], nn.Module]] = {
+    "unet": unet,
+    "dynunet": dynunet,
+    "residual-unet": residual_unet,
+    "segresnet": segresnet,
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50"), resnet),
+    **dict.fromkeys(("vgg11", "vgg13", "vgg16", "vgg19"), vgg),
+    "densenet121": densenet,
+    "efficientnet-b0": efficientnet,
+    "mlp": perceptron,
+}
 
 
 def network(study: Study) -> nn.Module:
@@ -57,8 +158,10 @@ def network(study: Study) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which seeds the GPUs as well: they would drop out alike in every round
         torch.default_generator.manual_seed(seed_of(study.seed, study.name, "initial weights"))
-        make = {"unet": unet, "dynunet": dynunet}[study.model.name]
-        net = make(study.model, max(1, len(study.channels)), len(study.task.labels))
+        inputs = len(study.task.covariates) if study.table_only else max(1, len(study.channels))
+        net = MAKERS[study.model.name](study.model, inputs, study.task.outputs)
+    if study.model.norm != "batch":
+        _without_batch_norm(net, study.model)
     batch_norms = [n for n, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert not batch_norms or study.model.norm == "batch", f"batch norm in {batch_norms}"
     return net
@@ -100,6 +203,43 @@ def feature_layer(net: nn.Module, model: Model) -> nn.Module:
     if model.name not in FEATURES:
         raise StudyInvalid(f'train.moon_mu: no feature layer is known of model.name = "{model.name}".')
     return net.get_submodule(FEATURES[model.name])
+
+
+def _norm(model: Model, channels: int) -> nn.Module:
+    """What stands in for a batch norm over `channels`."""
+    if model.norm == "instance":
+        kind = nn.InstanceNorm2d if model.spatial_dims == 2 else nn.InstanceNorm3d
+        return kind(channels, affine=True)
+    return nn.GroupNorm(gcd(model.groups, channels), channels)
+
+
+def _without_batch_norm(net: nn.Module, model: Model) -> None:
+    """Swaps every batch norm in place: MONAI 1.6 hands `norm` to the stem of a ResNet alone, to no EfficientNet, and
+    cannot make a group norm of one channel, which its UNet ends with."""
+    for module in list(net.modules()):
+        for inner, child in module.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(module, inner, _norm(model, child.num_features))
+
+
+def blocks(net: nn.Module) -> list[tuple[str, ...]]:
+    """The parameters of a network by block, from the image to the answer; what holds only norms and biases belongs to
+    the block before it."""
+    found: dict[str, list[str]] = {}
+    flat: dict[str, bool] = {}
+    for name, parameter in net.named_parameters():
+        parts = name.split(".")
+        deep = len(parts) > 2 and (parts[1].isdigit() or parts[0] == "features")
+        block = ".".join(parts[:2]) if deep else parts[0]
+        found.setdefault(block, []).append(name)
+        flat[block] = flat.get(block, True) and parameter.ndim < 2
+    joined: list[tuple[str, ...]] = []
+    for block, names in found.items():
+        if flat[block] and joined:
+            joined[-1] += tuple(names)
+        else:
+            joined.append(tuple(names))
+    return joined
 
 
 def _tensors(net: nn.Module) -> dict[str, Tensor]:

@@ -15,86 +15,18 @@ from pydantic import Field
 
 from shared_models.errors import StudyInvalid
 from shared_models.files import canonical_json
+from shared_models.model_table import ENCODERS, PIXELWISE, SMALLEST_EDGE
+from shared_models.model_table import Level as Level
+from shared_models.model_table import Model as Model
 from shared_models.parse import STRICT, parse, parse_json, plain, read_toml
 from shared_models.strategy import NotNegative, Positive, check_strategy
 from shared_models.strategy import Personal as Personal
 from shared_models.strategy import Strategy as Strategy
+from shared_models.task_table import Task as Task
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """`[task]`: what the network answers.
-
-    Attributes:
-        labels: names of the foreground classes, one output channel each, sigmoid; mask value k is labels[k - 1].
-        loss: `bce` binary cross-entropy, or `dice_bce` soft Dice plus binary cross-entropy, in equal parts.
-    """
-
-    __pydantic_config__ = STRICT
-    kind: Literal["segmentation"] = "segmentation"
-    labels: Annotated[tuple[Name, ...], Field(min_length=1, max_length=32)] = ("lung",)
-    loss: Literal["bce", "dice_bce"] = "bce"
-
-    def __post_init__(self) -> None:
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"labels {list(self.labels)} must differ from each other")
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """One level of `dynunet`: channels, how it shrinks the level above, and how wide it convolves, along each axis."""
-
-    __pydantic_config__ = STRICT
-    features: Annotated[int, Field(ge=4, le=2048)]
-    stride: Annotated[tuple[Literal[1, 2], ...], Field(min_length=2, max_length=3)]
-    kernel: Annotated[tuple[Literal[1, 3], ...], Field(min_length=2, max_length=3)]
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """`[model]`: a network by name and arguments.
-
-    Attributes:
-        features: channels of the five levels of `unet`, then of the last up-sampling (MONAI BasicUNet's order).
-        levels: of `dynunet`, from full size down; its features are there. A federated plan sets them.
-        norm: `group` (of `groups` groups) or `instance`; batch statistics leak and differ between sites, so `batch`
-            is only for norm layers that stay at their site (`personal.keep`).
-    """
-
-    __pydantic_config__ = STRICT
-    name: Literal["unet", "dynunet"] = "unet"
-    spatial_dims: Literal[2, 3] = 2
-    features: Annotated[tuple[Annotated[int, Field(ge=4, le=2048)], ...], Field(min_length=6, max_length=6)] = (
-        32, 32, 64, 128, 256, 32)  # fmt: skip
-    levels: Annotated[tuple[Level, ...], Field(max_length=12)] = ()
-    norm: Literal["group", "instance", "batch"] = "group"
-    groups: Annotated[int, Field(ge=1, le=64)] = 8
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    def __post_init__(self) -> None:
-        if self.name == "unet" and self.levels:
-            raise ValueError('levels are of name = "dynunet"; "unet" has features')
-        if self.name == "dynunet" and len(self.levels) < 3:
-            raise ValueError(f'name = "dynunet" needs at least 3 levels, there are {len(self.levels)}')
-        for level in self.levels:
-            if len(level.stride) != self.spatial_dims or len(level.kernel) != self.spatial_dims:
-                raise ValueError(f"levels need {self.spatial_dims} strides and kernels each, as spatial_dims says")
-        if self.levels and set(self.levels[0].stride) != {1}:
-            raise ValueError("the first of levels is at full size: its strides are 1")
-        features = [level.features for level in self.levels] or list(self.features)
-        if self.norm == "group" and any(f % self.groups for f in features):
-            raise ValueError(f"features {features} must all be multiples of groups = {self.groups}")
-
-    @property
-    def divisors(self) -> tuple[int, ...]:
-        """What the edges of an example must be multiples of."""
-        if self.name == "unet":
-            return (16,) * self.spatial_dims
-        return tuple(prod(axis) for axis in zip(*(level.stride for level in self.levels), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +194,29 @@ class Planning:
 
 
 @dataclass(frozen=True, slots=True)
+class Transfer:
+    """`[transfer]`: weights from elsewhere to begin with, and how far they may move. A block is a convolution with its
+    norm, or a residual, dense or inverted block; blocks count from the image on, the last is the head.
+
+    Attributes:
+        sha256: of the weights file, which lies at the coordinator; empty begins from the seed.
+        freeze: how many blocks stay as they are.
+        rate_decay: learning rate of a block as a share of the next one's.
+        head_rounds: how many first rounds train the head alone.
+    """
+
+    __pydantic_config__ = STRICT
+    sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    freeze: Annotated[int, Field(ge=0, le=1000)] = 0
+    rate_decay: Share = 1.0
+    head_rounds: Annotated[int, Field(ge=0, le=10_000)] = 0
+
+    def __post_init__(self) -> None:
+        if not self.sha256 and (self.freeze or self.rate_decay != 1.0 or self.head_rounds):
+            raise ValueError("freeze, rate_decay and head_rounds are for weights from a file; name its sha256")
+
+
+@dataclass(frozen=True, slots=True)
 class Study:
     """The declarative file that says what is trained, how, and under which rules.
 
@@ -285,6 +240,7 @@ class Study:
     planning: Planning = field(default_factory=Planning)
     task: Task = field(default_factory=Task)
     model: Model = field(default_factory=Model)
+    transfer: Transfer = field(default_factory=Transfer)
     preprocess: Preprocess = field(default_factory=Preprocess)
     augment: Augment = field(default_factory=Augment)
     train: Train = field(default_factory=Train)
@@ -297,8 +253,11 @@ class Study:
         if len(set(self.channels)) < len(self.channels):
             raise ValueError(f"channels {list(self.channels)} must differ from each other")
         check_strategy(self)
+        self._check_task()
         if self.plan == "federated":
             return  # the tables below are the plan's to set
+        if self.table_only:
+            return  # there is no image to preprocess
         if len(self.preprocess.size) != self.model.spatial_dims:
             raise ValueError(
                 f"preprocess.size has {len(self.preprocess.size)} numbers, model.spatial_dims is "
@@ -313,19 +272,50 @@ class Study:
         for key, given in (("train.foreground", self.train.foreground), ("evaluate.overlap", self.evaluate.overlap)):
             if given is not None and self.preprocess.fit != "patches":
                 raise ValueError(f'{key} is {given}; it is for preprocess.fit = "patches", which is not chosen')
-        size, divisors = self.preprocess.size, self.model.divisors
+        self._check_size()
+
+    @property
+    def table_only(self) -> bool:
+        """Whether the network sees a case's table and no image."""
+        return self.model.name == "mlp"
+
+    def _check_task(self) -> None:
+        task, name = self.task, self.model.name
+        if self.plan == "federated" and self.transfer.sha256:
+            raise ValueError('transfer is for a network that the study names, plan = "federated" makes one')
+        if self.plan == "federated" and task.kind != "segmentation":
+            raise ValueError(f'plan = "federated" is for kind = "segmentation", the task is a {task.kind}')
+        if (task.kind == "segmentation") != (name in PIXELWISE) and self.plan == "given":
+            fitting = PIXELWISE if task.kind == "segmentation" else ENCODERS
+            if not (task.kind == "prognosis" and name == "mlp"):
+                raise ValueError(f'model.name = "{name}" is not for a {task.kind}; use one of {", ".join(fitting)}')
+        if name == "mlp" and (task.kind != "prognosis" or not task.covariates):
+            raise ValueError('model.name = "mlp" sees a table: it needs task.kind = "prognosis" and task.covariates')
+        if task.covariates and name != "mlp":
+            raise ValueError('task.covariates are for model.name = "mlp", which sees a table and no image')
+        if self.preprocess.fit == "patches" and task.kind != "segmentation":
+            raise ValueError(f'preprocess.fit = "patches" is for a segmentation, the task is a {task.kind}')
+        if self.table_only and (self.augment != Augment() or self.channels):
+            raise ValueError('augment and channels are for images; model.name = "mlp" sees none')
+
+    def _check_size(self) -> None:
+        size, divisors, model = self.preprocess.size, self.model.divisors, self.model
+        if model.name in ENCODERS:
+            least = SMALLEST_EDGE if model.norm != "instance" else 2 * SMALLEST_EDGE  # one value has no deviation
+            if min(size) < least:
+                raise ValueError(f'preprocess.size {list(size)}: model.name = "{model.name}" wants {least} or more')
+            return
         if any(edge % divisor for edge, divisor in zip(size, divisors, strict=True)):
             raise ValueError(
                 f"preprocess.size {list(size)} must be multiples of {divisors[0]}, the U-Net halves it four times"
-                if self.model.name == "unet"
-                else f"preprocess.size {list(size)} must be multiples of {list(divisors)}, as model.levels halve it"
+                if model.name == "unet"
+                else f"preprocess.size {list(size)} must be multiples of {list(divisors)}, as the network halves it"
             )
-        deepest = self.model.levels[-1].features if self.model.levels else self.model.features[4]
-        together = deepest // self.model.groups if self.model.norm == "group" else 1
+        together = model.deepest // model.groups if model.norm == "group" else 1
         if prod(edge // divisor for edge, divisor in zip(size, divisors, strict=True)) * together < 2:
             raise ValueError(
                 f"preprocess.size {list(size)} leaves one value at the bottom of the U-Net for "
-                f'model.norm = "{self.model.norm}" to normalise; use a larger size, or "group" with fewer groups'
+                f'model.norm = "{model.norm}" to normalise; use a larger size, or "group" with fewer groups'
             )
 
 

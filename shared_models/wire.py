@@ -17,9 +17,9 @@ from pydantic import Field
 
 from shared_models.errors import FederationError, WeightsInvalid
 from shared_models.files import canonical_json
-from shared_models.metrics import DiceCounts
 from shared_models.parse import STRICT, Count, RunId, Sha256, SiteName, parse_json, plain
 from shared_models.plan import Fingerprint
+from shared_models.scores import AnyScore
 from shared_models.weights import Array, Arrays
 
 PROTOCOL = 1
@@ -88,7 +88,7 @@ class Reply:
         refusal: code of a refused order; then all below is empty.
         examples: examples behind the update, each counted once.
         losses: mean training loss of ten equal stretches of the local steps; None where it was not finite.
-        scores: label -> Dice of the received weights on split `scored`.
+        scores: label (or region) -> counts of how the received weights do on split `scored`.
         own_scores: the same of the site's own model, where the study gives it one.
         variance: of the site's mean local step, summed over the weights, where the study weighs by it.
         train_cases, test_cases: how many cases the site holds for each.
@@ -110,8 +110,8 @@ class Reply:
     seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
     losses: Annotated[tuple[Finite | None, ...], Field(max_length=1000)] = ()
     scored: Split | None = None
-    scores: Mapping[Annotated[str, Field(max_length=64)], DiceCounts] = field(default_factory=dict)
-    own_scores: Mapping[Annotated[str, Field(max_length=64)], DiceCounts] = field(default_factory=dict)
+    scores: Mapping[Annotated[str, Field(max_length=64)], AnyScore] = field(default_factory=dict)
+    own_scores: Mapping[Annotated[str, Field(max_length=64)], AnyScore] = field(default_factory=dict)
     variance: Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)] | None = None
     train_cases: Count = 0
     test_cases: Count = 0

@@ -45,6 +45,9 @@ def run(
     leave_one_out: Annotated[
         bool, typer.Option(help="Also train without each site in turn, and test on the one left out.")
     ] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="Pretrained weights that the study names: .safetensors, or .pth of tensors.")
+    ] = None,
     json_to: Annotated[
         Path | None, typer.Option("--json", help="Write the results as JSON; - is standard output.")
     ] = None,
@@ -60,7 +63,7 @@ def run(
         sources = simulation.data_folders(loaded, data or [], sites, CACHE / "phantom", say)
         nodes = simulation.node_configs(folder, sources, how, sites, layout)
         try:
-            results = simulation.simulate(loaded, nodes, folder, how, seeds, compare, say, leave_one_out)
+            results = simulation.simulate(loaded, nodes, folder, how, seeds, compare, say, leave_one_out, weights)
         except KeyboardInterrupt:
             say(f"Stopped by hand. The same command goes on from the last finished rounds in {folder}.")
             raise typer.Exit(130) from None
@@ -115,6 +118,19 @@ def privacy(
     )
     for each in prices:
         print(f"{each.noise_multiplier:8.4g}  {each.epsilon:8.3g}   {each.epsilon_rdp:8.3g}")
+
+
+@app.command()
+@guarded
+def tables(
+    folder: Annotated[Path, typer.Argument(help="Folder with a SITE.csv for each site.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write manifest.csv into, for --data of a study of tables.")],
+    patient: Annotated[str, typer.Option(help="The column that tells patients apart.")] = "patient_id",
+) -> None:
+    """Joins a table of patients for each site into one manifest.csv."""
+    from simulations.tables import join_tables
+
+    print(join_tables(folder, out, patient))
 
 
 @app.command()

@@ -25,7 +25,7 @@ from shared_models.files import read_lines, write_json
 from shared_models.study import load_study
 from simulations.phantoms import phantom
 from simulations.run import Job, Machine, as_numbers, jobs, node_configs, phantom_plan, score, side_by_side
-from simulations.show import dice_table, watching
+from simulations.show import score_table, watching
 
 STUDY = "lung-ct-quick"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # three hospitals share the cores of this machine
@@ -88,7 +88,7 @@ def demonstrate(out: Path, console: Console) -> dict[str, Any]:
     }
     write_json(out / "results.json", results)
     models = {f"only {site}": results["local"][site] for site in sorted(nodes)} | {"federated": results["federated"]}
-    console.print(dice_table(models, sorted(nodes), "Dice on each hospital's test patients"))
+    console.print(score_table(models, sorted(nodes), "Dice on each hospital's test patients"))
     worst, cell = min(results["federated"].values()), min(min(r.values()) for r in results["local"].values())
     console.print(f"Worst site, federated: {worst:.3f}. Worst cell of the models trained alone: {cell:.3f}.")
     console.print(f"report   {report}\nweights  {results['weights']}", highlight=False, soft_wrap=True)

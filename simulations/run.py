@@ -25,6 +25,7 @@ from typing import Any, Literal, cast
 
 from fedclient.data.cases import state_of
 from fedclient.data.listing import list_cases
+from fedclient.data.truths import has_truth
 from fedclient.site import Site, open_site
 from fedclient.work import own_model
 from fedserver.checkpoint import RunFolder, create_run, read_state, trained_study
@@ -32,10 +33,11 @@ from fedserver.report import Comparison, write_report
 from shared_models.control import without_control
 from shared_models.errors import ManifestInvalid, StateInvalid, StudyInvalid
 from shared_models.files import canonical_json, read_json, write_json
-from shared_models.metrics import DiceCounts, as_row
+from shared_models.scores import NAMES, Score, measure_of, row_of
+from shared_models.size import size_in_words
 from shared_models.strategy import Personal, Strategy
 from shared_models.study import Study, sha256
-from shared_models.weights import Arrays, load
+from shared_models.weights import Arrays, load, schema_of
 from shared_models.wire import Order
 from simulations.engine import NodeConfig, run_local
 from simulations.phantoms import PhantomPlan, phantom
@@ -119,6 +121,7 @@ class Job:
     name: str
     study: Study
     nodes: Mapping[str, NodeConfig]
+    weights: Path | None = None  # the file that the study begins from, where it names one
 
 
 def jobs(study: Study, nodes: Mapping[str, NodeConfig], compare: bool) -> list[Job]:
@@ -175,11 +178,11 @@ def left_out_jobs(study: Study, nodes: Mapping[str, NodeConfig]) -> list[Job]:
 
 def carry_out(job: Job, folder: Path, how: Machine, stop: threading.Event | None = None) -> RunFolder:
     """Starts the run of a job, or goes on with it; `stop` ends one of the local engine with a ProcessFailed."""
-    from shared_models.nets import initial_weights  # imports torch
+    from shared_models.pretrained import first_weights  # imports torch
 
     run, inputs = RunFolder(folder / job.name), _inputs(job)
     if not (run.path / "state.json").exists():
-        initial = None if job.study.plan == "federated" else initial_weights(job.study)
+        initial = None if job.study.plan == "federated" else first_weights(job.study, job.weights)[0]
         write_json(run.path / "inputs.json", inputs)  # first: a run that is there has it
         create_run(folder, job.name, job.study, initial)
     elif not (run.path / "inputs.json").exists() or read_json(run.path / "inputs.json") != inputs:
@@ -220,10 +223,10 @@ def _inputs(job: Job) -> dict[str, Any]:
     }
 
 
-def _check_cases(name: str, config: NodeConfig) -> None:
+def _check_cases(study: Study, name: str, config: NodeConfig) -> None:
     site = open_site(config)
     listing = list_cases(site.where, site.salt)
-    labelled: Counter[str] = Counter(case.split for case in listing.cases if case.label is not None)
+    labelled: Counter[str] = Counter(case.split for case in listing.cases if has_truth(case, study.task))
     lacking = [what for split, what in (("train", "to train on"), ("test", "to test on")) if not labelled[split]]
     if lacking:
         raise ManifestInvalid(
@@ -248,9 +251,11 @@ def simulate_seed(
     compare: bool,
     say: Say,
     leave_one_out: bool = False,
+    weights: Path | None = None,
 ) -> Comparison:
     """Federated, then the rest side by side, then each model scored on each site's test patients."""
-    todo = jobs(study, nodes, compare) + (left_out_jobs(study, nodes) if leave_one_out else [])
+    listed = jobs(study, nodes, compare) + (left_out_jobs(study, nodes) if leave_one_out else [])
+    todo = [replace(job, weights=weights) for job in listed]
     runs = {todo[0].name: carry_out(todo[0], folder, how)}
     say("federated")
     runs |= side_by_side(todo[1:], folder, how, say)
@@ -264,8 +269,8 @@ def simulate_seed(
 
 def score(
     run: RunFolder, nodes: Mapping[str, NodeConfig], trained_by: Mapping[str, NodeConfig] | None = None
-) -> dict[str, DiceCounts]:
-    """Site -> Dice of the run's last weights on its test patients, for the first label.
+) -> dict[str, Score]:
+    """Site -> score of the run's last weights on its test patients, for the first label (or region).
 
     Args:
         trained_by: who trained; a model of one site alone has that site's own norm layers, where these stay there.
@@ -275,20 +280,20 @@ def score(
     study, weights = trained_study(run), without_control(load(run.weights(read_state(run).round)))
     if trained_by is not None and len(trained_by) == 1 and study.personal.any:
         weights = _own(run, open_site(next(iter(trained_by.values()))), study, weights) or weights
-    label = study.task.labels[0]
+    label = study.task.answers[0]
     return {s: ImageLearner().score(open_site(c), study, weights, "test")[label] for s, c in nodes.items()}
 
 
-def own_scores(run: RunFolder, nodes: Mapping[str, NodeConfig]) -> dict[str, DiceCounts]:
-    """Site -> Dice of its own model on its test patients; empty where the study gives the sites none."""
+def own_scores(run: RunFolder, nodes: Mapping[str, NodeConfig]) -> dict[str, Score]:
+    """Site -> score of its own model on its test patients; empty where the study gives the sites none."""
     from fedclient.training.learner import ImageLearner  # imports torch
 
     study, weights = trained_study(run), without_control(load(run.weights(read_state(run).round)))
-    scores: dict[str, DiceCounts] = {}
+    scores: dict[str, Score] = {}
     for name, config in nodes.items():
         site = open_site(config)
         if (own := _own(run, site, study, weights)) is not None:
-            scores[name] = ImageLearner().score(site, study, own, "test")[study.task.labels[0]]
+            scores[name] = ImageLearner().score(site, study, own, "test")[study.task.answers[0]]
     return scores
 
 
@@ -311,6 +316,7 @@ def simulate(
     compare: bool,
     say: Say,
     leave_one_out: bool = False,
+    weights: Path | None = None,
 ) -> dict[str, Any]:
     """Every seed from `study.seed` on; writes results.json and a report, and returns the results.
 
@@ -318,13 +324,16 @@ def simulate(
         ManifestInvalid: a site that has no labelled case to train or to test on.
     """
     for site, config in nodes.items():
-        _check_cases(site, config)
+        _check_cases(study, site, config)
     comparisons: list[Comparison] = []
-    results: dict[str, Any] = {"study": study.name, "seeds": []}
+    tell_size(study, weights, say)
+    results: dict[str, Any] = {"study": study.name, "measure": NAMES[measure_of(study.task)], "seeds": []}
     for seed in range(study.seed, study.seed + seeds):
         folder = out / f"seed-{seed}"
         of_seed = partial(_say_of, say, seed)
-        comparison = simulate_seed(replace(study, seed=seed), nodes, folder, how, compare, of_seed, leave_one_out)
+        comparison = simulate_seed(
+            replace(study, seed=seed), nodes, folder, how, compare, of_seed, leave_one_out, weights
+        )
         comparisons.append(comparison)
         results["seeds"].append({"seed": seed} | as_numbers(comparison))
         results["summary"] = summary(results["seeds"])
@@ -336,18 +345,28 @@ def simulate(
     return results
 
 
+def tell_size(study: Study, weights: Path | None, say: Say) -> None:
+    """Says what begins a run, and what each update weighs; a federated plan has no network yet."""
+    from shared_models.pretrained import first_weights  # imports torch
+
+    if study.plan == "given":
+        initial, came = first_weights(study, weights)
+        for words in filter(None, [came, size_in_words(schema_of(initial))]):
+            say(words)
+
+
 def _say_of(say: Say, seed: int, news: str) -> None:
     say(f"seed {seed}: {news} is done")
 
 
 def as_numbers(comparison: Comparison) -> dict[str, Any]:
-    """Mean Dice for each model and site, and all that is behind it."""
+    """The headline score of each model at each site, and all that is behind it."""
 
-    def means(of: Mapping[str, DiceCounts]) -> dict[str, float]:
-        return {site: round(part.mean, 6) for site, part in of.items()}
+    def means(of: Mapping[str, Score]) -> dict[str, float]:
+        return {site: round(part.value, 6) for site, part in of.items()}
 
-    def rows(of: Mapping[str, DiceCounts]) -> dict[str, Any]:
-        return {site: as_row(part) for site, part in of.items()}
+    def rows(of: Mapping[str, Score]) -> dict[str, Any]:
+        return {site: row_of(part) for site, part in of.items()}
 
     return {
         "local": {trained: means(of) for trained, of in comparison.local.items()},

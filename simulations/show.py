@@ -64,7 +64,7 @@ def _update(bars: Progress, tasks: dict[Path, TaskID], folder: Path, rounds: int
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """Test Dice of each model on each site, mean over the seeds; the worst site and the worst cell are marked."""
+    """The test score of each model on each site, mean over the seeds; the worst site and the worst cell are marked."""
     seeds = results["seeds"]
     sites = sorted(seeds[0]["federated"])
     models: dict[str, dict[str, float]] = {}
@@ -76,10 +76,10 @@ def results_table(results: Mapping[str, Any]) -> Table:
     for key, name in (("personalised", "each site's own"), ("left_out", "the others alone")):
         if seeds[0].get(key):
             models[name] = {s: _mean([r[key][s] for r in seeds]) for s in sites}
-    return dice_table(models, sites, f"Test Dice, {results['study']}, mean of {len(seeds)} seed(s)")
+    return score_table(models, sites, f"Test {results['measure']}, {results['study']}, mean of {len(seeds)} seed(s)")
 
 
-def dice_table(models: Mapping[str, Mapping[str, float]], sites: list[str], title: str) -> Table:
+def score_table(models: Mapping[str, Mapping[str, float]], sites: list[str], title: str) -> Table:
     """A row for each model, a column for each site, then the mean and the worst site."""
     table = Table(title=title)
     table.add_column("trained on")

@@ -121,7 +121,7 @@ def test_a_bare_command_shows_its_help_and_an_unknown_one_is_no_success(command)
 def test_an_unknown_study_is_told_with_those_that_there_are(federation):
     (Path("broken.toml")).write_text('name = "x"\n[train]\nlerning_rate = 1')
     for words in (("fedsim", "run"), ("fedserver", "run")):
-        assert "'lung' is neither a study file nor a ready study. Ready: brats-tumour, chest-xray, " in refused(
+        assert "'lung' is neither a study file nor a ready study. Ready: brats-tumour, brca-prognosis, " in refused(
             *words, "lung"
         )
         assert "no.toml: there is no such file" in refused(*words, "no.toml")
@@ -307,6 +307,7 @@ def test_a_queued_run_is_shown_and_stopped_and_goes_on(federation):
 def test_the_ready_studies_are_listed():
     assert "lung-ct-quick" in call("fedsim", "studies")[1]
     ready = {"brats-tumour", "chest-xray", "ct-nodule", "hippocampus", "lung-ct", "lung-ct-quick", "lung-nodule"}
+    ready |= {"brca-prognosis", "nodule-malignancy"}
     assert set(parsed("fedsim", "studies", "--json")) == ready
 
 

@@ -26,6 +26,8 @@ DOORS: dict[str, tuple[str, ...]] = {
         "shared_models/metrics.py",
         "shared_models/invite.py", "fedclient/site.py", "fedclient/ledger.py", "shared_models/protect/context.py",
         "shared_models/protect/messages.py", "shared_models/protect/accounting.py",
+        "shared_models/task_table.py", "shared_models/model_table.py", "shared_models/class_counts.py",
+        "shared_models/surface_counts.py", "shared_models/scores.py", "shared_models/survival_counts.py",
     ),
     "cryptography": (
         "shared_models/identity.py", "shared_models/protect/prg.py", "shared_models/protect/masking.py",
@@ -38,10 +40,11 @@ DOORS: dict[str, tuple[str, ...]] = {
     "SimpleITK": (), "highdicom": (),  # second opinions in tests, not installed at a hospital
     "gdcm": ("fedclient/data/dicom_pixels.py",),
     "torch": (
-        "shared_models/nets.py", "shared_models/tasks/", "fedclient/training/", "fedclient/data/augment.py",
+        "shared_models/nets.py", "shared_models/vgg.py", "shared_models/pretrained.py", "shared_models/tasks/",
+        "fedclient/training/", "fedclient/data/augment.py",
         "simulations/bench/",
     ),
-    "monai": ("shared_models/nets.py", "simulations/bench/pipeline.py"),
+    "monai": ("shared_models/nets.py", "shared_models/tasks/surfaces.py", "simulations/bench/pipeline.py"),
 }  # fmt: skip
 FILES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))
 

@@ -2,9 +2,10 @@
 
 import csv
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,15 +13,17 @@ import torch
 
 from fedclient.data.dataset import CaseExamples, DataSet
 from fedclient.site import UNIT, Site, open_site
-from fedclient.training.evaluate import case_scores
+from fedclient.training.evaluate import evaluate
 from fedclient.training.learner import ImageLearner, data_set, device_of
 from fedclient.work import Holding
 from shared_models import nets
 from shared_models.errors import ManifestInvalid, OrderRefused, WeightsInvalid
-from shared_models.metrics import IGNORE, dice, merge
+from shared_models.metrics import IGNORE, DiceCounts, dice, merge
 from shared_models.preprocess import Geometry
 from shared_models.study import Augment, Evaluate, Model, Preprocess, Study, Task, Train
+from shared_models.tasks.chosen import functions_of
 from shared_models.weights import Arrays, schema_of
+from shared_models.wire import Split
 from simulations.phantoms import PhantomPlan, phantom
 
 STUDY = Study(
@@ -30,6 +33,11 @@ STUDY = Study(
     train=Train(local_epochs=2, batch_size=3, learning_rate=1e-2, deterministic=True),
 )
 LEARNER = ImageLearner()
+
+
+def scored(site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
+    """What the learner tells of a segmentation."""
+    return cast(Mapping[str, DiceCounts], LEARNER.score(site, study, weights, split))
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +157,7 @@ def test_weights_that_are_not_the_studys_are_not_trained_on(north, weights, spoi
     with pytest.raises(WeightsInvalid, match=words):
         LEARNER.learn(north, STUDY, 1, spoil(weights))
     with pytest.raises(WeightsInvalid, match=words):
-        LEARNER.score(north, STUDY, spoil(weights), "test")
+        scored(north, STUDY, spoil(weights), "test")
 
 
 def test_the_settings_of_torch_follow_the_study_and_the_site(north, weights):
@@ -166,7 +174,7 @@ def test_the_settings_of_torch_follow_the_study_and_the_site(north, weights):
 
 def test_the_score_is_the_dice_of_whole_cases_of_the_split(north, weights):
     trained = LEARNER.learn(north, replace(STUDY, train=replace(STUDY.train, local_steps=20)), 1, weights).weights
-    scores = LEARNER.score(north, STUDY, trained, "test")
+    scores = scored(north, STUDY, trained, "test")
     assert list(scores) == ["lung"]
     assert (scores["lung"].cases, scores["lung"].empty) == (2, 0)
     net = nets.network(STUDY).eval()
@@ -177,33 +185,33 @@ def test_the_score_is_the_dice_of_whole_cases_of_the_split(north, weights):
             predicted = torch.sigmoid(net(torch.from_numpy(case.images))).numpy()[:, 0] > 0.5
         by_hand.append(dice(predicted, case.masks == 1, case.masks != IGNORE))
     assert scores["lung"].mean == pytest.approx(np.mean(np.array(by_hand, float)), abs=1e-6)
-    assert LEARNER.score(north, STUDY, trained, "test") == scores
+    assert scored(north, STUDY, trained, "test") == scores
 
 
 def test_each_split_has_its_own_cases_and_sites_add_up(data, work, weights):
     north, south = site_at(data, work, "north"), site_at(data, work, "south")
     both = site_at(data, work, "north", "south", name="pooled")
-    assert LEARNER.score(north, STUDY, weights, "val")["lung"].cases == 1
+    assert scored(north, STUDY, weights, "val")["lung"].cases == 1
     for split in ("val", "test"):
-        parts = [LEARNER.score(site, STUDY, weights, split)["lung"] for site in (north, south)]
-        assert merge(*parts) == LEARNER.score(both, STUDY, weights, split)["lung"]
+        parts = [scored(site, STUDY, weights, split)["lung"] for site in (north, south)]
+        assert merge(*parts) == scored(both, STUDY, weights, split)["lung"]
 
 
 def test_a_site_withholds_the_histogram_of_few_cases(north, weights):
-    assert sum(LEARNER.score(north, STUDY, weights, "test")["lung"].histogram) == 2
-    assert LEARNER.score(replace(north, smallest_count=3), STUDY, weights, "test")["lung"].histogram == ()
+    assert sum(scored(north, STUDY, weights, "test")["lung"].histogram) == 2
+    assert scored(replace(north, smallest_count=3), STUDY, weights, "test")["lung"].histogram == ()
 
 
 def test_the_threshold_is_the_studys(north, weights):
-    everything = LEARNER.score(north, replace(STUDY, evaluate=Evaluate(threshold=1e-6)), weights, "test")["lung"]
-    nothing = LEARNER.score(north, replace(STUDY, evaluate=Evaluate(threshold=1 - 1e-6)), weights, "test")["lung"]
+    everything = scored(north, replace(STUDY, evaluate=Evaluate(threshold=1e-6)), weights, "test")["lung"]
+    nothing = scored(north, replace(STUDY, evaluate=Evaluate(threshold=1 - 1e-6)), weights, "test")["lung"]
     assert everything.mean > 0.05
     assert nothing.mean == 0
 
 
 def test_a_split_without_cases_has_no_score(data, tmp_path, weights):
     folder = rewritten(data, tmp_path, lambda row: row if row["split"] == "train" else None)
-    scores = LEARNER.score(site_at(folder, tmp_path, "north"), STUDY, weights, "test")
+    scores = scored(site_at(folder, tmp_path, "north"), STUDY, weights, "test")
     assert (scores["lung"].cases, scores["lung"].empty) == (0, 0)
 
 
@@ -226,13 +234,16 @@ class Drawn:
 def test_a_case_of_many_slices_is_one_volume_however_it_is_cut_and_every_label_has_its_channel():
     study = replace(STUDY, task=Task(labels=("lung", "heart")), preprocess=Preprocess(size=(16, 16)))
     net, drawn = nets.network(study), Drawn(1, 31, 32, 70)
-    scores = case_scores(net, drawn, study, torch.device("cpu"))  # type: ignore[arg-type]
-    assert list(scores) == ["lung", "heart"]
-    for n, (images, masks) in enumerate(drawn.cases):
-        with torch.no_grad():
-            predicted = torch.sigmoid(net.eval()(torch.from_numpy(images))).numpy() > 0.5
-        for k, label in enumerate(scores):
-            assert scores[label][n] == pytest.approx(dice(predicted[:, k], masks == k + 1, masks != IGNORE), abs=1e-3)
+    task, device = functions_of(study.task), torch.device("cpu")
+    found = evaluate(net, drawn, study, task, device, smallest_count=1)  # type: ignore[arg-type]
+    assert list(found) == ["lung", "heart"]
+    for k, label in enumerate(found):
+        by_hand: list[float | None] = []
+        for images, masks in drawn.cases:
+            with torch.no_grad():
+                predicted = torch.sigmoid(net.eval()(torch.from_numpy(images))).numpy() > 0.5
+            by_hand.append(dice(predicted[:, k], masks == k + 1, masks != IGNORE))
+        assert found[label].value == pytest.approx(np.mean(np.array(by_hand, float)), abs=1e-3)
 
 
 # Holding, and what cannot be done
@@ -283,7 +294,7 @@ def test_a_gpu_that_is_not_there_is_missed_by_name(north, weights, monkeypatch, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
     site = replace(north, device=device)
-    for call in (lambda: LEARNER.learn(site, STUDY, 1, weights), lambda: LEARNER.score(site, STUDY, weights, "val")):
+    for call in (lambda: LEARNER.learn(site, STUDY, 1, weights), lambda: scored(site, STUDY, weights, "val")):
         with pytest.raises(OrderRefused, match=f"asks for {device}, PyTorch sees {there} GPU") as refused:
             call()
         assert refused.value.code == "DEVICE_MISSING"

@@ -47,7 +47,8 @@ def test_numbers_done_by_hand():
     assert found.mean == 0.5
     assert found.deviation == pytest.approx(math.sqrt(1 / 6))
     assert as_row(found) == {
-        "dice": 0.5, "deviation": 0.408248, "cases": 3, "empty": 1, "histogram": [1, *[0] * 9, 1, *[0] * 8, 1],
+        "measure": "dice", "dice": 0.5, "deviation": 0.408248, "cases": 3, "empty": 1,
+        "histogram": [1, *[0] * 9, 1, *[0] * 8, 1],
     }  # fmt: skip
 
 

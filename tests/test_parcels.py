@@ -16,7 +16,7 @@ from fedclient.parcels import answered
 from fedclient.site import Site
 from fedclient.work import Learned
 from shared_models.errors import OrderRefused, TransferFailed, WeightsInvalid
-from shared_models.metrics import DiceCounts
+from shared_models.scores import Score
 from shared_models.study import Study, canonical, sha256
 from shared_models.transfer import Blobs, site_context
 from shared_models.weights import Arrays, file_sha256, load, save_arrays
@@ -37,7 +37,7 @@ class Counting(ToyLearner):
         self.did.append(f"learn {round_number}")
         return ToyLearner.learn(self, site, study, round_number, weights)
 
-    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
+    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
         self.did.append(f"score {split}")
         return ToyLearner.score(self, site, study, weights, split)
 

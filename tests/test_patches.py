@@ -15,10 +15,11 @@ from torch import nn
 import fedclient.data.dataset as dataset
 from fedclient.data.dataset import DataSet, prepare
 from fedclient.data.manifest import read_manifest
-from fedclient.training.evaluate import case_scores
+from fedclient.training.evaluate import evaluate
 from fedclient.training.windows import begins, logits, weights
 from shared_models.preprocess import plan_geometry, preprocess, preprocess_labels, restore
 from shared_models.study import Evaluate, Model, Preprocess, Study, Task, Train
+from shared_models.tasks.chosen import functions_of
 
 CPU = torch.device("cpu")
 DEEP = Study(
@@ -229,10 +230,10 @@ def test_dice_is_taken_over_the_whole_case_and_not_over_a_patch_of_it(folder):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.full((len(images), 2, *images.shape[2:]), 5.0)
 
-    scores = case_scores(Everywhere(), data(folder, DEEP), DEEP, CPU)
+    scores = evaluate(Everywhere(), data(folder, DEEP), DEEP, functions_of(DEEP.task), CPU, smallest_count=1)
     labelled, voxels = 6 * 6 * 3, 40 * 30 * 24
-    assert scores["lung"] == pytest.approx([2 * labelled / (labelled + voxels)] * 2)
-    assert scores["nodule"] == pytest.approx([2 / (1 + voxels)] * 2)
+    assert scores["lung"].value == pytest.approx(2 * labelled / (labelled + voxels), abs=1e-6)
+    assert scores["nodule"].value == pytest.approx(2 / (1 + voxels), abs=1e-6)
 
 
 def test_labels_of_the_whole_image_lie_where_its_voxels_lie():

@@ -27,6 +27,7 @@ from fedserver.rounds import Setting, carry_out
 from shared_models.errors import OrderRefused
 from shared_models.files import append_json, read_json, read_lines
 from shared_models.metrics import DiceCounts, counts
+from shared_models.scores import Score
 from shared_models.study import Rounds, Study, Task, sha256
 from shared_models.weights import Arrays
 from shared_models.wire import Split
@@ -52,7 +53,7 @@ class Scripted:
             raise OrderRefused("NOT_APPROVED", "stays at the site")
         return Learned({n: a + 1 for n, a in weights.items()}, 10, steps=3, losses=self.losses, device="cpu")
 
-    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
+    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
         return {label: counts(self.scores[site.name], smallest_count=2) for label in study.task.labels}
 
     def holding(self, site: Site, study: Study) -> Holding:
@@ -182,8 +183,8 @@ def test_the_comparison_has_the_numbers_computed_by_hand(finished: RunFolder) ->
     assert compared["sites"]["south"]["gain_points"]["mean"] == -1.0
     assert compared["mean"]["federated"]["mean"] == pytest.approx((0.85 + 0.90 + 0.94) / 3, abs=1e-6)
     assert compared["mean"]["own"]["mean"] == pytest.approx((0.80 + 0.90 + 0.95) / 3, abs=1e-6)
-    assert compared["worst_federated"] == {"site": "east", "dice": 0.85}
-    assert compared["worst_local"] == {"trained": "south", "tested": "north", "dice": 0.1}
+    assert compared["worst_federated"] == {"site": "east", "value": 0.85}
+    assert compared["worst_local"] == {"trained": "south", "tested": "north", "value": 0.1}
     assert compared["by_seed"] == [
         {
             "local": {
@@ -209,9 +210,9 @@ def test_several_seeds_give_mean_and_deviation_and_a_gain_within_it_is_not_calle
     assert north.gain_points.deviation == pytest.approx(statistics.stdev([0.0, 2.0]))
     means = [(0.85 + 0.90 + 0.94) / 3, (0.87 + 0.92 + 0.90) / 3]
     assert mean_over_sites([COMPARISON, SECOND]).federated.deviation == pytest.approx(statistics.stdev(means))
-    assert verdict(east, 2).startswith("Federation helped east")
-    assert verdict(north, 2).startswith("Federation made no clear difference to north")
-    assert verdict(south, 2).endswith("(\u22123.0 ± 2.8 Dice points, 2 seeds).")
+    assert verdict(east, 2, "Dice").startswith("Federation helped east")
+    assert verdict(north, 2, "Dice").startswith("Federation made no clear difference to north")
+    assert verdict(south, 2, "Dice").endswith("(\u22123.0 ± 2.8 Dice points, 2 seeds).")
     run = toy_run(tmp_path)
     text = told(run, COMPARISON, SECOND)[1].text
     assert "Over 2 seeds" in text
@@ -222,7 +223,7 @@ def test_a_site_without_a_score_is_a_dash_and_takes_part_in_no_mean() -> None:
     lacking = replace(COMPARISON, federated=dice_of(east=0.85, north=0.90) | {"south": counts([None])})
     south = results([lacking])[-1]
     assert math.isnan(south.federated.mean)
-    assert "cannot be compared" in verdict(south, 1)
+    assert "cannot be compared" in verdict(south, 1, "Dice")
     assert mean_over_sites([lacking]).federated.mean == pytest.approx(0.875)
     assert [row.name for row in matrix([lacking])] == [
         "east alone",
@@ -231,7 +232,7 @@ def test_a_site_without_a_score_is_a_dash_and_takes_part_in_no_mean() -> None:
         "pooled",
         "federated",
     ]
-    assert math.isnan(matrix([lacking])[-1].dice["south"].mean)
+    assert math.isnan(matrix([lacking])[-1].values["south"].mean)
 
 
 def test_what_was_not_trained_for_comparison_has_no_column(tmp_path: Path) -> None:
@@ -400,7 +401,7 @@ def test_words_for_numbers() -> None:
         "0 B", "216 B", "999 B", "1.23 kB", "1 MB", "124 MB"]  # fmt: skip
     assert [duration_text(s) for s in (0.04, 9.96, 59.7, 60, 125, 7260)] == [
         "0.0 s", "10 s", "1 min", "1 min", "2 min 5 s", "2 h 1 min"]  # fmt: skip
-    assert verdict(results([COMPARISON])[0], 1).count("0.85") == 1
+    assert verdict(results([COMPARISON])[0], 1, "Dice").count("0.85") == 1
     assert Spread().mean != Spread().mean
 
 

@@ -2,17 +2,31 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shared_models.metrics import IGNORE
+from shared_models.metrics import IGNORE, DiceCounts
 from shared_models.study import Task
-from shared_models.tasks.segmentation import bce, dice_bce, loss_of, targets
+from shared_models.task_table import Region
+from shared_models.tasks.chosen import functions_of
+from shared_models.tasks.functions import CaseAnswer
+from shared_models.tasks.segmentation import bce, ce, dice_bce, dice_ce, focal, loss_of, targets, tversky
 
-LOSSES = [bce, dice_bce]
+LOSSES = [bce, dice_bce, focal, tversky]
+SOFTMAX = [ce, dice_ce]
+BRATS = Task(
+    labels=("necrosis", "oedema", "enhancing"),
+    loss="dice_bce",
+    regions=(
+        Region("whole", ("necrosis", "oedema", "enhancing")),
+        Region("core", ("necrosis", "enhancing")),
+        Region("active", ("enhancing",)),
+    ),
+)
 seeds = st.integers(0, 2**31)
 
 
@@ -137,3 +151,122 @@ def test_targets_are_one_channel_for_each_label():
 def test_the_loss_is_the_one_that_the_study_names():
     assert loss_of(Task(loss="bce")) is bce
     assert loss_of(Task(loss="dice_bce")) is dice_bce
+
+
+# Other losses
+
+
+def voxels(logits: Tensor, masks: Tensor) -> list[tuple[list[float], int]]:
+    """Logits and mask value of each voxel that is not ignored."""
+    flat = logits.movedim(1, -1).reshape(-1, logits.shape[1]).tolist()
+    return [(z, v) for z, v in zip(flat, masks.reshape(-1).tolist(), strict=True) if v != IGNORE]
+
+
+def softmax(z: list[float]) -> list[float]:
+    total = sum(math.exp(v) for v in z)
+    return [math.exp(v) / total for v in z]
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds, st.sampled_from([0.0, 1.0, 2.0]))
+def test_the_focal_loss_is_its_closed_form(seed, gamma):
+    logits, masks = drawn(seed)
+    terms = []
+    for z, value in voxels(logits, masks):
+        for k, logit in enumerate(z, start=1):
+            p = 1 / (1 + math.exp(-logit))
+            right = p if value == k else 1 - p
+            terms.append(-((1 - right) ** gamma) * math.log(right))
+    assert float(focal(logits, masks, gamma=gamma)) == pytest.approx(sum(terms) / len(terms), rel=1e-6)
+    if gamma == 0:
+        assert float(focal(logits, masks, gamma=gamma)) == pytest.approx(float(bce(logits, masks)), rel=1e-6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds, st.sampled_from([0.3, 0.5, 0.7]))
+def test_the_tversky_loss_is_its_closed_form_and_soft_dice_where_both_mistakes_weigh_alike(seed, beta):
+    logits, masks = drawn(seed)
+    terms = []
+    for b in range(len(logits)):
+        for k in range(logits.shape[1]):
+            pairs = [(1 / (1 + math.exp(-z[k])), v == k + 1) for z, v in voxels(logits[b : b + 1], masks[b : b + 1])]
+            both = sum(p * g for p, g in pairs)
+            missed, false = sum(g - p * g for p, g in pairs), sum(p - p * g for p, g in pairs)
+            terms.append(1 - (both + 1) / (both + beta * missed + (1 - beta) * false + 1))
+    assert float(tversky(logits, masks, beta=beta)) == pytest.approx(sum(terms) / len(terms), rel=1e-6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds)
+def test_cross_entropy_is_its_closed_form_with_the_background_as_a_class(seed):
+    logits, masks = drawn(seed, labels=3)
+    masks = torch.where(masks == 3, IGNORE, masks)  # three channels: the background and two labels
+    terms = [-math.log(softmax(z)[value]) for z, value in voxels(logits, masks)]
+    assert float(ce(logits, masks)) == pytest.approx(sum(terms) / len(terms), rel=1e-6)
+    assert float(dice_ce(logits, masks)) > float(ce(logits, masks))
+
+
+@pytest.mark.parametrize("loss", SOFTMAX)
+def test_a_softmax_leaves_ignored_voxels_without_a_say(loss):
+    logits, masks = drawn(3, labels=3)
+    masks = torch.where(masks == 3, IGNORE, masks)
+    ignored = (masks == IGNORE)[:, None].expand_as(logits)
+    leaf = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, masks), leaf)
+    assert (gradient[ignored] == 0).all()
+    assert float(loss(logits, torch.full_like(masks, IGNORE))) == 0
+
+
+# Regions, and sites that label a part of the study's labels
+
+
+def test_regions_are_unions_of_labels():
+    masks = np.array([[[0, 1, 2, 3, IGNORE]]], np.uint8)
+    chances = np.array([[[[0.9, 0.9, 0.9, 0.9, 0.9]], [[0.1, 0.9, 0.1, 0.9, 0.9]], [[0.1, 0.1, 0.1, 0.1, 0.1]]]])
+    found = functions_of(BRATS).scores([CaseAnswer(chances.astype(np.float32), masks)], 0.5, 1)
+    values = {name: score.value for name, score in found.items()}
+    assert values == {"whole": pytest.approx(6 / 7, abs=1e-6), "core": 1.0, "active": 0.0}
+    assert BRATS.outputs == 3
+
+
+def test_the_loss_of_regions_is_that_of_their_own_masks():
+    logits, masks = drawn(5, labels=3)
+    whole = torch.where((masks > 0) & (masks != IGNORE), 1, masks)
+    core = torch.where((masks == 1) | (masks == 3), 1, torch.where(masks == 2, 0, masks))
+    active = torch.where(masks == 3, 1, torch.where(masks == IGNORE, IGNORE, 0)).to(torch.uint8)
+    parts = [float(dice_bce(logits[:, k : k + 1], part)) for k, part in enumerate((whole, core, active))]
+    assert float(loss_of(BRATS)(logits, masks)) == pytest.approx(sum(parts) / 3, rel=1e-6)
+
+
+def test_a_site_learns_and_scores_the_labels_that_it_has():
+    task = Task(labels=("lung", "nodule"), loss="dice_bce")
+    logits, masks = drawn(7)
+    masks = torch.where(masks == 2, 0, masks)  # this site marks no nodules: where they are it says background
+    leaf = logits.clone().requires_grad_()
+    value = loss_of(task, ("lung",))(leaf, masks)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    assert (gradient[:, 1] == 0).all()
+    assert value.item() == pytest.approx(float(dice_bce(logits[:, :1], masks)), rel=1e-6)
+    answer = CaseAnswer(np.full((1, 2, 4, 4), 0.9, np.float32), np.ones((1, 4, 4), np.uint8))
+    assert list(functions_of(task, ("lung",)).scores([answer], 0.5, 1)) == ["lung"]
+    assert list(functions_of(BRATS, ("enhancing",)).scores([], 0.5, 1)) == ["active"]
+
+
+def test_a_softmax_takes_what_a_site_does_not_label_for_background():
+    task = Task(labels=("lung", "nodule", "heart"), loss="ce")
+    logits, masks = drawn(9, labels=4)
+    masks = torch.where((masks == 2) | (masks == 4), 0, masks)
+    terms = []
+    for z, value in voxels(logits, masks):
+        p = softmax(z)
+        terms.append(-math.log(p[0] + p[2] if value == 0 else p[value]))
+    assert float(loss_of(task, ("lung", "heart"))(logits, masks)) == pytest.approx(sum(terms) / len(terms), rel=1e-6)
+
+
+def test_the_most_probable_label_is_marked_by_a_softmax():
+    task = Task(labels=("lung", "nodule"), loss="dice_ce")
+    chances = np.array([[[[0.5, 0.2, 0.3]], [[0.3, 0.4, 0.3]], [[0.2, 0.4, 0.4]]]], np.float32)
+    found = functions_of(task).scores([CaseAnswer(chances, np.array([[[0, 1, 2]]], np.uint8))], 0.5, 1)
+    assert {name: score.value for name, score in found.items()} == {"lung": 1.0, "nodule": 1.0}
+    assert task.outputs == 3
+    assert all(isinstance(score, DiceCounts) for score in found.values())

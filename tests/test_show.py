@@ -129,7 +129,7 @@ def test_a_terminal_gets_a_bar_and_a_row_for_each_site(tmp_path: Path) -> None:
 
 def test_the_frame_shows_rounds_time_left_and_silence() -> None:
     sites = {"east": ASKED, "north": ("rejected", "UPDATE_NONFINITE: it holds NaN")}
-    text = shown(frame(View(progress("train", 3, **sites), dice={"east": "0.912"}, left_s=130.0), quiet_s=90.0))
+    text = shown(frame(View(progress("train", 3, **sites), scores={"east": "0.912"}, left_s=130.0), quiet_s=90.0))
     for words in ("round 3 of 5", "training", "about 2 min 10 s left", "no news for 1 min 30 s", "working", "0.912"):
         assert words in text
     assert "answer not accepted" in text

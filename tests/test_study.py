@@ -21,12 +21,14 @@ from shared_models.study import (
     Study,
     Task,
     Train,
+    Transfer,
     canonical,
     from_json,
     load_study,
     ready_studies,
     sha256,
 )
+from shared_models.task_table import Region
 
 # One key after another of a sound study, changed to something that is wrong: (table, key, value, words about it)
 WRONG = [
@@ -44,17 +46,22 @@ WRONG = [
     ("", "taks", {}, "`taks` is not a key here. Did you mean `task`?"),
     ("", "task", 3, "`task` is 3; allowed: an object"),
     ("", "task", [], r"`task` is \[\]; allowed: an object"),
-    ("task", "kind", "classification", "`task.kind` is 'classification'; allowed: 'segmentation'"),
+    ("task", "kind", "detection", "`task.kind` is 'detection'; allowed: 'segmentation', 'cl"),
+    ("task", "kind", "classification", 'model.name = "unet" is not for a classification; use one of resnet18'),
     ("task", "labels", [], r"`task.labels` is \[\]; allowed: .*at least 1"),
     ("task", "labels", "lung", "`task.labels` is 'lung'; allowed: a valid array"),
     ("task", "labels", ["lung", "Heart"], "`task.labels.1` is 'Heart'"),
     ("task", "labels", ["lung", "lung"], r"`task`: labels \['lung', 'lung'\] must differ"),
     ("task", "labels", [f"l{n}" for n in range(33)], "`task.labels` is .*; allowed: .*at most 32"),
-    ("task", "loss", "focal", "`task.loss` is 'focal'; allowed: 'bce' or 'dice_bce'"),
+    ("task", "loss", "hinge", "`task.loss` is 'hinge'; allowed: 'bce', 'dice_bce', 'ce'"),
+    ("task", "loss", "hazard", 'loss = "hazard" is not for a segmentation; allowed: bce, dice_bce, ce'),
+    ("task", "class_weights", [2.0], 'class_weights is for kind = "classification", this is a segmentation'),
+    ("task", "tversky_beta", 0.5, 'tversky_beta is for loss = "tversky"'),
+    ("task", "regions", [{"name": "whole", "parts": ["core"]}], "region 'whole' has the part 'core'; labels are"),
     ("model", "name", "resnet", "`model.name` is 'resnet'; allowed: 'unet'"),
     ("model", "spatial_dims", 4, "`model.spatial_dims` is 4; allowed: 2 or 3"),
     ("model", "spatial_dims", True, "`model.spatial_dims` is True; allowed: 2 or 3"),
-    ("model", "features", [32] * 5, "`model.features` is .*; allowed: .*at least 6"),
+    ("model", "features", [32] * 5, r"`model`: features \[32.* must be 6 numbers"),
     ("model", "features", [32] * 5 + [3], "`model.features.5` is 3; allowed: greater than or equal to 4"),
     ("model", "features", [32] * 5 + [4096], "`model.features.5` is 4096; allowed: less than or equal to 2048"),
     ("model", "features", [32] * 5 + [12], r"`model`: features \[.*12\] must all be multiples of groups = 8"),
@@ -295,6 +302,7 @@ def changed(value: Any, path: tuple[str, ...], to: Any) -> Any:
 
 
 OTHER: dict[tuple[str, ...], Any] = {
+    ("transfer", "sha256"): "0" * 64,
     ("modality",): "mr", ("task", "labels"): ("heart",), ("task", "loss"): "dice_bce", ("model", "norm"): "instance",
     ("model", "features"): (32, 32, 64, 128, 256, 64), ("preprocess", "size"): (256, 272),
     ("preprocess", "intensity"): "window", ("preprocess", "spacing_mm"): (1.0, 2.0),
@@ -315,7 +323,35 @@ PAIRED: dict[tuple[str, ...], dict[tuple[str, ...], Any]] = {  # what another va
     ("personal", "head_epochs"): {("personal", "keep"): ("head",)},
     ("personal", "apfl_adaptive"): {("personal", "apfl_alpha"): 0.5},
 }  # fmt: skip
+OF_SEGMENTS: list[dict[str, Any]] = [
+    {"loss": "focal"}, {"loss": "tversky"}, {"loss": "ce"}, {"loss": "dice_ce"}, {"tolerance_mm": 1.0},
+    {"loss": "focal", "focal_gamma": 1.0}, {"loss": "tversky", "tversky_beta": 0.5},
+    {"regions": (Region("whole", ("lung",)),)},
+]  # fmt: skip
+OF_CLASSES: list[dict[str, Any]] = [
+    {}, {"class_weights": (2.0,)}, {"column": "finding"}, {"none": "no-finding"}, {"specificity": 0.95},
+    {"labels": ("a", "b"), "loss": "ce"},
+]  # fmt: skip
+
+
+def test_keys_of_one_kind_of_task_show_in_the_digest_as_well():
+    segmentation = Study(name="s")
+    classes = Study(name="s", task=Task(kind="classification"), model=Model(name="resnet18"))
+    others = [replace(segmentation, task=replace(segmentation.task, **change)) for change in OF_SEGMENTS]
+    others += [replace(classes, task=replace(classes.task, **change)) for change in OF_CLASSES]
+    begun = Transfer(sha256="0" * 64)
+    others += [
+        replace(segmentation, transfer=t)
+        for t in (begun, replace(begun, freeze=1), replace(begun, rate_decay=0.5), replace(begun, head_rounds=1))
+    ]
+    assert len({sha256(other) for other in [segmentation, *others]}) == len(others) + 1
+
+
 ONLY_ONE = {
+    *(("task", key) for key in (
+        "regions", "focal_gamma", "tversky_beta", "tolerance_mm", "class_weights", "column", "none", "specificity",
+        "intervals_days", "time_column", "event_column", "covariates")),
+    ("model", "head"), ("transfer", "freeze"), ("transfer", "rate_decay"), ("transfer", "head_rounds"),
     ("task", "kind"), ("model", "name"), ("model", "spatial_dims"), ("model", "levels"), ("preprocess", "fit"),
     ("preprocess", "mean"), ("preprocess", "deviation"), ("preprocess", "nonzero"),
     ("train", "foreground"), ("evaluate", "overlap"),
@@ -387,8 +423,8 @@ def test_a_message_does_not_repeat_a_long_value():
 
 
 def test_the_ready_studies_load_and_are_called_what_they_are():
-    assert ready[:3] == ["brats-tumour", "chest-xray", "ct-nodule"]
-    assert ready[3:] == ["hippocampus", "lung-ct", "lung-ct-quick", "lung-nodule"]
+    assert ready[:4] == ["brats-tumour", "brca-prognosis", "chest-xray", "ct-nodule"]
+    assert ready[4:] == ["hippocampus", "lung-ct", "lung-ct-quick", "lung-nodule", "nodule-malignancy"]
     for name in ready:
         assert load_study(name).name == name
         assert load_study(str(ready_studies()[name])) == load_study(name)

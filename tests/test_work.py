@@ -21,7 +21,8 @@ from shared_models.errors import (
     TransferFailed,
     WeightsInvalid,
 )
-from shared_models.metrics import DiceCounts, counts
+from shared_models.metrics import counts
+from shared_models.scores import Score
 from shared_models.study import Study, Train, canonical, sha256
 from shared_models.weights import Arrays
 from shared_models.wire import Order, Reply, Split, dump, pack, read_reply, tensors_of, write_order
@@ -60,7 +61,7 @@ def test_a_training_order_is_answered_with_the_difference_and_the_words_of_the_o
 class Noting(ToyLearner):
     """Notes what is scored: the weights as they came, and not as they are after training."""
 
-    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
+    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
         assert all(weights[n].tobytes() == w.tobytes() for n, w in WEIGHTS.items())
         return {"lung": counts([0.25] if split == "val" else [0.75])}
 
@@ -70,7 +71,7 @@ def test_the_received_weights_are_scored_where_that_is_asked(split):
     done = answered(order(evaluate=split), Noting())
     assert done.reply.kind == "update"
     assert done.reply.scored == split
-    assert done.reply.scores["lung"].mean == (0.25 if split == "val" else 0.75)
+    assert done.reply.scores["lung"].value == (0.25 if split == "val" else 0.75)
     assert done.delta
 
 
@@ -120,7 +121,7 @@ def test_an_order_that_the_gate_refuses_touches_no_image(kind):
         def learn(self, site: Site, study: Study, round_number: int, weights: Arrays) -> Learned:
             raise AssertionError("was trained")
 
-        def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
+        def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
             raise AssertionError("was scored")
 
     of = order(kind, evaluate="test")

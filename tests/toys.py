@@ -12,7 +12,8 @@ from fedclient.app import client_app
 from fedclient.site import Site
 from fedclient.work import Holding, Learned
 from fedserver.checkpoint import RunFolder, create_run
-from shared_models.metrics import DiceCounts, counts
+from shared_models.metrics import counts
+from shared_models.scores import Score
 from shared_models.study import Study
 from shared_models.weights import Arrays
 from shared_models.wire import Split
@@ -40,7 +41,7 @@ class ToyLearner:
             self.spoil[site.name](trained)
         return Learned(trained, self.examples.get(site.name, 10), steps=3, losses=(1.0, 0.5), device="cpu")
 
-    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
+    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
         return {label: counts([0.5, 0.75]) for label in study.task.labels}
 
     def holding(self, site: Site, study: Study) -> Holding:

@@ -20,15 +20,16 @@ from numpy.typing import NDArray
 from fedclient.data.cases import Case, read_case, read_case_labels
 from fedclient.data.images import is_picture
 from fedclient.data.provenance import MODALITIES, UNKNOWN, Provenance, one_of
+from fedclient.data.truths import covariates_of, read_truth, vector_of
 from shared_models.errors import ImageUnreadable
 from shared_models.files import canonical_json, replacing
 from shared_models.parse import plain
-from shared_models.preprocess import Geometry, geometry_from, preprocess, preprocess_labels
+from shared_models.preprocess import Geometry, geometry_from, preprocess
 from shared_models.study import Study
 
 FORMAT = 3  # raise it when readers or preprocessing change what they give, or the files what they hold
 MOST_PLACES = 10_000  # of labelled voxels that are remembered, for each label
-TYPES = {"F16": np.float16, "U8": np.uint8, "I64": np.int64}
+TYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I64": np.int64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +57,18 @@ class Stored:
 
     Attributes:
         images: float16[N, C, *size], in memory or mapped; of the whole image, where patches are trained on.
-        masks: uint8[N, *size].
+        masks: uint8[N, *size], uint8[N, labels] classes, or float32[N, 2] follow-up.
         labelled: int64[places], for each label of the study: flat indices of voxels of `masks` that have it, at most
             `MOST_PLACES`, evenly chosen; empty where patches are not wanted.
+        native: uint8[I, J, K] on the image's own grid, where the study measures surfaces.
     """
 
     key: str
     images: NDArray[np.float16]
-    masks: NDArray[np.uint8]
+    masks: NDArray[Any]
     facts: Facts
     labelled: tuple[NDArray[np.int64], ...] = ()
+    native: NDArray[np.uint8] | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -78,7 +81,10 @@ class Stored:
 
 def plan_digest(study: Study) -> str:
     """Of all that a cached case depends on beside its files."""
-    return sha256(canonical_json([FORMAT, plain(study.preprocess), study.channels, study.task.labels])).hexdigest()[:12]
+    task = study.task
+    truth = [task.kind, task.labels, task.exclusive, task.column, task.none, task.tolerance_mm is not None]
+    truth += [task.time_column, task.event_column, plain(task)["covariates"], study.table_only]
+    return sha256(canonical_json([FORMAT, plain(study.preprocess), study.channels, truth])).hexdigest()[:12]
 
 
 def write_case(path: Path, case: Case, study: Study, make_room: Callable[[int], None]) -> None:
@@ -88,12 +94,27 @@ def write_case(path: Path, case: Case, study: Study, make_room: Callable[[int], 
         ImageUnreadable: image or labels that cannot be used.
         OSError: the disk.
     """
+    if study.table_only:
+        facts, tensors = _row(case, study)
+    else:
+        facts, tensors = _image(case, study)
+    make_room(sum(tensor.nbytes for tensor in tensors.values()))
+    _write(path, tensors, facts)
+
+
+def _row(case: Case, study: Study) -> tuple[Facts, dict[str, NDArray[Any]]]:
+    """A case of which the network sees the table alone: one example, one value for each column."""
+    nowhere = Geometry((1, 1, 1), (1.0, 1.0, 1.0), (1,), (0.0,), (1.0,))
+    values = covariates_of(case, study.task)[None].astype(np.float16)
+    return Facts(nowhere, 0), {"images": values, "masks": vector_of(case, study.task)[None]}
+
+
+def _image(case: Case, study: Study) -> tuple[Facts, dict[str, NDArray[Any]]]:
     volume = read_case(case, study.channels)
     if study.preprocess.spacing_mm is not None and is_picture(case.channels[0].files[0]):
         raise ImageUnreadable("PNG and JPEG state no pixel size, so spacing_mm cannot be met. Use fit = letterbox")
-    labels = read_case_labels(case, volume, study.task.labels)
     examples = preprocess(volume.voxels, volume.spacing_mm, study.preprocess, np.float16)
-    masks = preprocess_labels(labels, examples.geometry)
+    masks = read_truth(case, volume, examples.geometry, study.task)
     places = _places(masks, len(study.task.labels)) if study.preprocess.fit == "patches" else []
     facts = Facts(
         examples.geometry,
@@ -105,8 +126,11 @@ def write_case(path: Path, case: Case, study: Study, make_room: Callable[[int], 
     tensors: dict[str, NDArray[Any]] = {"images": examples.images, "masks": masks}
     if places:
         tensors["labelled"] = np.concatenate(places)
-    make_room(sum(tensor.nbytes for tensor in tensors.values()))
-    _write(path, tensors, facts)
+    if study.task.tolerance_mm is not None:
+        if is_picture(case.channels[0].files[0]):
+            raise ImageUnreadable("PNG and JPEG state no pixel size, so tolerance_mm means nothing. Leave it out")
+        tensors["native"] = read_case_labels(case, volume, study.task.labels)
+    return facts, tensors
 
 
 def open_case(path: Path, key: str) -> Stored | None:
@@ -119,14 +143,14 @@ def open_case(path: Path, key: str) -> Stored | None:
         facts = _facts(json.loads(header["__metadata__"]["case"]))
         places = tensors.get("labelled", np.empty(0, np.int64))
         labelled = tuple(np.split(places, np.cumsum(facts.labelled)[:-1])) if facts.labelled else ()
-        return Stored(key, tensors["images"], tensors["masks"], facts, labelled)
+        return Stored(key, tensors["images"], tensors["masks"], facts, labelled, tensors.get("native"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None
 
 
 def in_memory(case: Stored) -> Stored:
     labelled = tuple(np.array(places) for places in case.labelled)
-    return Stored(case.key, np.array(case.images), np.array(case.masks), case.facts, labelled)
+    return Stored(case.key, np.array(case.images), np.array(case.masks), case.facts, labelled, case.native)
 
 
 def _places(masks: NDArray[np.uint8], labels: int) -> list[NDArray[np.int64]]:

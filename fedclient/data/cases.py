@@ -117,6 +117,7 @@ class Case:
         label: None where there is none.
         row: in the manifest, as a spreadsheet counts; 0 for a case that came from elsewhere.
         structures: what the site calls things -> a label of the study, `background` or `ignore`.
+        facts: other columns of the case's row in a table: classes, follow-up, covariates.
     """
 
     key: str
@@ -126,6 +127,7 @@ class Case:
     split: Split
     row: int = 0
     structures: Mapping[str, str] = field(repr=False, default_factory=dict)
+    facts: Mapping[str, str] = field(repr=False, default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -215,7 +217,8 @@ def state_of(case: Case) -> str:
     except OSError as e:
         raise ImageUnreadable(f"a file of it is gone or locked ({type(e).__name__})") from None
     channels = [[channel.name, channel.part, len(channel.files)] for channel in case.channels]
-    return sha256(canonical_json([states, repr(case.label), dict(case.structures), channels])).hexdigest()[:12]
+    told = [states, repr(case.label), dict(case.structures), channels, dict(case.facts)]
+    return sha256(canonical_json(told)).hexdigest()[:12]
 
 
 def _state(path: Path) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """Each case preprocessed once and kept on disk; batches of examples from there.
 
+The truth of an example is a mask, or for a task that answers image by image a vector (fedclient/data/truths.py).
 Masks in batches are as the files have them: 0 background, k = the study's labels[k - 1], 127 = ignore, which the loss
 and the metrics leave out. With `labels = ["lung"]` a mask may hold 0, 1 and 127 (PNG: also 255, read as 1), nothing
 else: a 2 would mean that this mask was drawn for another study, and is refused.
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,22 +33,28 @@ NO_AUGMENT = Augment()
 
 
 class Batch(NamedTuple):
-    """Images [B, C, *size], float16 as they are kept or float32 once augmented; masks uint8[B, *size]."""
+    """Images [B, C, *size], float16 as they are kept or float32 once augmented, and the truth of each.
+
+    The truth is uint8[B, *size] masks, uint8[B, labels] classes, or float32[B, 2] follow-up. Of a network that sees a
+    table alone the images are [B, covariates].
+    """
 
     images: NDArray[np.float16] | NDArray[np.float32]
-    masks: NDArray[np.uint8]
+    masks: NDArray[Any]
 
 
 class CaseExamples(NamedTuple):
-    """One case for evaluation: float32[N, C, *size], uint8[N, *size], and the way back to its own grid.
+    """One case for evaluation: float32[N, C, *size], the truth of each example, and the way back to its own grid.
 
-    Where patches are trained on, these are of the whole image.
+    Where patches are trained on, these are of the whole image. `native` is the mask uint8[I, J, K] on the image's own
+    grid, where the study measures surfaces in mm.
     """
 
     key: str
     images: NDArray[np.float32]
-    masks: NDArray[np.uint8]
+    masks: NDArray[Any]
     geometry: Geometry
+    native: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +113,8 @@ class DataSet:
     def by_case(self) -> Iterator[CaseExamples]:
         """Each case whole and unaugmented, in the order of keys."""
         for case in self.cases:
-            yield CaseExamples(case.key, case.images.astype(np.float32), np.array(case.masks), case.geometry)
+            native = None if case.native is None else np.array(case.native)
+            yield CaseExamples(case.key, case.images.astype(np.float32), np.array(case.masks), case.geometry, native)
 
     def _batch(
         self, chosen: NDArray[np.intp], ends: NDArray[np.intp], augment: Augment, rng: np.random.Generator
@@ -127,6 +135,10 @@ class DataSet:
 
         drawn = draw(augment, len(images), images.ndim - 2, rng)
         axes = np.array([case.left_right_axis for case, _ in places], dtype=np.intp)
+        if masks.ndim < images.ndim - 1:  # classes stay what they are, wherever the image is moved
+            return Batch(
+                apply(images, np.zeros((len(images), *images.shape[2:]), np.uint8), axes, drawn, rng)[0], masks
+            )
         return Batch(*apply(images, masks, axes, drawn, rng))
 
 

@@ -1,8 +1,9 @@
 """`manifest.csv`: which files make a case, whose they are, and what each is for.
 
 Columns: `patient_id`, `image`, `mask` (paths inside the data folder; a DICOM series is named by its own folder), and if
-wanted `site` and `split` (train, val, test); others are ignored. No message names a patient or a file, only rows (the
-heading is row 1).
+wanted `site` and `split` (train, val, test). A study of another task than segmentation reads other columns: `label`
+(`a`, `a|b` or `none`), `time` and `event`, covariates, or what it calls them; then there need be no `mask`, and for a
+network that sees a table alone no `image`. No message names a patient or a file, only rows (the heading is row 1).
 """
 
 import csv
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, cast, get_args
 
-from fedclient.data.cases import Case, Channel, Mask, Split
+from fedclient.data.cases import Case, Channel, Label, Mask, Shown, Split
 from fedclient.data.where import inside
 from shared_models.errors import ImageUnreadable, ManifestInvalid
 
@@ -23,6 +24,7 @@ Progress = Callable[[int, int], None]  # cases done, cases in all
 SPLITS: tuple[Split, ...] = get_args(Split)
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the patients, where the manifest leaves the split to us
 SHOWN = 5  # complaints in one message
+OWN = frozenset({"patient_id", "image", "mask", "site", "split"})
 
 
 class Row(Protocol):
@@ -156,7 +158,7 @@ def _rows(folder: Path) -> list[_Row]:
         raise ManifestInvalid(f"{path}: not CSV: {e}. Save it as `CSV UTF-8`.") from None
     columns = [name.strip() for name in table[0]] if table else []
     missing = [name for name in ("patient_id", "image", "mask") if name not in columns]
-    if missing:
+    if "patient_id" in missing or (missing and not {*columns} - OWN):
         hint = " The columns must be separated by commas." if len(columns) < 2 else ""
         raise ManifestInvalid(f"{path}: row 1 lacks the columns {', '.join(missing)}.{hint} Add them.")
     doubled = [name for name, times in Counter(columns).items() if name and times > 1]
@@ -199,7 +201,7 @@ def rows_of_site(rows: Sequence[RowT], site: str | None, path: Path) -> Sequence
 
 def _case(root: Path, row: _Row, salt: str) -> Case:
     patient = row.get("patient_id")
-    image = _inside(root, row, "image")
+    image = _inside(root, row, "image") if "image" in row.values else None
     if "split" not in row.values:
         split = split_of(patient, salt)
     elif row.get("split") in SPLITS:
@@ -207,13 +209,21 @@ def _case(root: Path, row: _Row, salt: str) -> Case:
     else:
         raise ManifestInvalid(f"row {row.number}: `split` is none of {', '.join(SPLITS)}")
     return Case(
-        key=case_key(salt, patient, image.relative_to(root).as_posix()),
+        key=case_key(salt, patient, "" if image is None else image.relative_to(root).as_posix()),
         patient=patient,
-        channels=(Channel(files=(image,)),),
-        label=Mask(_inside(root, row, "mask")) if row.values["mask"] else None,
+        channels=() if image is None else (Channel(files=(image,)),),
+        label=_label(root, row),
         split=split,
         row=row.number,
+        facts={name: value for name, value in row.values.items() if name not in OWN and value},
     )
+
+
+def _label(root: Path, row: _Row) -> Label | None:
+    if row.values.get("mask"):
+        return Mask(_inside(root, row, "mask"))
+    named = row.values.get("label")
+    return Shown(tuple(name.strip() for name in named.split("|"))) if named else None
 
 
 def _inside(root: Path, row: _Row, column: str) -> Path:
@@ -225,12 +235,13 @@ def _inside(root: Path, row: _Row, column: str) -> Path:
 
 
 def _twice(cases: Sequence[Case]) -> list[str]:
-    first: dict[Path, int] = {}
+    first: dict[Path | str, int] = {}
     found: list[str] = []
     for case in cases:
-        row = first.setdefault(case.channels[0].files[0], case.row)
+        image = case.channels[0].files[0] if case.channels else None
+        row = first.setdefault(image or case.patient, case.row)
         if row != case.row:
-            found.append(f"row {case.row}: the same image as in row {row}")
+            found.append(f"row {case.row}: the same {'image' if image else 'patient'} as in row {row}")
     return found
 
 

@@ -37,7 +37,8 @@ class Needs:
 def needs_of(study: Study | None) -> Needs:
     if study is None:
         return Needs()
-    return Needs(study.modality, study.channels, study.task.labels, study.preprocess.spacing_mm)
+    drawn = study.task.labels if study.task.kind == "segmentation" else ()  # classes and follow-up are not drawn
+    return Needs(study.modality, study.channels, drawn, study.preprocess.spacing_mm)
 
 
 @dataclass(frozen=True, slots=True)

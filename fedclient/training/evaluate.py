@@ -1,33 +1,46 @@
-"""Dice of a network at a site: per case, over the whole case, told as counts."""
+"""What a network answers for each case at a site, and how good that is, told as counts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from fedclient.data.dataset import DataSet
+from fedclient.data.dataset import CaseExamples, DataSet
 from fedclient.training.trainer import autocast
 from fedclient.training.windows import logits
-from shared_models.metrics import IGNORE, DiceCounts, counts, dice
+from shared_models.preprocess import restore
+from shared_models.scores import Score
 from shared_models.study import Study
+from shared_models.tasks.functions import CaseAnswer, TaskFunctions
 
 
-def case_scores(net: nn.Module, cases: DataSet, study: Study, device: torch.device) -> dict[str, list[float | None]]:
-    """Label -> Dice of each case, in the order of the data set; all examples of a case count as one volume.
+def answers(
+    net: nn.Module, cases: DataSet, study: Study, task: TaskFunctions, device: torch.device
+) -> Iterator[CaseAnswer]:
+    """Probabilities beside the truth, case by case, in the order of the data set.
 
-    On the grid of the study's plan, over the whole image where patches are trained on; ignored voxels left out.
+    On the grid of the study's plan, over the whole image where patches are trained on; where surfaces are measured, on
+    the image's own.
     """
     net.eval()
-    scores: dict[str, list[float | None]] = {label: [] for label in study.task.labels}
     with torch.inference_mode(), autocast(study.train, device):
-        for _, images, masks, _ in cases.by_case():
-            predicted = torch.sigmoid(logits(net, images, study, device)).numpy() > study.evaluate.threshold
-            for k, label in enumerate(study.task.labels):
-                scores[label].append(dice(predicted[:, k], masks == k + 1, masks != IGNORE))
-    return scores
+        for case in cases.by_case():
+            yield _answer(case, task.chances(logits(net, case.images, study, device)).numpy())
+
+
+def _answer(case: CaseExamples, chances: NDArray[Any]) -> CaseAnswer:
+    if case.native is None:
+        return CaseAnswer(chances, case.masks)
+    native, spacing = restore(chances, case.geometry), case.geometry.spacing_mm
+    if case.native.shape[2] == 1:  # a single plane has lines for edges, not two faces
+        return CaseAnswer(native[None, ..., 0], case.native[None, ..., 0], spacing[:2])
+    return CaseAnswer(native[None], case.native[None], spacing)
 
 
 def evaluate(
-    net: nn.Module, cases: DataSet, study: Study, device: torch.device, smallest_count: int
-) -> Mapping[str, DiceCounts]:
-    return {label: counts(s, smallest_count) for label, s in case_scores(net, cases, study, device).items()}
+    net: nn.Module, cases: DataSet, study: Study, task: TaskFunctions, device: torch.device, smallest_count: int
+) -> Mapping[str, Score]:
+    """Counts by label (or region) of the task."""
+    return task.scores(answers(net, cases, study, task, device), study.evaluate.threshold, smallest_count)

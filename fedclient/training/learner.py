@@ -12,8 +12,10 @@ from numpy.random import Generator
 from fedclient.data.cases import Case
 from fedclient.data.dataset import Batch, DataSet, prepare
 from fedclient.data.manifest import Progress
+from fedclient.data.truths import has_truth
 from fedclient.gate.run import usable_cases
 from fedclient.site import Site
+from fedclient.training.depth import rates_of
 from fedclient.training.evaluate import evaluate
 from fedclient.training.local_round import Start, train_round
 from fedclient.training.personal import LOCAL, own_weights, part, staying
@@ -22,10 +24,10 @@ from fedclient.work import Holding, Learned
 from shared_models import nets
 from shared_models.control import without_control
 from shared_models.errors import OrderRefused
-from shared_models.metrics import DiceCounts
+from shared_models.scores import Score
 from shared_models.seeds import rng, seed_of
 from shared_models.study import Study
-from shared_models.tasks.segmentation import loss_of
+from shared_models.tasks.chosen import functions_of
 from shared_models.weights import Arrays
 from shared_models.wire import Split
 
@@ -54,11 +56,19 @@ class ImageLearner:
         words = (study.seed, study.name, round_number, site.name)
         if study.personal.head_epochs:
             heads = drawn(cases, study, device, rng(*words, "head batches"), study.personal.head_epochs, None)
-            fit(net, heads, loss_of(study.task), train, device, only=sorted(nets.head_names(net)))
+            fit(
+                net,
+                heads,
+                functions_of(study.task, site.labelled).loss,
+                train,
+                device,
+                only=sorted(nets.head_names(net)),
+            )
         steps, epochs = study.train.local_steps, None if study.train.local_steps else study.train.local_epochs
         batches = drawn(cases, study, device, rng(*words, "batches"), epochs, steps)
-        start = Start(study, train, device, net, weights, memory, stay)
-        done = train_round(start, batches, loss_of(study.task))
+        rates = rates_of(net, study.transfer, round_number)
+        start = Start(study, train, device, net, weights, memory, stay, rates)
+        done = train_round(start, batches, functions_of(study.task, site.labelled).loss)
         fitted = done.fitted
         learned = Learned(done.tensors, len(cases), fitted.steps, fitted.losses, str(device), done.variance)
         return learned, done.memory
@@ -77,18 +87,19 @@ class ImageLearner:
         draw, steps = rng(study.seed, study.name, site.name, "fine-tuning"), study.personal.fine_tune_steps or None
         epochs = None if steps else study.personal.fine_tune_epochs
         batches = drawn(data_set(site, study, "train"), study, device, draw, epochs, steps)
-        fit(net, batches, loss_of(study.task), train, device)
+        fit(net, batches, functions_of(study.task, site.labelled).loss, train, device)
         return nets.arrays_of(net)
 
-    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
+    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
         device = device_of(site)
         settle(site, study, 0)
         net = nets.network(study)
         nets.load_arrays(net, weights)
-        return evaluate(net.to(device), data_set(site, study, split), study, device, site.smallest_count)
+        task, cases = functions_of(study.task, site.labelled), data_set(site, study, split)
+        return evaluate(net.to(device), cases, study, task, device, site.smallest_count)
 
     def holding(self, site: Site, study: Study) -> Holding:
-        cases = [case for case in _cases(site) if case.label is not None]
+        cases = [case for case in _cases(site) if has_truth(case, study.task)]
         return Holding(sum(c.split == "train" for c in cases), sum(c.split == "test" for c in cases))
 
 
@@ -133,7 +144,7 @@ def data_set(site: Site, study: Study, split: str) -> DataSet:
     Raises:
         OrderRefused: the site has none for training, or they do not fit into its cache.
     """
-    labelled = [case for case in _cases(site) if case.label is not None]
+    labelled = [case for case in _cases(site) if has_truth(case, study.task)]
     cases = [case for case in labelled if case.split == split]
     if not cases and split == "train":
         raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Run `fedclient check`.")

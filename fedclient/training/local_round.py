@@ -1,6 +1,6 @@
 """A site's round put together: which pulls, corrections and second models a study asks for, and what is remembered."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ from shared_models import nets
 from shared_models.control import control_of, without_control
 from shared_models.control import filed as filed_control
 from shared_models.study import Study, Train
-from shared_models.tasks.segmentation import Loss
+from shared_models.tasks.functions import Loss
 from shared_models.weights import Array, Arrays
 
 
@@ -40,6 +40,7 @@ class Start:
         tensors: as they were received: weights, and SCAFFOLD's control variate where there is one.
         memory: what the site remembers of its last counted round.
         stay: names of the tensors that do not leave the site.
+        rates: share of the learning rate by parameter, where not all learn alike.
     """
 
     study: Study
@@ -49,6 +50,7 @@ class Start:
     tensors: Arrays
     memory: Arrays
     stay: frozenset[str]
+    rates: Mapping[str, float] | None = None
 
     @property
     def shared(self) -> list[str]:
@@ -85,7 +87,9 @@ def train_round(start: Start, batches: Iterable[Batch], loss_of: Loss) -> Traine
     if study.personal.head_epochs:
         only = sorted({n for n, _ in net.named_parameters()} - nets.head_names(net))
     pulls = _pulls(start)
-    fitted = fit(net, batches, loss_of, train, device, pulls=pulls, correct=correct, only=only, beside=beside)
+    fitted = fit(
+        net, batches, loss_of, train, device, pulls=pulls, correct=correct, only=only, beside=beside, rates=start.rates
+    )
     trained = nets.arrays_of(net)
     sent: dict[str, Array] = {name: received[name] if name in start.stay else trained[name] for name in received}
     kept = filed({name: trained[name] for name in start.stay}, LOCAL)

@@ -10,7 +10,7 @@ from fedclient.training.drift import proximal
 from fedclient.training.trainer import Step, autocast, optimizer_of, stepper
 from shared_models import nets
 from shared_models.study import Study, Train
-from shared_models.tasks.segmentation import Loss
+from shared_models.tasks.functions import Loss
 from shared_models.weights import Array, Arrays
 
 LOCAL, OWN, PREVIOUS, CONTROL_OF_SITE, MIXTURE = "local/", "own/", "previous/", "control/", "mixture"

@@ -1,6 +1,6 @@
 """The local loop: what a site does with the weights of a round."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import cos, pi
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedclient.data.dataset import Batch
 from fedclient.training.drift import Correction, Pull, proximal
 from shared_models.study import Train
-from shared_models.tasks.segmentation import Loss
+from shared_models.tasks.functions import Loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +41,16 @@ def fit(
     pulls: Sequence[Pull] = (),
     correct: Correction | None = None,
     only: Sequence[str] | None = None,
+    rates: Mapping[str, float] | None = None,
     beside: Sequence[Step] = (),
 ) -> Fitted:
     """Trains `net` in place on every batch, once, with FedProx's pull where `train` has one.
 
     Args:
         beside: what else learns from each batch, before `net` does.
-        pulls, correct, only: see `stepper`.
+        pulls, correct, only, rates: see `stepper`.
     """
-    step = stepper(net, loss_of, train, device, [proximal(net, train.proximal_mu), *pulls], correct, only)
+    step = stepper(net, loss_of, train, device, [proximal(net, train.proximal_mu), *pulls], correct, only, rates)
     losses: list[Tensor] = []
     for images, masks in _on(device, batches):
         for other in beside:
@@ -69,6 +70,7 @@ def stepper(
     pulls: Sequence[Pull] = (),
     correct: Correction | None = None,
     only: Sequence[str] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> Step:
     """Makes a function that trains `net` by one batch and returns the loss, with an optimizer of its own.
 
@@ -76,10 +78,14 @@ def stepper(
         pulls: what is added to the loss.
         correct: what is done to the gradients once they are clipped.
         only: names of the parameters that are trained; left out, all are.
+        rates: share of the learning rate of each parameter, 0 for what is frozen; left out, all learn alike.
     """
     net.train()
-    parameters = [p for name, p in net.named_parameters() if only is None or name in only]
-    optimizer = optimizer_of(parameters, train)
+    named = {name: p for name, p in net.named_parameters() if only is None or name in only}
+    for name, share in rates.items() if rates is not None else ():
+        net.get_parameter(name).requires_grad_(share > 0)
+    parameters = [p for p in named.values() if p.requires_grad]
+    optimizer = optimizer_of(parameters, train) if rates is None else _by_depth(named, train, rates)
     scaler = torch.amp.GradScaler(device.type, enabled=_half(train, device) is torch.float16)
 
     def gradients(images: Tensor, masks: Tensor) -> Tensor:
@@ -155,8 +161,21 @@ def optimizer_of(parameters: Sequence[nn.Parameter], train: Train) -> torch.opti
     return torch.optim.Adam(parameters, rate, weight_decay=decay)
 
 
+def _by_depth(named: Mapping[str, nn.Parameter], train: Train, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+    """An optimizer that moves each parameter at its share of the rate, and the frozen ones not at all."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        if rates[name] > 0:
+            groups.setdefault(rates[name], []).append(parameter)
+    optimizer = optimizer_of([p for of in groups.values() for p in of], train)
+    optimizer.param_groups.clear()
+    for share, of in groups.items():
+        optimizer.add_param_group({"params": of, "lr": train.learning_rate * share})
+    return optimizer
+
+
 def _on(device: torch.device, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches as tensors on the device: images float32[B, C, *size] (they travel as float16), masks uint8[B, *size]."""
+    """Batches as tensors on the device: images float32[B, C, *size] (they travel as float16), and the truth of each."""
     for batch in batches:
         images, masks = torch.from_numpy(batch.images), torch.from_numpy(batch.masks)
         yield images.to(device, non_blocking=True).float(), masks.to(device, non_blocking=True)

@@ -8,7 +8,7 @@ import numpy as np
 from fedclient.app import client_app
 from fedclient.site import Site
 from fedclient.work import Holding, Learned
-from shared_models.metrics import DiceCounts
+from shared_models.scores import Score
 from shared_models.study import Study
 from shared_models.weights import Arrays
 from shared_models.wire import Split
@@ -23,7 +23,7 @@ class ConstantLearner:
     def learn(self, site: Site, study: Study, round_number: int, weights: Arrays) -> Learned:
         return Learned({name: array + MOVE for name, array in weights.items()}, examples=100, steps=1)
 
-    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
+    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
         return {}
 
     def holding(self, site: Site, study: Study) -> Holding:

@@ -30,7 +30,7 @@ from fedclient.site import Site
 from fedclient.work import Holding, Learned
 from fedserver.checkpoint import create_run
 from shared_models import nets
-from shared_models.metrics import DiceCounts
+from shared_models.scores import Score
 from shared_models.seeds import rng, seed_of
 from shared_models.study import Evaluate, Model, Preprocess, Rounds, Study
 from shared_models.weights import Array, Arrays
@@ -77,7 +77,7 @@ class BenchLearner:
     def learn(self, site: Site, study: Study, round_number: int, weights: Arrays) -> Learned:
         return Learned(self.train(site.name, round_number, weights), examples=32, steps=BATCHES)
 
-    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
+    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
         return {}
 
     def holding(self, site: Site, study: Study) -> Holding:

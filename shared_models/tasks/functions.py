@@ -1,0 +1,41 @@
+"""What a task is made of, as functions: the loss, what logits become, and the counts of its scores."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared_models.scores import Score
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+class CaseAnswer(NamedTuple):
+    """What a network says of one case, beside the truth.
+
+    Attributes:
+        chances: float32[N, outputs, *size] of a segmentation, else float32[N, outputs], of the case's N examples.
+        truth: as the task's batches hold it: uint8[N, *size] masks, uint8[N, labels] classes.
+        spacing_mm: of the grid that `chances` and `truth` lie on.
+    """
+
+    chances: NDArray[Any]
+    truth: NDArray[Any]
+    spacing_mm: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFunctions:
+    """One kind of task, whatever the network.
+
+    Attributes:
+        loss: (logits float32[B, outputs, ...], truth of the batch) -> scalar.
+        chances: logits -> probabilities of the same shape.
+        scores: (answers of all cases, threshold, smallest count whose histogram may leave) -> counts by name.
+    """
+
+    loss: Loss
+    chances: Callable[[Tensor], Tensor]
+    scores: Callable[[Iterable[CaseAnswer], float, int], Mapping[str, Score]]
