@@ -240,7 +240,9 @@ def _test(final: Mapping[str, Any], label: str) -> dict[str, Any]:
     own = {site: part.get("personalised", {}) for site, part in final["sites"].items()}
     return {
         "sites": rows,
-        "personalised": {site: _without_bins(scores[label]) for site, scores in own.items() if label in scores},
+        "personalised": {
+            site: _with_value(_without_bins(scores[label])) for site, scores in own.items() if label in scores
+        },
         "all_cases": _with_value(whole) if whole else None,
         "mean_over_sites": round(fmean(known.values()), 6) if known else None,
         "worst": worst,
