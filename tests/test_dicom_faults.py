@@ -263,6 +263,49 @@ def test_ct_without_its_scale_is_refused_and_mr_is_not(tmp_path: Path) -> None:
     assert read_image(write(tmp_path / "y", data)).voxels.max() == stored_pixels(0).max()
 
 
+@pytest.mark.parametrize("unit", ["MGML", "Z_EFF", "ED"])
+def test_ct_in_another_unit_than_hounsfield_is_refused(unit: str, tmp_path: Path) -> None:
+    data = slice_of(0)
+    for usual in ("HU", "US"):
+        data.RescaleType = usual
+        assert read_image(write(tmp_path / usual, data)).modality == "CT"
+    data.RescaleType = unit
+    assert "spectral" in refusal(lambda: read_image(write(tmp_path / "x", data)), "INTENSITY_INVALID")
+
+
+def test_frames_of_an_enhanced_ct_in_another_unit_are_refused(tmp_path: Path) -> None:
+    data = enhanced(slices=3)
+    for frame in data.PerFrameFunctionalGroupsSequence:
+        for scale in frame.get("PixelValueTransformationSequence", []):
+            scale.RescaleType = "MGML"
+    assert "spectral" in refusal(lambda: read_image(write(tmp_path / "x", data)), "INTENSITY_INVALID")
+
+
+def test_ct_with_a_falling_scale_is_refused(tmp_path: Path) -> None:
+    data = slice_of(0)
+    data.RescaleSlope = "-1"
+    assert "dense would be dark" in refusal(lambda: read_image(write(tmp_path / "x", data)), "INTENSITY_INVALID")
+
+
+def test_pixels_that_lie_above_unused_bits_are_refused(tmp_path: Path) -> None:
+    data = slice_of(0)
+    data.PixelData, data.HighBit = (stored_pixels(0).astype(np.uint16) << 4).tobytes(), 15
+    told = refusal(lambda: read_image(write(tmp_path / "x", data)), "INTENSITY_INVALID")
+    assert "12 stored bits is bit 15" in told
+
+
+def test_unused_bits_that_hold_an_overlay_are_no_grey_levels(tmp_path: Path) -> None:
+    plain, data = slice_of(0), slice_of(0)
+    data.PixelData = (stored_pixels(0).astype(np.uint16) | 0x9000).tobytes()
+    found, wanted = (read_image(write(tmp_path / name, each)) for name, each in (("x", data), ("y", plain)))
+    assert np.array_equal(found.voxels, wanted.voxels)
+
+
+def test_slices_of_two_frames_of_reference_are_no_volume(tmp_path: Path) -> None:
+    files = write_series(tmp_path / "s", edit=putting("FrameOfReferenceUID", "1.2.826.0.1.3680043.9.7", {2}))
+    assert "frame of reference" in refusal(lambda: read_series(files), "SERIES_MIXED")
+
+
 @pytest.mark.parametrize("slope", ["0", "1e30"])
 def test_a_slope_that_is_no_slope_is_refused(slope: str, tmp_path: Path) -> None:
     data = slice_of(0)

@@ -48,6 +48,7 @@ from fedclient.data.stack import Slice as Slice
 from fedclient.data.volume import FRONTAL_RAS, PICTURE_PIXELS, PLANES, Volume, turn_to_ras
 from shared_models.errors import ImageUnreadable
 
+SHARED = ("SeriesInstanceUID", "Modality", "Rows", "Columns", "FrameOfReferenceUID")  # by the slices of one volume
 MOSAICS = {"MOSAIC": "Siemens", "VFRAME": "UIH"}  # in ImageType: all slices of a volume as tiles of one picture
 # PatientOrientation, in RAS
 _TOWARDS = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "H": (0, 0, 1), "F": (0, 0, -1)}
@@ -85,11 +86,12 @@ def _slices(data: list[Dataset]) -> Volume:
         check_pixels(each, len(data))
         if _kind(each) != _kind(first) or frame_count(each) > 1:
             raise ImageUnreadable(
-                "DICOM: the files differ in series, modality, rows or columns. Give each series on its own.",
+                "DICOM: the files differ in series, modality, rows, columns or frame of reference. Give each series on "
+                "its own.",
                 code="SERIES_MIXED",
             )
     modality = _modality(first)
-    means = [meaning(each, modality, number(each, "RescaleSlope"), number(each, "RescaleIntercept")) for each in data]
+    means = [meaning(each, modality, each) for each in data]
     if modality not in MEASURED and not any("ImageOrientationPatient" in each for each in data):
         if len(data) > 1:
             raise ImageUnreadable(
@@ -117,7 +119,7 @@ def _frames(data: Dataset) -> Volume:
         places, means = _functional_groups(data, count, modality)
     else:
         places = _classic_frames(data, count)
-        means = [meaning(data, modality, number(data, "RescaleSlope"), number(data, "RescaleIntercept"))] * count
+        means = [meaning(data, modality, data)] * count
     grid = stack(places, _thickness_mm(_scoped(data)[-1]))
     place_of = {index: place for place, index in enumerate(grid.order)}
     pixels = ((place_of[n], stored, means[n]) for n, stored in enumerate(decoded(data)))
@@ -196,7 +198,7 @@ def _functional_groups(data: Dataset, count: int, modality: str | None) -> tuple
         position, orientation = group(frame, "PlanePositionSequence"), group(frame, "PlaneOrientationSequence")
         planes.append(_plane(position, orientation, group(frame, "PixelMeasuresSequence")))
         scale = group(frame, "PixelValueTransformationSequence") or data
-        means.append(meaning(data, modality, number(scale, "RescaleSlope"), number(scale, "RescaleIntercept")))
+        means.append(meaning(data, modality, scale))
     return planes, means
 
 
@@ -233,7 +235,7 @@ def _thickness_mm(data: Dataset) -> float:
 
 def _kind(data: Dataset) -> tuple[str, ...]:
     """What the slices of one series share."""
-    return tuple(text(data, keyword) for keyword in ("SeriesInstanceUID", "Modality", "Rows", "Columns"))
+    return tuple(text(data, keyword) for keyword in SHARED)
 
 
 def _modality(data: Dataset) -> str | None:

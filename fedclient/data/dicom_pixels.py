@@ -41,6 +41,7 @@ from shared_models.errors import ImageUnreadable
 
 AIR_HU = -1000.0
 TISSUE_HU = (-900.0, 3071.0)  # a padding value in here may be tissue as well: left as it is
+HOUNSFIELD = ("", "HU", "US", "HU_MOD")  # RescaleType: unsaid, unspecified, and virtual monochromatic and the like
 PLAIN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 LOSSY = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless)  # whatever the header says; the others may be either
 # Transfer syntax -> pydicom's name of the plug-in, and what to install for it
@@ -117,6 +118,13 @@ def check_pixels(data: Dataset, slices: int) -> None:
             "DICOM: rows, columns, frames or bits of a pixel make no grey image. Export it again.",
             code="DICOM_UNREADABLE",
         )
+    highest = number(data, "HighBit")
+    if highest is not None and highest != (number(data, "BitsStored") or 0) - 1:
+        raise ImageUnreadable(  # ACR-NEMA and DICOM before 2006; decoders take the wrong bits without a word
+            f"DICOM: the highest of {number(data, 'BitsStored') or 0:.0f} stored bits is bit {highest:.0f}, and what "
+            f"lies below them would be read as grey. Export it again with current software.",
+            code="INTENSITY_INVALID",
+        )
     _check_codec(syntax_of(data))
 
 
@@ -144,14 +152,25 @@ def decoded(data: Dataset) -> Iterator[NDArray[Any]]:
         raise EOFError
 
 
-def meaning(data: Dataset, modality: str | None, slope: float | None, intercept: float | None) -> Meaning:
+def meaning(data: Dataset, modality: str | None, scale: Dataset) -> Meaning:
     """What the stored numbers of a slice mean, with the slope and intercept of that slice.
 
     Padding of CT becomes air, if it is a value that no tissue has; elsewhere it becomes the lowest value there is.
 
+    Args:
+        scale: where slope, intercept and their unit stand: `data` itself, or the macro of a frame.
+
     Raises:
-        ImageUnreadable: INTENSITY_INVALID, for CT without slope and intercept, and scales that are no straight line.
+        ImageUnreadable: INTENSITY_INVALID, for CT without slope and intercept or in another unit than HU, and scales
+            that are no straight line.
     """
+    slope, intercept = number(scale, "RescaleSlope"), number(scale, "RescaleIntercept")
+    if modality == "CT" and text(scale, "RescaleType") not in HOUNSFIELD:
+        raise ImageUnreadable(
+            "DICOM: CT whose RescaleType is not HU: a map of iodine, of electrons or of atomic numbers, as spectral "
+            "scanners make them. Give the series in Hounsfield units.",
+            code="INTENSITY_INVALID",
+        )
     if (slope is None or intercept is None) and modality == "CT":
         raise ImageUnreadable(
             "DICOM: CT without RescaleSlope and RescaleIntercept, so nobody knows its Hounsfield units. "
@@ -162,6 +181,11 @@ def meaning(data: Dataset, modality: str | None, slope: float | None, intercept:
     if not 0 < abs(slope) < 1e9 or abs(intercept) > 1e9 or "ModalityLUTSequence" in data:
         raise ImageUnreadable(
             "DICOM: the scale of the pixels is a table, 0 or beyond all bounds; slope and intercept are read.",
+            code="INTENSITY_INVALID",
+        )
+    if modality == "CT" and slope < 0:
+        raise ImageUnreadable(
+            "DICOM: CT whose RescaleSlope is below 0: dense would be dark. Export the original from the PACS.",
             code="INTENSITY_INVALID",
         )
     bits, allocated, signed = int(data.BitsStored), int(data.BitsAllocated), int(data.PixelRepresentation) == 1
