@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fedclient.data.images import read_image, read_labels
-from fedclient.data.nifti import read_nifti
+from fedclient.data.nifti import read_nifti, twofold
 from shared_models.errors import ImageUnreadable
 
 Nifti1Image: Any = nibabel.Nifti1Image  # has no types
@@ -103,6 +103,33 @@ def test_sform_wins_over_qform_and_qform_stands_in_for_it(folder: Path) -> None:
     image.set_sform(np.diag([2.0, 2, 2, 1]), 0)
     nibabel.save(image, folder / "q.nii")
     assert read_image(folder / "q.nii").spacing_mm == pytest.approx((3, 3, 3))
+
+
+def test_a_nifti_whose_qform_lies_otherwise_than_its_sform_is_found(folder: Path) -> None:
+    path = write_nifti(folder / "two.nii", np.zeros((2, 3, 4), np.int16), qform=1)
+    assert twofold(path) == ""
+    for signs, told in (((-1, 1, 1), "mirrored"), ((-1, -1, 1), "turned by a quarter or more")):
+        image: Any = nibabel.load(path)
+        image.set_qform(AFFINE @ np.diag([*signs, 1.0]), 1)
+        nibabel.save(image, folder / "other.nii")
+        assert twofold(folder / "other.nii") == told
+    assert twofold(write_nifti(folder / "one.nii", np.zeros((2, 3, 4), np.int16))) == ""
+
+
+def test_a_sheared_nifti_is_refused_and_a_slightly_oblique_one_read(folder: Path) -> None:
+    for cosine, refused in ((0.01, False), (0.1, True)):
+        affine = np.diag([1.0, 1.0, 1.0, 1.0])
+        affine[:3, 2] = 0, cosine, np.sqrt(1 - cosine**2)
+        path = write_nifti(folder / "sheared.nii", np.zeros((2, 3, 4), np.int16), affine)
+        if refused:
+            assert "84.3 degrees" in complaint(read_image, path, "GEOMETRY_INVALID")
+        else:
+            assert read_image(path).voxels.shape == (1, 2, 3, 4)
+
+
+def test_a_nifti_in_a_unit_that_nobody_knows_is_read_in_millimetres(folder: Path) -> None:
+    path = spoil_header(write_nifti(folder / "u.nii", np.zeros((2, 3, 4), np.int16)), 123, b"\x07")
+    assert read_image(path).spacing_mm == pytest.approx((0.7, 0.8, 2.5))
 
 
 def test_a_nifti_without_orientation_is_refused(folder: Path) -> None:
@@ -198,11 +225,15 @@ def test_a_palette_with_transparency_is_read_without_a_warning(folder: Path) -> 
     assert (read_image(folder / "t.png").voxels == 90).all()
 
 
-def test_exif_orientation_does_not_turn_a_picture(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["e.jpg", "e.png", "e.tif"])
+def test_a_picture_that_wants_to_be_turned_for_display_is_refused(folder: Path, name: str) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("L", (6, 4)).save(folder / "e.jpg", exif=exif)
-    assert read_image(folder / "e.jpg").voxels.shape == (1, 4, 6, 1)
+    for turn in (1, 6):
+        exif[0x0112] = turn
+        Image.new("L", (6, 4)).save(folder / name, exif=exif)
+        if turn == 1:
+            assert read_image(folder / name).voxels.shape == (1, 4, 6, 1)
+    assert "Save it upright" in complaint(read_image, folder / name, "GEOMETRY_INVALID")
 
 
 def png_of(width: int, height: int) -> bytes:
@@ -376,6 +407,17 @@ def test_tiffs_that_could_be_misread_are_refused(folder: Path) -> None:
     assert black in content
     (folder / "w.tif").write_bytes(content.replace(black, struct.pack("<HHIHH", 262, 3, 1, 0, 0)))
     assert "zero is white" in complaint(read_image, folder / "w.tif", "MODALITY_MISMATCH")
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, 2), (32, 1)])
+def test_tiff_numbers_that_pillow_takes_for_others_are_refused(folder: Path, bits: int, kind: int) -> None:
+    whole = Image.fromarray(np.zeros((2, 2), np.uint8 if bits == 8 else np.int32))
+    whole.save(folder / "s.tif", tiffinfo={339: 2})
+    stated = struct.pack("<HHIHH", 339, 3, 1, 2, 0)
+    content = (folder / "s.tif").read_bytes()
+    assert stated in content
+    (folder / "s.tif").write_bytes(content.replace(stated, struct.pack("<HHIHH", 339, 3, 1, kind, 0)))
+    assert "would come out wrong" in complaint(read_image, folder / "s.tif", "INTENSITY_INVALID")
 
 
 def test_a_tiff_mask_is_read_as_a_png_mask_is(folder: Path) -> None:

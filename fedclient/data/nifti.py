@@ -21,7 +21,12 @@ from fedclient.data.volume import MAX_VOXELS, Volume, contiguous, turn_to_ras, t
 from shared_models.errors import ImageUnreadable
 
 MAX_OFFSET_BYTES = 64 * 1024**2  # of the voxels in the file: room for extensions
-_MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
+BROKEN = (
+    OSError, EOFError, ValueError, LookupError, struct.error, zlib.error, ImageFileError, HeaderDataError,
+    WrapStructError, OrientationError,
+)  # fmt: skip
+_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units & 7: unsaid, metres, millimetres, micrometres
+SHEAR = 0.02  # cosine between two axes: 1.1 degrees from a right angle
 
 
 def read_nifti(path: Path, part: int | None = None) -> Volume:
@@ -53,10 +58,7 @@ def nifti_values(path: Path, part: int | None = None) -> tuple[NDArray[Any], NDA
             values = _values(file, image.dataobj, shape, part or 0)
             turn = turn_to_ras(affine_ras, shape)
             return turned(values, turn), affine_ras @ turn.stored_of_voxel
-    except (
-        OSError, EOFError, ValueError, struct.error, zlib.error, ImageFileError, HeaderDataError, WrapStructError,
-        OrientationError,
-    ) as e:  # fmt: skip
+    except BROKEN as e:
         raise ImageUnreadable(
             f"NIfTI: the file is broken or cut short ({type(e).__name__}). Copy or export it again."
         ) from None  # their messages hold the path
@@ -149,11 +151,40 @@ def _affine(header: Any) -> NDArray[np.float64]:
             code="GEOMETRY_MISSING",
         )
     mm = np.array(affine, dtype=np.float64)
-    mm[:3] *= _MM.get(header.get_xyzt_units()[0], 1.0)
+    mm[:3] *= _MM.get(int(header["xyzt_units"]) & 7, 1.0)
     spacing = np.linalg.norm(mm[:3, :3], axis=0)
     if not np.isfinite(mm).all() or spacing.min() <= 0 or abs(np.linalg.det(mm[:3, :3] / spacing)) < 0.01:
         raise ImageUnreadable(
             f"NIfTI: the {'sform' if sform_code > 0 else 'qform'} is no invertible map to mm. Export it again.",
             code="GEOMETRY_INVALID",
         )
+    directions = mm[:3, :3] / spacing
+    across = float(np.abs(directions.T @ directions - np.eye(3)).max())
+    if across > SHEAR:
+        raise ImageUnreadable(
+            f"NIfTI: two axes of the grid stand at {90 - math.degrees(math.asin(min(1.0, across))):.1f} degrees: it is "
+            f"sheared, and would be read as straight. Resample it onto a straight grid.",
+            code="GEOMETRY_INVALID",
+        )
     return mm
+
+
+def twofold(path: Path) -> str:
+    """How sform and qform of a NIfTI header contradict each other in which way the patient lies; empty if they do not.
+
+    Programs differ in which of the two they go by, so a mask drawn in another one may lie mirrored.
+    """
+    try:
+        with _opened(path) as (file, version):
+            header: Any = (nibabel.Nifti2Header if version == 2 else nibabel.Nifti1Header).from_fileobj(file)
+        (sform, first), (qform, second) = header.get_sform(coded=True), header.get_qform(coded=True)
+        if first == 0 or second == 0:
+            return ""
+        axes: Any = nibabel.orientations.io_orientation
+        ours, theirs = axes(sform), axes(qform)
+    except (*BROKEN, ImageUnreadable):  # its reader tells
+        return ""
+    if np.array_equal(ours, theirs):
+        return ""
+    mirrored = np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
+    return "mirrored" if mirrored else "turned by a quarter or more"

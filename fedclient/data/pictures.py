@@ -21,15 +21,17 @@ from shared_models.errors import ImageUnreadable
 _GREY = ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "LA", "F")
 _COLOUR = ("P", "PA", "RGB", "RGBA")
 FAR_FROM_GREY = 40  # grey levels between the colours of a pixel; JPEG moves them by less
-_PHOTOMETRIC = 262  # TIFF: 0 is white at zero
+_PHOTOMETRIC, _BITS, _SAMPLES = 262, 258, 339  # TIFF: 0 is white at zero; of a sample; 1 is unsigned, 2 signed
+_TURN = 274  # EXIF and TIFF: 1 is as stored
 
 
 def read_picture(path: Path) -> Volume:
     """A PNG, JPEG or TIFF as grey levels, rows first as the file has them.
 
     Grey of 8, 16 or 32 bit and real numbers keep their depth; colour and palettes become luminance (ITU-R 601),
-    transparency is dropped, and Pillow hands out 16-bit colour as 8 bit. An EXIF orientation is ignored: scanners write
-    none, and a mask drawn on the stored pixels would no longer fit.
+    transparency is dropped, and Pillow hands out 16-bit colour as 8 bit. A picture that says that it must be turned for
+    display (EXIF orientation) is refused: scanners write none, some programs turn it and some do not, so that image
+    and mask may lie differently.
     """
     with _picture(path) as image:
         grey = image.convert("RGBA").convert("L") if image.mode in _COLOUR else _without_alpha(image)
@@ -111,8 +113,25 @@ def _check(image: Image.Image) -> None:
         )
     if image.mode not in _GREY + _COLOUR:
         raise ImageUnreadable(f"the picture has colour mode {image.mode}. Save it as grey or RGB.", "MODALITY_MISMATCH")
+    if image.getexif().get(_TURN, 1) != 1:
+        raise ImageUnreadable(
+            "the picture is stored turned, with a note to turn it for display (EXIF orientation); programs differ in "
+            "whether they do, and its mask may lie otherwise. Save it upright, without the note.",
+            code="GEOMETRY_INVALID",
+        )
+    if isinstance(image, TiffImageFile) and _misread(image):
+        raise ImageUnreadable(
+            "TIFF: signed 8-bit or unsigned 32-bit numbers, which would come out wrong. Save it as 16-bit grey.",
+            code="INTENSITY_INVALID",
+        )
     if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0 and image.mode not in ("1", "L"):
         raise ImageUnreadable("TIFF: its zero is white. Save it with black at zero.", "MODALITY_MISMATCH")
+
+
+def _misread(image: TiffImageFile) -> bool:
+    """Pillow takes signed 8 bits as unsigned, and unsigned 32 bits as signed."""
+    bits, kind = (image.tag_v2.get(tag, (1,)) for tag in (_BITS, _SAMPLES))
+    return (bits[0], kind[0]) in ((8, 2), (32, 1))
 
 
 def _too_large() -> ImageUnreadable:

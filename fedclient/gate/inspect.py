@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from fedclient.data.cases import Case, Mask, files_of, read_case, read_case_labels, state_of
 from fedclient.data.findings import CATALOGUE, Finding, finding
+from fedclient.data.formats import format_of
 from fedclient.data.identifiers import NOTHING, Said, identifying_path, said_in
 from fedclient.data.images import is_picture, read_labels
+from fedclient.data.nifti import SHEAR, twofold
 from fedclient.data.pictures import is_coloured
 from fedclient.data.volume import Volume
 from fedclient.gate.facts import Drawn, Facts, Looked, Needs
@@ -30,7 +32,6 @@ FAR_FROM_CHEST = frozenset((
 ))  # fmt: skip
 HU_BOUNDS = (-4096.0, 65535.0)
 SMALLEST_MM, LARGEST_MM = 0.02, 50.0
-SHEAR = 0.02  # cosine between two axes: 1.1 degrees from a right angle
 
 
 def look_at(case: Case, root: Path, needs: Needs, secret: str) -> Looked:
@@ -138,6 +139,11 @@ def _of_geometry(case: Case, volume: Volume, needs: Needs, picture: bool) -> Ite
         yield finding("GEOMETRY_INVALID", what, case=case.key, row=case.row)
     if picture:
         return
+    for path in {*(channel.files[0] for channel in case.channels), *([case.label.file] * isinstance(case.label, Mask))}:
+        if path.is_file() and format_of(path) == "nifti" and (how := twofold(path)):
+            what = f"its header says two things: by its qform a NIfTI file lies {how} beside its sform, which counts."
+            yield finding("ORIENTATION_ODD", what, case=case.key, row=case.row)
+            break
     spacing = volume.spacing_mm
     if not (min(spacing) >= SMALLEST_MM and max(spacing) <= LARGEST_MM):
         shown = " x ".join(f"{mm:.4g}" for mm in spacing)
