@@ -174,6 +174,8 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
     if order.kind == "hello":
         held = learner.holding(site, study)
         return Answer(replace(reply, train_cases=held.train_cases, test_cases=held.test_cases))
+    if order.kind != "statistics":  # whose order comes before there is a plan
+        check_proof(order, site)
     gate(order, site, study)
     if order.kind == "statistics":
         if study.plan == "given":
@@ -182,7 +184,6 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
 
         found = site_fingerprint(site, study)
         return Answer(replace(reply, kind="statistics", fingerprint=found, seconds=time.monotonic() - began))
-    check_proof(order, site)
     study = planned_study(order, study)
     if order.evaluate is not None:
         alone = without_control(weights)

@@ -252,6 +252,10 @@ def test_a_hospital_trains_by_a_plan_that_its_coordinator_signed_for_this_very_r
     assert carry_out_at_site(score, WEIGHTS, hospital, ToyLearner()).reply.kind == "evaluation"
 
 
+def never(of: Order, site: Site, study: Study) -> None:
+    raise AssertionError("the data were looked at")
+
+
 def test_a_hospital_trains_by_no_plan_that_is_unsigned_or_signed_by_others_or_for_another_run(
     hospital, plan, federations
 ):
@@ -264,6 +268,8 @@ def test_a_hospital_trains_by_no_plan_that_is_unsigned_or_signed_by_others_or_fo
 
     made = order("train", plan=plan)
     assert refused(made) == "PLAN_UNSIGNED"
+    with pytest.raises(OrderRefused, match="has not signed"):  # before the data are looked at
+        carry_out_at_site(made, WEIGHTS, hospital, ToyLearner(), never)
     assert refused(replace(made, kind="evaluate", evaluate="test")) == "PLAN_UNSIGNED"
     assert refused(proven(made, theirs)) == "PLAN_SIGNATURE"
     for change in ({"run": "other"}, {"study_sha256": "c" * 64}, {"plan_sha256": "c" * 64}):
