@@ -113,7 +113,8 @@ def _of_dicom(files: Sequence[Path]) -> Said:
                 elif text(data, "Modality") == "US":
                     burnt = "it is ultrasound, whose pictures carry the patient's name at their edge"
         with unbroken():
-            if not burnt and any(0x6000 <= element.tag.group <= 0x60FF for element in load(files[0])):
+            tags_there = list(load(files[0]).keys())  # tags alone: elements would be decoded, all of them
+            if not burnt and any(0x6000 <= tag.group <= 0x60FF for tag in tags_there):
                 burnt = "an overlay lies over the pixels"
     except ImageUnreadable:
         return NOTHING

@@ -23,6 +23,7 @@ T = TypeVar("T")
 Progress = Callable[[int, int], None]  # cases done, cases in all
 SPLITS: tuple[Split, ...] = get_args(Split)
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the patients, where the manifest leaves the split to us
+MAX_BYTES = 256 * 1024**2  # of the table
 SHOWN = 5  # complaints in one message
 OWN = frozenset({"patient_id", "image", "mask", "site", "split"})
 
@@ -151,7 +152,11 @@ def _rows(folder: Path) -> list[_Row]:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ManifestInvalid(f"{path}: it is a link out of the data folder. Put the file itself there.")
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ManifestInvalid(f"{path}: it has more than {MAX_BYTES} bytes. Split it.")
         table = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+    except OSError as e:
+        raise ManifestInvalid(f"{path}: it cannot be read ({type(e).__name__}). Mend its rights.") from None
     except UnicodeDecodeError as e:
         raise ManifestInvalid(f"{path}: byte {e.start} is not UTF-8. Save it as `CSV UTF-8`.") from None
     except csv.Error as e:
