@@ -16,7 +16,9 @@ from fedclient.data.nifti import SHEAR, twofold
 from fedclient.data.pictures import is_coloured
 from fedclient.data.volume import Volume
 from fedclient.gate.facts import Drawn, Facts, Looked, Needs
+from fedclient.gate.letters import letters
 from fedclient.gate.pixels import bands, clipped, pixel_seal, projections, sample, sealed, small_picture
+from fedclient.gate.plausible import exchanged, misplaced
 from shared_models.errors import ImageUnreadable, StudyInvalid
 
 MODALITIES = {
@@ -63,6 +65,9 @@ def _looked(case: Case, root: Path, needs: Needs, secret: str, state: str, said:
     found = [*_of_headers(case, said), *_of_paths(case, root, said)]
     found += _of_geometry(case, volume, needs, picture)
     found += _of_kind(case, volume, needs, picture)
+    if not any(each.code == "PHI_PIXEL" for each in found) and (count := letters(volume)):
+        what = f"{count} small bright shapes of one height stand in a line, as letters do: a name, a date or a time?"
+        found.append(finding("PHI_PIXEL", what, case=case.key, row=case.row, severity="warn"))
     levels = np.percentile(sample(volume.voxels[0]), (1, 50, 99)).tolist()
     found += _of_levels(case, volume, needs, ct)
     labels: NDArray[np.uint8] | None = None
@@ -74,6 +79,8 @@ def _looked(case: Case, root: Path, needs: Needs, secret: str, state: str, said:
         code = "LABEL_UNREADABLE" if e.code in ("IMAGE_UNREADABLE", "DICOM_UNREADABLE") else e.code
         found.append(_refused(ImageUnreadable(str(e), code), case))
     grey = clipped(volume, ct)
+    if labels is not None:
+        found += _of_places(case, volume, grey, labels, needs, picture)
     axial, coronal = projections(grey)
     spacing = tuple(round(mm, 4) for mm in volume.spacing_mm)
     from_head = volume.provenance
@@ -139,7 +146,8 @@ def _of_geometry(case: Case, volume: Volume, needs: Needs, picture: bool) -> Ite
         yield finding("GEOMETRY_INVALID", what, case=case.key, row=case.row)
     if picture:
         return
-    for path in {*(channel.files[0] for channel in case.channels), *([case.label.file] * isinstance(case.label, Mask))}:
+    drawn = [case.label.file] if isinstance(case.label, Mask) else []
+    for path in dict.fromkeys([*(channel.files[0] for channel in case.channels), *drawn]):
         if path.is_file() and format_of(path) == "nifti" and (how := twofold(path)):
             what = f"its header says two things: by its qform a NIfTI file lies {how} beside its sform, which counts."
             yield finding("ORIENTATION_ODD", what, case=case.key, row=case.row)
@@ -257,6 +265,20 @@ def _of_labels(case: Case, drawn: dict[str, Drawn], needs: Needs) -> Iterator[Fi
         if 0 < each.voxels <= 2:
             what = f"label {label!r} is {each.voxels} voxel large: a stray click?"
             yield finding("LABEL_ODD", what, case=case.key, row=case.row)
+
+
+def _of_places(
+    case: Case, volume: Volume, grey: NDArray[np.float32], labels: NDArray[np.uint8], needs: Needs, picture: bool
+) -> Iterator[Finding]:
+    flat = picture or volume.left_right_axis == 1
+    for value, label in enumerate(needs.labels, start=1):
+        if way := misplaced(grey, labels, value, flat):
+            what = f"label {label!r} lies on the edges of the image only if it is mirrored {way}: is its header right?"
+            yield finding("LABEL_ODD", what, case=case.key, row=case.row)
+            break
+    for name in exchanged(volume, labels, needs.labels):
+        what = f"left-{name} lies to the right of right-{name}: are they exchanged, or is the image mirrored?"
+        yield finding("LABEL_ODD", what, case=case.key, row=case.row)
 
 
 def quieter(looked: Looked) -> Looked:
