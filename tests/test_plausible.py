@@ -19,7 +19,7 @@ def written(text: str, size: int, grey: NDArray[np.float32]) -> NDArray[np.float
     page = Image.new("L", (grey.shape[1], grey.shape[0]), 0)
     ImageDraw.Draw(page).text((6, 6), text, fill=255, font=ImageFont.load_default(size))
     ink = np.asarray(page, dtype=np.float32) / 255
-    return grey * (1 - ink) + 255 * ink
+    return np.asarray(grey * (1 - ink) + 255 * ink, np.float32)
 
 
 def picture(grey: NDArray[np.float32]) -> Volume:

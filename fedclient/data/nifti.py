@@ -176,7 +176,8 @@ def twofold(path: Path) -> str:
     """
     try:
         with _opened(path) as (file, version):
-            header: Any = (nibabel.Nifti2Header if version == 2 else nibabel.Nifti1Header).from_fileobj(file)
+            kind: Any = nibabel.Nifti2Header if version == 2 else nibabel.Nifti1Header
+            header = kind.from_fileobj(file)
         (sform, first), (qform, second) = header.get_sform(coded=True), header.get_qform(coded=True)
         if first == 0 or second == 0:
             return ""

@@ -56,12 +56,13 @@ def _longest(plane: NDArray[np.float32]) -> int:
     if high <= low or min(plane.shape) < 2 * SMALLEST:
         return 0
     grey = (plane - low) / np.float32(high - low)
+    shapes: NDArray[np.int32]
     shapes, count = ndimage.label(grey > LEVEL, np.ones((3, 3)))
     if not MANY <= count <= MOST_SHAPES:
         return 0
     pixels = np.bincount(shapes.ravel()).tolist()[1:]
     found = zip(ndimage.find_objects(shapes), pixels, strict=True)
-    boxes = [Shape(*box, size) for box, size in found if _letter_like(box) and _stands_out(grey, box)]
+    boxes = [Shape(box[0], box[1], size) for box, size in found if _letter_like(box) and _stands_out(grey, box)]
     return max(_in_line(boxes, axis) for axis in (0, 1))
 
 
@@ -81,7 +82,7 @@ def _stands_out(grey: NDArray[np.float32], box: tuple[slice, slice]) -> bool:
     bright = float(around[inside].max())
     frame = np.ones(around.shape, bool)
     frame[inside] = False
-    return bool(frame.any()) and float(np.percentile(around[frame], 75)) < bright - DARKER
+    return bool(frame.any() and np.percentile(around[frame], 75) < bright - DARKER)
 
 
 def _in_line(boxes: list[Shape], across: int) -> int:
