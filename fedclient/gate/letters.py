@@ -74,7 +74,7 @@ def _letter_like(box: tuple[slice, slice]) -> bool:
 def _stands_out(grey: NDArray[np.float32], box: tuple[slice, slice]) -> bool:
     """Whether the frame of three pixels around a shape is mostly much darker than it."""
     rows, columns = (slice(max(0, side.start - 3), side.stop + 3) for side in box)
-    around = grey[rows, columns].copy()
+    around: NDArray[np.float32] = grey[rows, columns]
     inside = tuple(
         slice(side.start - whole.start, side.stop - whole.start)
         for side, whole in zip(box, (rows, columns), strict=True)
@@ -82,7 +82,7 @@ def _stands_out(grey: NDArray[np.float32], box: tuple[slice, slice]) -> bool:
     bright = float(around[inside].max())
     frame = np.ones(around.shape, bool)
     frame[inside] = False
-    return bool(frame.any() and np.percentile(around[frame], 75) < bright - DARKER)
+    return bool(frame.any()) and float(np.percentile(around[frame], 75)) < bright - DARKER
 
 
 def _in_line(boxes: list[Shape], across: int) -> int:

@@ -59,7 +59,8 @@ def _middle_mm(volume: Volume, mask: NDArray[np.bool_]) -> float | None:
 
 def _border(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Indices [N, 3] just inside and just outside of the mask, across its border along I or J."""
-    inner, outer = [], []
+    inner: list[NDArray[np.intp]] = []
+    outer: list[NDArray[np.intp]] = []
     for axis in (0, 1):
         low, high = (mask.take(range(*ends), axis) for ends in ((0, mask.shape[axis] - 1), (1, mask.shape[axis])))
         reach = max(REACH, mask.shape[axis] // OF_EDGE)
