@@ -68,7 +68,7 @@ def _longest(plane: NDArray[np.float32]) -> int:
 
 def _letter_like(box: tuple[slice, slice]) -> bool:
     high, wide = (side.stop - side.start for side in box)
-    return SMALLEST <= max(high, wide) <= LARGEST
+    return bool(SMALLEST <= max(high, wide) <= LARGEST)
 
 
 def _stands_out(grey: NDArray[np.float32], box: tuple[slice, slice]) -> bool:
