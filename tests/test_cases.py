@@ -172,3 +172,15 @@ def test_the_voxels_behind_a_header_belong_to_the_state(tmp_path: Path) -> None:
     before = state_of(case)
     touched(header.with_suffix(".raw"))
     assert state_of(case) != before
+
+
+@pytest.mark.parametrize(("name", "line"), [("a.mhd", "ElementDataFile = v.bin"), ("a.nhdr", "data file: v.bin")])
+def test_the_voxels_behind_a_header_belong_to_the_state_whatever_they_are_called(
+    tmp_path: Path, name: str, line: str
+) -> None:
+    (tmp_path / name).write_text(f"NDims = 3\n{line}\n")
+    (tmp_path / "v.bin").write_bytes(b"voxels")
+    case = case_of(Channel(files=(tmp_path / name,)))
+    before = state_of(case)
+    touched(tmp_path / "v.bin")
+    assert state_of(case) != before

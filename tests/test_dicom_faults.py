@@ -294,13 +294,6 @@ def test_pixels_that_lie_above_unused_bits_are_refused(tmp_path: Path) -> None:
     assert "12 stored bits is bit 15" in told
 
 
-def test_unused_bits_that_hold_an_overlay_are_no_grey_levels(tmp_path: Path) -> None:
-    plain, data = slice_of(0), slice_of(0)
-    data.PixelData = (stored_pixels(0).astype(np.uint16) | 0x9000).tobytes()
-    found, wanted = (read_image(write(tmp_path / name, each)) for name, each in (("x", data), ("y", plain)))
-    assert np.array_equal(found.voxels, wanted.voxels)
-
-
 def test_slices_of_two_frames_of_reference_are_no_volume(tmp_path: Path) -> None:
     files = write_series(tmp_path / "s", edit=putting("FrameOfReferenceUID", "1.2.826.0.1.3680043.9.7", {2}))
     assert "frame of reference" in refusal(lambda: read_series(files), "SERIES_MIXED")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedclient.data import manifest
 from fedclient.data.cases import Mask
 from fedclient.data.manifest import read_manifest, sites_of, split_of
 from shared_models.errors import ManifestInvalid
@@ -175,6 +176,13 @@ def test_the_first_five_of_many_complaints_are_shown(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, text: str | bytes, words: str) -> None:
     assert words in complaint(folder_with(tmp_path, text))
+
+
+def test_a_manifest_beyond_all_bounds_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "manifest.csv").write_text("patient_id,image,mask\n" + "p,a.png,m.png\n" * 10)
+    monkeypatch.setattr(manifest, "MAX_BYTES", 100)
+    with pytest.raises(ManifestInvalid, match="more than 100 bytes"):
+        read_manifest(tmp_path, None, "salt")
 
 
 def test_a_missing_or_linked_manifest_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from shared_models.errors import ImageUnreadable
 from shared_models.files import canonical_json
 
 Split = Literal["train", "val", "test"]
+DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)([^\r\n]+)", re.MULTILINE | re.IGNORECASE)
 APART_MM = 1e-2  # of channels that are said to lie on one grid
 CONTRASTS = {  # of brain MR: one picture under the names that challenges have for it -> BraTS's oldest
     "t1n": "t1", "t1w": "t1", "t1c": "t1ce", "t1gd": "t1ce", "t1wce": "t1ce", "t2w": "t2", "t2f": "flair",
@@ -224,11 +225,20 @@ def state_of(case: Case) -> str:
 def _state(path: Path) -> list[list[int]]:
     if path.is_dir():
         below = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    elif path.suffix.lower() in (".mhd", ".nhdr"):  # the voxels lie beside it under the same name, or nearly so
-        below = sorted(each for each in path.parent.glob(f"{escape(path.stem)}.*") if each.is_file())
+    elif path.suffix.lower() in (".mhd", ".nhdr"):  # the voxels lie beside it, mostly under the same name
+        beside = {each for each in path.parent.glob(f"{escape(path.stem)}.*") if each.is_file()}
+        below = sorted(beside | set(_named_in(path)))
     else:
         below = [path]
     return [[stat.st_size, stat.st_mtime_ns] for stat in (each.stat() for each in below)]
+
+
+def _named_in(header: Path) -> list[Path]:
+    """The file of voxels that a header names, whatever it is called; none that is not there."""
+    with header.open("rb") as file:
+        named = DATA_FILE.search(file.read(1 << 16))
+    path = header.parent / named[1].decode("latin-1").strip() if named else header
+    return [path] if "\0" not in str(path) and path.is_file() else []
 
 
 def _read(channel: Channel) -> Volume:
