@@ -9,7 +9,7 @@ receipt, so that a book that was cut or put back from a backup is refused.
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +19,7 @@ from shared_models.database import check, connected, create, writing
 from shared_models.errors import OrderRefused, StateInvalid
 from shared_models.files import canonical_json, write_atomic
 from shared_models.parse import STRICT, RunId, Sha256, parse, parse_json, plain
-from shared_models.protect.accounting import Spend, epsilon, steps_within
+from shared_models.protect.accounting import Spend, epsilon, epsilon_bound, steps_within
 
 VERSION = 1
 NOTHING = "0" * 64
@@ -130,19 +130,32 @@ class Ledger:
         while not self._append(budget, self.head()):
             pass
 
-    def reserve(self, data_set: str, run: str, study_sha256: str, patients: int, spend: Spend) -> int:
+    def reserve(self, asked: Reservation, more_steps: int = 0, most_epsilon: float | None = None) -> int:
         """Spends the privacy of work that is about to begin, and returns its number for `settle`.
 
+        Args:
+            more_steps: that are to follow; they are not spent yet, and must fit into the budget too.
+            most_epsilon: that all work for this study may come to.
+
         Raises:
-            OrderRefused: `DP_BUDGET_MISSING`, `DP_DELTA_LARGE` or `DP_BUDGET_EXHAUSTED`; nothing was spent.
+            OrderRefused: `DP_BUDGET_MISSING`, `DP_DELTA_LARGE`, `DP_EPSILON_HIGH` or `DP_BUDGET_EXHAUSTED`; nothing was
+                spent.
         """
-        told = Reservation(data_set, run, study_sha256, patients, spend, time.time())
-        reservation = parse(Reservation, plain(told), "reservation")
+        reservation = parse(Reservation, plain(replace(asked, at_s=time.time())), "reservation")
         while True:
-            entries, head = self._read()
-            _allow(_account(entries, data_set), reservation)
+            head = self.check(reservation, more_steps, most_epsilon)
             if self._append(reservation, head):
                 return head.entries + 1
+
+    def check(self, asked: Reservation, more_steps: int = 0, most_epsilon: float | None = None) -> Head:
+        """Raises what `reserve` would, and spends nothing; how far the ledger had come."""
+        entries, head = self._read()
+        account = _account(entries, asked.data_set)
+        _allow(account, asked, more_steps)
+        if most_epsilon is not None and account.budget is not None:
+            before = _account(entries, asked.data_set, asked.study_sha256).spends
+            _allow_study(before, _with(asked.spend, more_steps), most_epsilon, account.budget)
+        return head
 
     def settle(self, reservation: int, steps: int) -> None:
         """Gives back the steps that were reserved and not taken; once for each reservation."""
@@ -238,10 +251,14 @@ def _digest(last: str, number: int, content: str) -> str:
     return hashlib.sha256(f"{last} {number} {content}".encode()).hexdigest()
 
 
-def _account(entries: Sequence[Budget | Reservation | Settlement], data_set: str) -> Account:
+def _account(
+    entries: Sequence[Budget | Reservation | Settlement], data_set: str, study_sha256: str | None = None
+) -> Account:
+    """One data set's side, or what of it one study has spent."""
     settled = {e.reservation: e.steps for e in entries if isinstance(e, Settlement)}
     budgets = [e for e in entries if isinstance(e, Budget) and e.data_set == data_set]
-    mine = {n: e for n, e in enumerate(entries, start=1) if isinstance(e, Reservation) and e.data_set == data_set}
+    reserved = {n: e for n, e in enumerate(entries, start=1) if isinstance(e, Reservation) and e.data_set == data_set}
+    mine = {n: e for n, e in reserved.items() if study_sha256 in (None, e.study_sha256)}
     taken = [(e.spend, settled.get(number, e.spend.steps)) for number, e in mine.items()]
     return Account(
         data_set,
@@ -252,9 +269,10 @@ def _account(entries: Sequence[Budget | Reservation | Settlement], data_set: str
     )
 
 
-def _allow(account: Account, asked: Reservation) -> None:
-    """Raises OrderRefused unless the budget bears what is asked for."""
-    where, budget, spend = f"data set {account.data_set!r}", account.budget, asked.spend
+def _allow(account: Account, asked: Reservation, more_steps: int) -> None:
+    """Raises OrderRefused unless the budget bears what is asked for, and as many steps again as are to follow."""
+    where, budget = f"data set {account.data_set!r}", account.budget
+    spend = _with(asked.spend, more_steps)
     if budget is None:
         raise OrderRefused(
             "DP_BUDGET_MISSING", f"{where}: has no privacy budget. Decide on one: `fedclient budget --epsilon E`."
@@ -265,6 +283,8 @@ def _allow(account: Account, asked: Reservation) -> None:
             f"{where}: delta {budget.delta:g} for {asked.patients} patients allows to publish one of them. Set one "
             f"well below {1 / asked.patients:.1g} with `fedclient budget`.",
         )
+    if epsilon_bound([*account.spends, spend], budget.delta) <= budget.epsilon:
+        return  # the quicker figure is never below the exact one
     after = epsilon([*account.spends, spend], budget.delta)
     if after > budget.epsilon:
         fits = steps_within(budget.epsilon, account.spends, spend, budget.delta)
@@ -276,3 +296,19 @@ def _allow(account: Account, asked: Reservation) -> None:
             f"{fits} such steps would fit. Nothing was spent or trained. More noise or fewer steps are the "
             f"coordinator's to choose, the budget is yours.",
         )
+
+
+def _allow_study(before: Sequence[Spend], asked: Spend, most: float, budget: Budget) -> None:
+    """Raises OrderRefused where a study would spend more than the site allows to one."""
+    together = [*before, asked]
+    if epsilon_bound(together, budget.delta) > most and (after := epsilon(together, budget.delta)) > most:
+        raise OrderRefused(
+            "DP_EPSILON_HIGH",
+            f"data set {budget.data_set!r}: the study would spend epsilon {after:.3g} at delta {budget.delta:g} in all "
+            f"its rounds, those that were lost among them; site.toml allows one study {most:g} ([privacy] "
+            f"most_epsilon). Nothing was spent or trained.",
+        )
+
+
+def _with(spend: Spend, more_steps: int) -> Spend:
+    return replace(spend, steps=spend.steps + more_steps)

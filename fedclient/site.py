@@ -83,6 +83,20 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class PrivacyPolicy:
+    """`[privacy]`: an order can be stricter, never looser; the budget over all studies is set by `fedclient budget`.
+
+    Attributes:
+        required: nothing is trained, scored or counted for a study that is not differentially private.
+        most_epsilon: that one study may spend in all its rounds, at the delta of the budget.
+    """
+
+    __pydantic_config__ = STRICT
+    required: bool = False
+    most_epsilon: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SiteFile:
     """`site.toml`: owned by the hospital, never sent."""
 
@@ -94,6 +108,7 @@ class SiteFile:
     compute: Compute = field(default_factory=Compute)
     policy: Policy = field(default_factory=Policy)
     cache: Cache = field(default_factory=Cache)
+    privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +142,7 @@ class Site:
     processes: int = 1
     quota_bytes: int = int(QUOTA_GIB * GIB)
     labelled: tuple[str, ...] = ()
+    privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
 
     @property
     def where(self) -> Where:
@@ -172,6 +188,8 @@ def _toml(value: object) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML escapes and JSON does not
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_toml(str(key))} = {_toml(held)}" for key, held in value.items()) + "}"
+    if isinstance(value, bool):
+        return str(value).lower()
     return str(value)
 
 
@@ -216,6 +234,7 @@ def open_site(node_config: Mapping[str, object]) -> Site:
             processes=file.compute.processes or min(8, len(os.sched_getaffinity(0))),
             quota_bytes=int(file.cache.quota_gib * GIB),
             labelled=file.data.labelled,
+            privacy=file.privacy,
         )
     where = _where(node_config)
     return Site(

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedclient.memory import memory_folder, own_path, recall, remember
 from fedclient.site import Site
+from fedclient.spending import check_budget, check_order, reserved
 from shared_models.control import without_control
 from shared_models.errors import OrderRefused
 from shared_models.identity import stated
@@ -47,6 +48,7 @@ class Holding:
 
     train_cases: int = 0
     test_cases: int = 0
+    train_patients: int = 0
 
 
 class Learner(Protocol):
@@ -161,6 +163,8 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
     """
     began = time.monotonic()
     study = study_of(order)
+    check_order(order, study, site)
+    private = study.protect.privacy is not None
     reply = Reply(
         kind="hello",
         site=site.name,
@@ -172,10 +176,13 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         plan_sha256=order.plan_sha256,
     )
     if order.kind == "hello":
-        held = learner.holding(site, study)
+        held = Holding() if private else learner.holding(site, study)
         return Answer(replace(reply, train_cases=held.train_cases, test_cases=held.test_cases))
     if order.kind != "statistics":  # whose order comes before there is a plan
         check_proof(order, site)
+    patients = learner.holding(site, study).train_patients if private else 0
+    if private:
+        check_budget(order, study, site, patients)
     gate(order, site, study)
     if order.kind == "statistics":
         if study.plan == "given":
@@ -193,6 +200,7 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
             reply = replace(reply, own_scores=learner.score(site, study, own, order.evaluate))
     if order.kind == "evaluate":
         return Answer(replace(reply, kind="evaluation", seconds=time.monotonic() - began))
+    spending = reserved(order, study, site, patients) if private else None
     folder = memory_folder(site, order.run, order.study_sha256)
     if remembers(study):
         last = recall(folder, order.counted)
@@ -205,17 +213,12 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         raise OrderRefused("TRAINING_DIVERGED", f"round {order.round}: {odd[0]!r} is not finite after training.")
     if memory:
         remember(folder, order.round, order.counted, memory)
-    done = replace(
-        reply,
-        kind="update",
-        examples=learned.examples,
-        steps=learned.steps,
-        losses=learned.losses,
-        device=learned.device,
-        variance=learned.variance,
-        seconds=time.monotonic() - began,
-    )
-    return Answer(done, delta)
+    done = replace(reply, kind="update", steps=learned.steps, device=learned.device)
+    if spending is not None:  # all else follows from the patients, and carries no noise
+        spending.settle()
+        return Answer(done, delta)
+    more = {"examples": learned.examples, "losses": learned.losses, "variance": learned.variance}
+    return Answer(replace(done, **more, seconds=time.monotonic() - began), delta)
 
 
 def own_model(order: Order, study: Study, weights: Arrays, site: Site, learner: Learner) -> Arrays | None:

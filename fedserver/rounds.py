@@ -174,9 +174,9 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
     updates, lines, late_rounds = fold(study, number, schema, setting.folder.spool), dict[str, Any](), dict[str, int]()
     score = bool(study.evaluate.every) and state.round > 0 and state.round % study.evaluate.every == 0
     order = _order("train", table, state, number, "val" if score else None)
-    expected = Expected(
-        state.run, number, state.study_sha256, state.weights_sha256, schema, plan_sha256=state.plan_sha256
-    )
+    digests = (state.study_sha256, state.weights_sha256)
+    private = study.protect.privacy is not None
+    expected = Expected(state.run, number, *digests, schema, plan_sha256=state.plan_sha256, private=private)
     cohort = choose(study, number, gather(setting, table, state))
     parcel = setting.courier.publish(setting.folder.weights(state.round), state.weights_sha256)
 

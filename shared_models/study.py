@@ -19,6 +19,7 @@ from shared_models.model_table import ENCODERS, PIXELWISE, SMALLEST_EDGE
 from shared_models.model_table import Level as Level
 from shared_models.model_table import Model as Model
 from shared_models.parse import STRICT, parse, parse_json, plain, read_toml
+from shared_models.protect.privacy import Protect, check_private
 from shared_models.strategy import NotNegative, Positive, check_strategy
 from shared_models.strategy import Personal as Personal
 from shared_models.strategy import Strategy as Strategy
@@ -248,12 +249,14 @@ class Study:
     strategy: Strategy = field(default_factory=Strategy)
     personal: Personal = field(default_factory=Personal)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    protect: Protect = field(default_factory=Protect)
 
     def __post_init__(self) -> None:
         if len(set(self.channels)) < len(self.channels):
             raise ValueError(f"channels {list(self.channels)} must differ from each other")
         check_strategy(self)
         self._check_task()
+        check_private(self)
         if self.plan == "federated":
             return  # the tables below are the plan's to set
         if self.table_only:

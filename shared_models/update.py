@@ -35,7 +35,11 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What an update must be to be counted: the round that it answers, and the model."""
+    """What an update must be to be counted: the round that it answers, and the model.
+
+    Attributes:
+        private: the study is differentially private, and the number of examples is no update's to tell.
+    """
 
     run: str
     round: int
@@ -44,6 +48,7 @@ class Expected:
     schema: Schema
     most_examples: int = 2**20
     plan_sha256: str | None = None
+    private: bool = False
 
 
 def admit(update: Update, expected: Expected) -> Update:
@@ -66,7 +71,13 @@ def admit(update: Update, expected: Expected) -> Update:
         raise UpdateRejected("STALE_ROUND", f"{where}: answers round {update.round}. It was left out of this round.")
     if update.base_sha256 != expected.base_sha256:
         raise UpdateRejected("OTHER_WEIGHTS", f"{where}: did not start from this round's weights. Ask it again.")
-    if not 0 < update.examples <= expected.most_examples:
+    if expected.private and update.examples:
+        raise UpdateRejected(
+            "EXAMPLES_RANGE",
+            f"{where}: tells its number of examples in a differentially private study. It was left "
+            f"out; install the released client there.",
+        )
+    if not expected.private and not 0 < update.examples <= expected.most_examples:
         raise UpdateRejected(
             "EXAMPLES_RANGE",
             f"{where}: claims {update.examples} examples, allowed are 1 to {expected.most_examples}. "

@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from fedclient.ledger import Head, Ledger, open_ledger
+from fedclient.ledger import Head, Ledger, Reservation, open_ledger
 from shared_models.errors import OrderRefused, StateInvalid, StudyInvalid
 from shared_models.protect.accounting import Spend, epsilon
 from tests.crash import fresh, killed_at
@@ -28,7 +28,7 @@ def code_of(act) -> str:
 
 def test_what_is_reserved_is_spent_and_what_is_settled_is_given_back(tmp_path):
     ledger = booked(tmp_path)
-    number = ledger.reserve("all", "run-1", STUDY, 500, WORK)
+    number = ledger.reserve(Reservation("all", "run-1", STUDY, 500, WORK))
     assert open_ledger(tmp_path).accounts()[0].spent == epsilon([WORK], 1e-5)
     ledger.settle(number, 40)
     account = open_ledger(tmp_path).accounts()[0]
@@ -38,10 +38,10 @@ def test_what_is_reserved_is_spent_and_what_is_settled_is_given_back(tmp_path):
 
 def test_work_is_added_up_over_studies_and_years_until_the_budget_is_spent(tmp_path):
     ledger = booked(tmp_path, 1.5 * epsilon([WORK], 1e-5))
-    ledger.reserve("all", "run-1", STUDY, 500, WORK)
-    ledger.reserve("all", "run-2", "b" * 64, 500, Spend(8.0, 0.1, 50))
+    ledger.reserve(Reservation("all", "run-1", STUDY, 500, WORK))
+    ledger.reserve(Reservation("all", "run-2", "b" * 64, 500, Spend(8.0, 0.1, 50)))
     with pytest.raises(OrderRefused) as refused:
-        ledger.reserve("all", "run-3", "c" * 64, 500, WORK)
+        ledger.reserve(Reservation("all", "run-3", "c" * 64, 500, WORK))
     assert refused.value.code == "DP_BUDGET_EXHAUSTED"
     found = epsilon([Spend(8.0, 0.1, 250)], 1e-5)
     assert f"which would make it {found:.3g}" in str(refused.value)
@@ -53,22 +53,22 @@ def test_each_data_set_has_its_own_budget_and_the_last_one_counts(tmp_path):
     ledger = booked(tmp_path)
     ledger.set_budget("chest", 100.0, 1e-6)
     ledger.set_budget("all", 1e-3, 1e-5)
-    ledger.reserve("chest", "run-1", STUDY, 500, WORK)
-    assert code_of(lambda: ledger.reserve("all", "run-1", STUDY, 500, WORK)) == "DP_BUDGET_EXHAUSTED"
-    assert code_of(lambda: ledger.reserve("brain", "run-1", STUDY, 500, WORK)) == "DP_BUDGET_MISSING"
+    ledger.reserve(Reservation("chest", "run-1", STUDY, 500, WORK))
+    assert code_of(lambda: ledger.reserve(Reservation("all", "run-1", STUDY, 500, WORK))) == "DP_BUDGET_EXHAUSTED"
+    assert code_of(lambda: ledger.reserve(Reservation("brain", "run-1", STUDY, 500, WORK))) == "DP_BUDGET_MISSING"
     assert [(a.data_set, len(a.spends)) for a in ledger.accounts()] == [("all", 0), ("chest", 1)]
 
 
 def test_a_delta_that_could_give_a_whole_patient_away_is_refused(tmp_path):
     ledger = booked(tmp_path)
-    assert code_of(lambda: ledger.reserve("all", "run-1", STUDY, 100_000, WORK)) == "DP_DELTA_LARGE"
+    assert code_of(lambda: ledger.reserve(Reservation("all", "run-1", STUDY, 100_000, WORK))) == "DP_DELTA_LARGE"
     with pytest.raises(StudyInvalid, match="delta"):
         ledger.set_budget("all", 3.0, 0.1)
 
 
 def test_a_reservation_is_settled_once_and_never_for_more_than_it_was(tmp_path):
     ledger = booked(tmp_path)
-    number = ledger.reserve("all", "run-1", STUDY, 500, WORK)
+    number = ledger.reserve(Reservation("all", "run-1", STUDY, 500, WORK))
     for wrong in ((number, 101), (number, -1), (1, 5), (9, 5)):
         with pytest.raises(ValueError, match="there is none"):
             ledger.settle(*wrong)
@@ -86,13 +86,13 @@ def test_a_book_that_was_put_back_from_a_backup_is_refused(tmp_path):
     db.close()
     copy.close()
     receipt = ledger.head()
-    ledger.reserve("all", "run-1", STUDY, 500, WORK)
+    ledger.reserve(Reservation("all", "run-1", STUDY, 500, WORK))
     for path in tmp_path.glob("ledger.db*"):
         path.unlink()
     shutil.copy(kept, tmp_path / "ledger.db")
     (tmp_path / "ledger.db").chmod(0o600)
     assert code_of(lambda: open_ledger(tmp_path)) == "LEDGER_ROLLBACK"
-    assert code_of(lambda: ledger.reserve("all", "run-1", STUDY, 500, WORK)) == "LEDGER_ROLLBACK"
+    assert code_of(lambda: ledger.reserve(Reservation("all", "run-1", STUDY, 500, WORK))) == "LEDGER_ROLLBACK"
     assert receipt.entries == 1
 
 
@@ -108,7 +108,7 @@ def test_a_book_that_is_gone_or_has_lost_its_witness_is_not_begun_anew(tmp_path)
 
 def test_an_entry_that_was_changed_behind_our_back_is_found(tmp_path):
     ledger = booked(tmp_path)
-    ledger.reserve("all", "run-1", STUDY, 500, WORK)
+    ledger.reserve(Reservation("all", "run-1", STUDY, 500, WORK))
     with sqlite3.connect(tmp_path / "ledger.db") as db:
         with pytest.raises(sqlite3.IntegrityError, match="never changed"):
             db.execute("UPDATE entries SET content = replace(content, '100', '1')")
@@ -124,7 +124,7 @@ def test_a_receipt_that_somebody_else_keeps_shows_when_both_files_were_put_back(
     ledger = booked(tmp_path)
     receipt = ledger.head()
     ledger.check_receipt(receipt)
-    ledger.reserve("all", "run-1", STUDY, 500, WORK)
+    ledger.reserve(Reservation("all", "run-1", STUDY, 500, WORK))
     later = ledger.head()
     ledger.check_receipt(receipt)
     ledger.check_receipt(later)
@@ -145,7 +145,7 @@ def test_the_book_is_its_owners_alone(tmp_path):
 def test_another_process_that_was_first_is_counted_too(tmp_path):
     ledger = booked(tmp_path)
     stale = ledger.head()
-    ledger.reserve("all", "run-1", STUDY, 500, WORK)
+    ledger.reserve(Reservation("all", "run-1", STUDY, 500, WORK))
     entry = ledger._read()[0][1]
     assert ledger._append(entry, stale) is False
     assert ledger.head().entries == 2
@@ -159,10 +159,10 @@ def test_killed_at_any_line_the_book_never_counts_less_than_was_trained(tmp_path
 
         def act(tell, folder=folder):
             ledger = booked(folder, 100.0)
-            first = ledger.reserve("all", "run-1", STUDY, 500, WORK)
+            first = ledger.reserve(Reservation("all", "run-1", STUDY, 500, WORK))
             tell("trained 100")
             ledger.settle(first, 100)
-            second = ledger.reserve("all", "run-2", STUDY, 500, WORK)
+            second = ledger.reserve(Reservation("all", "run-2", STUDY, 500, WORK))
             tell("trained 60")
             ledger.settle(second, 60)
             tell("settled")

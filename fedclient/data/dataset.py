@@ -73,6 +73,9 @@ class DataSet:
     def _examples(self, case: Stored) -> int:
         return len(case.masks) * self._each(case)
 
+    def _ends(self) -> NDArray[np.intp]:
+        return np.cumsum([self._examples(case) for case in self.cases], dtype=np.intp)
+
     def _each(self, case: Stored) -> int:
         """Examples of a plane or volume of the case."""
         return 1 if self.patches is None else self.patches.of_plane(case)
@@ -106,9 +109,13 @@ class DataSet:
             order = _steps(len(self), batch_size, steps, rng)
         else:
             raise TypeError("batches() takes epochs or steps, one of the two")
-        ends = np.cumsum([self._examples(case) for case in self.cases])
-        batches = (self._batch(chosen, ends, augment, rng) for chosen in order)
+        batches = (self.take(chosen, rng, augment) for chosen in order)
         return _ahead(batches) if ahead else batches
+
+    def places(self) -> dict[str, NDArray[np.intp]]:
+        """Key of a case -> where its examples stand, for `take`."""
+        ends = self._ends()
+        return {c.key: np.arange(end - self._examples(c), end) for c, end in zip(self.cases, ends, strict=True)}
 
     def by_case(self) -> Iterator[CaseExamples]:
         """Each case whole and unaugmented, in the order of keys."""
@@ -116,9 +123,9 @@ class DataSet:
             native = None if case.native is None else np.array(case.native)
             yield CaseExamples(case.key, case.images.astype(np.float32), np.array(case.masks), case.geometry, native)
 
-    def _batch(
-        self, chosen: NDArray[np.intp], ends: NDArray[np.intp], augment: Augment, rng: np.random.Generator
-    ) -> Batch:
+    def take(self, chosen: NDArray[np.intp], rng: np.random.Generator, augment: Augment = NO_AUGMENT) -> Batch:
+        """The examples at some places as a batch, augmented."""
+        ends = self._ends()
         of = np.searchsorted(ends, chosen, side="right")
         before = np.concatenate([[0], ends])
         places = [

@@ -19,6 +19,7 @@ from fedclient.training.depth import rates_of
 from fedclient.training.evaluate import evaluate
 from fedclient.training.local_round import Start, train_round
 from fedclient.training.personal import LOCAL, own_weights, part, staying
+from fedclient.training.private import patients_of, train_privately
 from fedclient.training.trainer import fit, scheduled
 from fedclient.work import Holding, Learned
 from shared_models import nets
@@ -53,6 +54,12 @@ class ImageLearner:
         nets.load_arrays(net, {**received, **part(memory, LOCAL)})
         net.to(device)
         train = scheduled(study.train, round_number, study.rounds.count)
+        if study.protect.privacy is not None:
+            people, loss = patients_of(_cases(site), cases), functions_of(study.task, site.labelled).loss
+            fitted = train_privately(
+                net, cases, people, loss, study, train, rates_of(net, study.transfer, round_number)
+            )
+            return Learned(nets.arrays_of(net), 0, fitted.steps, device=str(device)), {}
         words = (study.seed, study.name, round_number, site.name)
         if study.personal.head_epochs:
             heads = drawn(cases, study, device, rng(*words, "head batches"), study.personal.head_epochs, None)
@@ -100,7 +107,8 @@ class ImageLearner:
 
     def holding(self, site: Site, study: Study) -> Holding:
         cases = [case for case in _cases(site) if has_truth(case, study.task)]
-        return Holding(sum(c.split == "train" for c in cases), sum(c.split == "test" for c in cases))
+        train = [case for case in cases if case.split == "train"]
+        return Holding(len(train), sum(c.split == "test" for c in cases), len({c.patient for c in train}))
 
 
 def drawn(

@@ -52,7 +52,7 @@ def fit(
     """
     step = stepper(net, loss_of, train, device, [proximal(net, train.proximal_mu), *pulls], correct, only, rates)
     losses: list[Tensor] = []
-    for images, masks in _on(device, batches):
+    for images, masks in on_device(device, batches):
         for other in beside:
             other(images, masks)
         losses.append(step(images, masks))  # read once at the end: a look at each would stop a GPU each time
@@ -85,7 +85,7 @@ def stepper(
     for name, share in rates.items() if rates is not None else ():
         net.get_parameter(name).requires_grad_(share > 0)
     parameters = [p for p in named.values() if p.requires_grad]
-    optimizer = optimizer_of(parameters, train) if rates is None else _by_depth(named, train, rates)
+    optimizer = optimizer_of(parameters, train) if rates is None else by_depth(named, train, rates)
     scaler = torch.amp.GradScaler(device.type, enabled=_half(train, device) is torch.float16)
 
     def gradients(images: Tensor, masks: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def optimizer_of(parameters: Sequence[nn.Parameter], train: Train) -> torch.opti
     return torch.optim.Adam(parameters, rate, weight_decay=decay)
 
 
-def _by_depth(named: Mapping[str, nn.Parameter], train: Train, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+def by_depth(named: Mapping[str, nn.Parameter], train: Train, rates: Mapping[str, float]) -> torch.optim.Optimizer:
     """An optimizer that moves each parameter at its share of the rate, and the frozen ones not at all."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in named.items():
@@ -174,7 +174,7 @@ def _by_depth(named: Mapping[str, nn.Parameter], train: Train, rates: Mapping[st
     return optimizer
 
 
-def _on(device: torch.device, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+def on_device(device: torch.device, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches as tensors on the device: images float32[B, C, *size] (they travel as float16), and the truth of each."""
     for batch in batches:
         images, masks = torch.from_numpy(batch.images), torch.from_numpy(batch.masks)
