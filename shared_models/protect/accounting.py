@@ -56,11 +56,11 @@ def noise_for(target: float, sample_rate: float, steps: int, delta: float) -> fl
         ValueError: no noise that is allowed does.
     """
     # what the quicker bound allows is enough; from there down, the exact figure meets the target after a few steps
-    high = _root(lambda noise: log(epsilon_bound([Spend(noise, sample_rate, steps)], delta) / target), *NOISES)
+    high = _root(lambda noise: _over(epsilon_bound([Spend(noise, sample_rate, steps)], delta), target), *NOISES)
     low = high
 
     def over(noise: float) -> float:
-        return log(epsilon([Spend(noise, sample_rate, steps)], delta) / target)
+        return _over(epsilon([Spend(noise, sample_rate, steps)], delta), target)
 
     while low > NOISES[0] and over(low) <= 0:
         low, high = max(NOISES[0], 0.93 * low), low
@@ -104,6 +104,11 @@ def _epsilon(spends: tuple[Spend, ...], delta: float, by: str) -> float:
         step = dp.PoissonSampledDpEvent(spend.sample_rate, noisy) if spend.sample_rate < 1 else noisy
         accountant.compose(dp.SelfComposedDpEvent(step, spend.steps))
     return float(accountant.get_epsilon(delta)) if spends else 0.0
+
+
+def _over(found: float, target: float) -> float:
+    """How far above the target, by factors of e; much noise at a large delta costs nothing at all."""
+    return log(max(found, 1e-9) / target)
 
 
 def _root(over: Callable[[float], float], low: float, high: float) -> float:
