@@ -133,7 +133,10 @@ def run(
     if ended != "finished":
         raise ProcessFailed(_why(opened.state, submitted.id, ended))
     if not as_json:
-        console.print(run_table(read_json(submitted.folder.path / "report.json")))
+        found = read_json(submitted.folder.path / "report.json")
+        console.print(run_table(found))
+        if found["privacy"]:
+            console.print(found["privacy"]["words"], soft_wrap=True)
         report, weights = submitted.folder.path / "report.html", submitted.folder.weights(submitted.rounds)
         console.print(f"report   {report}\nweights  {weights}", markup=False)
 

@@ -17,6 +17,7 @@ from fedserver import plots
 from fedserver.checkpoint import RunFolder, read_state, trained_study
 from fedserver.comparison import Comparison
 from fedserver.page import render
+from fedserver.privacy import spent
 from shared_models.files import read_lines, replacing, write_atomic, write_json
 from shared_models.scores import NAMES, measure_of, value_in
 from shared_models.study import Study
@@ -88,6 +89,7 @@ def facts(run: RunFolder, comparisons: Sequence[Comparison] = ()) -> dict[str, A
         "finished": state.round >= study.rounds.count and (final is not None or not study.evaluate.every),
         "weights": {"file": run.weights(state.round).name, "sha256": state.weights_sha256},
         "rounds": rounds,
+        "privacy": spent(study, rounds),
         "totals": {key: round(sum(r[key] for r in rounds), 3) for key in ("seconds", "bytes_down", "bytes_up")},
         "test": {label: _test(final, label) for label in study.task.answers} if final is not None else {},
         "not_tested": final["left_out"] if final is not None else {},
@@ -108,11 +110,19 @@ def in_words(study: Study) -> str:
         "uniform": "like every other",
         "inverse_variance": "by how little its steps vary",
     }[study.strategy.weighting]
+    lots = f"batches of {train.batch_size}"
+    if (privacy := study.protect.privacy) is not None:
+        part = "" if privacy.trained == "all" else ", of its last layer alone"
+        amount = f"{train.local_steps} steps"
+        lots = (
+            f"each of patients taken with probability {privacy.sample_rate:g}, each patient's gradient{part} clipped "
+            f"to {privacy.clip_norm:g} and noise of {privacy.noise_multiplier:g} clips added"
+        )
     pieces = ", in patches" if plan.fit == "patches" else ""
     return (
         f"{_PROPER.get(study.model.name, study.model.name)} in {study.model.spatial_dims}-D that {does} "
         f"{', '.join(task.answers)} on {kind} images{pieces} of {' x '.join(map(str, plan.size))}. In each of "
-        f"{study.rounds.count} rounds every site trains ({amount}, batches of {train.batch_size}, "
+        f"{study.rounds.count} rounds every site trains ({amount}, {lots}, "
         f"{_PROPER.get(train.optimizer, train.optimizer)} with learning rate {train.learning_rate:g}, against "
         f"{loss}{pull}), and {_PROPER.get(study.strategy.name, study.strategy.name)} combines what they learned, each "
         f"site weighing {share}.{strategy_in_words(study)}"

@@ -91,8 +91,10 @@ def studies(as_json: Annotated[bool, typer.Option("--json", help="For machines."
 @app.command()
 @guarded
 def privacy(
-    patients: Annotated[int, typer.Option(min=2, help="Training patients of the site.")],
-    study: Annotated[str | None, typer.Argument(help="A study, for its batches and steps.")] = None,
+    study: Annotated[str | None, typer.Argument(help="A study, for its steps, batches and privacy.")] = None,
+    patients: Annotated[
+        int | None, typer.Option(min=2, help="Training patients of the site; a private study needs no number.")
+    ] = None,
     noise: Annotated[
         list[float] | None, typer.Option(help="Noise multiplier; may be given more than once. Answer: epsilon.")
     ] = None,
@@ -107,10 +109,13 @@ def privacy(
 
     from simulations.privacy import NOISES, noise_of, price, work_of
 
-    work = work_of(load_study(study) if study else None, patients, batch, steps, delta)
-    prices = [noise_of(work, epsilon)] if epsilon is not None else [price(work, n) for n in noise or NOISES]
+    loaded = load_study(study) if study else None
+    work = work_of(loaded, patients, batch, steps, delta)
+    planned = loaded.protect.privacy if loaded else None
+    noises = noise or ([planned.noise_multiplier] if planned else NOISES)
+    prices = [noise_of(work, epsilon)] if epsilon is not None else [price(work, n) for n in noises]
     if as_json:
-        print_json({**asdict(work), "sample_rate": work.sample_rate, "prices": [asdict(p) for p in prices]})
+        print_json({**asdict(work), "prices": [asdict(p) for p in prices]})
         return
     print(
         f"{work.steps} steps, each takes a patient with probability {work.sample_rate:.4g}; one patient more or less; "

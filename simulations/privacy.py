@@ -16,18 +16,61 @@ class Work:
     """What training asks of one site's patients, whatever the noise.
 
     Attributes:
-        batch: patients in a step on average; a step takes each with probability batch / patients.
+        sample_rate: probability with which a step takes a patient.
         delta: below one over the patients, or the promise is empty.
     """
 
-    patients: int
-    batch: int
+    sample_rate: float
     steps: int
     delta: float
+    patients: int | None = None
 
-    @property
-    def sample_rate(self) -> float:
-        return self.batch / self.patients
+
+def work_of(
+    study: Study | None,
+    patients: int | None,
+    batch: int | None = None,
+    steps: int | None = None,
+    delta: float | None = None,
+) -> Work:
+    """The work of a whole study at a site; what is given goes before the study's.
+
+    A study with [protect.privacy] says how often a step takes a patient, at every site the same; of another one this
+    follows from the patients of a site and its batches.
+
+    Raises:
+        StudyInvalid: numbers that do not go together, or that nobody has given.
+    """
+    privacy = study.protect.privacy if study else None
+    if privacy is not None and batch is None:
+        rate = privacy.sample_rate
+    else:
+        rate = _rate(study, patients, batch)
+    if steps is None and study is not None:
+        train = study.train
+        steps = study.rounds.count * (train.local_steps or ceil(train.local_epochs / rate))
+    if steps is None:
+        raise StudyInvalid("privacy: how many steps? Name a study, or give --steps.")
+    chosen = delta
+    if chosen is None:
+        chosen = privacy.delta if privacy else min(1e-5, 0.1 / (patients or 1))
+    if not 0 < chosen < 1 / (patients or 1):
+        raise StudyInvalid(
+            f"privacy: delta {chosen:g} for {patients} patients; it must be above 0 and below "
+            f"{1 / (patients or 1):.2g}, because it allows that often to publish a patient outright."
+        )
+    return Work(rate, steps, chosen, patients)
+
+
+def _rate(study: Study | None, patients: int | None, batch: int | None) -> float:
+    batch = batch or (study.train.batch_size if study else None)
+    if batch is None:
+        raise StudyInvalid("privacy: name a study, or give --batch and --steps.")
+    if patients is None:
+        raise StudyInvalid("privacy: of how many patients? Give --patients, or a study with [protect.privacy].")
+    if batch > patients:
+        raise StudyInvalid(f"privacy: a batch of {batch} of {patients} patients. Give a smaller --batch.")
+    return batch / patients
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +80,6 @@ class Price:
     noise_multiplier: float
     epsilon: float
     epsilon_rdp: float
-
-
-def work_of(
-    study: Study | None, patients: int, batch: int | None = None, steps: int | None = None, delta: float | None = None
-) -> Work:
-    """The work of a whole study at a site with `patients` training patients; what is given goes before the study's.
-
-    Raises:
-        StudyInvalid: numbers that do not go together, or that nobody has given.
-    """
-    batch = batch or (study.train.batch_size if study else None)
-    if batch is None:
-        raise StudyInvalid("privacy: name a study, or give --batch and --steps.")
-    if batch > patients:
-        raise StudyInvalid(f"privacy: a batch of {batch} of {patients} patients. Give a smaller --batch.")
-    if steps is None and study is not None:
-        train = study.train
-        steps = study.rounds.count * (train.local_steps or ceil(train.local_epochs * patients / batch))
-    if steps is None:
-        raise StudyInvalid("privacy: how many steps? Name a study, or give --steps.")
-    chosen = min(1e-5, 0.1 / patients) if delta is None else delta
-    if not 0 < chosen < 1 / patients:
-        raise StudyInvalid(
-            f"privacy: delta {chosen:g} for {patients} patients; it must be above 0 and below {1 / patients:.2g}, "
-            f"because it allows that often to publish a patient outright."
-        )
-    return Work(patients, batch, steps, chosen)
 
 
 def price(work: Work, noise_multiplier: float) -> Price:

@@ -130,7 +130,10 @@ def jobs(study: Study, nodes: Mapping[str, NodeConfig], compare: bool) -> list[J
     if not compare:
         return listed
     steps = study.train.local_steps
-    together = replace(alone, train=replace(alone.train, local_steps=steps * len(nodes) if steps else None))
+    if study.protect.privacy is not None:  # as many patients a step as all sites together: the same epsilon
+        together = replace(alone, train=replace(alone.train, batch_size=alone.train.batch_size * len(nodes)))
+    else:
+        together = replace(alone, train=replace(alone.train, local_steps=steps * len(nodes) if steps else None))
     listed.append(Job("pooled", together, {"pooled": {**pooled([*nodes.values()]), "site": "pooled"}}))
     return listed + [Job(f"local-{site}", alone, {site: config}) for site, config in nodes.items()]
 

@@ -71,3 +71,8 @@ def test_settings_that_no_accountant_can_mean_are_refused(spoilt):
         parse(Spend, {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 1} | spoilt, "spend")
     with pytest.raises(ValueError, match="delta is 1"):
         epsilon([Spend(1.0, 0.1, 1)], 1.0)
+
+
+def test_noise_is_found_where_much_of_it_costs_nothing_at_all():
+    found = noise_for(8.0, 0.2, 50, 1e-3)  # epsilon of 1000 clips is 0 at so large a delta
+    assert 7.9 < epsilon([Spend(found, 0.2, 50)], 1e-3) <= 8.0

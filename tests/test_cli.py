@@ -411,6 +411,10 @@ def test_the_price_of_privacy_is_told_before_anything_runs():
     assert [p["noise_multiplier"] for p in of_study["prices"]] == [4.0, 8.0]
     least = parsed("fedsim", "privacy", "tiny.toml", "--patients", 20, "--epsilon", 1, "--json")["prices"][0]
     assert 0.99 < least["epsilon"] <= 1.0
+    ready = parsed("fedsim", "privacy", "lung-ct-private", "--json")
+    assert (ready["sample_rate"], ready["steps"], ready["delta"]) == (0.5, 30, 1e-3)
+    assert [(p["noise_multiplier"], 7.5 < p["epsilon"] <= 8) for p in ready["prices"]] == [(1.46, True)]
+    assert "of how many patients" in refused("fedsim", "privacy", "tiny.toml")
     assert "name a study, or give --batch" in refused("fedsim", "privacy", "--patients", 20)
     assert "give --steps" in refused("fedsim", "privacy", "--patients", 20, "--batch", 5)
     assert "a batch of 5 of 4 patients" in refused("fedsim", "privacy", "tiny.toml", "--patients", 4)

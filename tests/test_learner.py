@@ -264,8 +264,8 @@ def rewritten(data: Path, tmp_path: Path, change) -> Path:
 
 
 def test_a_site_tells_how_many_cases_it_holds(data, work, north):
-    assert LEARNER.holding(north, STUDY) == Holding(2, 2)
-    assert LEARNER.holding(site_at(data, work, "north", "south", name="pooled"), STUDY) == Holding(4, 4)
+    assert LEARNER.holding(north, STUDY) == Holding(2, 2, 2)
+    assert LEARNER.holding(site_at(data, work, "north", "south", name="pooled"), STUDY) == Holding(4, 4, 4)
 
 
 def test_a_site_without_labels_to_learn_from_holds_nothing_and_says_so(data, tmp_path, weights):

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 import fedclient.parcels as parcels
+from fedclient.ledger import open_ledger
 from fedclient.parcels import answered
 from fedclient.site import Site
 from fedclient.work import Learned
 from shared_models.errors import OrderRefused, TransferFailed, WeightsInvalid
+from shared_models.protect.privacy import Privacy, Protect
 from shared_models.scores import Score
-from shared_models.study import Study, canonical, sha256
+from shared_models.study import Evaluate, Rounds, Strategy, Study, Train, canonical, sha256
 from shared_models.transfer import Blobs, site_context
 from shared_models.weights import Arrays, file_sha256, load, save_arrays
 from shared_models.wire import BlobRef, Order, Split
@@ -121,6 +123,28 @@ def test_a_delta_that_the_coordinator_has_let_go_of_is_sent_again(edge, north, l
     assert first.blob is not None
     assert arrived(edge) == [first.blob.sha256]
     assert learner.did == ["learn 1"]
+
+
+def test_a_private_round_that_is_asked_for_again_is_spent_once_and_trained_anew_it_is_spent_again(edge, north, learner):
+    privacy = Privacy(noise_multiplier=2.0, sample_rate=0.25)
+    study = Study(
+        name="toy", train=Train(local_steps=10, precision="float32"), rounds=Rounds(count=2),
+        strategy=Strategy(weighting="uniform"), evaluate=Evaluate(every=0), protect=Protect(privacy),
+    )  # fmt: skip
+    asked = order(publish(edge), study=canonical(study).decode(), study_sha256=sha256(study))
+    open_ledger(north.folder).set_budget("all", 50.0, 1e-5)
+    first = answered(asked, north, learner)
+    assert answered(replace(asked, attempt=2), north, learner) == replace(first, attempt=2)
+    assert [s.steps for s in open_ledger(north.folder).accounts()[0].spends] == [10]
+    (gone,) = (north.folder / "runs").rglob("*.json")
+    gone.unlink()
+    answered(asked, north, learner)
+    assert [s.steps for s in open_ledger(north.folder).accounts()[0].spends] == [10, 10]
+    open_ledger(north.folder).set_budget("all", 0.1, 1e-5)
+    with pytest.raises(OrderRefused) as refused:
+        answered(replace(asked, round=2), north, learner)
+    assert refused.value.code == "DP_BUDGET_EXHAUSTED"
+    assert learner.did == ["learn 1", "learn 1"]
 
 
 @pytest.mark.parametrize("lost", [".json", ".safetensors"])

@@ -29,6 +29,8 @@ from shared_models.preprocess import Geometry
 from shared_models.protect.prg import keystream
 from shared_models.protect.privacy import Privacy
 from shared_models.study import Augment, Train
+from simulations.audit import Guesses, epsilon_at_least, guesses, p_value
+from simulations.bench.privacy_audit import audit
 
 GRID = Geometry((1, 1, 1), (1.0, 1.0, 1.0), (1,), (0.0,), (1.0,))
 PRIVACY = Privacy(noise_multiplier=1.0, sample_rate=0.5, clip_norm=1.0, examples_per_patient=2)
@@ -195,3 +197,29 @@ def test_what_pulls_towards_the_received_weights_is_added_after_the_clip():
     first = -0.5 * 1.0 / 8  # the clip, over the batch size
     moved = first * 1.9 - 0.5 * 0.1 * first  # momentum 0.9, then the pull of mu times how far it has gone
     assert float(net.weight.detach()) - 2.0 == pytest.approx(moved, rel=1e-4)
+
+
+# Whether the claim holds
+
+
+def test_an_attacker_who_sees_every_weight_cannot_disprove_the_claimed_epsilon_and_does_without_the_noise():
+    privacy = Privacy(noise_multiplier=2.0, sample_rate=1.0, examples_per_patient=1)
+    found = audit(privacy, 600, 2, known_chance(5))
+    assert 0.1 * found.claimed < found.at_least <= found.claimed
+    silent = audit(privacy, 600, 2, known_chance(5), np.zeros)
+    assert silent.found.right > 0.98 * silent.found.made
+    assert silent.at_least > silent.claimed + 0.5
+
+
+def test_guesses_bound_epsilon_as_their_authors_computed_it():
+    # all of r guesses right: P = q^r, so that epsilon is log(q / (1 - q)) of q = 0.05^(1 / r) where delta is 0
+    right = 0.05 ** (1 / 100)
+    assert epsilon_at_least(Guesses(100, 100, 100), 0.0) == pytest.approx(math.log(right / (1 - right)), abs=2e-3)
+    assert epsilon_at_least(Guesses(100, 100, 50), 1e-5) == 0.0  # no better than a coin
+    assert p_value(Guesses(100, 100, 90), 1.0, 1e-2) > p_value(Guesses(100, 100, 90), 1.0, 0.0)
+
+
+def test_the_highest_and_lowest_scores_are_guessed_and_the_others_are_not():
+    scores = np.array([5.0, 1.0, 3.0, -2.0, 0.0])
+    took_part = np.array([True, True, False, False, False])
+    assert guesses(scores, took_part, 2) == Guesses(5, 4, 3)  # right: 5 in, -2 and 0 out; wrong: 3

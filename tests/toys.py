@@ -45,7 +45,7 @@ class ToyLearner:
         return {label: counts([0.5, 0.75]) for label in study.task.labels}
 
     def holding(self, site: Site, study: Study) -> Holding:
-        return Holding(8, 2)
+        return Holding(8, 2, 8)
 
 
 def nodes(sites: Iterable[str], folder: Path) -> dict[str, NodeConfig]:
