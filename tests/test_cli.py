@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import fedclient.cli
 import fedserver.cli
 import simulations.cli
-from fedclient.ledger import open_ledger
+from fedclient.ledger import Reservation, open_ledger
 from fedclient.site import Data, SiteFile, site_toml
 from fedserver.enrol import open_federation
 from fedserver.state import change_run, find_run
@@ -307,7 +307,7 @@ def test_a_queued_run_is_shown_and_stopped_and_goes_on(federation):
 def test_the_ready_studies_are_listed():
     assert "lung-ct-quick" in call("fedsim", "studies")[1]
     ready = {"brats-tumour", "chest-xray", "ct-nodule", "hippocampus", "lung-ct", "lung-ct-quick", "lung-nodule"}
-    ready |= {"brca-prognosis", "nodule-malignancy"}
+    ready |= {"brca-prognosis", "lung-ct-private", "nodule-malignancy"}
     assert set(parsed("fedsim", "studies", "--json")) == ready
 
 
@@ -429,7 +429,7 @@ def test_a_hospital_sets_its_privacy_budget_and_reads_its_ledger(tmp_path):
     write_atomic(Path("site") / "site.toml", site_toml(file).encode())
     assert "No privacy budget is set" in call("fedclient", "ledger")[1]
     assert call("fedclient", "budget", "--epsilon", 30)[0] == 0
-    number = open_ledger(Path("site")).reserve("all", "run-1", "a" * 64, 100, Spend(8.0, 0.1, 100))
+    number = open_ledger(Path("site")).reserve(Reservation("all", "run-1", "a" * 64, 100, Spend(8.0, 0.1, 100)))
     told = parsed("fedclient", "ledger", "--json")["all"]
     assert told == {"epsilon": epsilon([Spend(8.0, 0.1, 100)], 1e-5), "budget": {"epsilon": 30.0, "delta": 1e-5},
                     "steps": 100, "runs": ["run-1"], "not_settled": 1}  # fmt: skip

@@ -19,6 +19,7 @@ from shared_models.files import read_lines
 from shared_models.parse import parse
 from shared_models.protect.accounting import Spend, epsilon
 from shared_models.protect.privacy import Privacy, Protect
+from shared_models.scores import Score
 from shared_models.study import (
     Evaluate,
     Model,
@@ -117,6 +118,16 @@ def spent(folder: Path) -> tuple[Spend, ...]:
 def test_a_study_that_would_break_the_promise_is_refused_with_the_key_to_mend(change, words):
     with pytest.raises(ValueError, match=words):
         replace(PRIVATE, **change)
+
+
+def test_every_number_of_the_privacy_table_is_part_of_what_a_site_approves():
+    privacy = Privacy(noise_multiplier=2.0, sample_rate=0.25)
+    others: list[dict[str, Any]] = [
+        {"noise_multiplier": 2.1}, {"sample_rate": 0.5}, {"clip_norm": 0.5}, {"examples_per_patient": 1},
+        {"delta": 1e-6}, {"trained": "head"},
+    ]  # fmt: skip
+    tables = [privacy, *(replace(privacy, **change) for change in others)]
+    assert len({sha256(replace(PRIVATE, protect=Protect(table))) for table in tables}) == 7
 
 
 def test_a_wrong_privacy_table_says_what_is_allowed():

@@ -354,7 +354,7 @@ ONLY_ONE = {
     ("model", "head"), ("transfer", "freeze"), ("transfer", "rate_decay"), ("transfer", "head_rounds"),
     ("task", "kind"), ("model", "name"), ("model", "spatial_dims"), ("model", "levels"), ("preprocess", "fit"),
     ("preprocess", "mean"), ("preprocess", "deviation"), ("preprocess", "nonzero"),
-    ("train", "foreground"), ("evaluate", "overlap"),
+    ("train", "foreground"), ("evaluate", "overlap"), ("protect", "privacy"),
 }  # fmt: skip
 
 
@@ -424,7 +424,14 @@ def test_a_message_does_not_repeat_a_long_value():
 
 def test_the_ready_studies_load_and_are_called_what_they_are():
     assert ready[:4] == ["brats-tumour", "brca-prognosis", "chest-xray", "ct-nodule"]
-    assert ready[4:] == ["hippocampus", "lung-ct", "lung-ct-quick", "lung-nodule", "nodule-malignancy"]
+    assert ready[4:] == [
+        "hippocampus",
+        "lung-ct",
+        "lung-ct-private",
+        "lung-ct-quick",
+        "lung-nodule",
+        "nodule-malignancy",
+    ]
     for name in ready:
         assert load_study(name).name == name
         assert load_study(str(ready_studies()[name])) == load_study(name)

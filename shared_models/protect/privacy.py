@@ -58,24 +58,46 @@ def check_private(study: "Study") -> None:
     if study.protect.privacy is None:
         return
     train = study.train
-    wrong = {
-        'plan = "federated" needs histograms of every site\'s training patients, and these carry no noise; '
-        "give plan, model and preprocess": study.plan == "federated",
-        'strategy.weighting must be "uniform": the number of examples of a site is not for sale, and under noise all '
-        "sites weigh the same": study.strategy.weighting != "uniform",
-        "train.local_steps must be given: the batches of local_epochs depend on how many patients a site "
-        "has": train.local_steps is None,
-        "evaluate.every must be 0: scores of validation and test patients carry no noise; score the released weights "
-        "where those patients may be seen": study.evaluate.every != 0,
-        "train.scaffold, moon_mu and sharpness_rho must be off: they take gradients that nobody has "
-        "clipped": train.scaffold or train.moon_mu > 0 or train.sharpness_rho > 0,
-        "[personal] must be left out: a site's own model is trained and scored without noise": study.personal.any,
-        "train.deterministic must be false: noise that could be made again would hide nobody": train.deterministic,
-        "train.clip_gradient must be left out: each patient is clipped to "
-        "protect.privacy.clip_norm": train.clip_gradient is not None,
-        'train.precision must be "float32": gradients of half precision vanish before they are clipped': train.precision
-        != "float32",
-    }
-    for what, found in wrong.items():
-        if found:  # the first is enough to mend
-            raise ValueError(f"with [protect.privacy] {what}")
+    for broken, words in (
+        (
+            study.plan == "federated",
+            'plan = "federated" needs histograms of every site\'s training patients, and these carry no noise; give '
+            "plan, model and preprocess",
+        ),
+        (
+            study.strategy.weighting != "uniform",
+            'strategy.weighting must be "uniform": how many examples a site has is not told, and under noise all sites '
+            "weigh the same",
+        ),
+        (
+            train.local_steps is None,
+            "train.local_steps must be given: the batches of local_epochs depend on how many patients a site has",
+        ),
+        (
+            study.evaluate.every != 0,
+            "evaluate.every must be 0: scores of validation and test patients carry no noise; score the released "
+            "weights where those patients may be seen",
+        ),
+        (
+            train.scaffold or train.moon_mu > 0 or train.sharpness_rho > 0,
+            "train.scaffold, moon_mu and sharpness_rho must be off: they take gradients that nobody has clipped",
+        ),
+        (
+            study.personal.any,
+            "[personal] must be left out: a site's own model is trained and scored without noise",
+        ),
+        (
+            train.deterministic,
+            "train.deterministic must be false: noise that could be made again would hide nobody",
+        ),
+        (
+            train.clip_gradient is not None,
+            "train.clip_gradient must be left out: each patient is clipped to protect.privacy.clip_norm",
+        ),
+        (
+            train.precision != "float32",
+            'train.precision must be "float32": gradients of half precision vanish before they are clipped',
+        ),
+    ):
+        if broken:
+            raise ValueError(f"with [protect.privacy] {words}")
