@@ -217,8 +217,8 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
     if spending is not None:  # all else follows from the patients, and carries no noise
         spending.settle()
         return Answer(done, delta)
-    more = {"examples": learned.examples, "losses": learned.losses, "variance": learned.variance}
-    return Answer(replace(done, **more, seconds=time.monotonic() - began), delta)
+    done = replace(done, examples=learned.examples, losses=learned.losses, variance=learned.variance)
+    return Answer(replace(done, seconds=time.monotonic() - began), delta)
 
 
 def own_model(order: Order, study: Study, weights: Arrays, site: Site, learner: Learner) -> Arrays | None:

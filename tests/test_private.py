@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
-from fedclient.data.cache import Stored
+from fedclient.data.cache import Facts, Stored
 from fedclient.data.cases import Case
 from fedclient.data.dataset import Batch, DataSet
 from fedclient.training.chance import Chance
@@ -60,7 +60,7 @@ def patient(seed: int, scale: float) -> tuple[Tensor, Tensor]:
 def stored(key: str, examples: int, value: float = 0.0) -> Stored:
     images = np.full((examples, 1, 4, 4), value, np.float16)
     images[:, 0, 0, 0] = np.arange(examples)
-    return Stored(key, images, np.zeros((examples, 4, 4), np.uint8), GRID, 0)
+    return Stored(key, images, np.zeros((examples, 4, 4), np.uint8), Facts(GRID, 0))
 
 
 def case(key: str, person: str) -> Case:

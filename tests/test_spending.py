@@ -35,7 +35,7 @@ from shared_models.study import (
 from shared_models.update import Expected, Update, admit
 from shared_models.weights import Arrays, InMemory, load
 from shared_models.wire import Order, Split
-from simulations.engine import run_local
+from simulations.engine import NodeConfig, run_local
 from simulations.phantoms import PhantomPlan, phantom
 from tests.crash import fresh, killed_at
 from tests.toys import WEIGHTS, ToyLearner
@@ -283,7 +283,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_of(folder: Path, data: Path, study: Study = TINY) -> RunFolder:
     run = create_run(folder, "federated", study, nets.initial_weights(study))
-    sites = {"site": "", "data": str(data), "work": str(folder), "device": "cpu", "threads": 1}
+    sites: NodeConfig = {"site": "", "data": str(data), "work": str(folder), "device": "cpu", "threads": 1}
     run_local(run.path, {s: {**sites, "site": s, "manifest-site": s} for s in ("north", "south")})
     return run
 

@@ -108,7 +108,7 @@ def fit_private(
         total = lot_sum(net, trained, on_device(device, lot), loss_of, privacy.clip_norm)
         noise = np.rint(draw(count) * (privacy.noise_multiplier * CLIP)).astype(np.int64)
         mean = (total + torch.from_numpy(noise).to(device)).double() * (privacy.clip_norm / CLIP / train.batch_size)
-        parts = mean.float().split([p.numel() for p in trained])
+        parts = torch.split(mean.float(), [p.numel() for p in trained])
         for p, was, part in zip(trained, received, parts, strict=True):
             p.grad = part.view_as(p).add(p.detach() - was, alpha=train.proximal_mu)
         optimizer.step()
@@ -151,7 +151,7 @@ def poisson_lots(
     """
     for _ in range(steps):
         taken = np.flatnonzero(chance.taken(len(patients), privacy.sample_rate))
-        yield (_of_patient(cases, patients[p], privacy.examples_per_patient, augment, chance) for p in taken)
+        yield (_of_patient(cases, patients[p], privacy.examples_per_patient, augment, chance) for p in taken.tolist())
 
 
 def _of_patient(cases: DataSet, places: NDArray[np.intp], most: int, augment: Augment, chance: Chance) -> Batch:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedclient.data.cache import Stored
+from fedclient.data.cache import Facts, Stored
 from fedclient.data.dataset import DataSet
 from fedclient.training.chance import Chance
 from fedclient.training.private import Normal, fit_private, poisson_lots
@@ -64,7 +64,7 @@ def audit(privacy: Privacy, canaries: int, steps: int, chance: Chance, normal: N
 def _canary(place: int, canaries: int) -> Stored:
     image = np.zeros((1, canaries), np.float16)
     image[0, place] = 1000.0  # far above the clip
-    return Stored(f"{place:06d}", image, np.zeros((1, 1), np.uint8), GRID, 0)
+    return Stored(f"{place:06d}", image, np.zeros((1, 1), np.uint8), Facts(GRID, 0))
 
 
 def main() -> None:

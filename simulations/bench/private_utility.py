@@ -50,7 +50,7 @@ def one(study: Study, data: Path, workers: int) -> dict[str, Any]:
         nodes = node_configs(Path(folder), [data], Machine(device="cpu"), None)
         run = carry_out(federation("federated", study, nodes), Path(folder), Machine(workers=workers, device="cpu"))
         told = spent(study, facts(run)["rounds"])
-        dice = {site: round(part.mean, 4) for site, part in score(run, nodes).items()}
+        dice = {site: round(part.value, 4) for site, part in score(run, nodes).items()}
     return {"dice": dice, "epsilon": None if told is None else max(row["epsilon"] for row in told["sites"].values())}
 
 
