@@ -5,8 +5,11 @@ import logging
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedclient.consent import admitted
+from fedclient.egress import release
 from fedclient.gate.ready import ready
 from fedclient.parcels import answered
+from fedclient.records import log_of
 from fedclient.site import Site, open_site
 from fedclient.work import Gate, Learner, carry_out, no_gate, refusal
 from shared_models.errors import FederationError, OrderRefused, WeightsInvalid
@@ -23,7 +26,8 @@ def client_app(learner: Learner, gate: Gate = no_gate) -> ClientApp:
         order, site = read_order(message), open_site(context.node_config)
         try:
             if site.deployed:
-                return write_reply(answered(order, site, learner, gate=gate), message)
+                done = answered(order, admitted(order, site), learner, gate=gate)
+                return write_reply(release(done, order, site), message)
             weights = tensors_of(message, f"order of round {order.round}") or {}
             done = carry_out(order, weights, site, learner, gate)
             return write_reply(done.reply, message, pack(done.delta) if done.delta else None)
@@ -40,7 +44,13 @@ def _refused(order: Order, site: Site, error: FederationError, message: Message)
     """Tells the coordinator a code and the site's own log the words."""
     code = error.code if isinstance(error, OrderRefused) else CODES.get(type(error).__name__, "SITE_ERROR")
     log.error("order of run %s, round %s refused as %s: %s", order.run, order.round, code, error)
-    return write_reply(refusal(order, site, code), message)
+    reply = refusal(order, site, code, error.keys if isinstance(error, OrderRefused) else ())
+    if site.deployed:
+        log_of(site.folder, site.name).add(
+            "order-refused", run=order.run, round=order.round, kind=order.kind, study=order.study_sha256, code=code
+        )
+        reply = release(reply, order, site)
+    return write_reply(reply, message)
 
 
 CODES = {

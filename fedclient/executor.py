@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from fedclient.egress import release_code
 from fedclient.node import EXECUTOR_LOST, NodeFiles, pause
 from shared_models.archive import (
     CLIENT_APP,
@@ -209,12 +210,14 @@ def answer(work: Work, message: "Message", context: "Context", archive: bytes) -
     if sent != work.approved:
         log.error("refused an app: archive %s, this package's is %s", sent, work.approved)
         reason = f"APP_NOT_APPROVED {sent[:12]}"
+        release_code(work.kept.parent.parent, reason)
         return Message(Error(ErrorCode.INVALID_FAB, reason), reply_to=message), reason
     try:
         return work.app(message, context), ""
     except Exception as error:
         reason = code_of(error)
         log.exception("the app failed; the coordinator is told %s", reason)
+        release_code(work.kept.parent.parent, reason)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message), reason
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from fedclient.egress import check_tensors, release_tensors
 from fedclient.site import Site
 from fedclient.work import Gate, Learner, carry_out, no_gate
 from shared_models.errors import OrderRefused
@@ -37,13 +38,17 @@ def answered(order: Order, site: Site, learner: Learner, timeout_s: float = 3600
     kept = _kept(order, site)
     reply = _finished(order, kept)
     if reply is None:
-        done = carry_out(order, _fetched(order, site, blobs, timeout_s), site, learner, gate)
+        weights = _fetched(order, site, blobs, timeout_s)
+        done = carry_out(order, weights, site, learner, gate)
         reply = done.reply
         if reply.kind == "update":
+            check_tensors(done.delta, weights)
             reply = _keep(reply, done.delta, kept)
         elif reply.kind == "statistics":  # every image was read for it
             write_atomic(kept, dump(reply))
     if reply.blob is not None:
+        site.go_on()  # consent may have ended while the last step was under way
+        release_tensors(reply.blob, order, site)
         blobs.send(kept.with_suffix(".safetensors"), reply.blob.sha256, timeout_s)
     return reply
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from pydantic import Field
 
 from fedclient.data.quota import GIB, QUOTA_GIB
 from fedclient.data.where import Where
+from fedclient.policy import Policy
 from shared_models.errors import StateInvalid
 from shared_models.files import write_atomic
 from shared_models.parse import STRICT, parse, plain, read_toml
@@ -75,14 +76,6 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    """`[policy]`: what may leave; a score's histogram needs at least `smallest_count` cases (CMS and PCORnet: 11)."""
-
-    __pydantic_config__ = STRICT
-    smallest_count: Annotated[int, Field(ge=1, le=10_000)] = 11
-
-
-@dataclass(frozen=True, slots=True)
 class PrivacyPolicy:
     """`[privacy]`: an order can be stricter, never looser; the budget over all studies is set by `fedclient budget`.
 
@@ -111,6 +104,10 @@ class SiteFile:
     privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
 
 
+def _always() -> None:
+    """Work under way goes on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """One institution at work.
@@ -123,6 +120,8 @@ class Site:
         processes: that prepare images side by side.
         quota_bytes: the most that the cache may take up.
         deployed: tensors travel as blobs, and finished work is kept for an order that comes again.
+        policy: what the hospital allows; asked in a deployment.
+        go_on: called between the steps of work under way; raises OrderRefused once it may not go on.
     """
 
     name: str
@@ -140,6 +139,8 @@ class Site:
     apart: str = ""
     pooled: tuple[Where, ...] = ()
     processes: int = 1
+    policy: Policy = field(default_factory=Policy)
+    go_on: Callable[[], None] = _always
     quota_bytes: int = int(QUOTA_GIB * GIB)
     labelled: tuple[str, ...] = ()
     privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
@@ -190,6 +191,8 @@ def _toml(value: object) -> str:
         return "{" + ", ".join(f"{_toml(str(key))} = {_toml(held)}" for key, held in value.items()) + "}"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
     return str(value)
 
 
@@ -232,6 +235,7 @@ def open_site(node_config: Mapping[str, object]) -> Site:
             layout=file.data.layout,
             structures=file.data.structures,
             processes=file.compute.processes or min(8, len(os.sched_getaffinity(0))),
+            policy=file.policy,
             quota_bytes=int(file.cache.quota_gib * GIB),
             labelled=file.data.labelled,
             privacy=file.privacy,

@@ -21,7 +21,7 @@ from shared_models.scores import Score
 from shared_models.strategy import remembers
 from shared_models.study import Study, from_json
 from shared_models.weights import Arrays, load, save_arrays
-from shared_models.wire import Order, Reply, Split
+from shared_models.wire import Order, Proof, Reply, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +134,22 @@ def check_proof(order: Order, site: Site) -> None:
     Raises:
         OrderRefused: `PLAN_UNSIGNED` or `PLAN_SIGNATURE`.
     """
-    if order.plan_sha256 is None or not site.deployed:
-        return
-    if order.plan_proof is None:
-        raise OrderRefused("PLAN_UNSIGNED", f"run {order.run}: the coordinator has not signed its plan. Ask it why.")
-    certificate, signature = order.plan_proof.certificate.encode(), bytes.fromhex(order.plan_proof.signature)
-    content = statement(order.run, order.study_sha256, order.plan_sha256)
-    if not stated((site.folder / "keys" / "ca.pem").read_bytes(), certificate, signature, PURPOSE, content):
+    if order.plan_sha256 is not None and site.deployed:
+        content = statement(order.run, order.study_sha256, order.plan_sha256)
+        check_signed(order.plan_proof, site, PURPOSE, content, order.run)
+
+
+def check_signed(proof: Proof | None, site: Site, purpose: str, content: bytes, run: str) -> None:
+    """Raises OrderRefused unless the coordinator signed `content`: `PLAN_UNSIGNED` or `PLAN_SIGNATURE` of a plan."""
+    if proof is None:
         raise OrderRefused(
-            "PLAN_SIGNATURE",
-            f"run {order.run}: the plan's signature is not the coordinator's for this run and study. Telephone it.",
+            f"{purpose.upper()}_UNSIGNED", f"run {run}: the coordinator has not signed its {purpose}. Ask it why."
+        )
+    certificate, signature = proof.certificate.encode(), bytes.fromhex(proof.signature)
+    if not stated((site.folder / "keys" / "ca.pem").read_bytes(), certificate, signature, purpose, content):
+        raise OrderRefused(
+            f"{purpose.upper()}_SIGNATURE",
+            f"run {run}: the {purpose}'s signature is not the coordinator's for this run and study. Telephone it.",
         )
 
 
@@ -246,7 +252,7 @@ def _rememberer(learner: Learner) -> Rememberer:
     return learner
 
 
-def refusal(order: Order, site: Site, code: str) -> Reply:
+def refusal(order: Order, site: Site, code: str, keys: tuple[str, ...] = ()) -> Reply:
     """A refused order; the reason's words stay in the site's log."""
     return Reply(
         kind="refusal",
@@ -258,4 +264,5 @@ def refusal(order: Order, site: Site, code: str) -> Reply:
         base_sha256=order.base_sha256,
         plan_sha256=order.plan_sha256,
         refusal=code,
+        refusal_keys=keys,
     )

@@ -9,12 +9,12 @@ from flwr.serverapp import Grid, ServerApp
 from fedserver.checkpoint import RunFolder
 from fedserver.cohort import Presence
 from fedserver.courier import Beside
-from fedserver.enrol import Federation, open_federation, signer
+from fedserver.enrol import Federation, open_federation, open_log, signer
+from fedserver.records import Records
 from fedserver.report import write_report
 from fedserver.rounds import Setting, carry_out
 from fedserver.state import list_sites
 from shared_models.identity import sign
-from shared_models.planned import PURPOSE
 from shared_models.wire import Proof
 
 app = ServerApp()
@@ -32,7 +32,8 @@ def main(grid: Grid, context: Context) -> None:
             presence=lambda: presence(grid, federation),
             courier=Beside(federation.blobs / "out", federation.blobs / "in"),
             poll_s=0.15,
-            sign=lambda content: proof(federation, content),
+            sign=lambda purpose, content: proof(federation, purpose, content),
+            records=Records(open_log(federation), federation.state),
         )
     )
     try:
@@ -41,10 +42,10 @@ def main(grid: Grid, context: Context) -> None:
         logging.getLogger("fedserver").exception("run %s is finished, but its report could not be written", run.id)
 
 
-def proof(federation: Federation, content: bytes) -> Proof:
-    """The coordinator's signature of a statement about a plan."""
+def proof(federation: Federation, purpose: str, content: bytes) -> Proof:
+    """The coordinator's signature of a statement."""
     by = signer(federation)
-    return Proof(by.certificate.decode(), sign(by.key, PURPOSE, content).hex())
+    return Proof(by.certificate.decode(), sign(by.key, purpose, content).hex())
 
 
 def presence(grid: Grid, federation: Federation) -> Presence:

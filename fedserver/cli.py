@@ -156,7 +156,7 @@ def stop(
     federation: Folder = HERE,
 ) -> None:
     """Stops a run after what it has finished; `fedserver run` with the same study goes on with it."""
-    from fedserver.enrol import open_federation
+    from fedserver.enrol import open_federation, open_log
     from fedserver.state import change_run, find_run
 
     opened = open_federation(federation)
@@ -165,6 +165,7 @@ def stop(
         raise StateInvalid(f"run {run_id!r}: is not known here. `fedserver status` lists the runs.")
     if found.state == "finished":
         raise StateInvalid(f"run {run_id!r}: is finished already. There is nothing to stop.")
+    open_log(opened).add("run-stopped", run=run_id)
     change_run(opened.state, run_id, time.time(), "stopped", "stopped by the coordinator")
     console.print(f"{run_id} is stopped.")
 

@@ -23,6 +23,7 @@ from fedserver.state import (
     list_sites,
     redeem_invite,
 )
+from shared_models.audit import AuditLog
 from shared_models.errors import EnrolmentFailed, FederationError, StateInvalid
 from shared_models.files import canonical_json, write_atomic
 from shared_models.identity import (
@@ -166,7 +167,9 @@ def init_federation(folder: Path, name: str, address: str) -> Federation:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return open_federation(folder)
+    opened = open_federation(folder)
+    open_log(opened).add("founded", name=name, address=address, authority=ca_fingerprint(opened))
+    return opened
 
 
 def open_federation(folder: Path) -> Federation:
@@ -204,6 +207,13 @@ def signer(federation: Federation) -> Credential:
     return Credential(mark + certificate, key)
 
 
+def open_log(federation: Federation) -> AuditLog:
+    """The coordinator's audit log; its lines are signed with the key of its statements."""
+    by = signer(federation)
+    path, party = federation.folder / "audit.jsonl", f"coordinator {federation.name}"
+    return AuditLog(path, party, by.key, by.certificate.decode())
+
+
 def invite(federation: Federation, site: str, now_s: float | None = None) -> str:
     """An invite for `site`, one word, good for one enrolment within 72 hours; an unused earlier one dies.
 
@@ -213,6 +223,7 @@ def invite(federation: Federation, site: str, now_s: float | None = None) -> str
     token = secrets.token_hex(16)
     expires_at = (time.time() if now_s is None else now_s) + INVITE_S
     add_invite(federation.state, InviteRow(_sha256(token), site, expires_at, None))
+    open_log(federation).add("invited", site=site, expires_at=round(expires_at, 3))
     return write_invite(Invite(federation.address, ca_fingerprint(federation), site, token))
 
 
@@ -249,6 +260,9 @@ def enrol(federation: Federation, request: bytes, register_node: RegisterNode, n
         return _refused(409, str(error))
     except FederationError as error:
         return _refused(503, f"{error} The invite is still good: join again when the coordinator has mended this.")
+    open_log(federation).add(
+        "enrolled", site=site.name, certificate=site.certificate_fingerprint, identity=site.identity_public_key
+    )
     return Reply(200, write_message(JoinAnswer(federation.name, site.name, certificate.decode())))
 
 

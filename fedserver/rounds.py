@@ -32,12 +32,14 @@ from fedserver.checkpoint import (
 from fedserver.cohort import Presence, choose
 from fedserver.courier import Courier, Parcel
 from fedserver.optimizers import optimizer_of
+from fedserver.records import Records
+from shared_models import study as study_file
 from shared_models.errors import FederationError, RoundPaused, StateInvalid, UpdateRejected, WeightsInvalid
 from shared_models.files import append_json, read_lines, write_json
 from shared_models.parse import plain
 from shared_models.plan import Fingerprint, derive, doubted
 from shared_models.plan import total as merged
-from shared_models.planned import constraints, statement
+from shared_models.planned import PURPOSE, constraints, statement
 from shared_models.scores import Score, doubted_scores, row_of
 from shared_models.scores import total as scored_together
 from shared_models.study import Study
@@ -49,6 +51,11 @@ log = logging.getLogger("fedserver")
 MOST_REASON = 500  # characters of a reason in files and on screens
 MOST_ATTEMPTS = 6  # orders to one site in one round
 LONGEST_S = 30 * 86400.0  # the longest deadline that a study may give
+LATER = {  # refusals that are no last word: the round does without the site, and asks it again
+    "APPROVAL_PENDING": "awaits approval at the site",
+    "OUTSIDE_HOURS": "its hospital computes at other hours",
+}
+LATER_S, LONGEST_LATER_S = 15.0, 120.0  # from such a refusal to the next question; it doubles
 LOST = frozenset({3, 4, 5, 8})  # Flower's error codes of a node or app that went away, not of one that said no
 
 
@@ -65,7 +72,8 @@ class Setting:
     Attributes:
         bounded: False in a simulation, whose sites share a machine: how long one of them takes says nothing about a
             hospital, so that it is neither late nor asked again, and results do not follow from the machine's load.
-        sign: a statement about the plan, as the coordinator; None in a simulation, where nobody has a key.
+        sign: a statement, as the coordinator (purpose, content); None in a simulation, where nobody has a key.
+        records: the coordinator's audit log; None in a simulation.
     """
 
     grid: Grid
@@ -79,17 +87,19 @@ class Setting:
     reask_s: float = 60.0
     bounded: bool = True
     first_weights: Callable[[Study], Arrays] = _first_weights
-    sign: Callable[[bytes], Proof] | None = None
+    sign: Callable[[str, bytes], Proof] | None = None
+    records: Records | None = None
 
 
 @dataclass(slots=True)
 class Seat:
-    """One site in one phase; `state` is away, asked, lost, counted, refused, rejected, failed or late."""
+    """One site in one phase; `state` is away, asked, lost, pending, counted, refused, rejected, failed or late."""
 
     state: str = "away"
     reason: str = "is not online"
     attempt: int = 0
     asked_at: float = 0.0
+    put_off: int = 0  # times that it answered `LATER`
 
     @property
     def open(self) -> bool:
@@ -104,6 +114,7 @@ class Table:
     text: str  # of study.json, which the study is known by
     plan: str | None = None  # of plan.json
     proof: Proof | None = None  # of the plan
+    study_proof: Proof | None = None
     seats: dict[str, Seat] = field(default_factory=dict)
     late: dict[str, tuple[str, Expected]] = field(default_factory=dict)  # message id -> site, what it was asked
     counted: set[tuple[str, int]] = field(default_factory=set)  # (site, round): an update counts once
@@ -126,12 +137,16 @@ def carry_out(setting: Setting) -> State:
     study = read_study(folder)
     forget_unfinished(folder, state)
     table = Table(study, (folder.path / "study.json").read_text(), last=state.counted)
+    if setting.sign is not None:
+        table.study_proof = setting.sign(study_file.SIGNED, study_file.statement(state.run, state.study_sha256))
+        write_json(folder.path / "study-proof.json", plain(table.study_proof))
+    _note(setting, "run-opened", state.run, round=state.round, study=state.study_sha256)
     if study.plan == "federated" and state.plan_sha256 is None:
         state = statistics(setting, table, state)
     check_weights(folder, state)
     table.plan = read_plan(folder, state)
     if state.plan_sha256 is not None and setting.sign is not None:
-        table.proof = setting.sign(statement(state.run, state.study_sha256, state.plan_sha256))
+        table.proof = setting.sign(PURPOSE, statement(state.run, state.study_sha256, state.plan_sha256))
         write_json(folder.path / "plan-proof.json", plain(table.proof))
     schema = schema_on_disk(folder, state.round)
     while state.round < study.rounds.count:
@@ -140,7 +155,14 @@ def carry_out(setting: Setting) -> State:
         table.durations.append(setting.clock() - began)
     final_evaluation(setting, table, state, schema)
     show(setting, table, "finished", state.round, 0.0, always=True)
+    _note(setting, "run-finished", state.run, round=state.round, weights=state.weights_sha256)
     return state
+
+
+def _note(setting: Setting, event: str, run: str, **facts: Any) -> None:
+    """A line of the coordinator's audit log."""
+    if setting.records is not None:
+        setting.records.add(event, run=run, **facts)
 
 
 def statistics(setting: Setting, table: Table, state: State) -> State:
@@ -165,7 +187,9 @@ def statistics(setting: Setting, table: Table, state: State) -> State:
     converse(setting, table, order, Parcel(None, None), cohort, expected, add, study.rounds.quorum)
     whole = merged(parts.values())
     plan = derive(whole, constraints(study))
-    return adopt_plan(setting.folder, state, plan, whole, tuple(sorted(parts)), setting.first_weights)
+    adopted = adopt_plan(setting.folder, state, plan, whole, tuple(sorted(parts)), setting.first_weights)
+    _note(setting, "plan-made", state.run, plan=adopted.plan_sha256, sites=sorted(parts))
+    return adopted
 
 
 def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> State:
@@ -216,6 +240,7 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
     done = finish_round(setting.folder, state, updates, optimizer_of(study.strategy), counted, line, late_rounds)
     table.last = done.counted
     setting.courier.retire(state.weights_sha256)
+    _note(setting, "round-closed", state.run, round=number, counted=list(counted), weights=done.weights_sha256)
     return done
 
 
@@ -336,15 +361,18 @@ def _is_due(seat: Seat, now: float, reask_s: float) -> bool:
         return False
     if seat.state == "asked":
         return now - seat.asked_at >= reask_s * seat.attempt
+    if seat.state == "pending":
+        return now - seat.asked_at >= min(LONGEST_LATER_S, LATER_S * 2.0 ** (seat.put_off - 1))
     return seat.state in ("away", "lost")
 
 
 def _ask(
     setting: Setting, order: Order, parcel: Parcel, site: str, node: int, seat: Seat, now: float, ttl_s: float
 ) -> dict[str, str]:
-    message = write_order(
-        replace(order, attempt=seat.attempt + 1, blob=parcel.blob), node, parcel.tensors, ttl_s=max(600.0, 2 * ttl_s)
-    )
+    order = replace(order, attempt=seat.attempt + 1, blob=parcel.blob)
+    if setting.records is not None:
+        order = setting.records.ordered(site, order)
+    message = write_order(order, node, parcel.tensors, ttl_s=max(600.0, 2 * ttl_s))
     ids = [i for i in setting.grid.push_messages([message]) if i]
     if not ids:
         seat.state, seat.reason = "lost", "the order could not be handed to its node"
@@ -416,8 +444,10 @@ def _settle(setting: Setting, site: str, seat: Seat, message: Message, accept: A
         reply = read_reply(message, where)
         if reply.site != site:
             raise UpdateRejected("OTHER_SITE", f"{where}: the reply calls itself {reply.site!r}. It was left out.")
+        if setting.records is not None:
+            setting.records.heard(site, reply)
         if reply.kind == "refusal":
-            seat.state, seat.reason = "refused", reply.refusal or "REFUSED"
+            _put_off(seat, reply) if reply.refusal in LATER else _refused(seat, reply)
             return
         accept(site, reply, message, expected, False)
         seat.state, seat.reason = "counted", ""
@@ -431,6 +461,19 @@ def _settle(setting: Setting, site: str, seat: Seat, message: Message, accept: A
     finally:
         if reply is not None:
             setting.courier.drop(site, reply)
+        if seat.state != "lost":
+            _note(setting, f"reply-{seat.state}", expected.run, round=expected.round, site=site, why=seat.reason[:200])
+
+
+def _put_off(seat: Seat, reply: Reply) -> None:
+    """Asked again in a while, as if for the first time: a hospital may take days to decide."""
+    seat.state, seat.reason = "pending", LATER[reply.refusal or ""]
+    seat.attempt, seat.put_off = 0, seat.put_off + 1
+
+
+def _refused(seat: Seat, reply: Reply) -> None:
+    keys = f" ({', '.join(reply.refusal_keys)})" if reply.refusal_keys else ""
+    seat.state, seat.reason = "refused", f"{reply.refusal or 'REFUSED'}{keys}"
 
 
 def _check_scores(study: Study, site: str, reply: Reply) -> None:
@@ -465,10 +508,13 @@ def _take_late(
     reply = None
     try:
         reply = read_reply(message, f"site {site!r}")
+        if setting.records is not None and reply.site == site:
+            setting.records.heard(site, reply)
         fresh = (site, was_asked.round) not in table.counted
         if table.study.rounds.late == "next" and fresh and reply.site == site and reply.kind == "update":
             accept(site, reply, message, was_asked, True)
             table.counted.add((site, was_asked.round))
+            _note(setting, "reply-counted", was_asked.run, round=was_asked.round, site=site, why="late")
     except FederationError as e:
         seat = table.seats.setdefault(site, Seat())
         seat.reason = f"{seat.reason}; its late update was left out: {e}"
@@ -503,7 +549,9 @@ def show(setting: Setting, table: Table, phase: str, round_number: int, deadline
 def _order(kind: Any, table: Table, state: State, round_number: int, evaluate: Any = None) -> Order:
     digests = (state.study_sha256, state.weights_sha256)
     order = Order(kind, state.run, round_number, 1, table.text, *digests, evaluate)
-    return replace(order, plan=table.plan, plan_sha256=state.plan_sha256, plan_proof=table.proof)
+    return replace(
+        order, plan=table.plan, plan_sha256=state.plan_sha256, plan_proof=table.proof, study_proof=table.study_proof
+    )
 
 
 def _update(site: str, reply: Reply, delta: Any) -> Update:

@@ -32,10 +32,17 @@ PHASES = {
     "paused": "paused, too few sites have answered",
     "finished": "finished",
 }
-STATES = {"asked": "working", "rejected": "answer not accepted"}  # others are words already
-COLOURS = {"counted": "green", "working": "cyan", "late": "yellow", "lost": "yellow", "away": "yellow"}
+STATES = {"asked": "working", "pending": "not now", "rejected": "answer not accepted"}  # others are words already
+COLOURS = {
+    "counted": "green",
+    "working": "cyan",
+    "late": "yellow",
+    "lost": "yellow",
+    "away": "yellow",
+    "not now": "yellow",
+}
 UNDER_WAY = ("gathering", "train", "paused")
-WAITED_FOR = ("asked", "away", "lost")
+WAITED_FOR = ("asked", "away", "lost", "pending")
 LEFT_OUT = ("refused", "rejected", "failed", "late")
 STALE_S = 5.0  # progress.json older than this, as one begins to follow, is of a process that has gone
 QUIET_S = 30.0  # without a change of progress.json, before the live view says so

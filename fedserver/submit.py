@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedserver.checkpoint import RunFolder, create_run, read_progress, read_state, read_study
-from fedserver.enrol import Federation
+from fedserver.enrol import Federation, open_log
 from fedserver.state import Run, Site, add_run, change_run, find_run, list_runs, list_sites
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.identity import fingerprint_words
@@ -59,6 +59,7 @@ def submit(federation: Federation, study: Study, name: str | None, new: bool, we
         create_run(federation.runs, run_id, study, initial)
     elif read_state(folder).study_sha256 != digest:  # left there by a command that was killed before it was queued
         raise StateInvalid(f"{folder.path}: holds a run of another study. Move that folder away, or choose a name.")
+    open_log(federation).add("run-queued", run=run_id, name=study.name, study=digest)
     add_run(federation.state, Run(run_id, study.name, digest, "queued", None, now, now, ""))
     return Submitted(run_id, RunFolder(federation.runs / run_id), study.rounds.count, told)
 

@@ -57,11 +57,13 @@ class OrderRefused(FederationError):
 
     Attributes:
         code: upper-case word that the coordinator may see; the message itself stays at the site.
+        keys: of the site's policy that the study breaks; their names travel, what they say does not.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, keys: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.code = code
+        self.keys = keys
 
 
 class UpdateRejected(FederationError):

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and readable by their owner alone."""
 
 import errno
+import fcntl
 import json
 import os
 import threading
@@ -66,6 +67,18 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lets one thread of one process at a time into blocks over the same `path`, a file of no content."""
+    private_folder(path.parent)
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # lets go of the lock, as the end of the process does
 
 
 def append_json(path: Path, line: Mapping[str, object]) -> None:

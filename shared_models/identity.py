@@ -171,6 +171,17 @@ def stated(authority: bytes, certificate: bytes, signature: bytes, purpose: str,
     return verify(key.public_bytes_raw(), signature, purpose, content)
 
 
+def certified_key(certificate: bytes) -> bytes:
+    """The Ed25519 public key (32 bytes) of a signer's certificate; raises EnrolmentFailed if it holds none."""
+    try:
+        key = x509.load_pem_x509_certificate(certificate).public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise EnrolmentFailed(f"not a certificate ({error}). Ask the coordinator which one it signs with.") from error
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise EnrolmentFailed("a signer's certificate is not of an Ed25519 key. Ask the coordinator for the right one.")
+    return key.public_bytes_raw()
+
+
 def request_certificate(site: str, tls_key: bytes) -> bytes:
     """A PEM signing request with CN = `site`; its signature proves that the asker holds the key."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, site)])

@@ -331,6 +331,14 @@ def sha256(study: Study) -> str:
     return hashlib.sha256(canonical(study)).hexdigest()
 
 
+SIGNED = "study"  # purpose of the coordinator's signature
+
+
+def statement(run: str, study_sha256: str) -> bytes:
+    """What the coordinator signs: that this run is of this study."""
+    return canonical_json({"run": run, "study_sha256": study_sha256})
+
+
 def from_json(text: bytes | str, where: str) -> Study:
     return parse_json(Study, text, where)
 

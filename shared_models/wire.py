@@ -15,6 +15,7 @@ from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from pydantic import Field
 
+from shared_models.audit import Head
 from shared_models.errors import FederationError, WeightsInvalid
 from shared_models.files import canonical_json
 from shared_models.parse import STRICT, Count, RunId, Sha256, SiteName, parse_json, plain
@@ -62,6 +63,8 @@ class Order:
             that round is what it goes on with.
         plan, plan_sha256: canonical JSON of the plan that the sites' statistics gave, and its digest.
         plan_proof: that the coordinator made the plan for this run (`planned.statement`); none in a simulation.
+        study_proof: that the coordinator runs this study (`study.statement`); none in a simulation.
+        head: of the coordinator's audit log; none in a simulation.
     """
 
     __pydantic_config__ = STRICT
@@ -78,6 +81,8 @@ class Order:
     plan_sha256: Sha256 | None = None
     plan_proof: Proof | None = None
     counted: Annotated[int, Field(ge=0, le=10_000)] = 0
+    study_proof: Proof | None = None
+    head: Head | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,8 @@ class Reply:
     """What a site answers; everything that leaves a hospital is in these fields or in the tensors.
 
     Attributes:
-        refusal: code of a refused order; then all below is empty.
+        refusal: code of a refused order; then of all below only `refusal_keys` and `head` may be there.
+        refusal_keys: names of the keys of the site's policy that the study breaks.
         examples: examples behind the update, each counted once.
         losses: mean training loss of ten equal stretches of the local steps; None where it was not finite.
         scores: label (or region) -> counts of how the received weights do on split `scored`.
@@ -94,6 +100,7 @@ class Reply:
         train_cases, test_cases: how many cases the site holds for each.
         plan_sha256: of the plan that the work followed.
         fingerprint: what the site's training cases add to the plan.
+        head: of the site's audit log; none in a simulation.
     """
 
     __pydantic_config__ = STRICT
@@ -105,6 +112,7 @@ class Reply:
     study_sha256: Sha256
     base_sha256: Sha256
     refusal: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{2,40}$")] | None = None
+    refusal_keys: Annotated[tuple[Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")], ...], Field(max_length=16)] = ()
     examples: Annotated[int, Field(ge=-(2**53), le=2**53)] = 0
     steps: Count = 0
     seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
@@ -119,6 +127,7 @@ class Reply:
     blob: BlobRef | None = None
     plan_sha256: Sha256 | None = None
     fingerprint: Fingerprint | None = None
+    head: Head | None = None
 
 
 KIND_OF_MESSAGE = {"hello": "query", "statistics": "query", "train": "train", "evaluate": "evaluate"}

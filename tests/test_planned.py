@@ -90,7 +90,7 @@ def play(
     study: Study = STUDY,
     delays: Mapping[str, float] | None = None,
     learner: ToyLearner | None = None,
-    sign: Callable[[bytes], Proof] | None = None,
+    sign: Callable[[str, bytes], Proof] | None = None,
 ) -> tuple[State, RunFolder, ScriptedGrid]:
     """One run, or the rest of it, with real counts and toy training."""
     clock = Clock()
@@ -228,7 +228,7 @@ def test_a_site_trains_by_no_other_plan_than_the_one_that_is_named(data, plan):
 
 def proven(made: Order, federation: Federation, **change: str) -> Order:
     named = {"run": made.run, "study_sha256": made.study_sha256, "plan_sha256": made.plan_sha256, **change}
-    return replace(made, plan_proof=proof(federation, statement(**named)))  # type: ignore[arg-type]
+    return replace(made, plan_proof=proof(federation, PURPOSE, statement(**named)))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ def test_a_hospital_trains_by_no_plan_that_is_unsigned_or_signed_by_others_or_fo
 
 
 def test_a_deployed_run_signs_its_plan_and_keeps_the_signature(tmp_path, data, plan, federations):
-    _, run, grid = play(tmp_path, data, sign=lambda content: proof(federations[0], content))
+    _, run, grid = play(tmp_path, data, sign=lambda purpose, content: proof(federations[0], purpose, content))
     later = [o for o in orders(grid) if o.kind != "statistics"]
     kept = json.loads((run.path / "plan-proof.json").read_bytes())
     assert {plain(o.plan_proof)["signature"] for o in later} == {kept["signature"]}

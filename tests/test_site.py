@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedclient.site import UNIT, Cache, Compute, Data, Policy, SiteFile, open_site, read_site_file, secret, site_toml
+from fedclient.policy import Policy
+from fedclient.site import UNIT, Cache, Compute, Data, SiteFile, open_site, read_site_file, secret, site_toml
 from shared_models.errors import StateInvalid, StudyInvalid
 from shared_models.files import write_atomic
 

@@ -62,7 +62,7 @@ class ImageLearner:
             return Learned(nets.arrays_of(net), 0, fitted.steps, device=str(device)), {}
         words = (study.seed, study.name, round_number, site.name)
         if study.personal.head_epochs:
-            heads = drawn(cases, study, device, rng(*words, "head batches"), study.personal.head_epochs, None)
+            heads = drawn(site, cases, study, device, rng(*words, "head batches"), study.personal.head_epochs, None)
             fit(
                 net,
                 heads,
@@ -72,7 +72,7 @@ class ImageLearner:
                 only=sorted(nets.head_names(net)),
             )
         steps, epochs = study.train.local_steps, None if study.train.local_steps else study.train.local_epochs
-        batches = drawn(cases, study, device, rng(*words, "batches"), epochs, steps)
+        batches = drawn(site, cases, study, device, rng(*words, "batches"), epochs, steps)
         rates = rates_of(net, study.transfer, round_number)
         start = Start(study, train, device, net, weights, memory, stay, rates)
         done = train_round(start, batches, functions_of(study.task, site.labelled).loss)
@@ -93,12 +93,13 @@ class ImageLearner:
         train = replace(scheduled(study.train, last, last), proximal_mu=0.0)
         draw, steps = rng(study.seed, study.name, site.name, "fine-tuning"), study.personal.fine_tune_steps or None
         epochs = None if steps else study.personal.fine_tune_epochs
-        batches = drawn(data_set(site, study, "train"), study, device, draw, epochs, steps)
+        batches = drawn(site, data_set(site, study, "train"), study, device, draw, epochs, steps)
         fit(net, batches, functions_of(study.task, site.labelled).loss, train, device)
         return nets.arrays_of(net)
 
     def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
         device = device_of(site)
+        site.go_on()
         settle(site, study, 0)
         net = nets.network(study)
         nets.load_arrays(net, weights)
@@ -112,11 +113,24 @@ class ImageLearner:
 
 
 def drawn(
-    cases: DataSet, study: Study, device: torch.device, draw: Generator, epochs: int | None, steps: int | None
+    site: Site,
+    cases: DataSet,
+    study: Study,
+    device: torch.device,
+    draw: Generator,
+    epochs: int | None,
+    steps: int | None,
 ) -> Iterator[Batch]:
-    """Batches for training; on a CPU the thread that prepares them ahead would take from the one that trains."""
+    """Batches for training, for as long as the hospital lets the work go on; OrderRefused at the first step after.
+
+    On a CPU the thread that prepares them ahead would take from the one that trains.
+    """
     ahead = device.type == "cuda"
-    return cases.batches(study.train.batch_size, draw, epochs=epochs, steps=steps, augment=study.augment, ahead=ahead)
+    for batch in cases.batches(
+        study.train.batch_size, draw, epochs=epochs, steps=steps, augment=study.augment, ahead=ahead
+    ):
+        site.go_on()
+        yield batch
 
 
 def device_of(site: Site) -> torch.device:
@@ -160,19 +174,23 @@ def data_set(site: Site, study: Study, split: str) -> DataSet:
         cases,
         study,
         site.folder / "cache",
-        _told(split),
+        _told(split, site),
         quota_bytes=site.quota_bytes,
         processes=site.processes,
         in_all=len(labelled),
     )
 
 
-def _told(split: str) -> Progress:
-    """Progress for the log, every ten seconds: the first time a large data set is prepared for long."""
+def _told(split: str, site: Site) -> Progress:
+    """Progress for the log, every ten seconds: the first time a large data set is prepared for long.
+
+    Between two cases, as between two steps, consent may have ended.
+    """
     told = time.monotonic()
 
     def tell(done: int, of: int) -> None:
         nonlocal told
+        site.go_on()
         if time.monotonic() - told > 10:
             told = time.monotonic()
             log.info("prepared %d of %d cases for %s", done, of, split)

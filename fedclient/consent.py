@@ -1,0 +1,204 @@
+"""A hospital's word on each study, by the study's digest: asked for, given, refused, withdrawn, run out.
+
+    site/studies/<sha256>/study.json      the study as it came
+    site/studies/<sha256>/decision.json   the last decision on it; none while nobody has decided
+
+Any change of a study is another digest, and asks anew. A decision is read before each step of work under way.
+"""
+
+import getpass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedclient.policy import objections
+from fedclient.records import log_of
+from fedclient.site import Site
+from fedclient.work import check_signed, study_of
+from shared_models.errors import OrderRefused, StateInvalid
+from shared_models.files import canonical_json, locked, write_atomic
+from shared_models.parse import STRICT, parse_json, plain
+from shared_models.study import SIGNED, Study, from_json, statement
+from shared_models.wire import Order
+
+Verdict = Literal["approved", "refused", "withdrawn"]
+MOST_PENDING = 200  # studies that nobody has decided on; a coordinator that sends more fills no disk
+DAY_S = 86400.0
+POLICY = "policy"  # who decided, where nobody was asked
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was decided on a study, by whom (a login of this machine, or `policy`), and until when it holds."""
+
+    __pydantic_config__ = STRICT
+    verdict: Verdict
+    by: Annotated[str, Field(max_length=200)]
+    at_s: float
+    until_s: float | None = None
+    reason: Annotated[str, Field(max_length=500)] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A study that has come to this site.
+
+    Attributes:
+        state: pending, expired (pending anew), approved, refused or withdrawn.
+    """
+
+    sha256: str
+    study: Study
+    text: str
+    asked_at_s: float
+    decision: Decision | None
+    state: str
+
+
+def admitted(order: Order, site: Site, now: Callable[[], float] = time.time) -> Site:
+    """The site as it may work on `order`: it looks, between steps, whether it still may.
+
+    Raises:
+        OrderRefused: `STUDY_UNSIGNED`, `STUDY_SIGNATURE`, `STUDY_MISMATCH`, `OUTSIDE_POLICY` (with the keys),
+            `APPROVAL_PENDING`, `STUDY_REFUSED`, `STUDY_WITHDRAWN`, `OUTSIDE_HOURS` or `TOO_MANY_STUDIES`.
+        StudyInvalid: a study that is none.
+    """
+    check_signed(order.study_proof, site, SIGNED, statement(order.run, order.study_sha256), order.run)
+    study = study_of(order)
+    found = list(objections(site.policy, study))
+    if found:
+        raise OrderRefused(
+            "OUTSIDE_POLICY",
+            f"study {study.name!r} is outside [policy] of site.toml. {'. '.join(map(str, found))}.",
+            tuple(objection.key for objection in found),
+        )
+    _ask(order, study, site, now())
+
+    def go_on() -> None:
+        check_decision(site, order.study_sha256, now())
+
+    go_on()
+    log_of(site.folder, site.name).add(
+        "order", run=order.run, round=order.round, kind=order.kind, attempt=order.attempt, study=order.study_sha256
+    )
+    return replace(site, go_on=go_on)
+
+
+def check_decision(site: Site, digest: str, now_s: float) -> None:
+    """Raises OrderRefused unless this site takes part in the study of `digest`, now."""
+    decision = read_decision(site.folder, digest)
+    if decision is not None and decision.verdict != "approved":
+        raise OrderRefused(
+            f"STUDY_{decision.verdict.upper()}", f"study {digest[:12]} was {decision.verdict} by {decision.by} here."
+        )
+    by_policy = decision is not None and decision.by == POLICY
+    if decision is None or _is_over(decision, now_s) or (by_policy and site.policy.approval == "ask"):
+        raise OrderRefused(
+            "APPROVAL_PENDING",
+            f"study {digest[:12]} awaits a decision here: `fedclient show {digest[:12]}`, then approve or refuse.",
+        )
+    if not site.policy.is_open(now_s):
+        raise OrderRefused("OUTSIDE_HOURS", f"hours in [policy] of site.toml are {', '.join(site.policy.hours)}.")
+
+
+def _is_over(decision: Decision, now_s: float) -> bool:
+    return decision.until_s is not None and now_s >= decision.until_s
+
+
+def _ask(order: Order, study: Study, site: Site, now_s: float) -> None:
+    """Keeps a study that is new here, and decides on it where the policy does."""
+    folder = _folder(site.folder, order.study_sha256)
+    log = log_of(site.folder, site.name)
+    with locked(site.folder / "studies" / ".lock"):
+        if not (folder / "study.json").exists():
+            if len(_undecided(site.folder)) >= MOST_PENDING:
+                raise OrderRefused(
+                    "TOO_MANY_STUDIES", f"{MOST_PENDING} studies await a decision here. Decide: `fedclient studies`."
+                )
+            log.add("study-asked", study=order.study_sha256, name=study.name, run=order.run)
+            write_atomic(folder / "study.json", order.study.encode())
+        decision = read_decision(site.folder, order.study_sha256)
+        over = decision is not None and decision.by == POLICY and _is_over(decision, now_s)
+        if site.policy.approval == "inside-policy" and (decision is None or over):
+            until = now_s + site.policy.approval_days * DAY_S
+            _write(site, order.study_sha256, Decision("approved", POLICY, now_s, until))
+
+
+def decide(site: Site, digest: str, verdict: Verdict, reason: str = "", days: int | None = None) -> Decision:
+    """A person's decision; work under way on a study that is not approved ends at its next step.
+
+    Raises:
+        StateInvalid: a study outside the policy cannot be approved.
+    """
+    asked = read_asked(site, digest)
+    if verdict == "approved" and (found := list(objections(site.policy, asked.study))):
+        raise StateInvalid(
+            f"study {asked.study.name!r} is outside the policy and would be refused all the same. "
+            f"{'. '.join(map(str, found))}. Change [policy] in {site.folder / 'site.toml'} first, or refuse the study."
+        )
+    now_s = time.time()
+    until = now_s + (days or site.policy.approval_days) * DAY_S if verdict == "approved" else None
+    decision = Decision(verdict, getpass.getuser(), round(now_s, 3), until, reason)
+    with locked(site.folder / "studies" / ".lock"):
+        _write(site, digest, decision)
+    if verdict != "approved":
+        for kept in (site.folder / "runs").glob(f"*/*-{digest[:16]}.*"):
+            kept.unlink(missing_ok=True)
+    return decision
+
+
+def _write(site: Site, digest: str, decision: Decision) -> None:
+    log_of(site.folder, site.name).add(f"study-{decision.verdict}", study=digest, **plain(decision))
+    write_atomic(_folder(site.folder, digest) / "decision.json", canonical_json(plain(decision)))
+
+
+def read_decision(folder: Path, digest: str) -> Decision | None:
+    path = _folder(folder, digest) / "decision.json"
+    try:
+        return parse_json(Decision, path.read_bytes(), str(path), StateInvalid)
+    except FileNotFoundError:
+        return None
+
+
+def read_asked(site: Site, digest: str) -> Asked:
+    folder = _folder(site.folder, digest)
+    text = (folder / "study.json").read_text(encoding="utf-8")
+    decision, state, now_s = read_decision(site.folder, digest), "pending", time.time()
+    if decision is not None:
+        by_policy = decision.by == POLICY and site.policy.approval == "ask"
+        state = "expired" if _is_over(decision, now_s) else "pending" if by_policy else decision.verdict
+    asked_at = (folder / "study.json").stat().st_mtime
+    return Asked(digest, from_json(text, str(folder)), text, asked_at, decision, state)
+
+
+def list_asked(site: Site) -> list[Asked]:
+    """Every study that has come to this site, the oldest first."""
+    found = [read_asked(site, path.parent.name) for path in (site.folder / "studies").glob("*/study.json")]
+    return sorted(found, key=lambda asked: (asked.asked_at_s, asked.sha256))
+
+
+def find_asked(site: Site, words: str) -> Asked:
+    """The study that `words` (a name, or the beginning of a digest) means; of one name, the last that came.
+
+    Raises:
+        StateInvalid: none, or several digests.
+    """
+    listed = list_asked(site)
+    named = [asked for asked in listed if asked.study.name == words]
+    found = named[-1:] or [asked for asked in listed if len(words) >= 4 and asked.sha256.startswith(words)]
+    if len(found) != 1:
+        known = ", ".join(f"{a.study.name} ({a.sha256[:12]})" for a in listed) or "none has come yet"
+        raise StateInvalid(f"study {words!r}: {'is no study' if not found else 'means several'} here. Known: {known}.")
+    return found[0]
+
+
+def _undecided(folder: Path) -> list[Path]:
+    return [p for p in (folder / "studies").glob("*/study.json") if not (p.parent / "decision.json").exists()]
+
+
+def _folder(folder: Path, digest: str) -> Path:
+    return folder / "studies" / digest

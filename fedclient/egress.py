@@ -1,0 +1,122 @@
+"""The one door out of a hospital: what leaves is of agreed kinds, and written down before it goes.
+
+Facts of a reply are on a list for each kind of reply; tensors have the names, shapes and dtypes of the weights that
+came; labels are the study's. What leaves is an event `sent` of the site's audit log: kind, bytes, digest, run, round.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from fedclient.records import hear, log_of, own_head
+from fedclient.site import Site, read_site_file
+from fedclient.work import study_of
+from shared_models.errors import FederationError, OrderRefused
+from shared_models.files import read_lines
+from shared_models.weights import Arrays, difference, schema_of
+from shared_models.wire import BlobRef, Order, Reply, dump
+
+ALWAYS = {"kind", "site", "run", "round", "attempt", "study_sha256", "base_sha256", "plan_sha256", "head"}
+MAY_LEAVE: dict[str, set[str]] = {
+    "hello": {"train_cases", "test_cases"},
+    "statistics": {"fingerprint", "seconds"},
+    "update": {
+        "examples",
+        "steps",
+        "seconds",
+        "losses",
+        "device",
+        "variance",
+        "scored",
+        "scores",
+        "own_scores",
+        "blob",
+    },
+    "evaluation": {"scored", "scores", "own_scores", "seconds"},
+    "refusal": {"refusal", "refusal_keys"},
+}
+KINDS = {"hello": "counts", "statistics": "histograms", "update": "facts", "evaluation": "scores", "refusal": "code"}
+
+log = logging.getLogger("fedclient")
+
+
+def release(reply: Reply, order: Order, site: Site) -> Reply:
+    """`reply` with the head of this site's audit log, once it has passed the list and is written down.
+
+    Raises:
+        OrderRefused: `EGRESS`: the reply holds what no reply of its kind may, or is no answer to `order`.
+    """
+    hear(order, site)
+    _check(reply, order, site)
+    reply = replace(reply, head=own_head(order, site))
+    content = dump(reply)
+    _note(site.folder, site.name, KINDS[reply.kind], content, order, code=reply.refusal)
+    return reply
+
+
+def release_tensors(blob: BlobRef, order: Order, site: Site) -> None:
+    """Writes down that a delta leaves; that it is the weights' shape was checked when it was made (`check_tensors`)."""
+    log_of(site.folder, site.name).add(
+        "sent", kind="tensors", bytes=blob.size_bytes, sha256=blob.sha256, run=order.run, round=order.round,
+        study=order.study_sha256,
+    )  # fmt: skip
+
+
+def release_code(folder: Path, code: str) -> None:
+    """Writes down that a bare error code leaves: the work failed before there was a reply.
+
+    A site that cannot write says so in its other log; the code goes all the same, for it tells nothing of a patient.
+    """
+    if not (folder / "keys" / "identity.key").exists():
+        return
+    try:
+        _note(folder, read_site_file(folder).name, "code", code.encode(), None, code=code)
+    except (OSError, FederationError) as error:
+        log.warning("the code %s leaves and could not be written down: %s", code, error)
+
+
+def check_tensors(delta: Arrays, weights: Arrays) -> None:
+    """Raises OrderRefused unless `delta` has the names, shapes and dtypes of the weights that came."""
+    if problem := difference(schema_of(weights), schema_of(delta)):
+        raise OrderRefused("EGRESS", f"a delta is not of the weights' shape and stays here: {problem}.")
+
+
+def _check(reply: Reply, order: Order, site: Site) -> None:
+    def refuse(what: str) -> None:
+        raise OrderRefused("EGRESS", f"run {order.run}, round {order.round}: {what}, so the reply stays here.")
+
+    answers = (reply.site, reply.run, reply.round, reply.study_sha256, reply.base_sha256)
+    if answers != (site.name, order.run, order.round, order.study_sha256, order.base_sha256):
+        refuse("a reply to another order")
+    allowed = ALWAYS | MAY_LEAVE[reply.kind]
+    for name in _filled(reply):
+        if name not in allowed:
+            refuse(f"{name!r} is not on the list of what a reply of kind {reply.kind!r} may hold")
+    scores = [*reply.scores.items(), *reply.own_scores.items()]
+    if scores and (strange := {label for label, _ in scores} - set(study_of(order).task.labels)):
+        refuse(f"scores of {len(strange)} labels that the study does not have")
+    if any(counts.histogram and counts.cases < site.smallest_count for _, counts in scores):
+        refuse(f"a histogram of fewer than {site.smallest_count} cases")
+
+
+def _filled(reply: Reply) -> Iterator[str]:
+    """Names of the fields that say more than their default."""
+    empty = Reply("hello", reply.site, reply.run, reply.round, reply.attempt, reply.study_sha256, reply.base_sha256)
+    return (f.name for f in fields(Reply) if getattr(reply, f.name) != getattr(empty, f.name))
+
+
+def _note(folder: Path, name: str, kind: str, content: bytes, order: Order | None, code: str | None) -> None:
+    about: dict[str, Any] = {"run": order.run, "round": order.round, "study": order.study_sha256} if order else {}
+    if code is not None:
+        about["code"] = code
+    digest = hashlib.sha256(content).hexdigest()
+    log_of(folder, name).add("sent", kind=kind, bytes=len(content), sha256=digest, **about)
+
+
+def sent(folder: Path) -> list[dict[str, Any]]:
+    """What has left the site, in order: time, kind, bytes, digest, run and round."""
+    lines = read_lines(folder / "audit.jsonl")
+    return [{"time": line["time"], **line["facts"]} for line in lines if line["event"] == "sent"]

@@ -1,0 +1,366 @@
+"""Logs that can only grow: chained, signed lines, whose tree heads the other side keeps.
+
+A line is canonical JSON of `seq`, `time`, `event`, `facts`, `prev` (SHA-256 of the line before) and `sign` (Ed25519
+over the rest). The chain shows edits; the signed head of the tree (RFC 6962), kept by the other side with proofs that each
+head extends the one before, shows what the holder of the key cut off or wrote anew.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from shared_models.errors import StateInvalid
+from shared_models.files import append_json, canonical_json, locked, replacing
+from shared_models.identity import identity_public_key, sign, verify
+from shared_models.merkle import Tree, grew
+from shared_models.parse import STRICT, Count, Sha256, parse_json, plain
+
+LINE, HEAD = "audit-line", "audit-head"  # purposes of signatures
+FIRST = "0" * 64  # `prev` of the first line
+MOST_PROOF = 64  # hashes; 2 * log2 of more lines than a disk holds
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A signed tree head, and how it follows from an older one that the other side keeps.
+
+    Attributes:
+        log: SHA-256 of the log's first line.
+        time: seconds since the epoch.
+        certificate: of the signer where the other side knows no key but the authority's (PEM).
+        since, proof: consistency proof from the head of that size (RFC 6962 section 2.1.2); 0 proves nothing.
+        seen_log, seen_size: the last head that the sender keeps of the receiver's log.
+    """
+
+    __pydantic_config__ = STRICT
+    log: Sha256
+    size: Count
+    root: Sha256
+    time: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+    certificate: Annotated[str, Field(max_length=4000)] = ""
+    since: Count = 0
+    proof: Annotated[tuple[Sha256, ...], Field(max_length=MOST_PROOF)] = ()
+    seen_log: Sha256 | None = None
+    seen_size: Count = 0
+
+    @property
+    def statement(self) -> bytes:
+        return canonical_json({"log": self.log, "size": self.size, "root": self.root, "time": self.time})
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is kept of the heads of another party's log: the newest, and the root of each by its size."""
+
+    log: str
+    key: str
+    size: int
+    time: float
+    roots: Mapping[int, str]
+
+
+@dataclass(slots=True)
+class AuditLog:
+    """The log of one party; any process of its owner may add to it.
+
+    Attributes:
+        party: who writes, in words: `site north`.
+        key: its Ed25519 key, PEM.
+        certificate: that vouches for the key, or nothing.
+    """
+
+    path: Path
+    party: str
+    key: bytes = field(repr=False)
+    certificate: str = ""
+    clock: Callable[[], float] = time.time
+    tree: Tree = field(default_factory=Tree, repr=False)
+    offset: int = 0
+    prev: str = FIRST
+    last_time: float = 0.0
+    log: str = ""
+    kept: dict[str, Kept] = field(default_factory=dict, repr=False)
+    complained: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False)
+
+    def add(self, event: str, **facts: Any) -> int:
+        """Writes one line, on disk before this returns; its number.
+
+        A clock that was set back does not show as an earlier time: the line then says by how much.
+        """
+        with self._turn():
+            return self._write(event, facts)
+
+    def head(self, seen_log: str | None = None, seen_size: int = 0, about: str | None = None) -> Head:
+        """The signed head as it stands, for a party who keeps the one of `seen_size`.
+
+        Args:
+            about: the party whose last head is named in it as seen.
+        """
+        with self._turn():
+            since = seen_size if seen_log == self.log and seen_size <= self.tree.size else 0
+            if seen_log == self.log and seen_size > self.tree.size:
+                self._complain(about or "?", "OWN_LOG_CUT", {"keeps": seen_size, "has": self.tree.size})
+            made = self._head()
+            theirs = self.kept.get(about or "")
+            return replace(
+                made,
+                since=since,
+                proof=tuple(part.hex() for part in self.tree.consistency(since)),
+                seen_log=theirs.log if theirs else None,
+                seen_size=theirs.size if theirs else 0,
+            )
+
+    def witness(self, peer: str, head: Head, key: str) -> str | None:
+        """Keeps the head of another party's log, whose signature by `key` was verified; or says what is wrong with it.
+
+        `LOG_CUT`, `LOG_FORKED` and `LOG_REPLACED` are written down with the head as evidence. A head that is older
+        than the one that is kept, or that proves nothing about it, is passed over: messages overtake each other.
+        """
+        with self._turn():
+            last = self.kept.get(peer)
+            facts = {"peer": peer, "key": key, **plain(replace(head, certificate="", seen_log=None, seen_size=0))}
+            wrong = None if last is None else _doubt(last, head, key)
+            if wrong == "":
+                return None
+            if wrong is not None:
+                self._complain(peer, wrong, facts)
+                return wrong
+            self._write("witnessed", facts)
+            return None
+
+    def _turn(self) -> "_Turn":
+        return _Turn(self)
+
+    def _write(self, event: str, facts: Mapping[str, Any]) -> int:
+        now = round(self.clock(), 3)
+        body: dict[str, Any] = {"seq": self.tree.size, "event": event, "facts": dict(facts), "prev": self.prev}
+        body["time"] = max(now, self.last_time)
+        if now < self.last_time:
+            body["facts"]["clock_back_s"] = round(self.last_time - now, 3)
+        line = {**body, "sign": sign(self.key, LINE, canonical_json(body)).hex()}
+        append_json(self.path, line)
+        self._take(canonical_json(line), line)
+        with replacing(self.path.with_suffix(".head.json"), synced=False) as file:
+            file.write(canonical_json(plain(self._head())))
+        return int(body["seq"])
+
+    def _take(self, content: bytes, line: Mapping[str, Any]) -> None:
+        if not self.tree.size:
+            self.log = hashlib.sha256(content).hexdigest()
+        self.tree.append(content)
+        self.offset += len(content) + 1
+        self.prev, self.last_time = hashlib.sha256(content).hexdigest(), float(line["time"])
+        facts = line["facts"]
+        if line["event"] == "witnessed":
+            before = self.kept.get(facts["peer"])
+            roots = dict(before.roots) if before and before.log == facts["log"] else {}
+            roots[facts["size"]] = facts["root"]
+            self.kept[facts["peer"]] = Kept(facts["log"], facts["key"], facts["size"], facts["time"], roots)
+        elif line["event"] == "witness-refused":
+            self.complained[facts["peer"]] = facts["problem"], canonical_json(facts["head"]).decode()
+
+    def _complain(self, peer: str, problem: str, head: Mapping[str, Any]) -> None:
+        """Once for the same problem of the same log: an order comes every few seconds."""
+        told = self.complained.get(peer)
+        if told is None or told[0] != problem:
+            self._write("witness-refused", {"peer": peer, "problem": problem, "head": dict(head)})
+
+    def _head(self) -> Head:
+        made = Head(self.log, self.tree.size, self.tree.root().hex(), round(self.clock(), 3), "", self.certificate)
+        return replace(made, signature=sign(self.key, HEAD, made.statement).hex())
+
+    def _catch_up(self) -> None:
+        """Reads what other processes have added; a line that a killed writer left torn is cut off by the next."""
+        if not self.tree.size:
+            before = self._put_away()
+            if not self.path.exists():
+                key = identity_public_key(self.key).hex()
+                self._write("opened", {"party": self.party, "key": key, "before": before})
+                return
+        elif not self.path.exists():
+            raise StateInvalid(f"{self.path}: has gone while in use. Restore it from a backup.")
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            content = file.read()
+        for line in content.split(b"\n")[:-1]:
+            try:
+                self._take(line, json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise StateInvalid(
+                    f"{self.path}: line {self.tree.size + 1} is damaged. `audit verify` names what is wrong; keep the "
+                    "file as evidence, and move it away to begin a new log."
+                ) from error
+
+    def _put_away(self) -> str | None:
+        """Moves a log of an earlier key aside, under its own name; the new log names it."""
+        if not self.path.exists():
+            return None
+        with self.path.open("rb") as file:
+            first = file.readline().removesuffix(b"\n")
+        try:
+            key = str(json.loads(first)["facts"]["key"])
+        except (ValueError, KeyError, TypeError):
+            return None  # damaged, or torn before its first line was whole: read on
+        if key == identity_public_key(self.key).hex():
+            return None
+        log = hashlib.sha256(first).hexdigest()
+        for path in (self.path, self.path.with_suffix(".head.json")):
+            if path.exists():
+                path.rename(path.with_name(path.name.replace("audit", f"audit-{log[:8]}", 1)))
+        return log
+
+
+@dataclass(slots=True)
+class _Turn:
+    """The right to write: one process at a time, with all lines of the others read."""
+
+    log: AuditLog
+    lock: Any = None
+
+    def __enter__(self) -> None:
+        self.lock = locked(self.log.path.with_suffix(".lock"))
+        self.lock.__enter__()
+        try:
+            self.log._catch_up()
+        except BaseException:
+            self.lock.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.__exit__(None, None, None)
+
+
+def _doubt(last: Kept, head: Head, key: str) -> str | None:
+    """What is wrong with `head` after the one that is kept; "" where it says nothing new, None where it follows."""
+    if head.log != last.log:
+        return "LOG_REPLACED" if key == last.key else None  # a renewed key begins a new log
+    if head.size == last.size:
+        return "LOG_FORKED" if head.root != last.roots[last.size] else ""
+    if head.size < last.size:
+        known = last.roots.get(head.size)
+        if known is not None and known != head.root:
+            return "LOG_FORKED"
+        return "LOG_CUT" if head.time > last.time and known is None else ""
+    if head.since not in last.roots:
+        return ""
+    proof = [bytes.fromhex(part) for part in head.proof]
+    root = bytes.fromhex(last.roots[head.since])
+    return None if grew(head.since, root, head.size, bytes.fromhex(head.root), proof) else "LOG_FORKED"
+
+
+# ---- verification ----
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found in a log.
+
+    Attributes:
+        lines: sound lines before the first bad one.
+        bad: number of the first bad line (from 1) and what is wrong, or None.
+        heads: of other parties' logs, as `witnessed` lines have them.
+        refused: what was found wrong with other parties' logs while it was written, in words.
+    """
+
+    lines: int
+    bad: tuple[int, str] | None
+    tree: Tree = field(repr=False)
+    log: str = ""
+    party: str = ""
+    key: str = ""
+    heads: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    refused: tuple[str, ...] = ()
+
+
+def verify_log(content: bytes, key: bytes | None, head: bytes | None = None) -> Verdict:
+    """Reads a whole log and names the first bad line.
+
+    Args:
+        content: of audit.jsonl.
+        key: Ed25519 public key of its owner (32 bytes); None takes the one of the first line on trust.
+        head: of audit.head.json, the last head that was signed.
+    """
+    tree, prev, last, log, party = Tree(), FIRST, 0.0, "", ""
+    heads: list[Mapping[str, Any]] = []
+    refused: list[str] = []
+    bad: tuple[int, str] | None = None
+    lines = content.split(b"\n")
+    torn = lines.pop()
+    for number, text in enumerate(lines, start=1):
+        line = _line(text)
+        if line is None:
+            bad = number, "is no line of a log: it was edited, or its writer died in the middle of it"
+        else:
+            if key is None and number == 1 and isinstance(line["facts"].get("key"), str):
+                key = bytes.fromhex(line["facts"]["key"])
+            wrong = _wrong(line, number, prev, last, key or b"")
+            bad = (number, wrong) if wrong else None
+        if bad or line is None:
+            break
+        prev, last = hashlib.sha256(text).hexdigest(), float(line["time"])
+        if number == 1:
+            log, party = prev, str(line["facts"].get("party", ""))
+        if line["event"] == "witnessed":
+            heads.append(line["facts"])
+        elif line["event"] == "witness-refused":
+            refused.append(f"line {number}: {line['facts']['problem']} of {line['facts']['peer']}")
+        tree.append(text)
+    if bad is None and torn:
+        bad = len(lines) + 1, "is torn: its writer died in the middle of it. The next entry cuts it off"
+    if bad is None and head is not None:
+        bad = _against_head(tree, log, key or b"", parse_json(Head, head, "audit.head.json", StateInvalid))
+    return Verdict(tree.size, bad, tree, log, party, (key or b"").hex(), tuple(heads), tuple(refused))
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """A line with the fields that it must have, in the one form that has these bytes; or None."""
+    try:
+        line = json.loads(text)
+        sound = canonical_json(line) == text and set(line) == {"seq", "time", "event", "facts", "prev", "sign"}
+        sound = sound and isinstance(line["facts"], dict) and isinstance(line["time"], int | float)
+        return line if sound and len(bytes.fromhex(line["sign"])) == 64 else None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _wrong(line: Mapping[str, Any], number: int, prev: str, last: float, key: bytes) -> str | None:
+    body = {name: value for name, value in line.items() if name != "sign"}
+    if not verify(key, bytes.fromhex(line["sign"]), LINE, canonical_json(body)):
+        return "is not signed by the key of this log: it was edited, or written with another key"
+    if line["seq"] != number - 1:
+        return f"has number {line['seq'] + 1}: lines before it were deleted, added or changed places"
+    if line["prev"] != prev:
+        return "does not follow from the line before: the log was forked here"
+    if line["time"] < last:
+        return f"is {last - line['time']:.0f} s earlier than the line before: the clock was set back while it was made"
+    return None
+
+
+def _against_head(tree: Tree, log: str, key: bytes, head: Head) -> tuple[int, str] | None:
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(head.time))
+    if not verify(key, bytes.fromhex(head.signature), HEAD, head.statement):
+        return tree.size, "is followed by a head (audit.head.json) that is not signed by the key of this log"
+    if head.log != log:
+        return 1, f"begins another log than the head of {when} was signed for"
+    if head.size > tree.size:
+        return tree.size + 1, f"is missing: a head of {when} was signed over {head.size} lines, the end was cut off"
+    if tree.root(head.size).hex() != head.root:
+        return 1, f"or one up to {head.size} was written anew: a head of {when} was signed over other lines"
+    return None
+
+
+def compare(mine: Verdict, theirs: Verdict) -> tuple[int, str] | None:
+    """The first line of `mine` that contradicts a head of it that the other party has kept."""
+    for facts in theirs.heads:
+        head = Head(**{k: facts[k] for k in ("log", "size", "root", "time", "signature")})
+        is_mine = head.log == mine.log or facts["key"] == mine.key
+        if is_mine and (wrong := _against_head(mine.tree, mine.log, bytes.fromhex(mine.key), head)):
+            return wrong
+    return None
