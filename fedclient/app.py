@@ -26,8 +26,8 @@ def client_app(learner: Learner, gate: Gate = no_gate) -> ClientApp:
         order, site = read_order(message), open_site(context.node_config)
         try:
             if site.deployed:
-                done = answered(order, admitted(order, site), learner, gate=gate)
-                return write_reply(release(done, order, site), message)
+                reply = answered(order, admitted(order, site), learner, gate=gate)
+                return write_reply(release(reply, order, site), message)
             weights = tensors_of(message, f"order of round {order.round}") or {}
             done = carry_out(order, weights, site, learner, gate)
             return write_reply(done.reply, message, pack(done.delta) if done.delta else None)

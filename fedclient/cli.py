@@ -1,6 +1,7 @@
 """`fedclient`: a hospital's node, from the invite to training."""
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fedclient.approval import approve, audit, policy, refuse, sent, show, studies, withdraw
 from fedclient.gate.commands import card, check, waive
 from shared_models.cli import guarded, print_json
 from shared_models.errors import EnrolmentFailed
@@ -26,6 +28,13 @@ Folder = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 
+class Approval(StrEnum):
+    """What `fedclient join --approve` takes, as [policy] of site.toml has it."""
+
+    ASK = "ask"
+    INSIDE_POLICY = "inside-policy"
+
+
 @app.command()
 @guarded
 def join(
@@ -33,12 +42,16 @@ def join(
     data: Annotated[Path, typer.Option(help="Folder of images in a known layout, or with manifest.csv; only read.")],
     layout: Annotated[str, typer.Option(help="How it is laid out (pacs, brats-2023, ...); auto finds it.")] = "auto",
     manifest_site: Annotated[str | None, typer.Option(help="Which site of a table that lists several.")] = None,
+    approve: Annotated[
+        Approval, typer.Option(help="Ask a person here for each study, or take part in all inside the policy.")
+    ] = Approval.ASK,
     site: Folder = Path("site"),
     as_json: AsJson = False,
 ) -> None:
     """Makes this site's keys here, gets its certificate, and writes site.toml."""
     from fedclient.data.listing import described
     from fedclient.enrol import join as enrol
+    from fedclient.policy import Policy
     from fedclient.site import Data, SiteFile, site_toml
 
     if (site / "site.toml").exists():
@@ -50,7 +63,8 @@ def join(
     laid_out = described(data.resolve(), layout)
     joined = enrol(invite, site)
     held = Data(str(data.resolve()), manifest_site, layout)
-    file = SiteFile(joined.site, joined.address, joined.federation, held)
+    allowed = Policy(approval=approve.value)
+    file = SiteFile(joined.site, joined.address, joined.federation, held, policy=allowed)
     write_atomic(site / "site.toml", site_toml(file).encode())
     if as_json:
         print_json({**asdict(joined), "keys": str(joined.keys), "settings": str(site / "site.toml"), "data": laid_out})
@@ -60,11 +74,16 @@ def join(
     console.print(f"This site's certificate:                 [bold]{joined.certificate_words}[/]")
     console.print(f"Data: {escape(laid_out)}")
     console.print(f"Settings: {escape(str(site / 'site.toml'))}. Next: `fedclient check`, then `fedclient start`.")
+    if approve is Approval.ASK:
+        console.print("A study waits until somebody here approves it: `fedclient studies`, `show`, `approve`.")
 
 
 app.command()(check)
 app.command()(waive)
 app.command()(card)
+for command in (policy, studies, show, approve, refuse, withdraw, sent):
+    app.command()(command)
+app.add_typer(audit, name="audit")
 
 
 @app.command()

@@ -54,7 +54,7 @@ class Policy:
                 raise ValueError(f'hours has {window!r}; a window is HH:MM-HH:MM, as in "20:00-06:00"')
         try:
             ZoneInfo(self.time_zone)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, KeyError) as error:  # zoneinfo raises one of these for a name that is none
             raise ValueError(f'time_zone {self.time_zone!r} is not known here; an example: "Europe/Berlin"') from error
 
     def is_open(self, at_s: float) -> bool:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from fedclient.site import Site
 from shared_models.audit import HEAD, AuditLog, Head
-from shared_models.errors import EnrolmentFailed
-from shared_models.identity import certified_key, load_secret, stated
+from shared_models.identity import load_secret, verify, vouched
 from shared_models.wire import Order
 
 COORDINATOR = "coordinator"
@@ -32,14 +31,11 @@ def hear(order: Order, site: Site) -> str | None:
         return None
     certificate, signature = order.head.certificate.encode(), bytes.fromhex(order.head.signature)
     authority = (site.folder / "keys" / "ca.pem").read_bytes()
-    try:
-        key = certified_key(certificate).hex()
-    except EnrolmentFailed:
-        key = ""
-    if not key or not stated(authority, certificate, signature, HEAD, order.head.statement):
+    key = vouched(authority, certificate)
+    if key is None or not verify(key, signature, HEAD, order.head.statement):
         log.add("witness-unsigned", peer=COORDINATOR, run=order.run, round=order.round)
         return "HEAD_SIGNATURE"
-    return log.witness(COORDINATOR, order.head, key)
+    return log.witness(COORDINATOR, order.head, key.hex())
 
 
 def own_head(order: Order, site: Site) -> Head:

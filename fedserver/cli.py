@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fedserver.audit_commands import audit
 from shared_models.cli import guarded, print_json
 from shared_models.errors import ProcessFailed, StateInvalid
 from shared_models.files import read_json
@@ -184,6 +185,8 @@ def status(federation: Folder = HERE, as_json: AsJson = False) -> None:
     else:
         console.print(status_table(facts))
 
+
+app.add_typer(audit, name="audit")
 
 if __name__ == "__main__":
     app()

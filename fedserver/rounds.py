@@ -336,7 +336,7 @@ def converse(
         now, waiting = setting.clock(), [s for s, seat in seats.items() if seat.open]
         if answered >= quorum and (not waiting or now >= deadline):
             break
-        idle = not waiting and all(seat.state != "away" for seat in seats.values())
+        idle = not waiting and all(seat.state not in ("away", "pending") for seat in seats.values())
         if arrived and now >= deadline:
             continue  # a pull may have taken long: look once more before anybody is called late
         if now >= give_up or (idle and len(seats) >= quorum):

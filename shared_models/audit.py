@@ -1,8 +1,8 @@
 """Logs that can only grow: chained, signed lines, whose tree heads the other side keeps.
 
 A line is canonical JSON of `seq`, `time`, `event`, `facts`, `prev` (SHA-256 of the line before) and `sign` (Ed25519
-over the rest). The chain shows edits; the signed head of the tree (RFC 6962), kept by the other side with proofs that each
-head extends the one before, shows what the holder of the key cut off or wrote anew.
+over the rest). The chain shows edits; the signed head of the tree (RFC 6962), kept by the other side with proofs that
+each head extends the one before, shows what the holder of the key cut off or wrote anew.
 """
 
 import hashlib
@@ -190,11 +190,12 @@ class AuditLog:
             file.seek(self.offset)
             content = file.read()
         for line in content.split(b"\n")[:-1]:
+            number = self.tree.size + 1
             try:
                 self._take(line, json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise StateInvalid(
-                    f"{self.path}: line {self.tree.size + 1} is damaged. `audit verify` names what is wrong; keep the "
+                    f"{self.path}: line {number} is damaged. `audit verify` names what is wrong; keep the "
                     "file as evidence, and move it away to begin a new log."
                 ) from error
 

@@ -156,30 +156,25 @@ def issue_signer(authority: Credential) -> Credential:
     return Credential(_sign_leaf(builder, DOCUMENT_SIGNING, authority), _pkcs8(key))
 
 
-def stated(authority: bytes, certificate: bytes, signature: bytes, purpose: str, content: bytes) -> bool:
-    """Whether a coordinator whom `authority` (a CA certificate, PEM) vouches for signed `content` for `purpose`."""
+def vouched(authority: bytes, certificate: bytes) -> bytes | None:
+    """The key (32 bytes) of a coordinator whom `authority` (a CA certificate, PEM) vouches for now, or None."""
     try:
         issuer, signer = x509.load_pem_x509_certificate(authority), x509.load_pem_x509_certificate(certificate)
         signer.verify_directly_issued_by(issuer)
         uses = signer.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         key = signer.public_key()
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound):
-        return False
+        return None
     valid = signer.not_valid_before_utc <= datetime.now(UTC) <= signer.not_valid_after_utc
     if not valid or DOCUMENT_SIGNING not in uses or not isinstance(key, ed25519.Ed25519PublicKey):
-        return False
-    return verify(key.public_bytes_raw(), signature, purpose, content)
-
-
-def certified_key(certificate: bytes) -> bytes:
-    """The Ed25519 public key (32 bytes) of a signer's certificate; raises EnrolmentFailed if it holds none."""
-    try:
-        key = x509.load_pem_x509_certificate(certificate).public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise EnrolmentFailed(f"not a certificate ({error}). Ask the coordinator which one it signs with.") from error
-    if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise EnrolmentFailed("a signer's certificate is not of an Ed25519 key. Ask the coordinator for the right one.")
+        return None
     return key.public_bytes_raw()
+
+
+def stated(authority: bytes, certificate: bytes, signature: bytes, purpose: str, content: bytes) -> bool:
+    """Whether a coordinator whom `authority` (a CA certificate, PEM) vouches for signed `content` for `purpose`."""
+    key = vouched(authority, certificate)
+    return key is not None and verify(key, signature, purpose, content)
 
 
 def request_certificate(site: str, tls_key: bytes) -> bytes:

@@ -66,7 +66,19 @@ def demonstrate(out: Path, console: Console) -> dict[str, Any]:
         for site in nodes:
             invite = command(out, ["fedserver", "invite", site, "--federation", str(federation)]).strip()
             folder = str(out / "sites" / site)
-            join = ["fedclient", "join", invite, "--data", str(data), "--manifest-site", site, "--site", folder]
+            join = [
+                "fedclient",
+                "join",
+                invite,
+                "--data",
+                str(data),
+                "--approve",
+                "inside-policy",
+                "--manifest-site",
+                site,
+                "--site",
+                folder,
+            ]
             command(out, join)
             running.enter_context(background(out / f"{site}.log", ["fedclient", "start", "--site", folder]))
             say(f"{site} has joined and is starting")

@@ -42,7 +42,7 @@ class ToyLearner:
         return Learned(trained, self.examples.get(site.name, 10), steps=3, losses=(1.0, 0.5), device="cpu")
 
     def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
-        return {label: counts([0.5, 0.75]) for label in study.task.labels}
+        return {label: counts([0.5, 0.75], site.smallest_count) for label in study.task.labels}
 
     def holding(self, site: Site, study: Study) -> Holding:
         return Holding(8, 2, 8)

@@ -122,7 +122,17 @@ def measure(case: Case, out: Path) -> Found:
         await_port(address)
         for site in sites:
             invite = command(out, ["fedserver", "invite", site, "--federation", str(folder)]).strip()
-            joining = ["fedclient", "join", invite, "--data", str(out / "images"), "--site", str(out / site)]
+            joining = [
+                "fedclient",
+                "join",
+                invite,
+                "--data",
+                str(out / "images"),
+                "--approve",
+                "inside-policy",
+                "--site",
+                str(out / site),
+            ]
             command(out, joining)
         running.enter_context(nodes(out, sites))
         until_ready(out, sites)

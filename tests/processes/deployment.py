@@ -65,7 +65,15 @@ def deployed(out: Path, data: Path, sites: Sequence[str], join: bool = True) -> 
         running.enter_context(background(out / "serve.log", serve))
         await_port(address)
         for site in sites if join else ():
-            joining = ["fedclient", "join", here.fedserver("invite", site).strip(), "--data", str(data)]
+            joining = [
+                "fedclient",
+                "join",
+                here.fedserver("invite", site).strip(),
+                "--data",
+                str(data),
+                "--approve",
+                "inside-policy",
+            ]
             command(out, [*joining, "--manifest-site", site, "--site", str(here.site(site))])
             start = ["fedclient", "start", "--site", str(here.site(site))]
             running.enter_context(background(out / f"{site}.log", start))

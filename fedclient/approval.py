@@ -1,0 +1,211 @@
+"""`fedclient policy, studies, show, approve, refuse, withdraw, sent` and `audit`: what the person who decides types."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from shared_models.cli import guarded, print_json
+from shared_models.parse import plain
+
+if TYPE_CHECKING:
+    from fedclient.consent import Verdict
+    from fedclient.site import Site
+
+console = Console(soft_wrap=True)
+Folder = Annotated[
+    Path, typer.Option("--site", envvar="FEDCLIENT_SITE", help="Folder of this node: keys, settings, cache.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Its name, or the beginning of its digest.")]
+Reason = Annotated[str, typer.Option(help="Why; kept here, not told to anybody.")]
+HEADINGS = {
+    "trains": "What it trains",
+    "sees": "What it sees",
+    "leaves": "What leaves",
+    "costs": "What it costs",
+    "changes": "What is new",
+    "policy": "Against the policy",
+}
+audit = typer.Typer(help="This site's audit log: what was decided, ordered, done and sent.", no_args_is_help=True)
+
+
+def _here(folder: Path) -> "Site":
+    from fedclient.site import open_site
+
+    return open_site({"site-dir": str(folder)})
+
+
+def _day(seconds: float | None) -> str:
+    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+@guarded
+def policy(site: Folder = Path("site"), as_json: AsJson = False) -> None:
+    """Says in plain words what this site allows; its keys stand in site.toml."""
+    from fedclient.policy import in_words
+    from fedclient.site import read_site_file
+
+    allowed = read_site_file(site).policy
+    if as_json:
+        print_json(plain(allowed))
+        return
+    for words in in_words(allowed):
+        console.print(escape(words), highlight=False)
+    console.print(escape(f"Set under [policy] in {site / 'site.toml'}; it counts from the next order on."))
+
+
+@guarded
+def studies(site: Folder = Path("site"), as_json: AsJson = False) -> None:
+    """Lists the studies that have come to this site, and what was decided on each."""
+    from fedclient.consent import list_asked
+
+    listed = list_asked(_here(site))
+    if as_json:
+        print_json(
+            [
+                {"study": a.study.name, "sha256": a.sha256, "state": a.state, "asked_at": a.asked_at_s,
+                 "decision": plain(a.decision) if a.decision else None}
+                for a in listed
+            ]
+        )  # fmt: skip
+        return
+    if not listed:
+        console.print("No study has come yet.")
+    for a in listed:
+        words = f"{a.study.name:24} {a.sha256[:12]}  {a.state}"
+        if a.decision is not None:
+            until = f", until {_day(a.decision.until_s)}" if a.decision.until_s else ""
+            why = f": {a.decision.reason}" if a.decision.reason else ""
+            words += f"  by {a.decision.by} on {_day(a.decision.at_s)}{until}{why}"
+        console.print(escape(words), highlight=False)
+    if any(a.state in ("pending", "expired") for a in listed):
+        console.print("Read one with `fedclient show STUDY`; then `fedclient approve STUDY`, or `refuse`.")
+
+
+@guarded
+def show(study: StudyName, site: Folder = Path("site"), as_json: AsJson = False) -> None:
+    """Says in plain words what a study would see, what would leave, what it costs, and what is new in it."""
+    from fedclient.consent import find_asked
+    from fedclient.explain import explained
+
+    here = _here(site)
+    asked = find_asked(here, study)
+    told: dict[str, Any] = explained(here, asked)
+    if as_json:
+        print_json({"study": asked.study.name, "sha256": asked.sha256, "state": asked.state, **told})
+        return
+    console.print(f"[bold]{asked.study.name}[/] {asked.sha256[:12]}: {asked.state}", highlight=False)
+    for heading, lines in told.items():
+        console.print(f"[bold]{HEADINGS[heading]}[/]")
+        for line in lines:
+            console.print(escape(f"  {line}"), highlight=False)
+
+
+@guarded
+def approve(
+    study: StudyName,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=3650, help="How long it holds; else as the policy says.")
+    ] = None,
+    reason: Reason = "",
+    site: Folder = Path("site"),
+) -> None:
+    """Lets this site take part in a study, as it is now: any change of it asks anew."""
+    _decide(site, study, "approved", reason, days)
+
+
+@guarded
+def refuse(study: StudyName, reason: Reason = "", site: Folder = Path("site")) -> None:
+    """Keeps this site out of a study; the coordinator hears that, the other sites do not."""
+    _decide(site, study, "refused", reason)
+
+
+@guarded
+def withdraw(study: StudyName, reason: Reason = "", site: Folder = Path("site")) -> None:
+    """Ends this site's part in a study at once: work under way stops at its next step, and nothing more is sent."""
+    _decide(site, study, "withdrawn", reason)
+
+
+def _decide(site: Path, study: str, verdict: "Verdict", reason: str, days: int | None = None) -> None:
+    from fedclient.consent import decide, find_asked
+
+    here = _here(site)
+    asked = find_asked(here, study)
+    decision = decide(here, asked.sha256, verdict, reason, days)
+    until = f" until {_day(decision.until_s)}" if decision.until_s else ""
+    console.print(f"{asked.study.name} ({asked.sha256[:12]}) is {verdict}{until}.", highlight=False)
+
+
+@guarded
+def sent(
+    last: Annotated[int, typer.Option(min=0, help="Only the last so many; 0 shows all.")] = 50,
+    site: Folder = Path("site"),
+    as_json: AsJson = False,
+) -> None:
+    """Lists what has left this site: when, what, how many bytes, its digest, for which run and round."""
+    from fedclient import egress
+    from fedclient.site import read_site_file
+
+    read_site_file(site)
+    lines = egress.sent(site)
+    shown = lines[-last:] if last else lines
+    if as_json:
+        print_json(shown)
+        return
+    for line in shown:
+        what = f"{line['kind']} {line['code']}" if line.get("code") else line["kind"]
+        run = f"{line['run']} round {line['round']}" if "run" in line else ""
+        console.print(f"{_day(line['time'])}  {what:28} {line['bytes']:>12,} B  {line['sha256'][:12]}  {run}",
+                      highlight=False)  # fmt: skip
+    total = sum(int(line["bytes"]) for line in lines)
+    console.print(f"{len(lines)} in all, {total:,} bytes.", highlight=False)
+
+
+@audit.command()
+@guarded
+def verify(
+    pack: Annotated[Path | None, typer.Option(help="Evidence of the coordinator; both logs are compared.")] = None,
+    site: Folder = Path("site"),
+    as_json: AsJson = False,
+) -> None:
+    """Checks every line of this site's log, and names the first bad one; exits with 1 if there is one."""
+    from fedclient.site import read_site_file
+    from shared_models.errors import StateInvalid
+    from shared_models.evidence import against, read_pack, tell, verdict_of
+    from shared_models.identity import identity_public_key, load_secret, vouched
+
+    name = f"site {read_site_file(site).name}"
+    mine = verdict_of(site, identity_public_key(load_secret(site / "keys" / "identity.key")))
+    found = {name: mine}
+    if pack is not None:
+        files = read_pack(pack)
+        key = vouched((site / "keys" / "ca.pem").read_bytes(), files.get("signer.pem", b""))
+        if key is None:
+            raise StateInvalid(f"{pack}: its key is not vouched for by the authority that this site pinned at `join`.")
+        found[name], found["coordinator"] = against(mine, files, key)
+    tell(found, as_json)
+
+
+@audit.command()
+@guarded
+def export(
+    out: Annotated[Path, typer.Option(help="The ZIP file to write.")] = Path("evidence.zip"),
+    site: Folder = Path("site"),
+) -> None:
+    """Writes the log, its signed head and the certificates into one file that others can verify."""
+    from fedclient.site import read_site_file
+    from shared_models.evidence import export as write
+    from shared_models.identity import identity_public_key, load_secret
+
+    read_site_file(site)
+    key = identity_public_key(load_secret(site / "keys" / "identity.key"))
+    certificates = {
+        "ca.pem": (site / "keys" / "ca.pem").read_bytes(),
+        "tls.pem": (site / "keys" / "tls.pem").read_bytes(),
+    }
+    write(site, key, certificates, out)
+    console.print(f"{out}: what this site's audit log holds, for whom you choose to give it to.", highlight=False)

@@ -1,0 +1,124 @@
+"""A study in plain words for the person who says yes or no: what it sees, what leaves, what it costs, what is new."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from fedclient.consent import Asked, list_asked
+from fedclient.policy import objections, protections_of
+from fedclient.site import Site
+from shared_models.errors import FederationError
+from shared_models.files import read_json
+from shared_models.metrics import BINS
+from shared_models.study import Study
+
+DAY = "%Y-%m-%d %H:%M"
+MIB = 2**20
+
+
+def explained(site: Site, asked: Asked) -> dict[str, Any]:
+    """Sections of sentences, by their heading, in the order in which they are read."""
+    return {
+        "trains": list(_trains(asked.study)),
+        "sees": list(_sees(site, asked.study)),
+        "leaves": list(_leaves(site, asked.study)),
+        "costs": list(_costs(site, asked)),
+        "changes": list(_changes(site, asked)),
+        "policy": [str(objection) for objection in objections(site.policy, asked.study)]
+        or ["The study keeps to [policy] of site.toml."],
+    }
+
+
+def _trains(study: Study) -> Iterator[str]:
+    net = "a network that the sites' counts decide" if study.plan == "federated" else f"a {study.model.name}"
+    yield f"{study.title or study.name}: {study.task.kind} of {', '.join(study.task.labels)} by {net}."
+    steps = f"{study.train.local_steps} steps" if study.train.local_steps else f"{study.train.local_epochs} epochs"
+    yield (f"{study.rounds.count} rounds of {steps} here; a round is counted with {study.rounds.quorum} or more sites.")
+
+
+def _sees(site: Site, study: Study) -> Iterator[str]:
+    from fedclient.data.listing import list_cases  # imports the image readers
+
+    channels = f" ({', '.join(study.channels)})" if study.channels else ""
+    yield f"{study.modality} images{channels} and labels in {site.data}; on this machine alone."
+    try:
+        cases = list_cases(site.where, site.salt).cases
+    except FederationError as error:
+        yield f"How many cases that is cannot be told now: {error}"
+        return
+    count = Counter(case.split for case in cases if case.label is not None)
+    yield (
+        f"{count['train']} labelled cases for training, {count['val']} for validation after rounds, "
+        f"{count['test']} for the test after the last."
+    )
+
+
+def _leaves(site: Site, study: Study) -> Iterator[str]:
+    if study.plan == "federated":
+        yield (
+            "Once, before training: counts of spacing, size and grey values over all training cases, no image. "
+            f"Nothing of fewer than {site.smallest_count} cases."
+        )
+        yield "Each round: the change of each weight. The counts decide the network, so its size is not known before."
+    else:
+        from shared_models.nets import network, schema  # imports torch
+        from shared_models.weights import size_bytes
+
+        tensors = schema(network(study))
+        times = 2 if study.train.scaffold else 1
+        bytes_ = size_bytes(tensors) * times
+        yield (
+            f"Each round: the change of each weight, {len(tensors) * times} tensors, {bytes_ / MIB:.1f} MiB; in "
+            f"{study.rounds.count} rounds {bytes_ * study.rounds.count / MIB:.0f} MiB."
+        )
+        yield "Each round: the number of examples and steps, ten mean losses, seconds, and cpu or cuda."
+    if study.evaluate.every:
+        yield (
+            f"Every {study.evaluate.every} rounds and at the end, for each of {len(study.task.labels)} labels: number "
+            f"of cases, two sums of Dice, and a histogram of {BINS} counts if there are {site.smallest_count} or more."
+        )
+
+
+def _costs(site: Site, asked: Asked) -> Iterator[str]:
+    seconds = measured_s(site, asked.sha256)
+    if seconds is None:
+        yield "Hours: nothing is measured before the first round is done here."
+    else:
+        hours = seconds * asked.study.rounds.count / 3600
+        yield f"Hours: {hours:.1f} for {asked.study.rounds.count} rounds, from {seconds:.0f} s of the last one here."
+    if not protections_of(asked.study):
+        yield (
+            "Privacy: the coordinator sees this site's update by itself, without noise. Images might be inferred from "
+            "it in part by somebody who has it; no privacy budget is spent, because none bounds this."
+        )
+
+
+def measured_s(site: Site, digest: str) -> float | None:
+    """Seconds of the last round of a study that was finished here, or None."""
+    kept = sorted((site.folder / "runs").glob(f"*/*-{digest[:16]}.json"), key=lambda path: path.stat().st_mtime)
+    replies = [reply for reply in map(read_json, kept) if reply["kind"] == "update"]
+    return float(replies[-1]["seconds"]) if replies else None
+
+
+def _changes(site: Site, asked: Asked) -> Iterator[str]:
+    others = [
+        a for a in list_asked(site) if a.sha256 != asked.sha256 and a.decision and a.decision.verdict == "approved"
+    ]
+    same = [a for a in others if a.study.name == asked.study.name]
+    if not others:
+        yield "No other study has been approved here."
+        return
+    last = max(same or others, key=lambda a: a.decision.at_s if a.decision else 0.0)
+    yield f"Compared with {last.study.name} ({last.sha256[:12]}), approved last:"
+    before, now = flat(json.loads(last.text)), flat(json.loads(asked.text))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            yield f"  {key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}"
+
+
+def flat(table: Any, above: str = "") -> dict[str, str]:
+    """`train.batch_size` -> `16`: every key of nested tables by its path."""
+    if not isinstance(table, dict):
+        return {above: json.dumps(table)}
+    return {k: v for key, held in table.items() for k, v in flat(held, f"{above}.{key}" if above else key).items()}

@@ -1,0 +1,60 @@
+"""`fedserver audit verify` and `export`: what an auditor of the coordinator types."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shared_models.cli import guarded
+
+console = Console(soft_wrap=True)
+Folder = Annotated[Path, typer.Option("--federation", envvar="FEDSERVER_FEDERATION", help="Folder of the federation.")]
+audit = typer.Typer(
+    help="This coordinator's audit log: who joined, what was ordered, counted, refused.", no_args_is_help=True
+)
+
+
+@audit.command()
+@guarded
+def verify(
+    pack: Annotated[Path | None, typer.Option(help="Evidence of a hospital; both logs are compared.")] = None,
+    federation: Folder = Path("federation"),
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Checks every line of the coordinator's log, and names the first bad one; exits with 1 if there is one."""
+    from fedserver.enrol import open_federation, signer
+    from fedserver.state import list_sites
+    from shared_models.errors import StateInvalid
+    from shared_models.evidence import against, read_pack, tell, verdict_of
+    from shared_models.identity import identity_public_key
+
+    opened = open_federation(federation)
+    mine = verdict_of(federation, identity_public_key(signer(opened).key))
+    found = {"coordinator": mine}
+    if pack is not None:
+        files = read_pack(pack)
+        key = files["key.txt"].decode("ascii", "replace").strip()
+        sites = [site.name for site in list_sites(opened.state) if site.identity_public_key == key]
+        if not sites:
+            raise StateInvalid(f"{pack}: is signed with a key that no site of this federation has enrolled.")
+        found["coordinator"], found[f"site {sites[0]}"] = against(mine, files, bytes.fromhex(key))
+    tell(found, as_json)
+
+
+@audit.command()
+@guarded
+def export(
+    out: Annotated[Path, typer.Option(help="The ZIP file to write.")] = Path("evidence.zip"),
+    federation: Folder = Path("federation"),
+) -> None:
+    """Writes the log, its signed head and the certificates into one file that others can verify."""
+    from fedserver.enrol import open_federation, signer
+    from shared_models.evidence import export as write
+    from shared_models.identity import identity_public_key
+
+    opened = open_federation(federation)
+    by = signer(opened)
+    certificates = {"ca.pem": opened.ca_certificate.read_bytes(), "signer.pem": by.certificate}
+    write(federation, identity_public_key(by.key), certificates, out)
+    console.print(f"{out}: what the coordinator's audit log holds.", highlight=False, markup=False)

@@ -1,0 +1,364 @@
+"""Audit logs: the tree against published roots, and every way to falsify a log named by its first bad line."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared_models.audit import HEAD, LINE, AuditLog, Head, compare, verify_log
+from shared_models.errors import StateInvalid
+from shared_models.files import canonical_json
+from shared_models.identity import identity_public_key, new_site_keys, sign, verify
+from shared_models.merkle import EMPTY, Tree, grew, leaf_hash, node_hash
+
+OURS, THEIRS, STRANGER = (new_site_keys().identity for _ in range(3))
+PUBLIC = identity_public_key(OURS)
+
+# The tree
+
+LEAVES = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
+ROOTS = [  # of Certificate Transparency's own tests (google/certificate-transparency, merkle_tree_test)
+    "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
+    "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",
+    "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77",
+    "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7",
+    "4e3bbb1f7b478dcfe71fb631631519a3bca12c9aefca1612bfce4c13a86264d4",
+    "76e67dadbcdf1e10e1b74ddc608abd2f98dfb16fbce75277b5232a127f2087ef",
+    "ddb89be403809e325750d3d263cd78929c2942b7942a34b77e122c9594a74c8c",
+    "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328",
+]
+
+
+def tree_of(lines: list[bytes]) -> Tree:
+    tree = Tree()
+    for line in lines:
+        tree.append(line)
+    return tree
+
+
+def by_definition(lines: list[bytes]) -> bytes:
+    """MTH as RFC 6962 section 2.1 writes it."""
+    if len(lines) < 2:
+        return leaf_hash(lines[0]) if lines else EMPTY
+    split = max(2**k for k in range(20) if 2**k < len(lines))
+    return node_hash(by_definition(lines[:split]), by_definition(lines[split:]))
+
+
+def test_the_roots_are_those_of_certificate_transparency():
+    tree = tree_of([bytes.fromhex(leaf) for leaf in LEAVES])
+    assert [tree.root(n).hex() for n in range(1, 9)] == ROOTS
+    assert tree.root(0).hex() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+@given(st.integers(0, 70), st.data())
+def test_a_list_that_grew_proves_it_and_any_other_does_not(size, data):
+    lines = [str(n).encode() for n in range(size)]
+    older = data.draw(st.integers(0, size))
+    tree, before = tree_of(lines), by_definition(lines[:older])
+    root, proof = by_definition(lines), tree.consistency(older, size)
+    assert tree.root(size) == root
+    assert tree.root(older) == before
+    assert grew(older, before, size, root, proof)
+    if 0 < older < size:
+        at = data.draw(st.integers(0, len(proof) - 1))
+        assert not grew(older, before, size, root, [*proof[:at], bytes(32), *proof[at + 1 :]])
+        assert not grew(older, before, size, root, proof[:-1])
+        assert not grew(older, before, size, root, [*proof, bytes(32)])
+        assert not grew(older, bytes(32), size, root, proof)
+        assert not grew(older, before, size, bytes(32), proof)
+        assert not grew(size, root, older, before, proof)
+
+
+# The log
+
+
+class Ticks:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def new_log(folder: Path, key: bytes = OURS, party: str = "site north") -> AuditLog:
+    return AuditLog(folder / "audit.jsonl", party, key, clock=Ticks())
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> AuditLog:
+    made = new_log(tmp_path)
+    for number in range(5):
+        made.add("order", round=number)
+    return made
+
+
+def lines_of(log: AuditLog) -> list[bytes]:
+    return log.path.read_bytes().split(b"\n")[:-1]
+
+
+def found(log: AuditLog, content: bytes | None = None) -> tuple[int, str]:
+    head = log.path.with_suffix(".head.json").read_bytes()
+    verdict = verify_log(log.path.read_bytes() if content is None else content, PUBLIC, head)
+    assert verdict.bad is not None
+    return verdict.bad
+
+
+def joined(lines: list[bytes]) -> bytes:
+    return b"".join(line + b"\n" for line in lines)
+
+
+def test_a_sound_log_is_verified_whole(log):
+    verdict = verify_log(log.path.read_bytes(), PUBLIC, log.path.with_suffix(".head.json").read_bytes())
+    assert (verdict.lines, verdict.bad, verdict.party) == (6, None, "site north")
+    assert log.path.stat().st_mode & 0o777 == 0o600
+    first = json.loads(lines_of(log)[0])
+    assert (first["seq"], first["event"], first["prev"]) == (0, "opened", "0" * 64)
+
+
+def test_a_line_is_what_its_signature_says_to_whoever_reads_it_by_the_book(log):
+    line = json.loads(lines_of(log)[3])
+    signature = bytes.fromhex(line.pop("sign"))
+    assert verify(PUBLIC, signature, "audit-line", canonical_json(line))
+
+
+def test_an_edited_line_is_named(log):
+    lines = lines_of(log)
+    lines[2] = lines[2].replace(b'"round":1', b'"round":7')
+    assert found(log, joined(lines)) == (
+        3, "is not signed by the key of this log: it was edited, or written with another key",
+    )  # fmt: skip
+
+
+def test_a_deleted_line_is_named(log):
+    lines = lines_of(log)
+    del lines[2]
+    assert found(log, joined(lines)) == (3, "has number 4: lines before it were deleted, added or changed places")
+
+
+def test_lines_that_changed_places_are_named(log):
+    lines = lines_of(log)
+    lines[2], lines[3] = lines[3], lines[2]
+    assert found(log, joined(lines))[0] == 3
+
+
+def test_lines_that_were_cut_off_are_named_by_the_head_that_was_signed_over_them(log):
+    number, what = found(log, joined(lines_of(log)[:4]))
+    assert number == 5
+    assert "signed over 6 lines, the end was cut off" in what
+
+
+def test_a_log_written_anew_by_the_holder_of_the_key_is_named_by_the_head(log, tmp_path):
+    other = new_log(tmp_path / "other")
+    other.clock.now = 5000.0
+    for number in range(5):
+        other.add("order", round=number + 100)
+    assert found(log, other.path.read_bytes()) == (1, f"begins another log than the head of {WHEN} was signed for")
+
+
+WHEN = "1970-01-01 00:16:52 UTC"  # the twelfth tick: six lines and six heads
+
+
+def test_a_log_that_was_forked_after_its_first_lines_is_named(log, tmp_path):
+    (tmp_path / "fork").mkdir()
+    (tmp_path / "fork" / "audit.jsonl").write_bytes(joined(lines_of(log)[:4]))
+    fork = new_log(tmp_path / "fork")
+    fork.clock.now = 2000.0
+    for _ in range(4):
+        fork.add("order", round=9)
+    assert found(log, fork.path.read_bytes())[1].startswith("or one up to 6 was written anew: a head of ")
+    spliced = joined([*lines_of(log)[:5], lines_of(fork)[5]])
+    assert found(log, spliced) == (6, "does not follow from the line before: the log was forked here")
+
+
+def test_a_line_by_another_key_is_named(log):
+    body = json.loads(lines_of(log)[5])
+    del body["sign"]
+    forged = {**body, "sign": sign(STRANGER, LINE, canonical_json(body)).hex()}
+    assert found(log, joined([*lines_of(log)[:5], canonical_json(forged)]))[0] == 6
+
+
+def test_a_clock_that_was_set_back_is_named_where_a_log_was_forged_and_told_where_it_was_not(log):
+    log.clock.now = 500.0
+    log.add("order", round=9)
+    last = json.loads(lines_of(log)[-1])
+    assert last["time"] == json.loads(lines_of(log)[-2])["time"]
+    assert last["facts"]["clock_back_s"] > 400
+    body = {k: v for k, v in last.items() if k != "sign"} | {"time": 3.0}
+    forged = {**body, "sign": sign(OURS, LINE, canonical_json(body)).hex()}
+    number, what = found(log, joined([*lines_of(log)[:6], canonical_json(forged)]))
+    assert (number, what.split(": ")[1]) == (7, "the clock was set back while it was made")
+
+
+@pytest.mark.parametrize("kept", [1, 40, 200])
+def test_a_line_torn_by_a_crash_is_named_and_cut_off_by_the_next(log, kept, tmp_path):
+    whole = log.path.read_bytes()
+    log.path.write_bytes(whole + lines_of(log)[-1][:kept])
+    assert found(log)[0] == 7
+    assert "its writer died in the middle of it" in found(log)[1]
+    again = new_log(tmp_path)
+    again.clock.now = 3000.0
+    again.add("order", round=9)
+    assert verify_log(log.path.read_bytes(), PUBLIC).bad is None
+    assert lines_of(log)[:6] == whole.split(b"\n")[:-1]
+
+
+@given(st.binary(max_size=80))
+def test_bytes_that_are_no_log_are_named_and_raise_nothing(content):
+    assert verify_log(content + b"\n", PUBLIC).bad is not None
+
+
+@pytest.mark.parametrize("line", [b"[]", b"null", b"{}", b'{"seq":0}', b"\xff", b"[" * 5000])
+def test_lines_of_other_forms_are_named(log, line):
+    assert found(log, joined([*lines_of(log), line]))[0] == 7
+
+
+def test_several_processes_add_to_one_log(tmp_path):
+    logs = [new_log(tmp_path) for _ in range(4)]
+    threads = [threading.Thread(target=lambda log=log: [log.add("order", n=n) for n in range(10)]) for log in logs]  # type: ignore[misc]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    verdict = verify_log((tmp_path / "audit.jsonl").read_bytes(), PUBLIC)
+    assert (verdict.lines, verdict.bad) == (41, None)
+
+
+def test_a_renewed_key_begins_a_new_log_that_names_the_old_one(log, tmp_path):
+    before = log.log
+    renewed = new_log(tmp_path, THEIRS)
+    renewed.add("order", round=1)
+    first = json.loads(renewed.path.read_bytes().split(b"\n")[0])
+    assert first["facts"]["before"] == before
+    assert verify_log((tmp_path / f"audit-{before[:8]}.jsonl").read_bytes(), PUBLIC).bad is None
+    assert verify_log(renewed.path.read_bytes(), identity_public_key(THEIRS)).bad is None
+
+
+def test_a_damaged_log_is_not_written_on(log, tmp_path):
+    log.path.write_bytes(log.path.read_bytes().replace(b'{"event"', b'{"evnt"', 1))
+    with pytest.raises(StateInvalid, match="line 1 is damaged"):
+        new_log(tmp_path).add("order")
+
+
+# What the other side keeps
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[AuditLog, AuditLog]:
+    """A site's log and a coordinator's."""
+    return new_log(tmp_path / "site"), new_log(tmp_path / "fed", THEIRS, "coordinator")
+
+
+def exchange(site: AuditLog, fed: AuditLog, times: int = 1) -> list[str | None]:
+    """Replies of the site, each with the head proven from the one that the coordinator keeps."""
+    told: list[str | None] = []
+    for _ in range(times):
+        site.add("order")
+        kept = fed.kept.get("north")
+        head = site.head(kept.log if kept else None, kept.size if kept else 0, about="coordinator")
+        assert verify(PUBLIC, bytes.fromhex(head.signature), HEAD, head.statement)
+        told.append(fed.witness("north", head, PUBLIC.hex()))
+    return told
+
+
+def test_heads_of_a_log_that_grows_are_kept(pair):
+    site, fed = pair
+    assert exchange(site, fed, 12) == [None] * 12
+    assert fed.kept["north"].size == site.tree.size == 13
+    assert [e for e in events(fed) if e != "opened"] == ["witnessed"] * 12
+
+
+def events(log: AuditLog) -> list[str]:
+    return [json.loads(line)["event"] for line in lines_of(log)]
+
+
+def rewritten(site: AuditLog, keep: int) -> AuditLog:
+    """The site's log cut to `keep` lines by the holder of its key, who then writes on."""
+    site.path.write_bytes(joined(lines_of(site)[:keep]))
+    again = new_log(site.path.parent)
+    again.clock.now = 9000.0
+    return again
+
+
+@pytest.mark.parametrize(
+    ("keep", "more", "code"),
+    [(6, 0, "LOG_CUT"), (6, 20, "LOG_FORKED"), (8, 0, "LOG_FORKED"), (9, 0, "LOG_CUT"), (15, 0, "LOG_FORKED")],
+)
+def test_a_site_that_cut_or_rewrote_its_log_is_found_by_the_next_reply(pair, keep, more, code):
+    site, fed = pair
+    for _ in range(5):  # heads of 3, 6, 9, 12 and 15 lines are kept
+        site.add("order")
+        site.add("order")
+        exchange(site, fed)
+    site.path.write_bytes(joined(lines_of(site)[:15]))
+    again = rewritten(site, keep)
+    for _ in range(more):
+        again.add("order", other=True)
+    assert exchange(again, fed) == [code]
+    assert all(exchange(again, fed, 2))
+    refusals = [json.loads(line)["facts"] for line in lines_of(fed) if b"witness-refused" in line]
+    assert refusals[0]["problem"] == code
+    assert refusals[0]["head"]["signature"]  # the evidence
+    assert len(refusals) == len({facts["problem"] for facts in refusals})  # each problem is written down once
+
+
+def test_a_site_that_begins_a_new_log_with_the_same_key_is_found(pair):
+    site, fed = pair
+    exchange(site, fed, 3)
+    site.path.unlink()
+    again = new_log(site.path.parent)
+    again.clock = lambda: 7000.0
+    assert exchange(again, fed) == ["LOG_REPLACED"]
+
+
+def test_heads_that_overtake_each_other_are_no_fraud(pair):
+    site, fed = pair
+    exchange(site, fed)
+    kept = fed.kept["north"]
+    first, second = (_later(site, kept.log, kept.size) for _ in range(2))
+    assert fed.witness("north", second, PUBLIC.hex()) is None
+    assert fed.witness("north", first, PUBLIC.hex()) is None
+    assert fed.kept["north"].size == second.size
+    assert "witness-refused" not in events(fed)
+
+
+def _later(site: AuditLog, log: str, size: int) -> Head:
+    site.add("order")
+    return site.head(log, size)
+
+
+def test_a_log_that_its_owner_finds_shorter_than_others_keep_says_so_itself(pair):
+    site, fed = pair
+    exchange(site, fed, 5)
+    again = rewritten(site, 3)
+    again.head(fed.kept["north"].log, fed.kept["north"].size, about="coordinator")
+    assert json.loads(lines_of(again)[-1])["facts"]["problem"] == "OWN_LOG_CUT"
+
+
+def test_two_logs_side_by_side_name_the_line_from_which_one_was_cut(pair):
+    site, fed = pair
+    exchange(site, fed, 5)
+    theirs = verify_log(fed.path.read_bytes(), identity_public_key(THEIRS))
+    assert compare(verify_log(site.path.read_bytes(), PUBLIC), theirs) is None
+    cut = verify_log(joined(lines_of(site)[:4]), PUBLIC)  # with its own head thrown away, it is sound by itself
+    assert cut.bad is None
+    wrong = compare(cut, theirs)
+    assert wrong is not None
+    assert wrong[0] == 5
+
+
+def test_ten_thousand_events_are_verified_in_time_that_grows_with_their_number(tmp_path, monkeypatch):
+    """Each line is hashed and its signature checked once, whatever the length of the log."""
+    import shared_models.audit as audit
+
+    log, checked = new_log(tmp_path), []
+    for _ in range(50):
+        log.add("order")
+    real: Callable[..., bool] = audit.verify
+    monkeypatch.setattr(audit, "verify", lambda *words: checked.append(1) or real(*words))
+    assert verify_log(log.path.read_bytes(), PUBLIC).lines == 51
+    assert len(checked) == 51

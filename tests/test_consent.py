@@ -1,0 +1,365 @@
+"""A hospital's word: what the policy allows, what a person decided, and what becomes of work that is not wanted."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from fedclient.app import client_app
+from fedclient.consent import Decision, admitted, check_decision, decide, find_asked, list_asked, read_decision
+from fedclient.explain import explained
+from fedclient.policy import Policy, in_words, objections
+from fedclient.site import Site
+from fedclient.work import Learned
+from fedserver.app import proof
+from fedserver.checkpoint import RunFolder, read_progress
+from fedserver.show import waits_for
+from shared_models.errors import OrderRefused, RoundPaused, StateInvalid
+from shared_models.files import read_lines
+from shared_models.study import SIGNED, Evaluate, Model, Rounds, Study, canonical, sha256, statement
+from shared_models.weights import Arrays
+from shared_models.wire import Order
+from tests.edge import Edge, running_edge
+from tests.hospitals import Hospitals, after
+from tests.toys import WEIGHTS, ToyLearner
+
+STUDY = Study(name="toy", rounds=Rounds(count=2, quorum=2, deadline_s=300, gather_s=0, pause_s=300))
+ASK, INSIDE = Policy(), Policy(approval="inside-policy")
+
+
+@pytest.fixture
+def edge(tmp_path: Path) -> Iterator[Edge]:
+    with running_edge(tmp_path / "federation") as running:
+        yield running
+
+
+@pytest.fixture
+def hospitals(edge: Edge, tmp_path: Path) -> Hospitals:
+    return Hospitals(edge, tmp_path / "sites")
+
+
+def order(edge: Edge, study: Study = STUDY, run: str = "toy", **change: Any) -> Order:
+    """An order as the coordinator of `edge` signs it."""
+    digest = sha256(study)
+    signed = proof(edge.federation, SIGNED, statement(run, digest))
+    made = Order("hello", run, 1, 1, canonical(study).decode(), digest, "b" * 64, study_proof=signed)
+    return replace(made, **change)
+
+
+def refused(of: Order, site: Site, now_s: float | None = None) -> OrderRefused:
+    with pytest.raises(OrderRefused) as found:
+        admitted(of, site, *([] if now_s is None else [lambda: now_s]))
+    return found.value
+
+
+# The policy
+
+
+@pytest.mark.parametrize(
+    ("policy", "study", "keys"),
+    [
+        (Policy(tasks=("detection",)), STUDY, ["tasks"]),
+        (Policy(models=("dynunet",)), STUDY, ["models"]),
+        (Policy(models=("unet",)), replace(STUDY, plan="federated"), ["models"]),
+        (Policy(most_rounds=1), STUDY, ["most_rounds"]),
+        (Policy(least_cohort=3), STUDY, ["least_cohort"]),
+        (Policy(protections=("secure-sum",)), STUDY, ["protections"]),
+        (Policy(tasks=("detection",), most_rounds=1, least_cohort=9), STUDY, ["tasks", "most_rounds", "least_cohort"]),
+        (Policy(tasks=("segmentation",), models=("unet",), most_rounds=2, least_cohort=2), STUDY, []),
+        (Policy(), STUDY, []),
+    ],
+)
+def test_a_study_is_held_against_every_key_of_the_policy(policy, study, keys):
+    assert [objection.key for objection in objections(policy, study)] == keys
+
+
+@pytest.mark.parametrize(
+    ("hours", "zone", "when", "is_open"),
+    [
+        ((), "UTC", "2026-07-01 12:00", True),
+        (("20:00-06:00",), "UTC", "2026-07-01 20:00", True),
+        (("20:00-06:00",), "UTC", "2026-07-01 05:59", True),
+        (("20:00-06:00",), "UTC", "2026-07-01 06:00", False),
+        (("20:00-06:00",), "UTC", "2026-07-01 19:59", False),
+        (("12:00-13:00", "18:00-19:00"), "UTC", "2026-07-01 18:30", True),
+        (("12:00-13:00",), "Europe/Berlin", "2026-07-01 10:30", True),  # 12:30 there in summer
+        (("12:00-13:00",), "Europe/Berlin", "2026-01-01 10:30", False),  # 11:30 there in winter
+        (("12:00-12:00",), "UTC", "2026-01-01 03:00", True),  # round the clock
+    ],
+)
+def test_hours_are_those_of_the_hospitals_clock_and_may_pass_midnight(hours, zone, when, is_open):
+    at = datetime.fromisoformat(when).replace(tzinfo=ZoneInfo("UTC")).timestamp()
+    assert Policy(hours=hours, time_zone=zone).is_open(at) is is_open
+
+
+@pytest.mark.parametrize("change", [{"hours": ("20-6",)}, {"hours": ("24:00-06:00",)}, {"time_zone": "Berlin"}])
+def test_hours_that_are_none_are_refused(change):
+    with pytest.raises(ValueError, match=r"hours|time_zone"):
+        Policy(**change)
+
+
+def test_every_key_of_the_policy_is_told_in_words():
+    told = " ".join(in_words(Policy(17, "ask", 93, ("t1",), ("m1",), 71, 5, ("secure-sum",), ("20:00-06:00",), "UTC")))
+    for word in ("17", "`fedclient approve`", "93 days", "t1", "m1", "71 rounds", "5 or more", "secure-sum", "20:00"):
+        assert word in told
+
+
+def test_a_study_outside_the_policy_is_refused_with_the_names_of_the_keys_and_not_what_they_say(edge, hospitals):
+    hospitals.join("north", Policy(tasks=("detection",), most_rounds=1))
+    error = refused(order(edge), hospitals.site("north"))
+    assert (error.code, error.keys) == ("OUTSIDE_POLICY", ("tasks", "most_rounds"))
+    assert "most_rounds: the study has 2 rounds, allowed: 1" in str(error)
+    assert not (hospitals.sites["north"] / "studies").exists()
+
+
+# The signature
+
+
+def test_a_study_that_the_coordinator_did_not_sign_for_this_run_is_not_looked_at(edge, hospitals, tmp_path):
+    hospitals.join("north", INSIDE)
+    site, good = hospitals.site("north"), order(edge)
+    assert refused(replace(good, study_proof=None), site).code == "STUDY_UNSIGNED"
+    for wrong in ({"run": "other"}, {"study": "{}", "study_sha256": "c" * 64}):
+        assert refused(replace(good, **wrong), site).code == "STUDY_SIGNATURE"
+    for_a_plan = proof(edge.federation, "plan", statement("toy", good.study_sha256))
+    assert refused(replace(good, study_proof=for_a_plan), site).code == "STUDY_SIGNATURE"
+    with running_edge(tmp_path / "other") as other:
+        assert refused(order(other), site).code == "STUDY_SIGNATURE"
+    assert refused(replace(good, study=canonical(replace(STUDY, seed=1)).decode()), site).code == "STUDY_MISMATCH"
+    assert not (site.folder / "studies").exists()
+    assert admitted(good, site).name == "north"
+
+
+# The decision
+
+
+def test_a_study_waits_until_somebody_approves_it(edge, hospitals):
+    hospitals.join("north")
+    site = hospitals.site("north")
+    assert refused(order(edge), site).code == "APPROVAL_PENDING"
+    (asked,) = list_asked(site)
+    assert (asked.study, asked.state) == (STUDY, "pending")
+    decide(site, asked.sha256, "approved", "ethics vote 12")
+    assert admitted(order(edge), site).name == "north"
+    assert admitted(order(edge, run="again"), site).name == "north"
+    assert find_asked(site, "toy").state == "approved"
+
+
+def test_any_change_of_a_study_asks_anew(edge, hospitals):
+    hospitals.join("north")
+    site = hospitals.site("north")
+    refused(order(edge), site)
+    decide(site, sha256(STUDY), "approved")
+    assert refused(order(edge, replace(STUDY, seed=1)), site).code == "APPROVAL_PENDING"
+    assert [a.state for a in list_asked(site)] == ["approved", "pending"]
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("refused", "STUDY_REFUSED"), ("withdrawn", "STUDY_WITHDRAWN")])
+def test_a_decision_against_a_study_holds_whatever_the_policy_says(edge, hospitals, verdict, code):
+    hospitals.join("north", INSIDE)
+    site = hospitals.site("north")
+    going_on = admitted(order(edge), site)
+    going_on.go_on()
+    decide(site, sha256(STUDY), verdict)
+    assert refused(order(edge), site).code == code
+    with pytest.raises(OrderRefused) as found:
+        going_on.go_on()
+    assert found.value.code == code
+
+
+def test_an_approval_runs_out(edge, hospitals):
+    hospitals.join("north")
+    site = hospitals.site("north")
+    refused(order(edge), site)
+    until = decide(site, sha256(STUDY), "approved", days=3).until_s
+    assert until is not None
+    check_decision(site, sha256(STUDY), until - 1)
+    assert refused(order(edge), site, until).code == "APPROVAL_PENDING"
+
+
+def test_where_the_policy_decides_nobody_is_asked_until_it_is_told_to_ask(edge, hospitals):
+    hospitals.join("north", INSIDE)
+    site = hospitals.site("north")
+    admitted(order(edge), site)
+    decision = read_decision(site.folder, sha256(STUDY))
+    assert decision is not None
+    assert (decision.verdict, decision.by) == ("approved", "policy")
+    asking = replace(site, policy=ASK)
+    assert refused(order(edge), asking).code == "APPROVAL_PENDING"
+    assert list_asked(asking)[0].state == "pending"
+    assert decision.until_s is not None
+    assert admitted(order(edge), site, lambda: decision.until_s + 1).name == "north"  # the policy decides anew
+
+
+def test_outside_its_hours_a_site_does_nothing_and_stops_what_it_does(edge, hospitals):
+    hospitals.join("north", replace(INSIDE, hours=("20:00-06:00",)))
+    site, noon, night = hospitals.site("north"), 1_782_907_200.0, 1_782_943_200.0  # 2026-07-01, 12:00 and 22:00 UTC
+    assert refused(order(edge), site, noon).code == "OUTSIDE_HOURS"
+    now = [night]
+    going_on = admitted(order(edge), site, lambda: now[0])
+    now[0] = noon
+    with pytest.raises(OrderRefused):
+        going_on.go_on()
+
+
+def test_a_study_outside_the_policy_cannot_be_approved(edge, hospitals):
+    hospitals.join("north")
+    site = hospitals.site("north")
+    refused(order(edge), site)
+    strict = replace(site, policy=Policy(most_rounds=1))
+    with pytest.raises(StateInvalid, match=r"most_rounds: the study has 2 rounds, allowed: 1\. Change \[policy\]"):
+        decide(strict, sha256(STUDY), "approved")
+
+
+def test_a_coordinator_that_sends_ever_new_studies_fills_no_disk(edge, hospitals, monkeypatch):
+    monkeypatch.setattr("fedclient.consent.MOST_PENDING", 2)
+    hospitals.join("north")
+    site = hospitals.site("north")
+    codes = [refused(order(edge, replace(STUDY, seed=seed)), site).code for seed in range(3)]
+    assert codes == ["APPROVAL_PENDING", "APPROVAL_PENDING", "TOO_MANY_STUDIES"]
+
+
+@pytest.mark.parametrize("words", ["other", "abc", "ffff"])
+def test_a_study_that_has_not_come_is_told_with_those_that_have(edge, hospitals, words):
+    hospitals.join("north")
+    site = hospitals.site("north")
+    refused(order(edge), site)
+    with pytest.raises(StateInvalid, match=rf"is no study here. Known: toy \({sha256(STUDY)[:12]}\)"):
+        find_asked(site, words)
+
+
+def test_what_is_new_in_a_study_is_told_key_by_key(edge, hospitals):
+    hospitals.join("north")
+    site = hospitals.site("north")
+    refused(order(edge), site)
+    decide(site, sha256(STUDY), "approved")
+    changed = replace(STUDY, rounds=replace(STUDY.rounds, count=7), model=Model(dropout=0.5))
+    refused(order(edge, changed), site)
+    told = explained(site, find_asked(site, sha256(changed)[:12]))["changes"]
+    assert told == [
+        f"Compared with toy ({sha256(STUDY)[:12]}), approved last:",
+        "  model.dropout: 0.0 -> 0.5",
+        "  rounds.count: 2 -> 7",
+    ]
+
+
+def test_a_decision_that_was_spoilt_approves_nothing(edge, hospitals):
+    hospitals.join("north", INSIDE)
+    site = hospitals.site("north")
+    admitted(order(edge), site)
+    (site.folder / "studies" / sha256(STUDY) / "decision.json").write_text('{"verdict":"approved"}')
+    with pytest.raises(StateInvalid, match="`by` is missing"):
+        admitted(order(edge), site)
+
+
+def test_decisions_stand_in_the_sites_log_with_their_reason(edge, hospitals):
+    hospitals.join("north")
+    site = hospitals.site("north")
+    refused(order(edge), site)
+    decision = decide(site, sha256(STUDY), "refused", "no vote of the ethics board")
+    lines = read_lines(site.folder / "audit.jsonl")
+    assert [line["event"] for line in lines] == ["opened", "study-asked", "study-refused"]
+    assert Decision(**{k: v for k, v in lines[2]["facts"].items() if k != "study"}) == decision
+
+
+# A run over hospitals
+
+
+def test_a_round_does_without_a_site_that_has_not_decided_and_takes_it_in_once_it_has(hospitals):
+    hospitals.join("east", INSIDE)
+    hospitals.join("north", INSIDE)
+    hospitals.join("south", ASK)
+    one = replace(STUDY, rounds=replace(STUDY.rounds, count=1))
+    _, run = hospitals.run(one)
+    assert hospitals.clock.now < 1010.0
+    line = read_lines(run.metrics)[0]
+    assert set(line["sites"]) == {"east", "north"}
+    assert line["left_out"]["south"] == {"state": "pending", "reason": "awaits approval at the site"}
+    two = replace(STUDY, rounds=replace(STUDY.rounds, count=1), seed=2)
+    hospitals.run(two, "second")
+    decide(hospitals.site("south"), sha256(two), "approved")
+    _, third = hospitals.run(two, "third")
+    assert set(read_lines(third.metrics)[0]["sites"]) == {"east", "north", "south"}
+
+
+def test_a_run_that_needs_the_site_waits_says_so_and_goes_on_when_it_is_approved_without_a_restart(hospitals):
+    hospitals.join("north", INSIDE)
+    hospitals.join("south", ASK)
+    seen: list[dict[str, str]] = []
+
+    def approve() -> None:
+        seen.append(waits_for(read_progress(RunFolder(hospitals.edge.federation.runs / "toy"))))
+        decide(hospitals.site("south"), sha256(STUDY), "approved")
+
+    state, run = hospitals.run(STUDY, sleep=after(hospitals.clock, 200, approve))
+    assert seen == [{"south": "awaits approval at the site"}]
+    assert state.round == 2
+    assert all(set(line["sites"]) == {"north", "south"} for line in read_lines(run.metrics))
+    assert hospitals.clock.now < 1000 + 200 + 125  # asked again within two minutes
+
+
+def test_a_site_that_is_never_approved_ends_in_a_pause_that_names_it(hospitals):
+    hospitals.join("north", INSIDE)
+    hospitals.join("south", ASK)
+    with pytest.raises(RoundPaused, match="south: awaits approval at the site"):
+        hospitals.run(STUDY)
+
+
+def test_one_sites_refusal_neither_stops_the_others_nor_is_told_to_them(hospitals):
+    for name in ("east", "north", "south"):
+        hospitals.join(name, Policy(most_rounds=1) if name == "south" else INSIDE)
+    state, run = hospitals.run(STUDY)
+    assert state.round == 2
+    left_out = read_lines(run.metrics)[0]["left_out"]
+    assert left_out == {"south": {"state": "refused", "reason": "OUTSIDE_POLICY (most_rounds)"}}
+    for name in ("east", "north"):
+        here = b"".join(p.read_bytes() for p in hospitals.sites[name].rglob("*") if p.is_file())
+        assert b"south" not in here
+        assert b"OUTSIDE_POLICY" not in here
+
+
+def test_consent_withdrawn_in_the_middle_of_training_ends_it_at_the_next_step_and_nothing_leaves(hospitals):
+    hospitals.join("north", INSIDE)
+    hospitals.join("south", INSIDE)
+    steps: list[int] = []
+
+    class Long(ToyLearner):
+        def learn(self, site: Site, study: Study, round_number: int, weights: Arrays) -> Learned:
+            for step in range(10):
+                site.go_on()
+                if site.name == "south":
+                    steps.append(step)
+                if site.name == "south" and step == 3:
+                    decide(hospitals.site("south"), sha256(one), "withdrawn", "a patient objected")
+            return ToyLearner.learn(self, site, study, round_number, weights)
+
+    one = replace(STUDY, rounds=replace(STUDY.rounds, count=1, quorum=2), evaluate=Evaluate(every=0))
+    hospitals.join("west", INSIDE)
+    _, run = hospitals.run(one, app=client_app(Long()))
+    assert steps == [0, 1, 2, 3]
+    line = read_lines(run.metrics)[0]
+    assert set(line["sites"]) == {"north", "west"}
+    assert line["left_out"]["south"]["reason"] == "STUDY_WITHDRAWN"
+    assert not list((hospitals.sites["south"] / "runs").rglob("*"))
+    kinds = [x["facts"]["kind"] for x in read_lines(hospitals.sites["south"] / "audit.jsonl") if x["event"] == "sent"]
+    assert kinds == ["code"]
+
+
+def test_the_statistics_of_a_plan_wait_for_approval_too(edge, hospitals):
+    hospitals.join("north")
+    asked = order(edge, replace(STUDY, plan="federated"), kind="statistics")
+    assert refused(asked, hospitals.site("north")).code == "APPROVAL_PENDING"
+    assert json.loads((hospitals.sites["north"] / "studies" / asked.study_sha256 / "study.json").read_text())["name"]
+
+
+def test_the_weights_of_the_tests_are_those_of_the_toy(hospitals):
+    hospitals.join("north", INSIDE)
+    hospitals.join("south", INSIDE)
+    state, _ = hospitals.run(STUDY)
+    assert state.cohort == ("north", "south")
+    assert WEIGHTS.keys() == {"body.weight", "body.bias", "steps"}
