@@ -37,6 +37,7 @@ bench: setup
 	$(BIN)/python -m simulations.bench.secagg
 	$(BIN)/python -m simulations.bench.deployed_round
 	$(BIN)/python -m simulations.bench.gate
+	$(BIN)/python -m simulations.bench.audit
 
 clean:
 	rm -rf .venv build *.egg-info

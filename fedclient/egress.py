@@ -8,14 +8,18 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from fedclient.records import hear, log_of, own_head
 from fedclient.site import Site, read_site_file
 from fedclient.work import study_of
+from shared_models.class_counts import ClassCounts
 from shared_models.errors import FederationError, OrderRefused
 from shared_models.files import read_lines
+from shared_models.scores import Score
+from shared_models.survival_counts import SurvivalCounts
 from shared_models.weights import Arrays, difference, schema_of
 from shared_models.wire import BlobRef, Order, Reply, dump
 
@@ -96,10 +100,25 @@ def _check(reply: Reply, order: Order, site: Site) -> None:
         if name not in allowed:
             refuse(f"{name!r} is not on the list of what a reply of kind {reply.kind!r} may hold")
     scores = [*reply.scores.items(), *reply.own_scores.items()]
-    if scores and (strange := {label for label, _ in scores} - set(study_of(order).task.labels)):
+    if scores and (strange := {label for label, _ in scores} - set(study_of(order).task.answers)):
         refuse(f"scores of {len(strange)} labels that the study does not have")
-    if any(counts.histogram and counts.cases < site.smallest_count for _, counts in scores):
-        refuse(f"a histogram of fewer than {site.smallest_count} cases")
+    if any(_distribution_of(score) < site.smallest_count for _, score in scores):
+        refuse(f"a distribution of fewer than {site.smallest_count} cases")
+
+
+def _distribution_of(score: Score) -> float:
+    """Of how many cases `score` tells a distribution; infinity where it tells none."""
+    if isinstance(score, ClassCounts):
+        told = [
+            (score.cases, (score.positive, score.negative, score.cell_cases, score.cell_positives, score.cell_micro))
+        ]
+    elif isinstance(score, SurvivalCounts):
+        told = [(score.cases, (score.predicted_micro, score.at_risk, score.came))]
+    else:
+        told = [(score.cases, (score.histogram,))]
+        if score.surface is not None:
+            told.append((score.surface.cases, (score.surface.distance,)))
+    return min((cases for cases, counts in told if any(counts)), default=inf)
 
 
 def _filled(reply: Reply) -> Iterator[str]:

@@ -10,10 +10,9 @@ from fedclient.policy import objections, protections_of
 from fedclient.site import Site
 from shared_models.errors import FederationError
 from shared_models.files import read_json
-from shared_models.metrics import BINS
+from shared_models.scores import NAMES, measure_of
 from shared_models.study import Study
 
-DAY = "%Y-%m-%d %H:%M"
 MIB = 2**20
 
 
@@ -75,8 +74,9 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
         yield "Each round: the number of examples and steps, ten mean losses, seconds, and cpu or cuda."
     if study.evaluate.every:
         yield (
-            f"Every {study.evaluate.every} rounds and at the end, for each of {len(study.task.labels)} labels: number "
-            f"of cases, two sums of Dice, and a histogram of {BINS} counts if there are {site.smallest_count} or more."
+            f"Every {study.evaluate.every} rounds and at the end, for each of {', '.join(study.task.answers)}: number "
+            f"of cases and sums of {NAMES[measure_of(study.task)]} over them, and how they are distributed if there "
+            f"are {site.smallest_count} or more."
         )
 
 

@@ -124,8 +124,8 @@ def test_a_study_that_the_coordinator_did_not_sign_for_this_run_is_not_looked_at
     hospitals.join("north", INSIDE)
     site, good = hospitals.site("north"), order(edge)
     assert refused(replace(good, study_proof=None), site).code == "STUDY_UNSIGNED"
-    for wrong in ({"run": "other"}, {"study": "{}", "study_sha256": "c" * 64}):
-        assert refused(replace(good, **wrong), site).code == "STUDY_SIGNATURE"
+    for wrong in (replace(good, run="other"), replace(good, study="{}", study_sha256="c" * 64)):
+        assert refused(wrong, site).code == "STUDY_SIGNATURE"
     for_a_plan = proof(edge.federation, "plan", statement("toy", good.study_sha256))
     assert refused(replace(good, study_proof=for_a_plan), site).code == "STUDY_SIGNATURE"
     with running_edge(tmp_path / "other") as other:
@@ -192,8 +192,9 @@ def test_where_the_policy_decides_nobody_is_asked_until_it_is_told_to_ask(edge, 
     asking = replace(site, policy=ASK)
     assert refused(order(edge), asking).code == "APPROVAL_PENDING"
     assert list_asked(asking)[0].state == "pending"
-    assert decision.until_s is not None
-    assert admitted(order(edge), site, lambda: decision.until_s + 1).name == "north"  # the policy decides anew
+    until = decision.until_s
+    assert until is not None
+    assert admitted(order(edge), site, lambda: until + 1).name == "north"  # the policy decides anew
 
 
 def test_outside_its_hours_a_site_does_nothing_and_stops_what_it_does(edge, hospitals):

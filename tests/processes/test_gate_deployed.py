@@ -39,6 +39,9 @@ def test_a_node_refuses_to_train_on_bad_data_until_a_waiver_says_otherwise(tmp_p
     study.write_text(STUDY)
     logs = tmp_path / "d"
     with deployed(logs, data, ("north", "south")) as here:
+        for name in here.sites:  # which want a round of two by themselves
+            settings = here.site(name) / "site.toml"
+            settings.write_text(settings.read_text().replace("least_cohort = 2", "least_cohort = 1"))
         here.fedserver("run", str(study), "--name", "first", "--no-wait")
         until(lambda: here.run("first")["state"] == "finished", 240, "the run finished without north", logs)
         (line,) = [x for x in read_lines(here.run_folder("first").metrics) if x["round"] == 1 and not x.get("final")]
