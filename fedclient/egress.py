@@ -108,10 +108,10 @@ def _check(reply: Reply, order: Order, site: Site) -> None:
 
 def _distribution_of(score: Score) -> float:
     """Of how many cases `score` tells a distribution; infinity where it tells none."""
+    told: list[tuple[int, tuple[tuple[int, ...], ...]]]
     if isinstance(score, ClassCounts):
-        told = [
-            (score.cases, (score.positive, score.negative, score.cell_cases, score.cell_positives, score.cell_micro))
-        ]
+        curve = (score.cell_cases, score.cell_positives, score.cell_micro)
+        told = [(score.cases, (score.positive, score.negative, *curve))]
     elif isinstance(score, SurvivalCounts):
         told = [(score.cases, (score.predicted_micro, score.at_risk, score.came))]
     else:

@@ -31,10 +31,13 @@ COMMANDS: dict[str, typer.Typer] = {
     "fedsim": simulations.cli.app,
 }
 SUBCOMMANDS = {
-    "fedserver": ["init", "serve", "invite", "run", "stop", "status"],
-    "fedclient": ["join", "check", "waive", "card", "start", "status", "budget", "ledger"],
+    "fedserver": ["init", "serve", "invite", "run", "stop", "status", "audit"],
+    "fedclient": [
+        "join", "check", "waive", "card", "policy", "studies", "show", "approve", "refuse", "withdraw", "sent", "audit",
+        "start", "status", "budget", "ledger",
+    ],
     "fedsim": ["run", "studies", "privacy", "demo", "phantom"],
-}
+}  # fmt: skip
 TINY = """
 name = "tiny"
 [model]
@@ -357,6 +360,7 @@ def test_a_hospital_joins_looks_at_its_data_and_asks_how_it_stands(tmp_path, dat
     assert (
         "4 of 4 cases can be read; 0 were looked at anew" in call("fedclient", "check", "--study", "lung-ct-quick")[1]
     )
+    assert parsed("fedclient", "policy", "--json")["approval"] == "ask"
     assert "fewer than 11 cases" in call("fedclient", "card")[1]
     card = parsed("fedclient", "card", "--json")
     assert (card["cases"], card["tables"]) == (None, {})
