@@ -43,6 +43,14 @@ def _day(seconds: float | None) -> str:
     return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
+def awaiting(site: Path) -> str:
+    """`2 studies`, or nothing where nobody has to decide."""
+    from fedclient.consent import undecided
+
+    count = len(undecided(site))
+    return f"{count} {'study' if count == 1 else 'studies'}" if count else ""
+
+
 @guarded
 def policy(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     """Says in plain words what this site allows; its keys stand in site.toml."""

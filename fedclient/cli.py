@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedclient.approval import approve, audit, policy, refuse, sent, show, studies, withdraw
+from fedclient.approval import approve, audit, awaiting, policy, refuse, sent, show, studies, withdraw
 from fedclient.gate.commands import card, check, waive
 from shared_models.cli import guarded, print_json
 from shared_models.errors import EnrolmentFailed
@@ -124,6 +124,8 @@ def status(site: Folder = Path("site"), as_json: AsJson = False) -> None:
         print(f"  {words}")
     for path in work:
         console.print(f"  finished {path}")
+    if waiting := awaiting(site):
+        console.print(f"  waiting for a decision here: {waiting}; see `fedclient studies`")
 
 
 @app.command()

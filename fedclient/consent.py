@@ -115,7 +115,7 @@ def _ask(order: Order, study: Study, site: Site, now_s: float) -> None:
     log = log_of(site.folder, site.name)
     with locked(site.folder / "studies" / ".lock"):
         if not (folder / "study.json").exists():
-            if len(_undecided(site.folder)) >= MOST_PENDING:
+            if len(undecided(site.folder)) >= MOST_PENDING:
                 raise OrderRefused(
                     "TOO_MANY_STUDIES", f"{MOST_PENDING} studies await a decision here. Decide: `fedclient studies`."
                 )
@@ -196,7 +196,8 @@ def find_asked(site: Site, words: str) -> Asked:
     return found[0]
 
 
-def _undecided(folder: Path) -> list[Path]:
+def undecided(folder: Path) -> list[Path]:
+    """Files of the studies on which there is no decision yet."""
     return [p for p in (folder / "studies").glob("*/study.json") if not (p.parent / "decision.json").exists()]
 
 

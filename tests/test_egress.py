@@ -205,6 +205,7 @@ def test_a_person_reads_decides_and_verifies_by_commands(edge, tmp_path):
     with pytest.raises(Exception, match="north: awaits approval at the site"):
         hospitals.run(study, "commands")
     assert "pending" in call("fedclient", "studies", *at)[1]
+    assert "waiting for a decision here: 1 study" in call("fedclient", "status", *at)[1]
     code, told = call("fedclient", "show", "toy", *at)
     assert code == 0
     for words in ("segmentation of lung by a unet", "2 labelled cases for training", "MiB", "nothing is measured",

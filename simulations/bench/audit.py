@@ -46,9 +46,8 @@ def main() -> None:
         for _ in range(BARE):
             append_json(Path(folder) / "bare.jsonl", line)
         bare_line_s = (time.perf_counter() - began) / BARE
-    print(
-        f"{found.lines} lines, {len(content) / 2**20:.1f} MiB; verified in {verify_s:.1f} s, a line in {wrote_s * 1e3:.1f} ms\n"
-    )
+    size = f"{found.lines} lines, {len(content) / 2**20:.1f} MiB"
+    print(f"{size}; verified in {verify_s:.1f} s, a line in {wrote_s * 1e3:.1f} ms\n")
     short = [
         found.bad is not None or found.lines != EVENTS + 1,
         told("verification over its signatures alone", verify_s / bare_verify_s, MOST_VERIFY),
