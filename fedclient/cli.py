@@ -1,9 +1,11 @@
 """`fedclient`: a hospital's node, from the invite to training."""
 
+import sys
+import time
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -38,7 +40,7 @@ class Approval(StrEnum):
 @app.command()
 @guarded
 def join(
-    invite: Annotated[str, typer.Argument(help="The line that the coordinator sent: fl1.…")],
+    invite: Annotated[str, typer.Argument(help="The line that the coordinator sent: fl1.…; - reads it from stdin.")],
     data: Annotated[Path, typer.Option(help="Folder of images in a known layout, or with manifest.csv; only read.")],
     layout: Annotated[str, typer.Option(help="How it is laid out (pacs, brats-2023, ...); auto finds it.")] = "auto",
     manifest_site: Annotated[str | None, typer.Option(help="Which site of a table that lists several.")] = None,
@@ -61,7 +63,7 @@ def join(
     if not _is_text(str(data.resolve())):  # before the invite is spent: site.toml is UTF-8
         raise EnrolmentFailed(f"{str(data)!r}: its name is not UTF-8. Rename the folder.")
     laid_out = described(data.resolve(), layout)
-    joined = enrol(invite, site)
+    joined = enrol(_line(invite), site)
     held = Data(str(data.resolve()), manifest_site, layout)
     allowed = Policy(approval=approve.value)
     file = SiteFile(joined.site, joined.address, joined.federation, held, policy=allowed)
@@ -78,6 +80,50 @@ def join(
         console.print("A study waits until somebody here approves it: `fedclient studies`, `show`, `approve`.")
 
 
+@app.command()
+@guarded
+def rejoin(
+    invite: Annotated[str, typer.Argument(help="A new line of the coordinator: fl1.…; - reads it from stdin.")],
+    site: Folder = Path("site"),
+    as_json: AsJson = False,
+) -> None:
+    """Joins again with new keys after a revocation, an expired certificate or a lost key; settings and data stay."""
+    from fedclient.enrol import rejoin as enrol
+    from fedclient.site import read_site_file
+
+    file = read_site_file(site)
+    joined = enrol(_line(invite), site, file.name, file.coordinator)
+    if as_json:
+        print_json({**asdict(joined), "keys": str(joined.keys)})
+        return
+    console.print(f"[bold]{joined.site}[/] has joined [bold]{joined.federation}[/] again, with new keys.")
+    console.print(f"Coordinator, to be compared by telephone: [bold]{joined.authority_words}[/]")
+    console.print(f"This site's certificate:                 [bold]{joined.certificate_words}[/]")
+    console.print("A node that runs takes them up within a minute; otherwise `fedclient start`.")
+
+
+@app.command()
+@guarded
+def renew(site: Folder = Path("site"), as_json: AsJson = False) -> None:
+    """Renews this site's certificate now; a node that runs does so by itself when a third of its life is left."""
+    from fedclient.renewal import check_keys
+    from fedclient.renewal import renew as ask_anew
+    from fedclient.site import read_site_file
+    from shared_models.expiry import date_text
+    from shared_models.identity import fingerprint_words
+
+    file = read_site_file(site)
+    check_keys(site)
+    facts = ask_anew(site, file.name, file.coordinator)
+    if as_json:
+        print_json({"site": file.name, "expires_at": facts.expires_at_s, "serial": facts.serial})
+        return
+    console.print(f"[bold]{file.name}[/]: the new certificate is good until {date_text(facts.expires_at_s)}.")
+    console.print(
+        f"Its words: [bold]{fingerprint_words(facts.fingerprint)}[/]. A node that runs takes it up by itself."
+    )
+
+
 app.command()(check)
 app.command()(waive)
 app.command()(card)
@@ -90,6 +136,7 @@ app.add_typer(audit, name="audit")
 @guarded
 def start(site: Folder = Path("site")) -> None:
     """Connects to the coordinator and works until Ctrl-C; restarts whatever dies."""
+    from fedclient.renewal import check_keys
     from fedclient.site import check_data, read_site_file
     from fedclient.start import start as supervise
     from shared_models.supervise import stop_on_signals
@@ -97,6 +144,7 @@ def start(site: Folder = Path("site")) -> None:
     file = read_site_file(site)
     logs = escape(str(site / "logs"))
     check_data(site, file.data.folder)
+    check_keys(site)
     words = f"[bold]{file.name}[/]: node of {file.federation}, coordinator {file.coordinator}. Logs: {logs}"
     stop = stop_on_signals()
     supervise(site, stop, begun=lambda: console.print(words), say=lambda it: print(it, flush=True))
@@ -106,12 +154,25 @@ def start(site: Folder = Path("site")) -> None:
 @guarded
 def status(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     """What this node is doing: its processes and the last work done."""
+    from fedclient.renewal import certificate_of, check_keys, expiry_warning, read_roster
     from fedclient.site import read_site_file
+    from fedclient.welcome import refused_words
+    from shared_models.expiry import date_text
     from shared_models.supervise import read_status, troubles
 
     file, running = read_site_file(site), read_status(site)
+    check_keys(site)
+    ends, roster = certificate_of(site).expires_at_s, read_roster(site)
+    warned = [words for words in (refused_words(site), expiry_warning(site, time.time())) if words]
     work = sorted(str(p.relative_to(site / "runs")) for p in (site / "runs").glob("*/*.json"))
-    facts = {"site": file.name, "coordinator": file.coordinator, "processes": running, "finished_work": work}
+    facts: dict[str, Any] = {
+        "site": file.name,
+        "coordinator": file.coordinator,
+        "processes": running,
+        "finished_work": work,
+    }
+    facts |= {"certificate_expires_at": ends, "warnings": warned}
+    facts |= {"roster_epoch": None if roster is None else roster.roster.epoch}
     if as_json:
         print_json(facts)
         return
@@ -120,7 +181,8 @@ def status(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     for name, child in running.get("children", {}).items():
         now = child["state"] if running.get("supervisor") else "stopped"  # a killed supervisor wrote no last word
         console.print(f"  {name}: {now}, restarts {child['restarts']}")
-    for words in troubles(running):
+    print(f"  certificate good until {date_text(ends)}")
+    for words in [*warned, *troubles(running)]:
         print(f"  {words}")
     for path in work:
         console.print(f"  finished {path}")
@@ -182,6 +244,11 @@ def ledger(site: Folder = Path("site"), as_json: AsJson = False) -> None:
             )
         if a.open:
             console.print(f"  {a.open} not settled: work in progress, or of a process that died; it counts as spent")
+
+
+def _line(invite: str) -> str:
+    """The invite as it was given, or from stdin: a command line is seen by every user of the machine."""
+    return sys.stdin.read() if invite == "-" else invite
 
 
 def _is_text(name: str) -> bool:

@@ -1,10 +1,11 @@
-"""How a hospital joins a federation: an invite in, keys and a certificate out."""
+"""How a hospital joins a federation, or joins it again with new keys: an invite in, keys and a certificate out."""
 
 import http.client
 import json
 import shutil
 import ssl
 import tempfile
+import time
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,15 @@ from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.files import sync_folder, write_atomic
 from shared_models.identity import (
     Certificate,
+    Credential,
     fingerprint_words,
     identity_public_key,
     new_site_keys,
     node_public_key,
     read_certificate,
     request_certificate,
+    request_key,
+    save_credential,
     save_secret,
     sign,
 )
@@ -36,6 +40,7 @@ from shared_models.transfer import connect
 
 TIMEOUT_S = 45.0  # the coordinator waits up to 20 s for its SuperLink
 MOST_BYTES = 64 << 10
+ROSTER = "roster.json"  # in the site's folder: the newest epoch that it has seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class Joined:
 
     Attributes:
         address: `host:port` of the coordinator.
-        keys: folder with ca.pem, tls.pem, tls.key, node.key, identity.key.
+        keys: folder with ca.pem, tls.pem (key and certificate), node.key, identity.key.
         authority_words: eight words for the coordinator's CA, to be compared with `fedserver init`'s over a telephone.
         certificate_words: the same for this site's certificate, to be compared with `fedserver status`'s.
         expires_at_s: when the certificate ends, seconds since the epoch.
@@ -69,12 +74,32 @@ def join(invite: str, folder: Path) -> Joined:
         EnrolmentFailed: what the invite, the coordinator's certificate or its answer lack.
         StateInvalid: `folder` holds keys already.
     """
-    asked = read_invite(invite)
     keys = folder / "keys"
     if keys.exists():
         raise StateInvalid(
-            f"{keys}: this site has joined already. To join anew, move that folder away and ask for a new invite."
+            f"{keys}: this site has joined already. To join anew, ask for a new invite, then `fedclient rejoin INVITE`."
         )
+    return _enrol(read_invite(invite), folder, keys)
+
+
+def rejoin(invite: str, folder: Path, site: str, address: str) -> Joined:
+    """Joins again as `site` at `address` with new keys: its certificate was revoked or has expired, or a key was lost.
+
+    The old keys are put aside in `folder`/keys.TIME. A node that runs takes up the new ones by itself.
+
+    Raises:
+        EnrolmentFailed: as `join`, or the invite is another site's or another coordinator's.
+    """
+    asked = read_invite(invite)
+    if (asked.site, asked.address) != (site, address):
+        raise EnrolmentFailed(
+            f"invite: is for {asked.site!r} at {asked.address}, and {folder} is {site!r} at {address}. "
+            "Join in another folder with --site."
+        )
+    return _enrol(asked, folder, folder / "keys")
+
+
+def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
     ca = _fetch_authority(asked)
     context = ssl.create_default_context(cadata=ca.decode("ascii"))
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -82,7 +107,6 @@ def join(invite: str, folder: Path) -> Joined:
     part = Path(tempfile.mkdtemp(prefix=".keys.", dir=folder))  # before the invite is spent: the disk may be full
     try:
         made = new_site_keys()
-        save_secret(part / "tls.key", made.tls)
         save_secret(part / "node.key", made.node)
         save_secret(part / "identity.key", made.identity)
         write_atomic(part / "ca.pem", ca)
@@ -95,9 +119,14 @@ def join(invite: str, folder: Path) -> Joined:
         )
         signed = replace(request, signature=sign(made.identity, PURPOSE, statement(request)).hex())
         where = f"coordinator at {asked.address}"
-        answer = read_message(JoinAnswer, _ask(asked, context, "POST", "/enrol", write_message(signed)), where)
-        certificate = answer.certificate.encode()
-        facts = _check_certificate(certificate, asked.site, part)
+        answer = read_message(JoinAnswer, ask(asked.address, context, "POST", "/enrol", write_message(signed)), where)
+        facts = store_certificate(part / "tls.pem", answer.certificate.encode(), made.tls, asked.site)
+        if keys.exists():
+            for left in ("session.json", "order.pb"):  # of the old node, which the coordinator lets go
+                (folder / "node" / left).unlink(missing_ok=True)
+            if (keys / "ca.pem").read_bytes() != ca:  # founded anew, with a history of its own
+                (folder / ROSTER).unlink(missing_ok=True)
+            keys.rename(folder / f"keys.{time.time_ns()}")
         part.rename(keys)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -120,7 +149,7 @@ def _fetch_authority(invite: Invite) -> bytes:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    ca = _ask(invite, context, "GET", "/enrol/ca")
+    ca = ask(invite.address, context, "GET", "/enrol/ca")
     if read_certificate(ca).fingerprint != invite.ca:
         raise EnrolmentFailed(
             f"coordinator at {invite.address}: is not the one of the invite, its CA has another fingerprint. "
@@ -129,28 +158,41 @@ def _fetch_authority(invite: Invite) -> bytes:
     return ca
 
 
-def _check_certificate(certificate: bytes, site: str, part: Path) -> Certificate:
-    """Stores the certificate in `part` once it is seen to be ours: our name, our key, the CA's signature."""
+def store_certificate(path: Path, certificate: bytes, key: bytes, site: str) -> Certificate:
+    """Writes key and certificate (PEM) once it is seen to be ours: our name, our key; or raises EnrolmentFailed."""
     facts = read_certificate(certificate)
-    write_atomic(part / "tls.pem", certificate)
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(part / "tls.pem", part / "tls.key")
-    except ssl.SSLError as error:
-        raise EnrolmentFailed("coordinator: signed a certificate for another key. Ask for a new invite.") from error
+    if facts.key_sha256 != request_key(request_certificate(site, key), site):
+        raise EnrolmentFailed("coordinator: signed a certificate for another key. Ask for a new invite.")
     if facts.name != site:
         raise EnrolmentFailed(f"coordinator: signed a certificate for {facts.name!r}, not {site!r}. Ask for an invite.")
+    save_credential(path, Credential(certificate, key))
     return facts
 
 
-def _ask(invite: Invite, context: ssl.SSLContext, method: str, path: str, body: bytes | None = None) -> bytes:
-    """The content of a successful answer; raises EnrolmentFailed with what the coordinator says otherwise."""
-    where = f"coordinator at {invite.address}"
+class TurnedAway(EnrolmentFailed):
+    """The coordinator's refusal, in its own words.
+
+    Attributes:
+        status: of HTTP.
+        words: what it said, without where.
+    """
+
+    def __init__(self, where: str, status: int, words: str) -> None:
+        super().__init__(f"{where} (HTTP {status}): {words}")
+        self.status, self.words = status, words
+
+
+def ask(
+    address: str, context: ssl.SSLContext, method: str, path: str, body: bytes | None = None, most: int = MOST_BYTES
+) -> bytes:
+    """The content of a successful answer; raises TurnedAway with what the coordinator says, else EnrolmentFailed."""
+    where = f"coordinator at {address}"
     try:
-        with closing(connect(invite.address, context, TIMEOUT_S)) as connection:
+        with closing(connect(address, context, TIMEOUT_S)) as connection:
             headers = {"content-type": "application/json"} if body else {}
             connection.request(method, path, body, headers)
             response = connection.getresponse()
-            content = response.read(MOST_BYTES)
+            content = response.read(most)
     except ssl.SSLCertVerificationError as error:
         raise EnrolmentFailed(
             f"{where}: its certificate is not good for this address ({error.verify_message}). "
@@ -159,7 +201,7 @@ def _ask(invite: Invite, context: ssl.SSLContext, method: str, path: str, body: 
     except (OSError, http.client.HTTPException) as error:
         raise EnrolmentFailed(
             f"{where}: cannot be reached ({str(error) or type(error).__name__}). "
-            "Check the address, the firewall, HTTPS_PROXY, and that `fedserver serve` runs; then join again."
+            "Check the address, the firewall, HTTPS_PROXY, and that `fedserver serve` runs; then try again."
         ) from error
     if response.status == 200:
         return content
@@ -168,4 +210,4 @@ def _ask(invite: Invite, context: ssl.SSLContext, method: str, path: str, body: 
     except (ValueError, KeyError, TypeError):
         told = response.reason
     told = "".join(c for c in told[:500] if c.isprintable())  # from a peer not yet known, and bound for a terminal
-    raise EnrolmentFailed(f"{where} (HTTP {response.status}): {told}")
+    raise TurnedAway(where, response.status, told)

@@ -9,14 +9,13 @@ import argparse
 import logging
 import os
 import socket
-import ssl
 import sys
 import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from fedclient.clock import check_clock
+from fedclient.renewal import Keeper, certificate_of, check_keys
+from fedclient.tls import ClientTls
+from fedclient.welcome import await_welcome, shut_out
 from shared_models.archive import LOOPBACK, flower_module, patch_client, quiet_flower, replace_name, start_log
 from shared_models.errors import FederationError, ProcessFailed, StateInvalid
 from shared_models.files import read_json, write_atomic, write_json
 from shared_models.identity import load_secret
 from shared_models.supervise import kept_secret
-from shared_models.transfer import site_context
 
 if TYPE_CHECKING:  # flwr reads some switches when it is imported: see `quiet_flower`
     from flwr.app import Message
@@ -87,30 +88,6 @@ class NodeFiles:
 
 
 @dataclass(slots=True)
-class ClientTls:
-    """The site's side of mutual TLS; a renewed certificate serves all new connections."""
-
-    keys: Path
-    context: ssl.SSLContext = field(init=False)
-    changed_at: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.changed_at = self._file_changed_at()
-        self.context = site_context(self.keys)
-
-    def refresh(self) -> None:
-        """Reads the certificate again if its file is a new one; the old one stays while the key file is an old one."""
-        changed_at = self._file_changed_at()
-        if changed_at != self.changed_at:
-            with suppress(ssl.SSLError):
-                self.context.load_cert_chain(self.keys / "tls.pem", self.keys / "tls.key")
-                self.changed_at = changed_at
-
-    def _file_changed_at(self) -> float:
-        return (self.keys / "tls.pem").stat().st_mtime
-
-
-@dataclass(slots=True)
 class Pace:
     """Stands in for `time` in Flower's node loop, which sleeps 3 s without an order and 0.5 s at a time for an answer.
 
@@ -159,6 +136,8 @@ def run_node(files: NodeFiles, port: int) -> None:
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.environ.update(quiet_flower(home, os.environ))
     start_log()
+    check_keys(files.site)
+    await_welcome(files.site, files.coordinator())
     tls = ClientTls(files.keys)
     check_clock(files.coordinator(), tls.context)
     loop = flower_module("flwr.supernode.start_client_internal")
@@ -173,6 +152,8 @@ def run_node(files: NodeFiles, port: int) -> None:
     replace_name(loop, "http_request_response", partial(_connection, files, tls, pace, connect))
     _serve_executor(state_factory, kept_secret(files.secret), port)
     write_json(files.port, port)
+    keeper = Keeper(files.site, certificate_of(files.site).name, files.coordinator())
+    threading.Thread(target=keeper.run, args=(threading.Event(),), name="keeper", daemon=True).start()
     loop.start_client_internal(
         state_factory=state_factory,
         server_address=files.coordinator(),
@@ -290,7 +271,7 @@ def _connection(
 
         def keep_order() -> "tuple[Message, Any] | None":
             tls.refresh()
-            received: tuple[Message, Any] | None = receive()
+            received: tuple[Message, Any] | None = _let_in(files, receive)
             if received is not None:
                 pace.last_order = time.monotonic()
                 try:
@@ -323,6 +304,23 @@ def _connection(
         _answer_lost_order(files, send, push_object)
         pull, confirmed = partial(while_running, pull_object), partial(while_running, confirm)
         yield node_id, keep_order, forget_order, known_run, get_fab, pull, push_object, confirmed
+
+
+def _let_in(files: NodeFiles, receive: Any) -> Any:
+    """Asks for an order; Flower takes every 403 for the end of a run and would ask on, three times a second.
+
+    Raises:
+        ProcessFailed: the coordinator shuts this site out, with its words; the next process then asks once a minute.
+    """
+    from flwr.supercore.run import RunNotRunningException
+
+    try:
+        return receive()
+    except RunNotRunningException:
+        why = shut_out(files.site, files.coordinator())
+        if why is None:
+            raise
+        raise ProcessFailed(why) from None
 
 
 def _answer_lost_order(files: NodeFiles, send: Any, push_object: Any) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from shared_models.errors import OrderRefused
 from shared_models.identity import sign, verify
 from shared_models.parse import STRICT
-from shared_models.protect.context import LEAST_SITES, Context, Roster
+from shared_models.protect.context import LEAST_SITES, Context
 from shared_models.protect.masking import (
     about_shares,
     channel_key,
@@ -43,6 +43,7 @@ from shared_models.protect.messages import (
 )
 from shared_models.protect.prg import Masks
 from shared_models.protect.shamir import SHARE_BYTES, split
+from shared_models.roster import Roster
 
 RandomBytes = Callable[[int], bytes]
 

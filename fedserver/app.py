@@ -10,6 +10,7 @@ from fedserver.checkpoint import RunFolder
 from fedserver.cohort import Presence
 from fedserver.courier import Beside
 from fedserver.enrol import Federation, open_federation, open_log, signer
+from fedserver.lifecycle import revoked_sites
 from fedserver.records import Records
 from fedserver.report import write_report
 from fedserver.rounds import Setting, carry_out
@@ -34,6 +35,7 @@ def main(grid: Grid, context: Context) -> None:
             poll_s=0.15,
             sign=lambda purpose, content: proof(federation, purpose, content),
             records=Records(open_log(federation), federation.state),
+            revoked=lambda: revoked_sites(federation.state),
         )
     )
     try:

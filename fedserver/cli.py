@@ -31,6 +31,9 @@ HERE = Path("federation")
 def init(
     name: Annotated[str, typer.Option(help="What the federation is called.")] = "federation",
     address: Annotated[str | None, typer.Option(help="HOST:PORT that the hospitals dial.")] = None,
+    certificate_days: Annotated[
+        float, typer.Option(help="For which a site's certificate is good; its node renews it when a third is left.")
+    ] = 90.0,
     federation: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +41,7 @@ def init(
     from fedserver.enrol import ca_fingerprint, init_federation
     from shared_models.identity import fingerprint_words
 
-    made = init_federation(federation, name, address or f"{socket.gethostname()}:8443")
+    made = init_federation(federation, name, address or f"{socket.gethostname()}:8443", certificate_days)
     words = fingerprint_words(ca_fingerprint(made))
     if as_json:
         print_json({"name": made.name, "address": made.address, "folder": str(made.folder), "words": words})
@@ -87,6 +90,43 @@ def invite(
         print_json({"site": site, "invite": line})
     else:
         print(line)
+
+
+@app.command()
+@guarded
+def revoke(
+    site: Annotated[str, typer.Argument(help="Name of the hospital, as `fedserver status` shows it.")],
+    reason: Annotated[str, typer.Option(help="Why, for those who ask later; it stays with the coordinator.")],
+    federation: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Shuts a hospital out within seconds, in the middle of a round too; a new invite lets it join again."""
+    from fedserver.enrol import open_federation
+    from fedserver.lifecycle import revoke as shut_out
+    from fedserver.lifecycle import revoked_words
+
+    opened = open_federation(federation)
+    gone = shut_out(opened, site, reason)
+    if as_json:
+        print_json({"site": gone.name, "state": gone.state, "at": gone.revoked_at, "reason": gone.revoked_reason})
+        return
+    console.print(f"{gone.name} {revoked_words(gone)}: {escape(gone.revoked_reason)}")
+    console.print(f"What it has contributed stays in the models. To let it back in: `fedserver invite {gone.name}`.")
+
+
+@app.command()
+@guarded
+def renew(federation: Folder = HERE) -> None:
+    """Gives the coordinator a new key and certificate now; hospitals trust the authority and notice nothing."""
+    from fedserver.enrol import open_federation
+    from fedserver.lifecycle import renew_server
+    from shared_models.expiry import date_text
+    from shared_models.identity import load_credential, read_certificate
+
+    opened = open_federation(federation)
+    renew_server(opened, always=True)
+    ends = read_certificate(load_credential(opened.server_certificate).certificate).expires_at_s
+    console.print(f"The coordinator's certificate is good until {date_text(ends)}; a running gateway takes it up.")
 
 
 @app.command()

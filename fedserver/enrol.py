@@ -8,17 +8,20 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedserver.state import (
+    CertificateRow,
     InviteRow,
+    Seal,
     Site,
     add_invite,
     check_state,
     create_state,
+    find_site,
     list_invites,
     list_sites,
     redeem_invite,
@@ -27,15 +30,18 @@ from shared_models.audit import AuditLog
 from shared_models.errors import EnrolmentFailed, FederationError, StateInvalid
 from shared_models.files import canonical_json, write_atomic
 from shared_models.identity import (
+    SITE_DAYS,
     Credential,
     check_site_name,
     issue_server,
     issue_signer,
     issue_site,
+    load_credential,
     load_secret,
     new_authority,
     node_public_pem,
     read_certificate,
+    save_credential,
     save_secret,
     split_address,
     verify,
@@ -51,10 +57,12 @@ from shared_models.invite import (
     write_message,
 )
 from shared_models.parse import read_toml
+from shared_models.roster import FIRST, Roster, read_signed, sign_roster, write_signed
 from shared_models.supervise import kept_secret
 
 INVITE_S = 72 * 3600
 MAX_BLOB_BYTES = 2 << 30
+MOST_DAYS = 398.0  # of a site's certificate
 FEDERATION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
 
 # Lets a node into the SuperLink: public key in OpenSSH form and site -> Flower's node id, if it tells. It raises a
@@ -69,12 +77,14 @@ class Federation:
     Attributes:
         address: `host:port` that the hospitals dial.
         max_blob_bytes: largest file that a site may upload.
+        certificate_days: for which a site's certificate is good; its node renews it when a third of that is left.
     """
 
     folder: Path
     name: str
     address: str
     max_blob_bytes: int
+    certificate_days: float
 
     @property
     def ca_certificate(self) -> Path:
@@ -91,12 +101,13 @@ class Federation:
 
     @property
     def server_certificate(self) -> Path:
-        """The gateway's and the SuperLink's; it is good for the public name and for loopback."""
+        """The gateway's key and certificate, good for the public name and for loopback; renewed while it runs."""
         return self.folder / "tls" / "server.pem"
 
     @property
-    def server_key(self) -> Path:
-        return self.folder / "tls" / "server.key"
+    def loopback_certificate(self) -> Path:
+        """The SuperLink's key and certificate, good for loopback alone and for as long as the authority."""
+        return self.folder / "tls" / "loopback.pem"
 
     @property
     def secrets(self) -> Path:
@@ -131,11 +142,12 @@ class Reply:
     content: bytes
 
 
-def init_federation(folder: Path, name: str, address: str) -> Federation:
+def init_federation(folder: Path, name: str, address: str, certificate_days: float = SITE_DAYS) -> Federation:
     """Makes a federation in `folder`, whole or not at all.
 
     Raises:
-        StateInvalid: if `folder` holds anything, or `name` is not one that fits into a certificate.
+        StateInvalid: if `folder` holds anything, `name` is not one that fits into a certificate, or
+            `certificate_days` is not above 0 and at most 398.
         EnrolmentFailed: if `address` is not `host:port`.
     """
     host, _ = split_address(address)
@@ -144,21 +156,23 @@ def init_federation(folder: Path, name: str, address: str) -> Federation:
             f"federation name {name!r}: 1 to 64 of letters, digits, blanks, '.', '_' and '-' are allowed. "
             "Choose such a name."
         )
+    if not 0 < certificate_days <= MOST_DAYS:
+        raise StateInvalid(f"certificate days {certificate_days:g}: allowed: above 0, at most {MOST_DAYS:g}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StateInvalid(f"{folder}: is not empty. Choose another folder, or open the federation that is there.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        made = Federation(part, name, address, MAX_BLOB_BYTES)
+        made = Federation(part, name, address, MAX_BLOB_BYTES, float(certificate_days))
         for inner in (made.superlink, made.blobs / "out", made.blobs / "in", made.runs, made.logs):
             inner.mkdir(parents=True, mode=0o700)
             inner.parent.chmod(0o700)
         authority = new_authority(name)
-        server = issue_server(authority, [host])
         write_atomic(made.ca_certificate, authority.certificate)
         save_secret(made.ca_key, authority.key)
-        write_atomic(made.server_certificate, server.certificate)
-        save_secret(made.server_key, server.key)
+        save_credential(made.signer, issue_signer(authority))
+        save_credential(made.server_certificate, issue_server(authority, [host]))
+        save_credential(made.loopback_certificate, issue_server(authority, [], days=None))
         for secret in ("superexec", "control"):  # shown to the SuperLink by its executor and by our commands
             kept_secret(made.secrets / secret)
         create_state(made.state)
@@ -178,14 +192,20 @@ def open_federation(folder: Path) -> Federation:
     if not path.is_file():
         raise StateInvalid(f"{folder}: holds no federation. Make one with `fedserver init`, or check the path.")
     table = read_toml(path)
-    kinds: dict[str, type] = {"name": str, "address": str, "max_blob_bytes": int}
+    kinds: dict[str, type] = {"name": str, "address": str, "max_blob_bytes": int, "certificate_days": float}
     wrong = sorted(set(table) ^ set(kinds)) or [key for key, kind in kinds.items() if type(table[key]) is not kind]
     if wrong:
-        raise StateInvalid(f"{path}: {', '.join(wrong)}: expected exactly name, address and max_blob_bytes. Mend it.")
-    federation = Federation(folder, table["name"], table["address"], table["max_blob_bytes"])
+        raise StateInvalid(f"{path}: {', '.join(wrong)}: expected exactly {', '.join(kinds)}. Mend it.")
+    federation = Federation(folder, *(table[key] for key in kinds))
     if federation.max_blob_bytes <= 0:
         raise StateInvalid(f"{path}: max_blob_bytes is {federation.max_blob_bytes}; allowed: above 0. Mend it.")
-    for key in (federation.ca_key, federation.server_key):
+    if not 0 < federation.certificate_days <= MOST_DAYS:
+        raise StateInvalid(
+            f"{path}: certificate_days is {federation.certificate_days:g}; allowed: above 0, at most {MOST_DAYS:g}. "
+            "Mend it."
+        )
+    keys = (federation.ca_key, federation.signer, federation.server_certificate, federation.loopback_certificate)
+    for key in (*keys, federation.secrets / "superexec", federation.secrets / "control"):
         load_secret(key)
     check_state(federation.state)
     return federation
@@ -197,14 +217,32 @@ def ca_fingerprint(federation: Federation) -> str:
 
 
 def signer(federation: Federation) -> Credential:
-    """What the coordinator signs statements with; made when it is first needed."""
-    mark = b"-----BEGIN CERTIFICATE-----"
-    if not federation.signer.exists():
-        authority = Credential(federation.ca_certificate.read_bytes(), load_secret(federation.ca_key))
-        made = issue_signer(authority)
-        save_secret(federation.signer, made.key + made.certificate)
-    key, _, certificate = load_secret(federation.signer).partition(mark)
-    return Credential(mark + certificate, key)
+    """What the coordinator signs statements with."""
+    return load_credential(federation.signer)
+
+
+def authority_of(federation: Federation) -> Credential:
+    """What certificates are signed with."""
+    return Credential(federation.ca_certificate.read_bytes(), load_secret(federation.ca_key))
+
+
+def sealer(federation: Federation) -> Seal:
+    """Signs the next epoch of the roster: the active sites, and the digest of the epoch before."""
+    by = signer(federation)
+
+    def seal(sites: Sequence[Site], last: bytes | None) -> bytes:
+        before = read_signed(last, str(federation.state)).roster if last is not None else None
+        active = [site for site in sites if site.state == "active"]
+        roster = Roster(
+            federation=federation.name,
+            epoch=before.epoch + 1 if before else 1,
+            sites={site.name: site.identity_public_key or "" for site in active},
+            previous_sha256=before.sha256 if before else FIRST,
+            certificates={site.name: site.certificate_fingerprint or "" for site in active},
+        )
+        return write_signed(sign_roster(by, roster))
+
+    return seal
 
 
 def open_log(federation: Federation) -> AuditLog:
@@ -237,29 +275,30 @@ def enrol(federation: Federation, request: bytes, register_node: RegisterNode, n
         asked = read_message(JoinRequest, request, "join request")
         check_site_name(asked.site)
     except EnrolmentFailed as error:
-        return _refused(400, str(error))
+        return refused(400, str(error))
     sent = _sha256(asked.token)
     known = [row for row in list_invites(federation.state, asked.site) if hmac.compare_digest(row.token_sha256, sent)]
     if not known:
-        return _refused(
+        return refused(
             403, f"invite of {asked.site!r}: not known here, or replaced by a newer one. Ask the coordinator for one."
         )
     if known[0].used_at is not None:
-        return _refused(409, f"invite of {asked.site!r}: was used already. Ask the coordinator for a new one.")
+        return refused(409, f"invite of {asked.site!r}: was used already. Ask the coordinator for a new one.")
     if known[0].expires_at <= now:
-        return _refused(410, f"invite of {asked.site!r}: has expired. Ask the coordinator for a new one.")
+        return refused(410, f"invite of {asked.site!r}: has expired. Ask the coordinator for a new one.")
     try:
         site, certificate = _examine(federation, asked, now)
     except EnrolmentFailed as error:
-        return _refused(400, str(error))
+        return refused(400, str(error))
     try:
         # First, because a node that is registered and of no active site cannot pass the gateway, and does no harm.
         node_id = register_node(asked.node_public_key.encode(), site.name)
-        redeem_invite(federation.state, known[0], replace(site, flower_node_id=node_id))
+        joined = replace(site, flower_node_id=node_id)
+        redeem_invite(federation.state, known[0], joined, certificate_row(certificate, now), sealer(federation))
     except EnrolmentFailed as error:
-        return _refused(409, str(error))
+        return refused(409, str(error))
     except FederationError as error:
-        return _refused(503, f"{error} The invite is still good: join again when the coordinator has mended this.")
+        return refused(503, f"{error} The invite is still good: join again when the coordinator has mended this.")
     open_log(federation).add(
         "enrolled", site=site.name, certificate=site.certificate_fingerprint, identity=site.identity_public_key
     )
@@ -285,14 +324,25 @@ def _examine(federation: Federation, asked: JoinRequest, now: float) -> tuple[Si
             other.node_public_key == asked.node_public_key or other.identity_public_key == identity.hex()
         ):
             raise EnrolmentFailed(f"join request of {asked.site!r}: its keys are another site's. Make new ones.")
-    authority = Credential(federation.ca_certificate.read_bytes(), load_secret(federation.ca_key))
-    certificate = issue_site(authority, asked.request.encode(), asked.site)
+    before = find_site(federation.state, asked.site)
+    revoked = {before.node_public_key, before.identity_public_key} if before and before.state == "revoked" else set()
+    if revoked & {asked.node_public_key, identity.hex()}:
+        raise EnrolmentFailed(f"join request of {asked.site!r}: its keys were revoked. Make new ones.")
+    certificate = issue_site(
+        authority_of(federation), asked.request.encode(), asked.site, days=federation.certificate_days
+    )
     facts = read_certificate(certificate)
     site = Site(asked.site, "active", asked.node_public_key, identity.hex(), facts.fingerprint, facts.serial, now)
     return site, certificate
 
 
-def _refused(status: int, message: str) -> Reply:
+def certificate_row(certificate: bytes, now: float) -> CertificateRow:
+    """A certificate that was signed just now (PEM), as the state keeps it."""
+    facts = read_certificate(certificate)
+    return CertificateRow(facts.serial, facts.name, certificate.decode(), now, facts.expires_at_s)
+
+
+def refused(status: int, message: str) -> Reply:
     return Reply(status, canonical_json({"detail": message}))
 
 
@@ -305,5 +355,6 @@ def _toml(federation: Federation) -> bytes:
         "name": federation.name,
         "address": federation.address,
         "max_blob_bytes": federation.max_blob_bytes,
+        "certificate_days": federation.certificate_days,
     }
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()).encode()

@@ -1,7 +1,8 @@
 """The one door of a coordinator: every byte from a hospital passes here, and Flower's SuperLink stays on loopback.
 
 A stranger may fetch the CA certificate and enrol. A site, known by its client certificate, may make Flower's fleet
-calls with the node key that it enrolled, fetch published blobs and upload its own. Nothing else exists.
+calls with the node key that it enrolled, fetch published blobs and upload its own, renew its certificate and read the
+roster. Nothing else exists.
 
 Statuses are chosen for Flower 1.41's client: it tries again after 502, 503 and 504, ends its process after 401, drops
 the message after 403 and gives up after the rest.
@@ -12,6 +13,7 @@ import asyncio
 import base64
 import logging
 import os
+import re
 import ssl
 import sys
 import time
@@ -23,14 +25,20 @@ from pathlib import Path
 import httpx
 import uvicorn
 
+from fedserver.admission import Admission
 from fedserver.enrol import Federation, RegisterNode, enrol, open_federation
 from fedserver.fleet import PUSH_MESSAGES, activated_node, message_sources
 from fedserver.intake import BLOB_PATH, Intake, give_blob, sweep, take_blob, tell_blob
-from fedserver.listener import Refused, Request, application, make_server
-from fedserver.state import Site, find_site, remember_node, saw_site
+from fedserver.lifecycle import renew
+from fedserver.listener import Headers, Refused, Request, application, make_server
+from fedserver.state import Site, list_rosters, remember_node, saw_site
+from fedserver.watch import UnregisterNode, watch
 from shared_models.archive import quiet_flower
 from shared_models.errors import FederationError, UpdateRejected
+from shared_models.files import canonical_json
 from shared_models.identity import load_secret, node_public_pem
+from shared_models.parse import plain
+from shared_models.roster import MOST_EPOCHS, History, read_signed
 
 FLEET_CALLS = frozenset(
     f"/v1/fleet/{call}"
@@ -64,7 +72,7 @@ FLEET_BYTES = 8 << 20
 MOST_FLEET_CALLS = 16  # of one site at once; each may hold FLEET_BYTES
 ENROL_BYTES = 16 << 10
 MOST_REMEMBERED = 4096  # client addresses
-SITE_CACHE_S = 3.0  # longest that a revoked site still gets in
+ROSTER_PATH = re.compile(r"/roster/([0-9]{1,12})")
 SEEN_S = 10.0  # between two notes in the state that a site is there
 
 log = logging.getLogger("fedserver.gateway")  # __name__ is __main__ in its own process
@@ -98,9 +106,9 @@ class Gateway:
 
     Attributes:
         superlink: a client of Flower's SuperLink on loopback.
-        enrolments: what strangers may ask for.
+        enrolments: what strangers may ask for; renewals: what a site may, by its name.
         enrolling: few at a time; one may hold a thread while the SuperLink is away, and blobs need threads too.
-        admitted: sites by name as the state said them, and when that was (monotonic seconds).
+        admission: whom the state lets in.
         calls: fleet calls under way, by site.
         seen: when the state was last told of a site, monotonic seconds.
     """
@@ -110,9 +118,10 @@ class Gateway:
     register_node: RegisterNode
     intake: Intake
     ca: bytes
+    admission: Admission
     enrolments: Allowance
     enrolling: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
-    admitted: dict[str, tuple[float, Site | None]] = field(default_factory=dict)
+    renewals: Allowance = field(default_factory=lambda: Allowance(burst=20, per_s=20 / 86400))
     calls: Counter[str] = field(default_factory=Counter)
     seen: dict[str, float] = field(default_factory=dict)
 
@@ -133,6 +142,7 @@ def open_gateway(federation: Federation, superlink: str, register_node: Register
         register_node=register_node,
         intake=Intake(federation.blobs, federation.max_blob_bytes),
         ca=federation.ca_certificate.read_bytes(),
+        admission=Admission(federation.state),
         enrolments=Allowance(burst=120, per_s=2),
     )
 
@@ -148,16 +158,21 @@ async def answer(gateway: Gateway, request: Request) -> None:
             body = await request.body.read(ENROL_BYTES)
             async with gateway.enrolling:
                 reply = await asyncio.to_thread(enrol, gateway.federation, body, gateway.register_node)
-            gateway.admitted.clear()
+            gateway.admission.forget()
             log.info("enrolment from %s: %d", request.client, reply.status)
             return await request.respond(reply.status, reply.content, [("content-type", "application/json")])
     blob = BLOB_PATH.fullmatch(request.path)
     known = request.method == "POST" and request.path in FLEET_CALLS
     known |= blob is not None and request.method in ("GET", "HEAD", "PUT")
-    known |= (request.method, request.path) == ("GET", "/health")
-    if not known:
+    known |= (request.method, request.path) in (("GET", "/health"), ("POST", "/renew"))
+    epoch = ROSTER_PATH.fullmatch(request.path) if request.method == "GET" else None
+    if not known and epoch is None:
         raise Refused(404, f"{request.method} {request.path[:100]}: is not offered here.")
     site = await admit(gateway, request)
+    if request.path == "/renew":
+        return await _renew(gateway, request, site)
+    if epoch is not None:
+        return await _tell_roster(gateway, request, int(epoch[1]))
     if blob is None and request.method == "POST":
         return await forward(gateway, request, site)
     if blob is None:
@@ -176,21 +191,34 @@ async def admit(gateway: Gateway, request: Request) -> Site:
     certificate = request.certificate
     if certificate is None:
         raise Refused(403, "this needs a site's certificate. Join with an invite first.")
-    if certificate.expires_at_s < time.time():  # it was good when the connection was made
-        raise Refused(403, f"site {certificate.name!r}: its certificate has expired. Ask for an invite and join again.")
-    read_at, site = gateway.admitted.get(certificate.name, (-SITE_CACHE_S, None))
+    site, why = await gateway.admission.ask(certificate)
+    if why is not None or site is None:
+        raise _forbidden(certificate.name, why or "is not known here.", [("connection", "close")])
     now = time.monotonic()
-    if now - read_at >= SITE_CACHE_S:
-        site = await asyncio.to_thread(find_site, gateway.federation.state, certificate.name)
-        gateway.admitted[certificate.name] = (now, site)
-    if site is None or site.state != "active":
-        raise _forbidden(certificate.name, "is not active in this federation. Ask the coordinator for an invite.")
-    if site.certificate_serial != certificate.serial:
-        raise _forbidden(site.name, "shows a certificate that a newer one has replaced. Use the newest keys.")
     if now - gateway.seen.get(site.name, float("-inf")) >= SEEN_S:
         gateway.seen[site.name] = now
         await asyncio.to_thread(saw_site, gateway.federation.state, site.name, time.time())
     return site
+
+
+async def _renew(gateway: Gateway, request: Request, site: Site) -> None:
+    if not gateway.renewals.spend(site.name, 1):
+        raise Refused(429, f"site {site.name!r}: renews too often. Try again in an hour.", [("retry-after", "3600")])
+    body = await request.body.read(ENROL_BYTES)
+    async with gateway.enrolling:
+        reply = await asyncio.to_thread(renew, gateway.federation, site, body)
+    gateway.admission.forget()
+    log.info("renewal by site %s: %d", site.name, reply.status)
+    await request.respond(reply.status, reply.content, [("content-type", "application/json")])
+
+
+async def _tell_roster(gateway: Gateway, request: Request, since: int) -> None:
+    """The signed epochs from `since` on; from 0 on, the newest alone."""
+    newest, found = await asyncio.to_thread(list_rosters, gateway.federation.state, since, MOST_EPOCHS)
+    if since == 0 and newest:
+        newest, found = await asyncio.to_thread(list_rosters, gateway.federation.state, newest, 1)
+    history = History(newest, tuple(read_signed(content, "roster") for content in found))
+    await request.respond(200, canonical_json(plain(history)), [("content-type", "application/json")])
 
 
 async def forward(gateway: Gateway, request: Request, site: Site) -> None:
@@ -209,6 +237,8 @@ async def forward(gateway: Gateway, request: Request, site: Site) -> None:
     finally:
         gateway.calls[site.name] -= 1
     headers = [(name, value) for name, value in response.headers.items() if _is_answered(name)]
+    if request.certificate is not None and request.certificate.serial != site.certificate_serial:
+        headers.append(("connection", "close"))  # the next one will show the renewed certificate
     await request.respond(response.status_code, response.content, headers)
 
 
@@ -235,7 +265,7 @@ async def _learn_node(gateway: Gateway, path: str, content: bytes, site: Site) -
     node_id = activated_node(path, content)
     if node_id is not None and node_id != site.flower_node_id:
         await asyncio.to_thread(remember_node, gateway.federation.state, site.name, node_id)
-        gateway.admitted[site.name] = (time.monotonic(), replace(site, flower_node_id=node_id))
+        gateway.admission.forget()
 
 
 def _is_answered(name: str) -> bool:
@@ -252,9 +282,9 @@ def _spend(gateway: Gateway, request: Request, cost: float) -> None:
         raise Refused(429, "too many requests from this address. Try again in a minute.", [("retry-after", "60")])
 
 
-def _forbidden(site: str, why: str) -> Refused:
+def _forbidden(site: str, why: str, headers: Headers = ()) -> Refused:
     log.warning("refused: site %s %s", site, why)
-    return Refused(403, f"site {site!r} {why}")
+    return Refused(403, f"site {site!r}: {why}", headers)
 
 
 # The process
@@ -262,33 +292,36 @@ def _forbidden(site: str, why: str) -> Refused:
 
 def server_context(federation: Federation) -> ssl.SSLContext:
     """TLS 1.3 with our certificate; a client's is asked for, and if it shows one, our CA must have signed it."""
-    load_secret(federation.server_key)  # for its check of owner and mode
+    load_secret(federation.server_certificate)  # for its check of owner and mode
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(federation.server_certificate, federation.server_key)
+    context.load_cert_chain(federation.server_certificate)
     context.load_verify_locations(federation.ca_certificate)
     context.verify_mode = ssl.CERT_OPTIONAL
     context.num_tickets = 0  # no resumption: each connection shows its certificate
     return context
 
 
-def gateway_server(gateway: Gateway, host: str, port: int) -> uvicorn.Server:
+def gateway_server(gateway: Gateway, context: ssl.SSLContext, host: str, port: int) -> uvicorn.Server:
     async def handle(request: Request) -> None:
         await answer(gateway, request)
 
-    federation = gateway.federation
-    certificate, key = str(federation.server_certificate), str(federation.server_key)
-    return make_server(application(handle), server_context(federation), certificate, key, host, port)
+    certificate = str(gateway.federation.server_certificate)
+    return make_server(application(handle), context, certificate, host, port)
 
 
-async def serve(gateway: Gateway, host: str, port: int) -> None:
+async def serve(gateway: Gateway, host: str, port: int, unregister_node: UnregisterNode) -> None:
     """Serves until SIGTERM."""
     message_sources(PUSH_MESSAGES, b"")  # imports flwr, which takes a second, before anybody waits
     for path in sweep(gateway.intake):
         log.warning("removed a torn upload: %s", path)
+    context = server_context(gateway.federation)
+    server = gateway_server(gateway, context, host, port)
+    watching = asyncio.create_task(watch(gateway.federation, gateway.admission, server, context, unregister_node))
     try:
-        await gateway_server(gateway, host, port).serve()
+        await server.serve()
     finally:
+        watching.cancel()
         await gateway.superlink.aclose()
 
 
@@ -306,7 +339,7 @@ def main() -> None:
         federation = open_federation(arguments.folder)
         os.environ.update(quiet_flower(federation.superlink / "flower", os.environ))
         gateway = open_gateway(federation, arguments.superlink, _registrar(arguments))
-        asyncio.run(serve(gateway, arguments.host, arguments.port))
+        asyncio.run(serve(gateway, arguments.host, arguments.port, _unregistrar(arguments)))
     except FederationError as error:
         sys.exit(f"fedserver.gateway: {error}")
 
@@ -320,6 +353,16 @@ def _registrar(arguments: argparse.Namespace) -> RegisterNode:
         return register_node(link, node_public_pem(public_key), site)
 
     return register
+
+
+def _unregistrar(arguments: argparse.Namespace) -> UnregisterNode:
+    """Unregisters a node at the SuperLink on loopback."""
+    from fedserver.link import open_link, unregister_node
+
+    def unregister(node_id: int) -> None:
+        unregister_node(replace(open_link(arguments.folder, arguments.superlink), patience_s=1.0), node_id)
+
+    return unregister
 
 
 if __name__ == "__main__":

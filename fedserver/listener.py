@@ -201,6 +201,7 @@ class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with what its settings do not offer: see the top of the file."""
 
     certificate: Certificate | None = None
+    since = 0.0  # of the connection, by the loop's clock
     lost = False
     _timer: asyncio.TimerHandle | None = None
     _in_head = True
@@ -208,6 +209,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.since = self.loop.time()
         tls = transport.get_extra_info("ssl_object")
         der = tls.getpeercert(True) if tls is not None else None
         self.certificate = read_certificate(der) if der else None
@@ -250,8 +252,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._timer = None
 
 
-def make_server(app: Asgi, context: ssl.SSLContext, certificate: str, key: str, host: str, port: int) -> uvicorn.Server:
-    """A uvicorn that serves `app` on `host`:`port` with `context`, which holds `certificate` and `key` already."""
+def make_server(app: Asgi, context: ssl.SSLContext, certificate: str, host: str, port: int) -> uvicorn.Server:
+    """A uvicorn that serves `app` on `host`:`port` with `context`, which holds `certificate` and its key already."""
     config = uvicorn.Config(
         app,
         host=host,
@@ -269,7 +271,6 @@ def make_server(app: Asgi, context: ssl.SSLContext, certificate: str, key: str, 
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=3,
         ssl_certfile=certificate,
-        ssl_keyfile=key,
     )
     config.load()
     config.ssl = context  # uvicorn's own would take any TLS from 1.2 on

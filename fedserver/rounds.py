@@ -74,6 +74,7 @@ class Setting:
             hospital, so that it is neither late nor asked again, and results do not follow from the machine's load.
         sign: a statement, as the coordinator (purpose, content); None in a simulation, where nobody has a key.
         records: the coordinator's audit log; None in a simulation.
+        revoked: sites that are shut out, with words for `status`; what they send is not counted.
     """
 
     grid: Grid
@@ -89,11 +90,15 @@ class Setting:
     first_weights: Callable[[Study], Arrays] = _first_weights
     sign: Callable[[str, bytes], Proof] | None = None
     records: Records | None = None
+    revoked: Callable[[], Mapping[str, str]] = dict
 
 
 @dataclass(slots=True)
 class Seat:
-    """One site in one phase; `state` is away, asked, lost, pending, counted, refused, rejected, failed or late."""
+    """One site in one phase.
+
+    `state` is away, asked, lost, pending, counted, refused, rejected, failed, late or revoked.
+    """
 
     state: str = "away"
     reason: str = "is not online"
@@ -281,7 +286,7 @@ def gather(setting: Setting, table: Table, state: State) -> Presence:
     until = setting.clock() + table.study.rounds.gather_s
     while True:
         presence = setting.presence()
-        wanted = state.cohort or presence.sites
+        wanted = [site for site in state.cohort or presence.sites if site in presence.sites]
         missing = [site for site in wanted if site not in presence.nodes]
         if (not missing and presence.nodes) or setting.clock() >= until:
             return presence
@@ -320,6 +325,7 @@ def converse(
         now = setting.clock()
         if now - looked_at >= setting.presence_s:
             presence, looked_at = setting.presence(), now
+            _shut_out(setting, seats)
         if rounds.cohort == 1.0:
             for newcomer in presence.sites:
                 seats.setdefault(newcomer, Seat())
@@ -352,6 +358,15 @@ def converse(
             seats[site].state, seats[site].reason = "late", f"did not answer within {rounds.deadline_s:.0f} s"
         table.late[message_id] = (site, expected)  # also second answers of a site that was counted: their blobs go
     show(setting, table, order.kind, order.round, deadline, always=True)
+
+
+def _shut_out(setting: Setting, seats: Mapping[str, Seat]) -> Mapping[str, str]:
+    """Takes their seats from the sites that are revoked: they are not waited for, nor is what they send counted."""
+    revoked = setting.revoked()
+    for site, words in revoked.items():
+        if site in seats and seats[site].state != "counted":
+            seats[site].state, seats[site].reason = "revoked", words
+    return revoked
 
 
 def _is_due(seat: Seat, now: float, reask_s: float) -> bool:
@@ -395,6 +410,7 @@ def _take(
     for ids in [[i] for i in pending] if setting.courier.one_by_one else [pending] if pending else []:
         messages, unreadable = _pull(setting, ids)
         arrived = arrived or bool(messages or unreadable)
+        revoked = _shut_out(setting, seats) if messages else {}
         for message_id in unreadable:
             table.late.pop(message_id, None)
             if message_id in asked:
@@ -405,6 +421,9 @@ def _take(
             message_id = message.metadata.reply_to_message_id
             if message_id in table.late:
                 site, was_asked = table.late.pop(message_id)
+                if site in revoked:
+                    _forget(setting, site, message)
+                    continue
                 _take_late(setting, table, site, message, was_asked, accept)
             elif message_id in asked:
                 site = asked.pop(message_id)
@@ -430,7 +449,7 @@ def _pull(setting: Setting, ids: list[str]) -> tuple[list[Message], list[str]]:
 
 def _settle(setting: Setting, site: str, seat: Seat, message: Message, accept: Accept, expected: Expected) -> None:
     """One reply: counted, or left out with its reason; nothing that a site sends ends the run."""
-    if seat.state == "counted":  # an answer to an order that was given twice
+    if seat.state in ("counted", "revoked"):  # an answer to an order that was given twice, or of a site shut out
         _forget(setting, site, message)
         return
     if message.has_error():

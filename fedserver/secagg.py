@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shared_models.errors import SumAborted, UpdateRejected
 from shared_models.identity import verify
-from shared_models.protect.context import Context, Roster
+from shared_models.protect.context import Context
 from shared_models.protect.masking import commitment, is_weak, pair_mask_key, public_key, self_mask_key
 from shared_models.protect.messages import (
     ADVERT,
@@ -35,6 +35,7 @@ from shared_models.protect.messages import (
 from shared_models.protect.prg import CHUNK, Masks
 from shared_models.protect.ring import Layout, bytes_of, mean_of, read_tail, unpacked
 from shared_models.protect.shamir import combine
+from shared_models.roster import Roster
 from shared_models.weights import Schema
 
 STEPS = ("adverts", "sealed", "vectors", "confirmations", "revealed", "done")

@@ -23,6 +23,7 @@ from rich.text import Text
 from fedserver.checkpoint import RunFolder, read_progress
 from fedserver.comparison import points_text, spread_of, spread_text, value_text
 from fedserver.page import duration_text
+from shared_models.expiry import date_text
 from shared_models.scores import NAMES, value_in
 
 PHASES = {
@@ -43,7 +44,7 @@ COLOURS = {
 }
 UNDER_WAY = ("gathering", "train", "paused")
 WAITED_FOR = ("asked", "away", "lost", "pending")
-LEFT_OUT = ("refused", "rejected", "failed", "late")
+LEFT_OUT = ("refused", "rejected", "failed", "late", "revoked")
 STALE_S = 5.0  # progress.json older than this, as one begins to follow, is of a process that has gone
 QUIET_S = 30.0  # without a change of progress.json, before the live view says so
 
@@ -353,13 +354,15 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
         row = [*(plain(words) for words in (run["id"], run["study"], state, where)), "\n".join(map(plain, waits))]
         runs.add_row(*map(Text, row))
     sites = Table(box=SIMPLE, title=Text("Sites"), title_justify="left", pad_edge=False)
-    for column in ("site", "state", "online", "why"):
+    for column in ("site", "state", "online", "certificate ends", "why"):
         sites.add_column(column, overflow="fold")
     for site in facts["sites"]:
         online = site.get("online")
         here = "" if online is None else "yes" if online else "no"
         why = "was invited and has not joined" if site["state"] == "invited" else site.get("reason") or ""
-        row = [plain(words) for words in (site["name"], site["state"], here, "" if online else why)]
+        ends = site.get("certificate_expires_at")
+        until = "" if ends is None or site["state"] != "active" else date_text(ends)
+        row = [plain(words) for words in (site["name"], site["state"], here, until, "" if online else why)]
         sites.add_row(*map(Text, row))
     troubles = list(facts.get("troubles", []))
     if facts.get("served") is False and (facts["runs"] or facts["sites"]):

@@ -9,7 +9,18 @@ from typing import Any
 
 from fedserver.checkpoint import RunFolder, create_run, read_progress, read_state, read_study
 from fedserver.enrol import Federation, open_log
-from fedserver.state import Run, Site, add_run, change_run, find_run, list_runs, list_sites
+from fedserver.lifecycle import revoked_words, warnings
+from fedserver.state import (
+    Run,
+    Site,
+    add_run,
+    change_run,
+    find_run,
+    list_certificates,
+    list_rosters,
+    list_runs,
+    list_sites,
+)
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.identity import fingerprint_words
 from shared_models.size import size_in_words
@@ -97,21 +108,25 @@ def overview(federation: Federation) -> dict[str, Any]:
         "address": federation.address,
         "served": status["supervisor"] is not None,
         "processes": status["children"],
-        "troubles": troubles(status),
-        "sites": [_site(site, time.time()) for site in list_sites(federation.state)],
+        "troubles": [*troubles(status), *warnings(federation)],
+        "roster_epoch": list_rosters(federation.state, 0, 0)[0],
+        "sites": [_site(federation, site, time.time()) for site in list_sites(federation.state)],
         "runs": [_run(federation, run) for run in list_runs(federation.state)],
     }
 
 
-def _site(site: Site, now: float) -> dict[str, Any]:
+def _site(federation: Federation, site: Site, now: float) -> dict[str, Any]:
     online = site.state == "active" and site.seen_at is not None and now - site.seen_at < ONLINE_S
-    if site.state != "active" or online:
+    if site.state == "revoked":
+        reason = f"{revoked_words(site)}: {site.revoked_reason}"
+    elif site.state != "active" or online:
         reason = ""
     elif site.seen_at is None:
         reason = "has joined and never connected; is `fedclient start` running there?"
     else:
         reason = f"last heard of {now - site.seen_at:.0f} s ago"
     fingerprint = site.certificate_fingerprint
+    certificates = list_certificates(federation.state, site.name)
     return {
         "name": site.name,
         "state": site.state,
@@ -119,6 +134,9 @@ def _site(site: Site, now: float) -> dict[str, Any]:
         "reason": reason,
         "joined_at": site.joined_at,
         "certificate_words": fingerprint_words(fingerprint) if fingerprint else None,
+        "certificate_expires_at": certificates[-1].expires_at if certificates else None,
+        "revoked_at": site.revoked_at,
+        "revoked_reason": site.revoked_reason or None,
     }
 
 

@@ -17,39 +17,21 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.files import write_atomic
+from shared_models.words import WORDS
 
 SITE_NAME = re.compile(r"[a-z0-9-]{1,32}")
 AUTHORITY_DAYS = 3650
 DOCUMENT_SIGNING = x509.ObjectIdentifier("1.3.6.1.5.5.7.3.36")  # RFC 9336; no certificate of a site or server has it
-SITE_DAYS = 90
+SITE_DAYS = 90.0
+SERVER_DAYS = 398.0  # what browsers still take, should one look at a coordinator
 CLOCK_SKEW = timedelta(
     minutes=10
 )  # a hospital whose clock is a little behind must not find its certificate in the future
-
-# Plain nouns with different beginnings, for reading a fingerprint aloud over a telephone.
-_SPOKEN = """
-acorn actor agent album alley amber angle ankle apple april anvil arena armor arrow atlas attic
-autumn bacon badge baker bamboo banana banjo barrel basket beach beacon beaver bench berry bicycle bishop
-blanket bonfire border bottle bracket branch bridge bronze bucket buffalo butter cabin cactus camel cargo cabbage
-candle canoe canyon captain carbon cashew castle cedar cello cement chalk cherry chess chimney cinema circle
-citrus clover cobalt coconut comet copper coral cotton cradle crayon cricket crystal curtain cymbal daisy dancer
-desert diamond dinner dolphin donkey dragon drawer drummer eagle easel echo eclipse elbow ember engine envelope
-falcon feather fender fiddle finger flamingo flute forest fossil fountain fridge galaxy garden garlic gazelle ginger
-giraffe glacier goblet granite grape guitar hammer hatch harbor hedge hazel helmet hermit hockey honey horizon
-hotel hunter iceberg igloo indigo insect island ivory jacket jaguar jasmine jelly jewel jigsaw jungle kayak
-kettle kitchen kiosk koala ladder lagoon lantern laser lemon leopard lettuce library lizard lobster locket lotus
-lumber magnet mango maple marble market meadow melon mirror mitten monkey mosaic mountain muffin museum mustard
-napkin needle nickel nutmeg oasis ocean olive onion opal orbit orchid otter oyster paddle panda paper
-parrot pebble pelican pencil pepper piano pigeon pillow pirate planet plaza pocket polar poppy potato prairie
-puzzle pyramid quartz quilt rabbit radio raven ribbon river robot rocket saddle salmon sandal sapphire saturn
-scarf seagull shadow silver siren spider spinach sponge squirrel statue sunset swallow tablet tango teapot temple
-thunder tiger timber tomato tractor trumpet tulip tunnel turtle umbrella vanilla velvet violin volcano wagon walnut
-"""
-WORDS = tuple(_SPOKEN.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +64,15 @@ class Certificate:
     Attributes:
         serial: lower-case hexadecimal.
         fingerprint: SHA-256 of the DER form, hexadecimal.
-        expires_at_s: seconds since the epoch.
+        key_sha256: of the public key that it certifies, in its DER form.
+        since_s, expires_at_s: when it begins, a little before it was signed, and ends; seconds since the epoch.
     """
 
     name: str
     serial: str
     fingerprint: str
+    key_sha256: str
+    since_s: float
     expires_at_s: float
 
 
@@ -130,14 +115,14 @@ def new_authority(name: str, now: datetime | None = None) -> Credential:
     return Credential(certificate.public_bytes(serialization.Encoding.PEM), _pkcs8(key))
 
 
-def issue_server(authority: Credential, hosts: Sequence[str]) -> Credential:
+def issue_server(authority: Credential, hosts: Sequence[str], days: float | None = SERVER_DAYS) -> Credential:
     """A server certificate for `hosts` (names or addresses) and for loopback under its usual names.
 
-    It lives as long as the authority: its key lies beside the authority's, so an earlier end would guard nothing.
+    It never outlives the authority; without `days` it lives as long.
     """
     issuer = x509.load_pem_x509_certificate(authority.certificate)
     key = ec.generate_private_key(ec.SECP256R1())
-    days = _days_left(issuer)
+    days = _days_left(issuer) if days is None else min(days, _days_left(issuer))
     names = dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"])
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "coordinator")])
     builder = _leaf(subject, issuer.subject, key.public_key(), days, datetime.now(UTC)).add_extension(
@@ -184,11 +169,26 @@ def request_certificate(site: str, tls_key: bytes) -> bytes:
     return request.public_bytes(serialization.Encoding.PEM)
 
 
-def issue_site(authority: Credential, request: bytes, site: str, now: datetime | None = None) -> bytes:
-    """A client certificate (PEM, 90 days) for the key of `request`; raises EnrolmentFailed for a request not of `site`.
+def issue_site(
+    authority: Credential, request: bytes, site: str, now: datetime | None = None, days: float = SITE_DAYS
+) -> bytes:
+    """A client certificate (PEM) for the key of `request`; raises EnrolmentFailed for a request not of `site`.
 
     Of the request only the key is taken over; whatever extensions it asks for are left out.
     """
+    key = _requested_key(request, site)
+    issuer = x509.load_pem_x509_certificate(authority.certificate)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, site)])
+    builder = _leaf(subject, issuer.subject, key, days, now or datetime.now(UTC))
+    return _sign_leaf(builder, ExtendedKeyUsageOID.CLIENT_AUTH, authority)
+
+
+def request_key(request: bytes, site: str) -> str:
+    """SHA-256 of the public key of a signing request; raises EnrolmentFailed for a request not of `site`."""
+    return _key_digest(_requested_key(request, site))
+
+
+def _requested_key(request: bytes, site: str) -> ec.EllipticCurvePublicKey:
     try:
         asked = x509.load_pem_x509_csr(request)
         key = asked.public_key()
@@ -208,10 +208,13 @@ def issue_site(authority: Credential, request: bytes, site: str, now: datetime |
         )
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1):
         raise EnrolmentFailed(f"signing request of {site!r}: its key must be P-256 or P-384. Update the package.")
-    issuer = x509.load_pem_x509_certificate(authority.certificate)
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, site)])
-    builder = _leaf(subject, issuer.subject, key, SITE_DAYS, now or datetime.now(UTC))
-    return _sign_leaf(builder, ExtendedKeyUsageOID.CLIENT_AUTH, authority)
+    return key
+
+
+def _key_digest(key: CertificatePublicKeyTypes) -> str:
+    return hashlib.sha256(
+        key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    ).hexdigest()
 
 
 def read_certificate(certificate: bytes) -> Certificate:
@@ -224,6 +227,8 @@ def read_certificate(certificate: bytes) -> Certificate:
             name=str(names[0].value) if len(names) == 1 else "",
             serial=f"{loaded.serial_number:x}",
             fingerprint=hashlib.sha256(loaded.public_bytes(serialization.Encoding.DER)).hexdigest(),
+            key_sha256=_key_digest(loaded.public_key()),
+            since_s=loaded.not_valid_before_utc.timestamp(),
             expires_at_s=loaded.not_valid_after_utc.timestamp(),
         )
     except ValueError as error:
@@ -239,7 +244,7 @@ def _leaf(
     subject: x509.Name,
     issuer: x509.Name,
     key: ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey,
-    days: int,
+    days: float,
     now: datetime,
 ) -> x509.CertificateBuilder:
     return (
@@ -254,8 +259,8 @@ def _leaf(
     )
 
 
-def _days_left(issuer: x509.Certificate) -> int:
-    return (issuer.not_valid_after_utc - datetime.now(UTC)).days
+def _days_left(issuer: x509.Certificate) -> float:
+    return (issuer.not_valid_after_utc - datetime.now(UTC)) / timedelta(days=1)
 
 
 def _sign_leaf(builder: x509.CertificateBuilder, purpose: x509.ObjectIdentifier, authority: Credential) -> bytes:
@@ -295,11 +300,16 @@ def _alternative_name(host: str) -> x509.GeneralName:
 # Keys and signatures
 
 
+def new_tls_key() -> bytes:
+    """P-256, PKCS #8 PEM."""
+    return _pkcs8(ec.generate_private_key(ec.SECP256R1()))
+
+
 def new_site_keys() -> SiteKeys:
     node = ec.generate_private_key(ec.SECP384R1()).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
-    return SiteKeys(_pkcs8(ec.generate_private_key(ec.SECP256R1())), node, _pkcs8(ed25519.Ed25519PrivateKey.generate()))
+    return SiteKeys(new_tls_key(), node, _pkcs8(ed25519.Ed25519PrivateKey.generate()))
 
 
 def node_public_key(node_key: bytes) -> bytes:
@@ -343,6 +353,17 @@ def verify(public_key: bytes, signature: bytes, purpose: str, content: bytes) ->
 def save_secret(path: Path, content: bytes) -> None:
     """Writes a key, whole and readable by its owner alone."""
     write_atomic(path, content)
+
+
+def save_credential(path: Path, credential: Credential) -> None:
+    """Key and certificate in one file, so that they are replaced together."""
+    save_secret(path, credential.key + credential.certificate)
+
+
+def load_credential(path: Path) -> Credential:
+    """What `save_credential` wrote; raises StateInvalid as `load_secret` does."""
+    key, mark, certificate = load_secret(path).partition(b"-----BEGIN CERTIFICATE-----")
+    return Credential(mark + certificate, key)
 
 
 def load_secret(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""What passes between a coordinator and a hospital that joins: the invite, the request, the answer."""
+"""What passes between a coordinator and a hospital that joins or renews: the invite, the requests, the answer."""
 
 import base64
 import binascii
@@ -15,6 +15,7 @@ from shared_models.parse import STRICT, parse, plain
 T = TypeVar("T")
 PREFIX = "fl1."
 PURPOSE = "enrolment"  # of the identity key's signature over `statement`
+RENEWAL = "renewal"  # the same for a RenewRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,23 @@ class JoinRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class RenewRequest:
+    """What a site asks for before its certificate ends, over the connection that the old one still opens.
+
+    Attributes:
+        request: signing request for a new TLS key, PEM.
+        signature: by the identity key over `statement(self)`, hexadecimal: a stolen TLS key renews nothing.
+    """
+
+    __pydantic_config__ = STRICT
+    site: str
+    request: str
+    signature: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class JoinAnswer:
-    """What an enrolled hospital is given.
+    """What a hospital is given that has enrolled or renewed.
 
     Attributes:
         certificate: PEM, for the key of the request.
@@ -108,10 +124,10 @@ def read_message(kind: type[T], content: bytes, where: str) -> T:
     return parse(kind, value, where, EnrolmentFailed)
 
 
-def write_message(message: Invite | JoinRequest | JoinAnswer) -> bytes:
+def write_message(message: Invite | JoinRequest | RenewRequest | JoinAnswer) -> bytes:
     return canonical_json(plain(message))
 
 
-def statement(request: JoinRequest) -> bytes:
-    """What a joining site signs: that this certificate request, these public keys and this invite belong together."""
+def statement(request: JoinRequest | RenewRequest) -> bytes:
+    """What a site signs: that this certificate request, and in joining these public keys and this invite, are its."""
     return canonical_json({key: value for key, value in plain(request).items() if key != "signature"})

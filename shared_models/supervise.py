@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from shared_models.errors import ProcessFailed
 from shared_models.files import read_json, write_atomic, write_json
+from shared_models.identity import load_secret
 
 POLL_S = 0.2
 LOG_LIMIT_BYTES = 10 * 2**20  # a full log becomes NAME.1, the one before it goes
@@ -358,10 +359,10 @@ def _free(port: int) -> int:
 
 
 def kept_secret(path: Path) -> bytes:
-    """32 random bytes in a file of the owner alone, made when they are first asked for."""
+    """32 random bytes in a file of the owner alone, made when they are first asked for; or StateInvalid if exposed."""
     if not path.exists():
         write_atomic(path, secrets.token_bytes(32))
-    return path.read_bytes()
+    return load_secret(path)
 
 
 def read_port(path: Path) -> int:

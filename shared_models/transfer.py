@@ -21,7 +21,8 @@ from typing import IO, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from shared_models.errors import EnrolmentFailed, TransferFailed
-from shared_models.identity import load_secret, read_certificate, split_address
+from shared_models.expiry import date_text
+from shared_models.identity import load_credential, read_certificate, split_address
 
 BLOCK_BYTES = 1 << 20
 SOCKET_TIMEOUT_S = 60.0
@@ -89,17 +90,22 @@ class _Passing(Exception):
 def site_context(keys: Path) -> ssl.SSLContext:
     """TLS 1.3 as the site of this `keys` folder: shows its certificate, trusts the coordinator's CA alone.
 
+    `tls.pem` holds key and certificate, so that a renewal replaces both at once.
+
     Raises:
         StateInvalid: others may read the key.
         EnrolmentFailed: the certificate has expired; asyncio's TLS on the other side would hang up without a word.
     """
-    certificate, key = keys / "tls.pem", keys / "tls.key"
-    load_secret(key)  # for its check of owner and mode
-    if read_certificate(certificate.read_bytes()).expires_at_s < time.time():
-        raise EnrolmentFailed(f"{certificate}: has expired. Ask the coordinator for an invite and join again.")
+    certificate = keys / "tls.pem"
+    expires_at_s = read_certificate(load_credential(certificate).certificate).expires_at_s
+    if expires_at_s < time.time():
+        raise EnrolmentFailed(
+            f"{certificate}: this site's certificate has expired on {date_text(expires_at_s)}. Ask the coordinator for "
+            "an invite, then `fedclient rejoin INVITE`."
+        )
     context = ssl.create_default_context(cafile=str(keys / "ca.pem"))
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(certificate)
     return context
 
 

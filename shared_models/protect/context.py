@@ -5,74 +5,20 @@ The digest of a context goes into every key, signature and sealed share: two sit
 """
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared_models.errors import StateInvalid
 from shared_models.files import canonical_json
-from shared_models.identity import sign, verify
-from shared_models.parse import STRICT, RunId, Sha256, SiteName, parse_json, plain
+from shared_models.parse import STRICT, RunId, Sha256, SiteName, plain
 from shared_models.protect.prg import derive, framed
 from shared_models.protect.ring import MOST_SITES, Encoding
 
 PROTOCOL = "sfl-secagg/1"
 LEAST_SITES = 3  # of two, each knows the other's update from the sum
-Key32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
-
-
-@dataclass(frozen=True, slots=True)
-class Roster:
-    """The identities of a federation's sites, as its authority has signed them: nobody else vouches for a key.
-
-    Attributes:
-        epoch: rises with every change; an older roster is not taken back.
-        sites: name -> Ed25519 public key, hexadecimal.
-    """
-
-    __pydantic_config__ = STRICT
-    federation: Annotated[str, Field(max_length=64)]
-    epoch: Annotated[int, Field(ge=1, lt=2**53)]
-    sites: Mapping[SiteName, Key32]
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(canonical_json(plain(self))).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class SignedRoster:
-    """A roster and its authority's Ed25519 signature, hexadecimal."""
-
-    __pydantic_config__ = STRICT
-    roster: Roster
-    signature: Signature
-
-
-def sign_roster(identity_key: bytes, roster: Roster) -> bytes:
-    """Canonical JSON of a SignedRoster; `identity_key` is the authority's, PEM."""
-    signature = sign(identity_key, "roster", canonical_json(plain(roster)))
-    return canonical_json(plain(SignedRoster(roster, signature.hex())))
-
-
-def read_roster(content: bytes, authority: bytes, least_epoch: int = 1) -> Roster:
-    """The roster that `authority` (32 public bytes) has signed.
-
-    Raises:
-        StateInvalid: cannot be read, is signed by somebody else, or is older than `least_epoch`.
-    """
-    signed = parse_json(SignedRoster, content, "roster", StateInvalid)
-    roster = signed.roster
-    if not verify(authority, bytes.fromhex(signed.signature), "roster", canonical_json(plain(roster))):
-        raise StateInvalid("roster: is not signed by the federation's authority. Fetch it again; tell the coordinator.")
-    if roster.epoch < least_epoch:
-        raise StateInvalid(f"roster: is of epoch {roster.epoch}, {least_epoch} was seen before. Fetch the newest one.")
-    return roster
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from pydantic import Field
 from shared_models.errors import UpdateRejected
 from shared_models.files import canonical_json
 from shared_models.parse import STRICT, Sha256, SiteName, parse_json, plain
-from shared_models.protect.context import Key32, Signature
 from shared_models.protect.prg import framed
 from shared_models.protect.ring import MOST_SITES
+from shared_models.roster import Key32, Signature
 
 Share = Annotated[str, Field(pattern=r"^[0-9a-f]{66}$")]
 Box = Annotated[str, Field(pattern=r"^[0-9a-f]{188}$")]  # nonce 12, two shares of 33, tag 16

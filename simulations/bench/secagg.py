@@ -26,10 +26,11 @@ from fedclient.secagg import Advertised, Confirmed, Held, Masked, Member, Shared
 from fedclient.sums import masked
 from fedserver.secagg import SecureSum, SecureTotal
 from shared_models.identity import identity_public_key, new_site_keys
-from shared_models.protect.context import Context, Roster, least_threshold
+from shared_models.protect.context import Context, least_threshold
 from shared_models.protect.messages import write
 from shared_models.protect.prg import CHUNK, Masks, keystream
 from shared_models.protect.ring import Layout, bytes_of, encoding
+from shared_models.roster import Roster
 from shared_models.weights import Arrays, InMemory, schema_of, size_bytes
 from simulations.bench.server_memory import memory, model
 

@@ -1,0 +1,174 @@
+"""A site keeps its certificate and the roster fresh while it runs; no process is restarted and no order lost for it.
+
+The new certificate replaces the old one in `keys/tls.pem`. Node and executor read that file again before their next
+connection; the coordinator closes the open ones after the answer under way, and lets both certificates in meanwhile.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fedclient.enrol import MOST_BYTES, ROSTER, TurnedAway, ask, store_certificate
+from fedclient.welcome import note_refusal
+from shared_models.errors import FederationError, StateInvalid
+from shared_models.expiry import date_text, due, warning
+from shared_models.files import write_atomic
+from shared_models.identity import (
+    Certificate,
+    load_credential,
+    load_secret,
+    new_tls_key,
+    read_certificate,
+    request_certificate,
+    request_key,
+    save_secret,
+    sign,
+)
+from shared_models.invite import RENEWAL, JoinAnswer, RenewRequest, read_message, statement, write_message
+from shared_models.parse import parse_json
+from shared_models.roster import MOST_EPOCHS, History, SignedRoster, follow, read_signed, write_signed
+from shared_models.transfer import site_context
+
+LONGEST_PAUSE_S = 60.0
+DAY_S = 86400.0
+MOST_HISTORY_BYTES = MOST_EPOCHS * MOST_BYTES
+SITE_KEYS = ("keys/tls.pem", "keys/node.key", "keys/identity.key")
+MEND = "This node renews it while it runs; by hand: `fedclient renew`."
+MEND_EXPIRED = "Ask the coordinator for an invite, then `fedclient rejoin INVITE`."
+
+log = logging.getLogger("fedclient.renewal")
+
+
+def check_keys(site: Path) -> None:
+    """Raises StateInvalid unless every key of the folder is there, ours, and readable by nobody else."""
+    for name in SITE_KEYS:
+        load_secret(site / name)
+    if (site / "secrets/superexec").exists():
+        load_secret(site / "secrets/superexec")
+
+
+def certificate_of(site: Path) -> Certificate:
+    """The facts of the certificate that a site shows."""
+    return read_certificate(load_credential(site / "keys/tls.pem").certificate)
+
+
+def expiry_warning(site: Path, now_s: float) -> str | None:
+    """A sentence when the site's certificate ends soon or has ended."""
+    shown = certificate_of(site)
+    return warning("This site's", shown, now_s, MEND if shown.expires_at_s > now_s else MEND_EXPIRED)
+
+
+def renew(site: Path, name: str, address: str) -> Certificate:
+    """Gets a certificate for a new TLS key by showing the old one; name, node key and identity stay.
+
+    A key whose answer was lost is kept and asked for again, so that nothing is certified in vain.
+
+    Raises:
+        EnrolmentFailed: the certificate has expired, or the coordinator refuses or cannot be reached.
+    """
+    keys = site / "keys"
+    context = site_context(keys)
+    pending = keys / "tls.next"
+    if pending.exists() and _public(name, load_secret(pending)) == certificate_of(site).key_sha256:
+        pending.unlink()  # the last renewal was stored, and its process killed before this
+    if not pending.exists():
+        save_secret(pending, new_tls_key())
+    key = load_secret(pending)
+    request = RenewRequest(name, request_certificate(name, key).decode())
+    signature = sign(load_secret(keys / "identity.key"), RENEWAL, statement(request))
+    body = write_message(replace(request, signature=signature.hex()))
+    try:
+        content = ask(address, context, "POST", "/renew", body)
+    except TurnedAway as refused:
+        if refused.status == 400:  # this key will never do
+            pending.unlink()
+        raise
+    answer = read_message(JoinAnswer, content, f"coordinator at {address}")
+    facts = store_certificate(keys / "tls.pem", answer.certificate.encode(), key, name)
+    pending.unlink()
+    return facts
+
+
+def _public(name: str, key: bytes) -> str:
+    return request_key(request_certificate(name, key), name)
+
+
+def read_roster(site: Path) -> SignedRoster | None:
+    """The newest roster that this site has seen; its signature was checked when it came."""
+    path = site / ROSTER
+    return read_signed(path.read_bytes(), str(path)) if path.exists() else None
+
+
+def fetch_roster(site: Path, address: str) -> SignedRoster:
+    """Brings the site's roster up to the coordinator's, epoch by epoch, and keeps it.
+
+    Raises:
+        StateInvalid: what came is not signed, or not what follows from what was seen: see `follow`.
+        EnrolmentFailed: the coordinator refuses or cannot be reached.
+    """
+    context, authority = site_context(site / "keys"), (site / "keys/ca.pem").read_bytes()
+    while True:
+        known = read_roster(site)
+        since = 0 if known is None else known.roster.epoch
+        content = ask(address, context, "GET", f"/roster/{since}", most=MOST_HISTORY_BYTES)
+        history = parse_json(History, content, f"roster of the coordinator at {address}", StateInvalid)
+        newest = follow(known, history, authority)
+        if known is None or newest.roster.epoch > known.roster.epoch:
+            write_atomic(site / ROSTER, write_signed(newest))
+        if newest.roster.epoch >= history.newest or (known is not None and newest.roster.epoch == known.roster.epoch):
+            return newest
+
+
+@dataclass(slots=True)
+class Keeper:
+    """What a running node looks after beside its work.
+
+    Attributes:
+        said: what was logged, and when (seconds since the epoch), so that it is said once a day.
+    """
+
+    site: Path
+    name: str
+    address: str
+    clock: Callable[[], float] = time.time
+    said: dict[str, float] = field(default_factory=dict)
+
+    def run(self, stop: threading.Event) -> None:
+        """Looks at once, then every minute, more often at a short certificate, until `stop`."""
+        while True:
+            self.look()
+            if stop.wait(self.pause_s()):
+                return
+
+    def look(self) -> None:
+        """Renews the certificate if that is due and fetches the roster; a trouble is logged and tried again."""
+        try:
+            if due(certificate_of(self.site), self.clock()):
+                facts = renew(self.site, self.name, self.address)
+                log.info("renewed this site's certificate; the new one is good until %s", date_text(facts.expires_at_s))
+            words = expiry_warning(self.site, self.clock())
+            if words is not None:
+                self._say("expiry", words)
+            fetch_roster(self.site, self.address)
+        except TurnedAway as refused:
+            if refused.status == 403:
+                note_refusal(self.site, refused.words)
+            self._say("refused", str(refused))
+        except (FederationError, OSError) as error:
+            self._say(type(error).__name__, str(error))
+
+    def pause_s(self) -> float:
+        try:
+            left_s = certificate_of(self.site).expires_at_s - self.clock()
+        except (FederationError, OSError):
+            return LONGEST_PAUSE_S
+        return min(LONGEST_PAUSE_S, max(1.0, left_s / 20))
+
+    def _say(self, what: str, words: str) -> None:
+        now = self.clock()
+        if now - self.said.get(what, float("-inf")) > DAY_S:
+            self.said[what] = now
+            log.warning("%s", words)

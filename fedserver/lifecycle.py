@@ -1,0 +1,143 @@
+"""The life of a site's certificate after enrolment: renewed, replaced, expired, revoked; and the coordinator's own."""
+
+import shutil
+import time
+from pathlib import Path
+
+from fedserver.enrol import Federation, Reply, authority_of, certificate_row, refused, sealer
+from fedserver.state import (
+    Site,
+    find_site,
+    list_certificates,
+    list_sites,
+    renew_certificate,
+    revoke_site,
+)
+from shared_models.errors import EnrolmentFailed, StateInvalid
+from shared_models.expiry import date_text, due, warning
+from shared_models.identity import (
+    issue_server,
+    issue_site,
+    load_credential,
+    read_certificate,
+    request_key,
+    save_credential,
+    split_address,
+    verify,
+)
+from shared_models.invite import RENEWAL, JoinAnswer, RenewRequest, read_message, statement, write_message
+
+MOST_REASON = 500
+
+
+def revoke(federation: Federation, site: str, reason: str, now_s: float | None = None) -> Site:
+    """Shuts `site` out: its certificates count no more, its node is to go, the roster has a new epoch.
+
+    A gateway that runs notices within seconds (`fedserver/watch.py`); one that does not run lets nobody in.
+
+    Raises:
+        StateInvalid: a site that is not known, or a reason that is none.
+    """
+    words = "".join(c if c.isprintable() else " " for c in reason).strip()
+    if not words or len(words) > MOST_REASON:
+        raise StateInvalid(f"reason: 1 to {MOST_REASON} characters, for those who ask later. Give one with --reason.")
+    at = time.time() if now_s is None else now_s
+    revoke_site(federation.state, site, at, words, sealer(federation))
+    found = find_site(federation.state, site)
+    assert found is not None
+    return found
+
+
+def revoked_words(site: Site) -> str:
+    """`was revoked on 2026-11-26 02:40 UTC`"""
+    return f"was revoked on {date_text(site.revoked_at or 0.0)}"
+
+
+def revoked_sites(path: Path) -> dict[str, str]:
+    """Sites that are shut out, each with words for `status`; `path` is of state.db."""
+    return {site.name: revoked_words(site) for site in list_sites(path) if site.state == "revoked"}
+
+
+def drop_uploads(federation: Federation, site: str) -> None:
+    """Removes what a site has uploaded and nobody has taken away."""
+    shutil.rmtree(federation.blobs / "in" / site, ignore_errors=True)
+
+
+def renew(federation: Federation, site: Site, body: bytes, now_s: float | None = None) -> Reply:
+    """Answers a RenewRequest of a site that has shown its certificate: a further one for its new key.
+
+    The same key again gets the same certificate again: the first answer was lost. Statuses: 200, 400, 403.
+    """
+    now = time.time() if now_s is None else now_s
+    try:
+        asked = read_message(RenewRequest, body, "renewal request")
+        signature = _signature(asked)
+        if asked.site != site.name:
+            return refused(403, f"renewal of {asked.site!r}: was asked for by {site.name!r}.")
+        if not verify(bytes.fromhex(site.identity_public_key or ""), signature, RENEWAL, statement(asked)):
+            return refused(
+                403, f"renewal of {site.name!r}: is not signed by this site's identity key. Use the keys of one join."
+            )
+        rows = list_certificates(federation.state, site.name)
+        key = request_key(asked.request.encode(), site.name)
+        known = [row for row in rows if row.ended == "" and read_certificate(row.pem.encode()).key_sha256 == key]
+        if known and known[-1] is not rows[-1]:
+            return refused(400, f"renewal of {site.name!r}: its key was certified before. Make a new key.")
+        if known and not due(read_certificate(known[-1].pem.encode()), now):
+            certificate = known[-1].pem
+        elif known:
+            return refused(400, f"renewal of {site.name!r}: asks for the key that it has. Make a new key.")
+        else:
+            pem = issue_site(
+                authority_of(federation), asked.request.encode(), site.name, days=federation.certificate_days
+            )
+            certificate = pem.decode()
+            renew_certificate(
+                federation.state, certificate_row(pem, now), read_certificate(pem).fingerprint, sealer(federation)
+            )
+    except EnrolmentFailed as error:
+        return refused(400, str(error))
+    return Reply(200, write_message(JoinAnswer(federation.name, site.name, certificate)))
+
+
+def _signature(asked: RenewRequest) -> bytes:
+    try:
+        return bytes.fromhex(asked.signature)
+    except ValueError as error:
+        raise EnrolmentFailed(
+            f"renewal of {asked.site!r}: signature is not hexadecimal. Update the package."
+        ) from error
+
+
+def renew_server(federation: Federation, always: bool = False, now_s: float | None = None) -> bool:
+    """Gives the gateway a new key and certificate where the old one ends soon, or `always`; True if it did.
+
+    Hospitals notice nothing: they trust the authority, not this certificate.
+    """
+    now = time.time() if now_s is None else now_s
+    shown = read_certificate(load_credential(federation.server_certificate).certificate)
+    if not always and not due(shown, now):
+        return False
+    host, _ = split_address(federation.address)
+    save_credential(federation.server_certificate, issue_server(authority_of(federation), [host]))
+    return True
+
+
+def warnings(federation: Federation, now_s: float | None = None) -> list[str]:
+    """A sentence for each certificate that ends soon or has ended."""
+    now = time.time() if now_s is None else now_s
+    own = read_certificate(load_credential(federation.server_certificate).certificate)
+    ca = read_certificate(federation.ca_certificate.read_bytes())
+    found = [
+        warning("The coordinator's", own, now, "`fedserver serve` renews it; `fedserver renew` does so at once."),
+        warning("The authority's", ca, now, "Found a new federation and invite the sites to it."),
+    ]
+    for site in list_sites(federation.state):
+        rows = list_certificates(federation.state, site.name) if site.state == "active" else []
+        if rows:
+            newest = read_certificate(rows[-1].pem.encode())
+            mend = f"Its node renews it while it runs; once it has expired, `fedserver invite {site.name}`."
+            if newest.expires_at_s <= now:
+                mend = f"`fedserver invite {site.name}`; there: `fedclient rejoin INVITE`."
+            found.append(warning(f"{site.name}: its", newest, now, mend))
+    return [words for words in found if words is not None]
