@@ -15,7 +15,8 @@ from pathlib import Path
 
 from fedclient.enrol import Joined, join
 from fedserver.enrol import Federation, init_federation, invite
-from fedserver.gateway import Gateway, gateway_server, open_gateway
+from fedserver.gateway import Gateway, gateway_server, open_gateway, server_context
+from fedserver.watch import watch
 from shared_models.identity import node_public_key, node_public_pem
 from shared_models.transfer import Blobs, site_context
 
@@ -43,12 +44,14 @@ class Edge:
 
     Attributes:
         nodes: sites whose node key was registered, in this order.
+        gone: Flower's numbers of nodes that were unregistered.
     """
 
     federation: Federation
     gateway: Gateway
     superlink: StandIn
     nodes: list[str]
+    gone: list[int]
 
     @property
     def address(self) -> str:
@@ -91,7 +94,7 @@ def serve_standin(federation: Federation) -> tuple[http.server.ThreadingHTTPServ
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(federation.server_certificate, federation.server_key)
+    context.load_cert_chain(federation.loopback_certificate)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     standin = StandIn(server.server_address[1])
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -112,16 +115,19 @@ def running_edge(folder: Path) -> Iterator[Edge]:
 
     gateway = open_gateway(federation, f"127.0.0.1:{standin.port}", register_node)
     gateway.enrolments.burst = gateway.enrolments.per_s = 10_000
-    server = gateway_server(gateway, "127.0.0.1", 0)
+    context, gone = server_context(federation), list[int]()
+    server = gateway_server(gateway, context, "127.0.0.1", 0)
 
     async def serve() -> None:
+        watching = asyncio.create_task(watch(federation, gateway.admission, server, context, gone.append))
         await server.serve(sockets=[listening])
+        watching.cancel()
         await gateway.superlink.aclose()
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
     try:
-        yield Edge(federation, gateway, standin, nodes)
+        yield Edge(federation, gateway, standin, nodes, gone)
     finally:
         server.should_exit = True
         thread.join(10)

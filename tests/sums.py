@@ -16,10 +16,11 @@ from fedclient.secagg import Advertised, Confirmed, Held, Masked, Member, Random
 from fedclient.sums import masked
 from fedserver.secagg import SecureSum, SecureTotal
 from shared_models.identity import identity_public_key
-from shared_models.protect.context import Context, Roster, least_threshold
+from shared_models.protect.context import Context, least_threshold
 from shared_models.protect.messages import read, write
 from shared_models.protect.prg import derive
 from shared_models.protect.ring import Layout, bytes_of, encoding
+from shared_models.roster import Roster
 from shared_models.weights import Arrays, InMemory, schema_of
 
 MODEL: Arrays = {"conv.weight": np.zeros((3, 5), np.float32), "conv.bias": np.zeros(3, np.float32)}

@@ -31,10 +31,10 @@ COMMANDS: dict[str, typer.Typer] = {
     "fedsim": simulations.cli.app,
 }
 SUBCOMMANDS = {
-    "fedserver": ["init", "serve", "invite", "run", "stop", "status", "audit"],
+    "fedserver": ["init", "serve", "invite", "revoke", "renew", "run", "stop", "status", "audit"],
     "fedclient": [
-        "join", "check", "waive", "card", "policy", "studies", "show", "approve", "refuse", "withdraw", "sent", "audit",
-        "start", "status", "budget", "ledger",
+        "join", "rejoin", "renew", "check", "waive", "card", "policy", "studies", "show", "approve", "refuse", "withdraw",
+        "sent", "audit", "start", "status", "budget", "ledger",
     ],
     "fedsim": ["run", "studies", "privacy", "demo", "phantom"],
 }  # fmt: skip
@@ -133,9 +133,17 @@ def test_an_unknown_study_is_told_with_those_that_there_are(federation):
 
 
 def test_a_missing_folder_is_told_with_the_command_that_makes_it():
-    for words in (["status"], ["invite", "north"], ["run", "lung-ct-quick"], ["serve"], ["stop", "x"]):
+    for words in (
+        ["status"],
+        ["invite", "north"],
+        ["revoke", "north", "--reason", "x"],
+        ["renew"],
+        ["run", "lung-ct-quick"],
+        ["serve"],
+        ["stop", "x"],
+    ):
         assert "fedserver init" in refused("fedserver", *words)
-    for name in ("check", "card", "start", "status"):
+    for name in ("check", "card", "start", "status", "renew"):
         assert "Run `fedclient join INVITE` first" in refused("fedclient", name)
     assert "nowhere: there is no such folder" in refused("fedsim", "run", "lung-ct-quick", "--data", "nowhere")
     assert list(Path().rglob("*.db")) == []

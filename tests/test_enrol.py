@@ -9,7 +9,8 @@ import pytest
 from fedclient import enrol as joining
 from fedclient.enrol import join
 from fedserver.enrol import INVITE_S, Federation, enrol, init_federation, invite, open_federation
-from fedserver.state import find_site, revoke_site
+from fedserver.lifecycle import revoke
+from fedserver.state import find_site
 from shared_models.errors import EnrolmentFailed, ProcessFailed, StateInvalid
 from shared_models.identity import (
     SiteKeys,
@@ -224,7 +225,7 @@ def test_a_superlink_that_is_away_leaves_the_invite_good(federation: Federation)
 def test_a_revoked_site_comes_back_with_a_new_invite_only(federation: Federation) -> None:
     assert enrol(federation, write_message(request_for(invite(federation, "north"))), accept).status == 200
     pending = invite(federation, "north")
-    revoke_site(federation.state, "north")
+    revoke(federation, "north", "test")
     assert refusal(federation, request_for(pending, OTHER))[0] == 403
     again = request_for(invite(federation, "north"), OTHER)
     assert enrol(federation, write_message(again), accept).status == 200
@@ -245,7 +246,7 @@ def test_a_hospital_joins_over_the_network(tmp_path: Path) -> None:
             join(word, tmp_path / "third")
     assert (site.federation, site.site, site.address) == ("Test federation", "north", edge.address)
     assert sorted(path.name for path in site.keys.iterdir()) == [
-        "ca.pem", "identity.key", "node.key", "tls.key", "tls.pem"
+        "ca.pem", "identity.key", "node.key", "tls.pem"
     ]  # fmt: skip
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in site.keys.iterdir())
     assert kept is not None

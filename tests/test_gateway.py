@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,9 +24,18 @@ from fedserver import intake as intakes
 from fedserver import listener
 from fedserver.gateway import Allowance
 from fedserver.intake import Intake, sweep
-from fedserver.state import find_site, revoke_site
+from fedserver.lifecycle import revoke
+from fedserver.state import find_site, remember_node
+from shared_models.expiry import date_text
 from shared_models.files import write_atomic
-from shared_models.identity import Credential, issue_site, new_authority, request_certificate
+from shared_models.identity import (
+    Credential,
+    issue_site,
+    load_credential,
+    new_authority,
+    request_certificate,
+    save_credential,
+)
 from shared_models.transfer import site_context
 from tests.edge import Answer, Edge, ask, joined_site, node_headers, running_edge, stranger_context
 
@@ -110,11 +119,13 @@ def test_a_certificate_of_a_foreign_ca_ends_the_connection(edge: Edge, north: Si
 
 
 def foreign(edge: Edge, north: Site, authority: Credential, folder: Path, days_ago: int) -> None:
-    key = (north.joined.keys / "tls.key").read_bytes()
+    key = load_credential(north.joined.keys / "tls.pem").key
     since = datetime.now(UTC) - timedelta(days=days_ago)
-    write_atomic(folder / "tls.pem", issue_site(authority, request_certificate("north", key), "north", since))
+    save_credential(
+        folder / "tls.pem", Credential(issue_site(authority, request_certificate("north", key), "north", since), key)
+    )
     context = stranger_context(edge)
-    context.load_cert_chain(folder / "tls.pem", north.joined.keys / "tls.key")
+    context.load_cert_chain(folder / "tls.pem")
     with pytest.raises((ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)):
         ask(edge, context, "GET", "/health")
 
@@ -125,7 +136,7 @@ def real_authority(edge: Edge) -> Credential:
 
 def test_the_servers_own_certificate_is_no_clients(edge: Edge) -> None:
     context = stranger_context(edge)
-    context.load_cert_chain(edge.federation.server_certificate, edge.federation.server_key)
+    context.load_cert_chain(edge.federation.server_certificate)
     with pytest.raises((ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)):
         ask(edge, context, "GET", "/health")
 
@@ -138,11 +149,12 @@ def test_tls_below_1_3_is_not_spoken(edge: Edge) -> None:
 
 
 def test_a_certificate_of_ours_for_nobody_in_the_state_is_refused(edge: Edge, north: Site, tmp_path: Path) -> None:
-    key = (north.joined.keys / "tls.key").read_bytes()
-    for name, why in [("nobody", "is not active"), ("north", "newer one has replaced")]:
-        write_atomic(tmp_path / "tls.pem", issue_site(real_authority(edge), request_certificate(name, key), name))
+    key = load_credential(north.joined.keys / "tls.pem").key
+    for name, why in [("nobody", "is not active"), ("north", "is not active in this federation with this certificate")]:
+        certificate = issue_site(real_authority(edge), request_certificate(name, key), name)
+        save_credential(tmp_path / "tls.pem", Credential(certificate, key))
         context = stranger_context(edge)
-        context.load_cert_chain(tmp_path / "tls.pem", north.joined.keys / "tls.key")
+        context.load_cert_chain(tmp_path / "tls.pem")
         refused = ask(edge, context, "GET", "/health")
         assert (refused.status, why in refused.detail) == (403, True)
 
@@ -152,27 +164,40 @@ def test_a_site_is_known_by_its_certificate(edge: Edge, north: Site) -> None:
     assert (health.status, health.content) == (200, b'{"federation": "Test federation", "site": "north"}')
 
 
-def test_a_revoked_site_is_out_within_seconds_and_its_upload_is_not_kept(
-    edge: Edge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_revoked_site_is_out_within_seconds_in_the_middle_of_an_upload_and_hears_why(
+    edge: Edge, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gateways, "SITE_CACHE_S", 0.2)
     joined = joined_site(edge, tmp_path, "west")
+    remember_node(edge.federation.state, "west", 2**63 + 9)
     west = Site(joined, site_context(joined.keys))
     assert fleet(edge, west, PULL).status == 200
     host, port = edge.address.split(":")
-    with closing(http.client.HTTPSConnection(host, int(port), context=west.context, timeout=10)) as upload:
+    with closing(http.client.HTTPSConnection(host, int(port), context=west.context, timeout=30)) as upload:
         upload.putrequest("PUT", f"/blobs/{DIGEST}")
         upload.putheader("content-length", str(len(BLOB)))
         upload.endheaders()
         upload.send(BLOB[:1000])
-        revoke_site(edge.federation.state, "west")
-        time.sleep(0.25)
-        upload.send(BLOB[1000:])
-        assert upload.getresponse().status == 403
-    assert DIGEST not in uploads(edge, west)
+        gone = revoke(edge.federation, "west", "its contract has ended")
+        began = time.monotonic()
+        with pytest.raises((ConnectionError, ssl.SSLError, http.client.RemoteDisconnected)):
+            upload.getresponse()  # an open connection is cut, it does not wait for its end
+    assert time.monotonic() - began < 30
     refused = fleet(edge, west, PULL)
-    assert (refused.status, "is not active" in refused.detail) == (403, True)
+    when = date_text(gone.revoked_at or 0.0)
+    assert (refused.status, refused.detail) == (
+        403,
+        f"site 'west': this site's certificate was revoked on {when}. Ask the coordinator.",
+    )
+    assert ask(edge, west.context, "GET", f"/blobs/{DIGEST}").status == 403
     assert len(edge.superlink.arrived) == 1
+    await_true(lambda: edge.gone == [2**63 + 9] and not uploads(edge, west))
+
+
+def await_true(what: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 # Fleet calls
@@ -309,7 +334,7 @@ def test_too_many_calls_of_one_site_are_a_503(edge: Edge, north: Site, south: Si
 def test_a_trouble_of_ours_is_a_503_without_its_words(
     edge: Edge, north: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
-    edge.gateway.admitted.clear()
+    edge.gateway.admission.forget()
     state = edge.federation.state
     state.rename(state.with_name("away.db"))
     try:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.identity import (
-    WORDS,
     check_site_name,
     fingerprint_words,
     identity_public_key,
@@ -32,6 +31,7 @@ from shared_models.identity import (
     stated,
     verify,
 )
+from shared_models.words import WORDS
 
 AUTHORITY = new_authority("Test federation")
 KEYS = new_site_keys()

@@ -18,7 +18,8 @@ from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from fedclient import node
-from fedclient.node import ClientTls, NodeFiles, Pace, Stranded, _session_of_the_dead, pause
+from fedclient.node import NodeFiles, Pace, Stranded, _session_of_the_dead, pause
+from fedclient.tls import ClientTls
 from shared_models.errors import ProcessFailed, StateInvalid
 from shared_models.files import write_atomic, write_json
 from shared_models.identity import issue_site, new_authority, new_site_keys, request_certificate
@@ -61,43 +62,42 @@ def test_a_folder_without_a_coordinator_is_named_with_the_command_that_mends_it(
     assert files.coordinator() == "fed.example.org:8443"
 
 
-def give(files: NodeFiles, tls_key: bytes, certificate: bytes | None, at: int) -> None:
-    write_atomic(files.keys / "tls.key", tls_key)
-    if certificate:
-        write_atomic(files.keys / "tls.pem", certificate)
-        os.utime(files.keys / "tls.pem", (at, at))
+def give(files: NodeFiles, name: str, content: bytes, at: int) -> None:
+    write_atomic(files.keys / name, content)
+    os.utime(files.keys / name, (at, at))
 
 
-def test_a_renewed_certificate_is_taken_up_once_its_key_is_there_too(
+def test_a_renewed_certificate_is_taken_up_with_its_key_and_a_new_node_key_ends_the_process(
     files: NodeFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     authority, old, new = new_authority("Test"), new_site_keys(), new_site_keys()
-    old_pem, new_pem = (issue_site(authority, request_certificate("north", k.tls), "north") for k in (old, new))
+    before, after = (k.tls + issue_site(authority, request_certificate("north", k.tls), "north") for k in (old, new))
     write_atomic(files.keys / "ca.pem", authority.certificate)
-    give(files, old.tls, old_pem, at=1_000)
+    give(files, "tls.pem", before, at=1_000)
+    give(files, "node.key", old.node, at=1_000)
     tls = ClientTls(files.keys)
     loaded: list[bytes] = []
-    monkeypatch.setattr(tls, "context", Loads(tls.context, files.keys / "tls.pem", loaded))
+    monkeypatch.setattr(tls, "context", Loads(tls.context, loaded))
     tls.refresh()
     assert loaded == []
-    give(files, old.tls, new_pem, at=2_000)  # half of the renewal
-    tls.refresh()
-    assert loaded == []
-    give(files, new.tls, None, at=0)
+    give(files, "tls.pem", after, at=2_000)
     tls.refresh()
     tls.refresh()
-    assert loaded == [new_pem]
+    assert loaded == [after]
+    give(files, "node.key", new.node, at=3_000)
+    with pytest.raises(ProcessFailed, match="joined again"):
+        tls.refresh()
 
 
 class Loads:
-    """Notes the certificates that a context accepts."""
+    """Notes the files that a context accepts."""
 
-    def __init__(self, context: ssl.SSLContext, path: Path, loaded: list[bytes]) -> None:
-        self.context, self.path, self.loaded = context, path, loaded
+    def __init__(self, context: ssl.SSLContext, loaded: list[bytes]) -> None:
+        self.context, self.loaded = context, loaded
 
-    def load_cert_chain(self, certificate: Path, key: Path) -> None:
-        self.context.load_cert_chain(certificate, key)
-        self.loaded.append(self.path.read_bytes())
+    def load_cert_chain(self, credential: Path) -> None:
+        self.context.load_cert_chain(credential)
+        self.loaded.append(credential.read_bytes())
 
 
 def test_the_pause_grows_with_the_silence_between_its_bounds() -> None:

@@ -33,6 +33,7 @@ def play(
     errors: Mapping[tuple[str, int], int] | None = None,
     presence: Callable[[Clock], Presence] | None = None,
     bounded: bool = True,
+    revoked: Callable[[Clock], Mapping[str, str]] = lambda clock: {},
 ) -> tuple[State, RunFolder, Clock, ScriptedGrid]:
     """One run over SITES, as the script says."""
     clock = Clock()
@@ -43,6 +44,7 @@ def play(
     folder = RunFolder(tmp_path / "toy") if (tmp_path / "toy").exists() else new_run(tmp_path, study)
     who = (lambda: presence(clock)) if presence else (lambda: here)
     setting = Setting(grid, folder, who, Inline(), clock, clock.sleep, poll_s=0.5, reask_s=1000.0, bounded=bounded)
+    setting = replace(setting, revoked=lambda: revoked(clock))
     return carry_out(setting), folder, clock, grid
 
 
@@ -101,6 +103,34 @@ def test_a_site_whose_node_goes_away_each_time_is_left_out_before_the_deadline(t
     }
     assert grid.asked["north"] == 6
     assert clock.now - 1000 < 20
+
+
+def test_a_site_revoked_in_mid_round_is_not_waited_for_and_its_update_not_counted(tmp_path):
+    words = {"north": "was revoked on 2026-11-26 02:40 UTC"}
+
+    def at_30(clock: Clock) -> Mapping[str, str]:
+        return words if clock.now >= 1030 else {}
+
+    study = replace(STUDY, rounds=replace(STUDY.rounds, count=1), evaluate=Evaluate(every=0))
+    _, folder, clock, _ = play(tmp_path / "waits", study, delays={"north": 1e6}, revoked=at_30)
+    assert 30 <= clock.now - 1000 <= 32
+    assert line(folder, 1)["left_out"] == {"north": {"state": "revoked", "reason": words["north"]}}
+    _, folder, _, _ = play(tmp_path / "answers", study, revoked=lambda clock: words)  # it answers all the same
+    assert set(line(folder, 1)["sites"]) == {"east", "south"}
+    assert line(folder, 1)["left_out"]["north"]["state"] == "revoked"
+
+
+def test_a_late_update_of_a_revoked_site_is_not_counted(tmp_path):
+    learner = ToyLearner(moves={"east": 1.0, "north": 2.0, "south": 4.0})
+    rounds = replace(STUDY.rounds, count=2, late="next", quorum=1)
+    study = replace(STUDY, rounds=rounds, evaluate=Evaluate(every=0))
+
+    def after_the_first(clock: Clock) -> Mapping[str, str]:
+        return {"south": "was revoked"} if clock.now > 1101 else {}
+
+    _, folder, _, _ = play(tmp_path, study, learner, delays={"south": 101.5}, revoked=after_the_first)
+    assert set(line(folder, 1)["sites"]) == {"east", "north"}
+    assert set(line(folder, 2)["sites"]) == {"east", "north"}
 
 
 def test_without_a_quorum_the_run_pauses_says_for_whom_and_goes_on_later(tmp_path):

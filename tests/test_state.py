@@ -1,11 +1,13 @@
 import sqlite3
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedserver.state import (
+    CertificateRow,
     InviteRow,
     Run,
     Site,
@@ -16,16 +18,29 @@ from fedserver.state import (
     create_state,
     find_run,
     find_site,
+    forget_node,
+    list_certificates,
     list_invites,
+    list_rosters,
     list_runs,
     list_sites,
     redeem_invite,
     remember_node,
+    retired_nodes,
     revoke_site,
 )
 from shared_models.errors import EnrolmentFailed, StateInvalid
 
 NORTH = Site("north", "active", "ecdsa", "ab" * 32, "cd" * 32, "1f", 1000.0, None)
+PAPER = CertificateRow("1f", "north", "pem", 1000.0, 5000.0)
+
+
+def numbered(sites: Sequence[Site], last: bytes | None) -> bytes:
+    """In the place of a signature: how many epochs there were before, and who is active."""
+    before = 0 if last is None else int(last.split(b":")[0])
+    return f"{before + 1}:{','.join(site.name for site in sites if site.state == 'active')}".encode()
+
+
 LARGE = 2**64 - 1  # Flower's ids are unsigned
 
 
@@ -55,19 +70,19 @@ def test_the_file_is_ours_alone_and_made_once(state: Path) -> None:
 def test_a_site_is_invited_joins_and_is_revoked(state: Path) -> None:
     row = invited(state)
     assert find_site(state, "north") == Site("north", "invited")
-    redeem_invite(state, row, NORTH)
+    redeem_invite(state, row, NORTH, PAPER, numbered)
     assert find_site(state, "north") == NORTH
     remember_node(state, "north", LARGE)
-    revoke_site(state, "north")
+    revoke_site(state, "north", 2000.0, "test", numbered)
     found = find_site(state, "north")
     assert found is not None
-    assert (found.state, found.flower_node_id) == ("revoked", LARGE)
+    assert (found.state, found.flower_node_id) == ("revoked", None)
     assert [site.name for site in list_sites(state)] == ["north"]
     assert find_site(state, "south") is None
 
 
 def test_a_new_invite_takes_the_place_of_unused_ones_only(state: Path) -> None:
-    redeem_invite(state, invited(state, "t1"), NORTH)
+    redeem_invite(state, invited(state, "t1"), NORTH, PAPER, numbered)
     invited(state, "t2")
     invited(state, "t3")
     assert [(row.token_sha256, row.used_at) for row in list_invites(state, "north")] == [("t1", 1000.0), ("t3", None)]
@@ -76,11 +91,11 @@ def test_a_new_invite_takes_the_place_of_unused_ones_only(state: Path) -> None:
 
 def test_revoking_a_site_takes_its_open_invite_back(state: Path) -> None:
     row = invited(state)
-    revoke_site(state, "north")
+    revoke_site(state, "north", 2000.0, "test", numbered)
     with pytest.raises(EnrolmentFailed, match="used a moment ago"):
-        redeem_invite(state, row, NORTH)
+        redeem_invite(state, row, NORTH, PAPER, numbered)
     with pytest.raises(StateInvalid, match=r"Known: north\."):
-        revoke_site(state, "nowhere")
+        revoke_site(state, "nowhere", 2000.0, "test", numbered)
 
 
 def test_of_many_who_redeem_one_invite_at_once_one_succeeds(state: Path) -> None:
@@ -89,7 +104,7 @@ def test_of_many_who_redeem_one_invite_at_once_one_succeeds(state: Path) -> None
 
     def redeem() -> None:
         try:
-            redeem_invite(state, row, NORTH)
+            redeem_invite(state, row, NORTH, PAPER, numbered)
             outcomes.append("in")
         except EnrolmentFailed:
             outcomes.append("out")
@@ -153,3 +168,36 @@ def test_a_page_that_was_overwritten_is_found(state: Path) -> None:
     state.write_bytes(content)
     with pytest.raises(StateInvalid, match=r"state\.db"):
         check_state(state)
+
+
+def test_the_node_of_a_site_that_is_revoked_or_joins_anew_is_to_be_unregistered_once(state: Path) -> None:
+    redeem_invite(state, invited(state), replace(NORTH, flower_node_id=LARGE), PAPER, numbered)
+    again, paper = replace(NORTH, flower_node_id=LARGE + 1), replace(PAPER, serial="20", issued_at=1500.0)
+    redeem_invite(state, invited(state, "t2"), again, paper, numbered)
+    assert retired_nodes(state) == [LARGE]
+    redeem_invite(state, invited(state, "t3"), again, replace(paper, serial="21"), numbered)
+    assert retired_nodes(state) == [LARGE], "the same node goes on"
+    revoke_site(state, "north", 2000.0, "why", numbered)
+    revoke_site(state, "north", 3000.0, "another", numbered)
+    assert retired_nodes(state) == [LARGE, LARGE + 1]
+    forget_node(state, LARGE)
+    assert retired_nodes(state) == [LARGE + 1]
+    found = find_site(state, "north")
+    assert found is not None
+    assert (found.revoked_at, found.revoked_reason) == (2000.0, "why")
+    ended = [(row.serial, row.ended, row.ended_at) for row in list_certificates(state, "north")]
+    assert ended == [("1f", "replaced", 1500.0), ("20", "replaced", 1500.0), ("21", "revoked", 2000.0)]
+    assert list_rosters(state, 1, 10) == (4, [b"1:north", b"2:north", b"3:north", b"4:"])
+
+
+def test_a_change_whose_epoch_cannot_be_signed_is_not_made(state: Path) -> None:
+    redeem_invite(state, invited(state), NORTH, PAPER, numbered)
+
+    def broken(sites: Sequence[Site], last: bytes | None) -> bytes:
+        raise StateInvalid("no key")
+
+    with pytest.raises(StateInvalid, match="no key"):
+        revoke_site(state, "north", 2000.0, "why", broken)
+    found = find_site(state, "north")
+    assert found is not None
+    assert found.state == "active"

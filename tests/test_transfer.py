@@ -14,7 +14,7 @@ import pytest
 from fedclient.enrol import Joined
 from shared_models import transfer
 from shared_models.errors import EnrolmentFailed, StateInvalid, TransferFailed
-from shared_models.identity import Credential, issue_site, request_certificate
+from shared_models.identity import Credential, issue_site, load_credential, request_certificate, save_credential
 from shared_models.transfer import Blobs, file_digest, site_context
 from tests.edge import Edge, joined_site, running_edge, site_blobs
 
@@ -234,15 +234,17 @@ def test_a_certificate_that_has_expired_is_not_tried(edge: Edge, north: Joined, 
     shutil.copytree(north.keys, keys)
     authority = Credential(edge.federation.ca_certificate.read_bytes(), edge.federation.ca_key.read_bytes())
     long_ago = datetime.now(UTC) - timedelta(days=91)
-    request = request_certificate("north", (keys / "tls.key").read_bytes())
-    (keys / "tls.pem").write_bytes(issue_site(authority, request, "north", long_ago))
-    with pytest.raises(EnrolmentFailed, match=r"tls\.pem: has expired"):
+    key = load_credential(keys / "tls.pem").key
+    save_credential(
+        keys / "tls.pem", Credential(issue_site(authority, request_certificate("north", key), "north", long_ago), key)
+    )
+    with pytest.raises(EnrolmentFailed, match=r"tls\.pem: this site's certificate has expired.*fedclient rejoin"):
         site_context(keys)
 
 
 def test_a_key_that_others_may_read_is_not_used(edge: Edge, tmp_path: Path) -> None:
     site = joined_site(edge, tmp_path, "east")
-    (site.keys / "tls.key").chmod(0o644)
+    (site.keys / "tls.pem").chmod(0o644)
     with pytest.raises(StateInvalid, match="chmod 600"):
         site_context(site.keys)
 
