@@ -16,7 +16,7 @@ from fedclient.data.quota import GIB, QUOTA_GIB
 from fedclient.data.where import Where
 from fedclient.policy import Policy
 from shared_models.errors import StateInvalid
-from shared_models.files import write_atomic
+from shared_models.files import read_json, write_atomic
 from shared_models.parse import STRICT, parse, plain, read_toml
 
 DATA_FILE = "data.toml"
@@ -116,7 +116,7 @@ class Site:
         folder: where the node keeps its own: cache, finished work, blobs.
         manifest_sites: the rows of the manifest that are this site's; none named are all of a manifest of one site.
         salt: secret of the site that case keys and splits are derived with.
-        apart, pooled: of a simulation; see `Where.name` and `Where.pooled`.
+        apart, pooled, chosen: of a simulation; see `Where.name`, `Where.pooled` and `Where.chosen`.
         processes: that prepare images side by side.
         quota_bytes: the most that the cache may take up.
         deployed: tensors travel as blobs, and finished work is kept for an order that comes again.
@@ -138,6 +138,7 @@ class Site:
     structures: Mapping[str, str] = field(default_factory=dict)
     apart: str = ""
     pooled: tuple[Where, ...] = ()
+    chosen: frozenset[str] | None = None
     processes: int = 1
     policy: Policy = field(default_factory=Policy)
     go_on: Callable[[], None] = _always
@@ -147,7 +148,7 @@ class Site:
 
     @property
     def where(self) -> Where:
-        return Where(self.data, self.manifest_sites, self.layout, self.structures, self.apart, self.pooled)
+        return Where(self.data, self.manifest_sites, self.layout, self.structures, self.apart, self.pooled, self.chosen)
 
 
 def read_site_file(folder: Path) -> SiteFile:
@@ -255,7 +256,15 @@ def open_site(node_config: Mapping[str, object]) -> Site:
         structures=where.structures,
         apart=where.name,
         pooled=tuple(_where(each) for each in json.loads(str(node_config.get("pooled", "[]")))),
+        chosen=_chosen(node_config),
     )
+
+
+def _chosen(node_config: Mapping[str, object]) -> frozenset[str] | None:
+    """The keys of a made-up site's cases, as the simulation has written them."""
+    if not node_config.get("chosen"):
+        return None
+    return frozenset(read_json(Path(str(node_config["chosen"])))["sites"][node_config["part"]])
 
 
 def _where(node_config: Mapping[str, object]) -> Where:

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from zlib import crc32
 
 import nibabel
@@ -36,6 +36,10 @@ NODULES = ("patient_id", "x_mm", "y_mm", "z_mm", "diameter_mm", "type", "maligna
 _nifti: Any = nibabel.Nifti1Image  # has no types
 
 
+Shift = Literal["both", "image", "label"]
+TestLabels = Literal["site", "truth"]
+
+
 @dataclass(frozen=True, slots=True)
 class PhantomPlan:
     """What a data set holds.
@@ -45,6 +49,9 @@ class PhantomPlan:
         train, val, test: patients of each site; a patient has one image and is in one split.
         slices, size: planes of an image, spread from the tops of the lungs to the domes; pixels along its edges.
         nodules: mean number in a patient.
+        shift: what sites differ in: `both` images and labels; `image` alone: scanners and patients, all labels exact;
+            `label` alone: how readers draw, all images by the scanner of the first built-in site.
+        test_labels: what test patients are scored against: the `site` reader's label, or the `truth`.
     """
 
     sites: int | tuple[str, ...] = 3
@@ -55,6 +62,8 @@ class PhantomPlan:
     size: int = 128
     seed: int = 0
     nodules: float = 1.6
+    shift: Shift = "both"
+    test_labels: TestLabels = "site"
 
     def __post_init__(self) -> None:
         names = site_names(self)
@@ -64,6 +73,9 @@ class PhantomPlan:
                 f"phantom plan: sites {list(names)} do not name at least one folder each. Use different names of "
                 f"lower-case letters, digits, - and _, or a number of sites from 1."
             )
+        for key, kinds in (("shift", get_args(Shift)), ("test_labels", get_args(TestLabels))):
+            if getattr(self, key) not in kinds:
+                raise StudyInvalid(f"phantom plan: {key} {getattr(self, key)!r}; allowed are {', '.join(kinds)}.")
         few = [k for k in ("train", "val", "test", "seed", "nodules") if getattr(self, k) < 0]
         if few or self.train + self.val + self.test == 0 or self.slices < 1 or not 16 <= self.size <= 1024:
             raise StudyInvalid(
@@ -80,9 +92,22 @@ def site_names(plan: PhantomPlan) -> tuple[str, ...]:
     return (*list(SITES)[: max(plan.sites, 0)], *further)
 
 
+def site_of(name: str, plan: PhantomPlan) -> Site:
+    """The hospital of that name under the plan's shift."""
+    site = site_named(name, plan.seed)
+    if plan.shift == "image":
+        return replace(site, style="exact")
+    if plan.shift == "label":
+        return replace(next(iter(SITES.values())), name=name, style=site.style)
+    return site
+
+
 def folder_name(plan: PhantomPlan) -> str:
-    named = replace(plan, sites=site_names(plan))
-    digest = hashlib.sha256(canonical_json({"generator": GENERATOR, "plan": asdict(named)})).hexdigest()
+    named = asdict(replace(plan, sites=site_names(plan)))
+    for key, usual in (("shift", "both"), ("test_labels", "site")):
+        if named[key] == usual:  # such plans had names before there were these keys
+            del named[key]
+    digest = hashlib.sha256(canonical_json({"generator": GENERATOR, "plan": named})).hexdigest()
     return f"phantom-{digest[:12]}"
 
 
@@ -140,7 +165,7 @@ def write_patient(folder: Path, plan: PhantomPlan, name: str, number: int) -> No
     record = _record(folder, name, number)
     if record.exists():  # by another process, meanwhile
         return
-    site = site_named(name, plan.seed)
+    site = site_of(name, plan)
     rng = np.random.default_rng([plan.seed, crc32(name.encode()), number])
     body, planes_mm = draw_patient(rng, site, plan)
     scan = acquire(body, site, planes_mm, plan.size, rng)
@@ -150,7 +175,8 @@ def write_patient(folder: Path, plan: PhantomPlan, name: str, number: int) -> No
     for file, content in zip(files, voxels, strict=True):
         write_atomic(folder / file, nifti(content, scan.affine_ras))
     split = "train" if number < plan.train else "val" if number < plan.train + plan.val else "test"
-    row = [name, who, *files, split, "F" if body.female else "M", body.age, len(scan.nodules)]
+    labelled = files[2] if split == "test" and plan.test_labels == "truth" else files[1]
+    row = [name, who, files[0], labelled, files[2], split, "F" if body.female else "M", body.age, len(scan.nodules)]
     nodules = [
         [who, *(round(c, 2) for c in n.centre_mm), round(n.diameter_mm, 2), n.kind, int(n.malignant)]
         for n in scan.nodules

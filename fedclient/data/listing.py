@@ -59,6 +59,9 @@ def list_cases(where: Where, salt: str) -> Listing:
     Raises:
         ManifestInvalid: no known layout or several, or a table or folder that does not describe the data.
     """
+    if where.chosen is not None:
+        whole = list_cases(replace(where, chosen=None), salt)
+        return replace(whole, cases=tuple(case for case in whole.cases if case.key in where.chosen))
     if where.pooled:
         parts = [list_cases(part, salt) for part in where.pooled]
         return Listing(

@@ -19,6 +19,7 @@ class Where:
         structures: what the site calls things -> a label of the study, `background` or `ignore`.
         name: of one of several simulated sites, so that their patients of the same name stay apart; else empty.
         pooled: the sites that a simulation puts together; then the rest says nothing.
+        chosen: keys of the cases that are a made-up site of a simulation; None are all.
     """
 
     folder: Path
@@ -27,6 +28,7 @@ class Where:
     structures: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
     pooled: tuple["Where", ...] = ()
+    chosen: frozenset[str] | None = None
 
 
 def inside(root: Path, named: str) -> Path:

@@ -1,0 +1,125 @@
+"""Whether a federation was worth it at one site: differences between two models, with an interval over its patients.
+
+All of it happens in the site's own process. What is made from it names no patient and holds no score of one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Verdict = Literal["gains", "harmed", "no clear difference", "too few patients"]
+RESAMPLES = 2000
+LEVEL = 0.95
+FEWEST_PATIENTS = 5  # below, resamples of them are too alike for an interval
+FEWEST_DEFINED = 0.9  # share of the resamples that must have a value
+
+
+@dataclass(frozen=True, slots=True)
+class CaseScores:
+    """One model on a site's cases, in the form in which a resample of them can be scored at once.
+
+    With w how often each of n cases counts the measure is w·top / w·bottom (a mean over cases: float64[n]), or
+    w·top·w / w·bottom·w (over pairs of cases, as AUROC and C-index are: float64[n, n]).
+    """
+
+    top: Floats
+    bottom: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One model less another, in the task's headline measure, mean over the runs of several seeds.
+
+    Attributes:
+        low, high: percentile interval at 95 % over patients (Efron & Tibshirani 1993, section 13.3), NaN where there
+            are too few.
+        patients: with a score.
+    """
+
+    value: float
+    low: float
+    high: float
+    patients: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """A site is harmed where the whole interval lies below 0, and gains where it lies above."""
+        if not np.isfinite([self.value, self.low, self.high]).all():
+            return "too few patients"
+        return "harmed" if self.high < 0 else "gains" if self.low > 0 else "no clear difference"
+
+
+def mean_scores(values: Sequence[float]) -> CaseScores:
+    """Of a measure of each case; NaN leaves one out."""
+    known = np.isfinite(values)
+    return CaseScores(np.where(known, values, 0.0), known.astype(np.float64))
+
+
+def ranked_scores(risks: Floats, before: NDArray[np.bool_]) -> CaseScores:
+    """Of a measure over pairs: `before[i, j]` where i should have the higher risk; equal ones count half."""
+    wins = (risks[:, None] > risks[None]) + 0.5 * (risks[:, None] == risks[None])
+    return CaseScores(np.where(before, wins, 0.0), before.astype(np.float64))
+
+
+def measure(scores: CaseScores, counts: Floats) -> Floats:
+    """float64[B]: the measure where the cases count as each row of float64[B, n] says; NaN without any."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if scores.top.ndim == 1:
+            found: Floats = (counts @ scores.top) / (counts @ scores.bottom)
+        else:
+            found = ((counts @ scores.top) * counts).sum(axis=1) / ((counts @ scores.bottom) * counts).sum(axis=1)
+    return found
+
+
+def difference(
+    ours: Sequence[CaseScores],
+    theirs: Sequence[CaseScores],
+    patients: Sequence[str],
+    draw: np.random.Generator,
+    resamples: int = RESAMPLES,
+) -> Difference:
+    """`ours` less `theirs`, one of each for every seed, over the same cases; patients are drawn with all their cases.
+
+    Args:
+        patients: of each case.
+    """
+    names = sorted(set(patients))
+    whose = np.array([names.index(patient) for patient in patients], dtype=np.intp)
+    scored = np.zeros(len(whose), bool)
+    for each in (*ours, *theirs):
+        scored |= each.bottom > 0 if each.bottom.ndim == 1 else (each.bottom + each.bottom.T).any(axis=1)
+    known = len(set(whose[scored].tolist()))
+    value = float(_mean_difference(ours, theirs, np.ones((1, len(whose))))[0])
+    if known < FEWEST_PATIENTS:
+        return Difference(value, np.nan, np.nan, known)
+    times = draw.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples).astype(np.float64)
+    drawn = _mean_difference(ours, theirs, times[:, whose])
+    drawn = drawn[np.isfinite(drawn)]
+    if len(drawn) < FEWEST_DEFINED * resamples:
+        return Difference(value, np.nan, np.nan, known)
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Difference(value, float(low), float(high), known)
+
+
+def _mean_difference(ours: Sequence[CaseScores], theirs: Sequence[CaseScores], counts: Floats) -> Floats:
+    each = [measure(a, counts) - measure(b, counts) for a, b in zip(ours, theirs, strict=True)]
+    mean: Floats = np.mean(each, axis=0)
+    return mean
+
+
+def worst_tenth(scores: Sequence[CaseScores]) -> float | None:
+    """The score that one case in ten does not reach, mean over seeds; None for a measure that a case has not alone."""
+    if not scores or scores[0].top.ndim != 1 or not all(each.bottom.any() for each in scores):
+        return None
+    return float(np.mean([np.quantile(each.top[each.bottom > 0], 0.1) for each in scores]))
+
+
+def part_of(scores: CaseScores, cases: NDArray[np.intp]) -> CaseScores:
+    """The same of some of the cases."""
+    if scores.top.ndim == 1:
+        return CaseScores(scores.top[cases], scores.bottom[cases])
+    return CaseScores(scores.top[np.ix_(cases, cases)], scores.bottom[np.ix_(cases, cases)])

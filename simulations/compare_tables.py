@@ -1,0 +1,230 @@
+"""What a comparison comes to: means and deviations over seeds, paired tests, the setting that validation chooses."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, nan, sqrt
+from statistics import fmean
+from typing import Any
+
+from fedserver.comparison import DASH, ModelRow, Spread, spread, spread_text, value_text
+from shared_models.scores import NAMES
+from simulations.compare import headline
+
+BASELINES = ("local", "pooled")
+WORDS = {
+    "local": "each site alone, at home",
+    "pooled": "pooled",
+    "federated": "{}",
+    "personalised": "{}, each site's own",
+    "left out": "{}, without the tested site",
+}
+TEST = (
+    "Two-sided paired t-test over seeds on the mean over sites of the test score, against {}; n = {} seeds; adjusted "
+    "for the number of settings after Holm (1979)."
+)
+Key = tuple[str, str]  # kind, setting
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One kind of model over the seeds; every figure is the mean over sites but `worst`, the lowest site.
+
+    Attributes:
+        test_by_seed: NaN for a seed in which a site has no score.
+        margin, error: test less that of the reference, mean over seeds and its standard error.
+        p, p_holm: of the paired test; NaN for the reference, the baselines, and fewer than two seeds.
+    """
+
+    kind: str
+    setting: str
+    validation: Spread
+    test: Spread
+    worst: Spread
+    test_by_seed: tuple[float, ...]
+    margin: float = nan
+    error: float = nan
+    p: float = nan
+    p_holm: float = nan
+
+    @property
+    def name(self) -> str:
+        return WORDS[self.kind].format(self.setting)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A study's lines, the baselines first.
+
+    Attributes:
+        reference: what the others are tested against.
+        chosen: the line with the highest validation score; None where no site validates.
+    """
+
+    lines: tuple[Line, ...]
+    reference: Line
+    chosen: Line | None
+    test: str
+
+
+def summary(study: Mapping[str, Any]) -> Summary:
+    """The tables of one study of `compare`'s results."""
+    seeds, sites = sorted({row["seed"] for row in study["rows"]}), study["sites"]
+    cells = values(study)
+    keys = list(dict.fromkeys((row["kind"], row["setting"]) for row in study["rows"]))
+    keys = sorted(keys, key=lambda key: BASELINES.index(key[0]) if key[0] in BASELINES else len(BASELINES))
+
+    def at(key: Key, split: str, seed: int) -> list[float]:
+        return [cells.get((*key, split, seed, site, site if key[0] in ("local", "left out") else ""), nan)
+                for site in sites]  # fmt: skip
+
+    lines = []
+    for key in keys:
+        test = [_mean(at(key, "test", seed)) for seed in seeds]
+        validation = spread(_mean(at(key, "val", seed)) for seed in seeds)
+        worst = spread(min(at(key, "test", seed)) if isfinite(_mean(at(key, "test", seed))) else nan for seed in seeds)
+        lines.append(Line(*key, validation, spread(test), worst, tuple(test)))
+    federated = [line for line in lines if line.kind == "federated"]
+    reference = next((line for line in federated if line.setting == "fedavg"), federated[0])
+    lines = _tested(lines, reference)
+    candidates = [x for x in lines if x.kind in ("federated", "personalised") and isfinite(x.validation.mean)]
+    chosen = max(candidates, key=lambda line: line.validation.mean, default=None)
+    return Summary(tuple(lines), reference, chosen, TEST.format(reference.name, len(seeds)))
+
+
+def values(study: Mapping[str, Any]) -> dict[tuple[str, str, str, int, str, str], float]:
+    """(kind, setting, split, seed, site, trained) -> headline score of the first answer."""
+    return {
+        (row["kind"], row["setting"], row["split"], row["seed"], row["site"], row["trained"]): headline(row)
+        for row in study["rows"]
+        if row["label"] == study["label"]
+    }
+
+
+def _mean(of: Sequence[float]) -> float:
+    """NaN where one is: a mean over fewer sites cannot be compared."""
+    return fmean(of) if of else nan
+
+
+def _tested(lines: Sequence[Line], reference: Line) -> list[Line]:
+    from scipy.stats import ttest_rel  # half a second
+
+    found: dict[Key, tuple[float, float, float]] = {}
+    for line in lines:
+        if line.kind not in ("federated", "personalised") or line == reference:
+            continue
+        pairs = [p for p in zip(line.test_by_seed, reference.test_by_seed, strict=True) if all(map(isfinite, p))]
+        gains = spread(a - b for a, b in pairs)
+        p = nan
+        if len(pairs) > 1 and gains.deviation > 0:
+            p = float(ttest_rel([a for a, _ in pairs], [b for _, b in pairs]).pvalue)
+        found[line.kind, line.setting] = gains.mean, gains.deviation / sqrt(len(pairs)) if len(pairs) > 1 else nan, p
+    adjusted = holm({key: p for key, (_, _, p) in found.items()})
+    return [
+        Line(x.kind, x.setting, x.validation, x.test, x.worst, x.test_by_seed, *found[key], adjusted[key])
+        if (key := (x.kind, x.setting)) in found
+        else x
+        for x in lines
+    ]
+
+
+def holm(of: Mapping[Key, float]) -> dict[Key, float]:
+    """Adjusted p-values (Holm 1979); NaN stays and does not count."""
+    known = sorted((p, key) for key, p in of.items() if isfinite(p))
+    found, highest = dict.fromkeys(of, nan), 0.0
+    for rank, (p, key) in enumerate(known):
+        highest = max(highest, min(1.0, p * (len(known) - rank)))
+        found[key] = highest
+    return found
+
+
+HEADINGS = ("model", "validation", "test, mean over sites", "worst site", "over reference", "p", "p (Holm)")
+
+
+def cells_of(line: Line) -> tuple[str, ...]:
+    """The figures of a line as text, in the order of `HEADINGS`."""
+    margin = f"{line.margin:+.4f}" + (f" (SE {line.error:.4f})" if isfinite(line.error) else "")
+    return (
+        line.name,
+        spread_text(line.validation),
+        spread_text(line.test),
+        spread_text(line.worst),
+        margin if isfinite(line.margin) else DASH,
+        *(f"{p:.3g}" if isfinite(p) else DASH for p in (line.p, line.p_holm)),
+    )
+
+
+def verdict_of(found: Summary, measure: str) -> str:
+    """Which setting validation chose, and its test score, in a sentence."""
+    if found.chosen is None:
+        return "No setting can be chosen: a site has no validation patients, and test patients are not for choosing."
+    line = found.chosen
+    return (
+        f"Chosen on validation among all settings: {line.name} (validation {measure} {value_text(line.validation.mean)}). "
+        f"Its test {measure}: {spread_text(line.test)}, worst site {spread_text(line.worst)}."
+    )
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """A table for each study; mean ± standard deviation over seeds."""
+    parts = []
+    for name, study in results["studies"].items():
+        found, measure = summary(study), NAMES[study["measure"]]
+        rows = [HEADINGS, *(cells_of(line) for line in found.lines)]
+        head, *body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+        ruler = "|---" + "|---:" * (len(HEADINGS) - 1) + "|"
+        title = f"**{name}**: {measure}, mean ± standard deviation over {results['seeds']} seed(s)."
+        parts.append("\n".join([title, "", head, ruler, *body, "", verdict_of(found, measure), "", found.test, ""]))
+    return "\n".join(parts)
+
+
+def latex(results: Mapping[str, Any]) -> str:
+    """The same with booktabs' rules."""
+    parts = []
+    for name, study in results["studies"].items():
+        found, measure = summary(study), NAMES[study["measure"]]
+        lines = [" & ".join(map(_tex, cells_of(line))) + r" \\" for line in found.lines]
+        parts.append(
+            "\n".join(
+                [
+                    r"\begin{table}",
+                    r"\centering",
+                    r"\begin{tabular}{l" + "r" * (len(HEADINGS) - 1) + "}",
+                    r"\toprule",
+                    " & ".join(map(_tex, HEADINGS)) + r" \\",
+                    r"\midrule",
+                    *lines,
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                    r"\caption{" + _tex(f"{name}: {measure}, mean ± standard deviation. {found.test}") + "}",
+                    r"\end{table}",
+                    "",
+                ]
+            )
+        )
+    return "\n".join(parts)
+
+
+def _tex(text: str) -> str:
+    for char, tex in (("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("$", r"\$"),
+                      ("±", r"$\pm$"), (DASH, "--")):  # fmt: skip
+        text = text.replace(char, tex)
+    return text
+
+
+def matrix(study: Mapping[str, Any]) -> list[ModelRow]:
+    """Each model at each site, test, over the seeds: local models by who trained, then pooled, then the settings."""
+    cells, sites = values(study), study["sites"]
+    keys = list(dict.fromkeys((row["kind"], row["setting"], row["trained"]) for row in study["rows"]))
+    rows = []
+    for kind, setting, trained in keys:
+        if kind == "left out":
+            continue
+        of = {site: spread(v for key, v in cells.items() if key[:3] == (kind, setting, "test")
+                           and key[4:] == (site, trained)) for site in sites}  # fmt: skip
+        name = f"{trained} alone" if kind == "local" else WORDS[kind].format(setting)
+        rows.append(ModelRow(name, trained or None, of))
+    for setting in dict.fromkeys(key[1] for key in keys if key[0] == "left out"):
+        of = {site: spread(v for key, v in cells.items() if key[:3] == ("left out", setting, "test")
+                           and key[4] == site) for site in sites}  # fmt: skip
+        rows.append(ModelRow(WORDS["left out"].format(setting), None, of))
+    return rows
