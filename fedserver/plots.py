@@ -152,7 +152,7 @@ def curves_png(loss: Series, scores: Mapping[str, Series], sites: Sequence[str],
     panels += [(f"Validation {measure}: {label}", measure, series) for label, series in scores.items()]
     columns, rows = min(3, len(panels)), ceil(len(panels) / 3)
     legend_rows = ceil(len(sites) / 6)
-    figure = _figure(4.4 * columns, 3.3 * rows + 0.25 * legend_rows)
+    figure = new_figure(4.4 * columns, 3.3 * rows + 0.25 * legend_rows)
     style_of = styles(sites)
     for i, (title, unit, series) in enumerate(panels):
         axes: Axes = figure.add_subplot(rows, columns, i + 1)
@@ -166,9 +166,9 @@ def curves_png(loss: Series, scores: Mapping[str, Series], sites: Sequence[str],
                 marker=MARKERS[look.colour] if len(points) <= 30 else "",
                 markersize=4.5,
                 linewidth=1.6,
-                label=_literal(site),
+                label=literal(site),
             )
-        axes.set_title(_literal(title), fontsize=10, loc="left")
+        axes.set_title(literal(title), fontsize=10, loc="left")
         axes.set_xlabel("round")
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -181,13 +181,13 @@ def curves_png(loss: Series, scores: Mapping[str, Series], sites: Sequence[str],
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(sites)), frameon=False, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def matrix_png(rows: Sequence[ModelRow], label: str, measure: str) -> bytes:
     """The site x model matrix as a heat map."""
     sites = list(rows[0].values)
-    figure = _figure(2.4 + 0.85 * len(sites), 1.5 + 0.45 * len(rows))
+    figure = new_figure(2.4 + 0.85 * len(sites), 1.5 + 0.45 * len(rows))
     axes: Axes = figure.add_subplot()
     cells = [[row.values[s].mean for s in sites] for row in rows]
     low, high = bounds(cells)
@@ -196,12 +196,12 @@ def matrix_png(rows: Sequence[ModelRow], label: str, measure: str) -> bytes:
         for j, value in enumerate(line):
             ink = heat(value, low, high)[1]
             axes.text(j, i, value_text(value), ha="center", va="center", color="black" if ink == "inherit" else ink)
-    axes.set_xticks(range(len(sites)), [_literal(s) for s in sites], rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), [_literal(r.name) for r in rows])
+    axes.set_xticks(range(len(sites)), [literal(s) for s in sites], rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), [literal(r.name) for r in rows])
     axes.set_xlabel("tested on the patients of")
-    axes.set_title(_literal(f"Test {measure} of every model at every site: {label}"), fontsize=10, loc="left")
+    axes.set_title(literal(f"Test {measure} of every model at every site: {label}"), fontsize=10, loc="left")
     figure.colorbar(image, label=measure, shrink=0.9)
-    return _png(figure)
+    return png(figure)
 
 
 def bounds(cells: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -210,12 +210,13 @@ def bounds(cells: Sequence[Sequence[float]]) -> tuple[float, float]:
     return (min(known), max(known)) if known else (0.0, 1.0)
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Keeps Matplotlib from reading dollars as mathematics, and a leading underscore as a hidden label."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def _figure(width_in: float, height_in: float) -> "Figure":
+def new_figure(width_in: float, height_in: float) -> "Figure":
+    """An empty figure that no window shows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -224,7 +225,8 @@ def _figure(width_in: float, height_in: float) -> "Figure":
     return figure
 
 
-def _png(figure: "Figure") -> bytes:
+def png(figure: "Figure") -> bytes:
+    """The same bytes for the same figure."""
     stream = BytesIO()
     no_date: dict[str, Any] = {"Software": None}
     figure.savefig(stream, format="png", metadata=no_date)

@@ -172,12 +172,14 @@ class Evaluate:
     Attributes:
         overlap: share of its edge by which patches overlap that are moved over an image; only with preprocess.fit =
             "patches", where 0.5 is taken if nothing is said.
+        publish_sites: a site's own page may name the other sites; else it shows them all together alone.
     """
 
     __pydantic_config__ = STRICT
     every: Annotated[int, Field(ge=0)] = 1
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     overlap: Annotated[float, Field(ge=0, le=0.9)] | None = None
+    publish_sites: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,14 @@
 """`fedsim`: multi-site studies on one machine, and the demo."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
 from shared_models.cli import guarded, print_json
+from shared_models.errors import StudyInvalid
 from shared_models.files import write_json
 from shared_models.study import load_study, ready_studies
 
@@ -33,6 +34,11 @@ def run(
     sites: Annotated[
         int | None, typer.Option(min=1, help="How many sites; all of the data, or 3 of the phantom.")
     ] = None,
+    partition: Annotated[
+        str, typer.Option(help="natural, or made-up sites: iid, dirichlet:ALPHA (labels), quantity:ALPHA.")
+    ] = "natural",
+    shift: Annotated[str, typer.Option(help="What sites of the phantom differ in: both, image or label.")] = "both",
+    test_labels: Annotated[str, typer.Option(help="The phantom's test labels: site or truth.")] = "site",
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions, from the study's seed on.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder for results; runs in it go on where they were.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for many GPUs or machines.")] = "local",
@@ -55,13 +61,14 @@ def run(
     """Runs a study: federated, pooled and each site alone, every model scored on every site's test patients."""
     from simulations import run as simulation  # imports the data readers
     from simulations.show import results_table, watching
+    from simulations.site_options import SiteOptions, sites_of
 
     loaded = load_study(study)
     folder = out or Path("runs") / loaded.name
     how = simulation.machine(engine, workers, threads, device)
     with watching(console, folder, loaded.rounds.count) as say:
-        sources = simulation.data_folders(loaded, data or [], sites, CACHE / "phantom", say)
-        nodes = simulation.node_configs(folder, sources, how, sites, layout)
+        options = SiteOptions(data or [], layout, sites, partition, shift, test_labels)
+        nodes = sites_of(loaded, folder, options, how, CACHE / "phantom", say)
         try:
             results = simulation.simulate(loaded, nodes, folder, how, seeds, compare, say, leave_one_out, weights)
         except KeyboardInterrupt:
@@ -74,6 +81,90 @@ def run(
     else:
         Console().print(results_table(results))
         print(f"report   {results['report']}\nweights  {results['weights']}\nnumbers  {folder / 'results.json'}")
+
+
+@app.command()
+@guarded
+def compare(
+    studies: Annotated[list[str], typer.Argument(help="Ready studies, or paths of study.toml files.")],
+    strategies: Annotated[
+        str, typer.Option(help="Named settings, separated by commas; a+b is both. `fedsim settings` lists them.")
+    ] = "fedavg",
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE changes the study, NAME:KEY=VALUE a setting: mu:train.proximal_mu=0.1"),
+    ] = None,
+    settings: Annotated[
+        list[Path] | None, typer.Option(help="TOML with a table for each setting, as the tables of study.toml.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="As for `fedsim run`; STUDY=DIR is for one of the studies.")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="How data is laid out; auto finds it.")] = "auto",
+    sites: Annotated[int | None, typer.Option(min=2, help="How many sites.")] = None,
+    partition: Annotated[
+        str, typer.Option(help="natural, or made-up sites: iid, dirichlet:ALPHA (labels), quantity:ALPHA.")
+    ] = "natural",
+    shift: Annotated[str, typer.Option(help="What sites of the phantom differ in: both, image or label.")] = "both",
+    test_labels: Annotated[str, typer.Option(help="The phantom's test labels: site or truth.")] = "site",
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, from each study's seed on.")] = 1,
+    leave_one_out: Annotated[bool, typer.Option(help="Train each setting without each site in turn too.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for results; what is done there is not done again.")] = Path(
+        "runs/compare"
+    ),
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Runs at once; 0 is this process alone. Default: cores, or 2 a GPU.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="PyTorch threads of each (1).")] = None,
+    device: Annotated[str, typer.Option(help="auto (each GPU in turn), cpu or cuda:N.")] = "auto",
+    json_to: Annotated[
+        Path | None, typer.Option("--json", help="Write the results as JSON; - is standard output.")
+    ] = None,
+) -> None:
+    """Compares settings of a study over seeds: tables, figures, and whether it was worth it for each site."""
+    from simulations import compare_run  # imports the data readers
+    from simulations.show import counting
+    from simulations.site_options import SiteOptions
+
+    asked = compare_run.Request(
+        studies=studies,
+        strategies=[name.strip() for name in strategies.split(",") if name.strip()],
+        sets=sets or [],
+        files=settings or [],
+        data=data or [],
+        options=SiteOptions([], layout, sites, partition, shift, test_labels),
+        seeds=seeds,
+        leave_one_out=leave_one_out,
+        out=out,
+    )
+    how = compare_run.machine_of(workers, threads, device)
+    with counting(console) as (say, rounds):
+        try:
+            results = compare_run.carry_out_request(asked, how, CACHE / "phantom", say, rounds)
+        except KeyboardInterrupt:
+            say(f"Stopped by hand. The same command goes on from the last finished rounds in {out}.")
+            raise typer.Exit(130) from None
+    if json_to is not None and str(json_to) != "-":
+        write_json(json_to, results)
+    if str(json_to) == "-":
+        print_json(results)
+        return
+    print(compare_run.told(results))
+
+
+@app.command()
+@guarded
+def settings(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
+    """Lists the named settings of `fedsim compare`, and what each changes in study.toml."""
+    from json import dumps
+
+    from simulations.settings import SETTINGS
+
+    if as_json:
+        print_json(dict(SETTINGS))
+        return
+    for name, changes in SETTINGS.items():
+        print(f"{name:18} {dumps(changes) if changes else 'as the study says'}")
 
 
 @app.command()
@@ -161,17 +252,26 @@ def phantom(
     slices: Annotated[int, typer.Option(min=1)] = 6,
     size: Annotated[int, typer.Option(min=16, max=1024, help="Pixels along an edge.")] = 128,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    shift: Annotated[str, typer.Option(help="What sites differ in: both, image or label.")] = "both",
+    test_labels: Annotated[
+        str, typer.Option(help="What manifest.csv gives test patients for a mask: the site's, or the truth.")
+    ] = "site",
     layout: Annotated[
         str, typer.Option(help="manifest, or as pacs, lidc-idri, luna16, brats-2021, decathlon, nnunet, table have it.")
     ] = "manifest",
 ) -> None:
     """Writes made-up patients of several hospitals: lung CT, or brain MR for BraTS, in any layout that is read."""
-    from simulations.phantoms import PhantomPlan
+    from simulations.phantoms import PhantomPlan, Shift, TestLabels
     from simulations.phantoms import phantom as write
     from simulations.sources import write_sites
 
     val, test = max(1, patients // 10), max(1, 3 * patients // 10)
-    plan = PhantomPlan(sites, patients - val - test, val, test, slices, size, seed)
+    if layout != "manifest" and (shift, test_labels) != ("both", "site"):
+        raise StudyInvalid("--shift and --test-labels are for --layout manifest.")
+    plan = PhantomPlan(
+        sites, patients - val - test, val, test, slices, size, seed,
+        shift=cast(Shift, shift), test_labels=cast(TestLabels, test_labels),
+    )  # fmt: skip
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("patients", total=None)
 

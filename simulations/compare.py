@@ -11,25 +11,25 @@ Settings are chosen by their scores on validation patients; test patients are lo
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 from typing import Any
 
+from fedclient.data.manifest import Progress
 from fedserver.checkpoint import RunFolder, read_progress
 from fedserver.report import curves, facts, write_report
 from shared_models.errors import StateInvalid
-from shared_models.files import read_json
 from shared_models.scores import measure_of, value_in
 from shared_models.study import Study
+from simulations.at_once import at_once
 from simulations.engine import NodeConfig
-from simulations.run import Job, Machine, Say, at_once, carry_out, check_cases, federation, jobs, left_out_jobs
+from simulations.run import Job, Machine, Say, carry_out, check_cases, federation, jobs, left_out_jobs
 from simulations.scoring import Model, Told, score_site
 from simulations.settings import Changes, changed
-
-Rounds = Callable[[int, int], None]  # rounds done, rounds in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,9 @@ class Trained:
     model: Model
 
 
-def planned_runs(asked: Asked, settings: Mapping[str, Changes], seeds: int, out: Path, leave_one_out: bool) -> list[Trained]:  # fmt: skip
+def planned_runs(
+    asked: Asked, settings: Mapping[str, Changes], seeds: int, out: Path, leave_one_out: bool
+) -> list[Trained]:
     """Every run, seed by seed, the baselines first.
 
     Raises:
@@ -93,9 +95,13 @@ def compare(
     out: Path,
     how: Machine,
     say: Say,
+    rounds: Progress,
     leave_one_out: bool = False,
 ) -> dict[str, Any]:
-    """Carries out what is not done yet, scores every model at every site, and returns all figures, unrounded tables aside.
+    """Carries out what is not done yet, scores every model at every site, and returns all figures.
+
+    Args:
+        rounds: hears (rounds done, rounds in all) every half second while runs go on.
 
     Raises:
         StudyInvalid: see `planned_runs`; checked for all studies before anything is trained.
@@ -120,7 +126,8 @@ def compare(
         run = todo[place]
         say(f"{of} of {len(todo)}: {run.job.study.name} seed {run.model.seed} {run.job.name}")
 
-    at_once(range(len(todo)), train, how.workers, done)
+    with watched(todo, rounds):
+        at_once(range(len(todo)), train, how.workers, done)
     say("scoring every model at every site")
     told = scored(asked, runs, how, devices)
     return {
@@ -190,7 +197,7 @@ def _of_study(asked: Asked, runs: Sequence[Trained], told: Mapping[str, Told]) -
                 "bytes": found["totals"]["bytes_down"] + found["totals"]["bytes_up"],
                 "training_seconds": round(trained, 3),
                 "rounds": mean_by_round(curves(found)[1][asked.study.task.answers[0]]),
-                "report": str((folder.path / "report.html")),
+                "report": str(folder.path / "report.html"),
             }
         )
     return {
@@ -225,29 +232,38 @@ def tidy(results: Mapping[str, Any]) -> Iterable[list[Any]]:
     for study, of in results["studies"].items():
         for line in of["rows"]:
             model = f"{line['kind']} {line['trained']}".strip() if line["kind"] == "local" else line["kind"]
-            for name, value in line["row"].items():
-                if isinstance(value, int | float):
-                    yield [study, line["setting"], line["seed"], model, line["site"], line["split"], line["label"], name, value]  # fmt: skip
+            who = [study, line["setting"], line["seed"], model, line["site"], line["split"], line["label"]]
+            yield from ([*who, name, value] for name, value in line["row"].items() if isinstance(value, int | float))
         for cost in of["costs"]:
             for name in ("bytes", "training_seconds"):
                 yield [study, cost["setting"], cost["seed"], "federated", "", "", "", name, cost[name]]
 
 
-def progress(out: Path, runs: int) -> tuple[int, int]:
-    """Rounds that are finished below OUT, and runs that have begun; for a bar, which may lag behind."""
-    done = begun = 0
-    for path in out.glob("*/seed-*/*/progress.json"):
-        at = read_progress(RunFolder(path.parent))
-        begun += 1
-        done += max(0, at["round"] - (at["phase"] == "train"))
-    return done, begun
+@contextmanager
+def watched(todo: Sequence[Trained], rounds: Progress) -> Iterator[None]:
+    """Tells `rounds` how far all runs are, until the block ends."""
+    ended, in_all = threading.Event(), sum(run.job.study.rounds.count for run in todo)
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            rounds(sum(_rounds_done(run) for run in todo), in_all)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _rounds_done(run: Trained) -> int:
+    at = read_progress(RunFolder(run.folder / run.job.name))
+    if at.get("phase") == "finished":
+        return run.job.study.rounds.count
+    return max(0, int(at["round"]) - (at["phase"] == "train")) if at else 0
 
 
 def headline(line: Mapping[str, Any]) -> float:
     value = value_in(line["row"])
     return nan if value is None else value
-
-
-def stored(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(path)
-    return found

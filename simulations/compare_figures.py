@@ -27,7 +27,7 @@ def figures_of(study: Mapping[str, Any]) -> dict[str, bytes]:
 
 def curves_png(study: Mapping[str, Any], measure: str) -> bytes:
     """Validation, mean over sites and seeds, by round; the band is the range over seeds."""
-    figure = plots.figure(7.2, 4.2)
+    figure = plots.new_figure(7.2, 4.2)
     axes: Axes = figure.add_subplot()
     for place, setting in enumerate(_settings(study)):
         runs = [dict(map(tuple, cost["rounds"])) for cost in study["costs"] if cost["setting"] == setting]
@@ -52,7 +52,7 @@ def boxes_png(study: Mapping[str, Any], measure: str) -> bytes:
             [v for key, v in cells.items() if key[:3] == (kind, setting, "test") and key[4] == site
              and (not own or key[5] == site) and isfinite(v)] for site in sites
         ]  # fmt: skip
-    figure = plots.figure(max(7.2, 1.1 * len(sites) + 0.28 * len(sites) * len(groups)), 4.6)
+    figure = plots.new_figure(max(7.2, 1.1 * len(sites) + 0.28 * len(sites) * len(groups)), 4.6)
     axes: Axes = figure.add_subplot()
     width = 0.8 / len(groups)
     for place, (name, by_site) in enumerate(groups.items()):
@@ -76,7 +76,7 @@ def boxes_png(study: Mapping[str, Any], measure: str) -> bytes:
 
 def cost_png(study: Mapping[str, Any], found: Summary, measure: str) -> bytes:
     """Test score against bytes on the wire, and against seconds that sites trained, of each setting's runs."""
-    figure = plots.figure(9.0, 4.0)
+    figure = plots.new_figure(9.0, 4.0)
     panels: Sequence[tuple[str, str, float]] = (
         ("bytes", "MB on the wire, all sites", MB),
         ("training_seconds", "seconds of training, sites added up", 1.0),

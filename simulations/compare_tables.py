@@ -159,8 +159,9 @@ def verdict_of(found: Summary, measure: str) -> str:
         return "No setting can be chosen: a site has no validation patients, and test patients are not for choosing."
     line = found.chosen
     return (
-        f"Chosen on validation among all settings: {line.name} (validation {measure} {value_text(line.validation.mean)}). "
-        f"Its test {measure}: {spread_text(line.test)}, worst site {spread_text(line.worst)}."
+        f"Chosen on validation among all settings: {line.name} (validation {measure} "
+        f"{value_text(line.validation.mean)}). Its test {measure}: {spread_text(line.test)}, worst site "
+        f"{spread_text(line.worst)}."
     )
 
 

@@ -7,13 +7,16 @@ drawn once and used in each split, so that what a site is tested on resembles wh
 import json
 import math
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedclient.data.cases import Case, read_case, read_case_labels
 from fedclient.data.listing import list_cases
@@ -111,14 +114,15 @@ def split_people(people: Sequence[Person], how: Partition, sites: int, seed: int
     return found
 
 
-def _dirichlet(alpha: float, sites: int, draw: np.random.Generator) -> np.ndarray:
+def _dirichlet(alpha: float, sites: int, draw: np.random.Generator) -> NDArray[np.float64]:
     """Shares that add up to 1; in logarithms, as gamma variates of a small alpha are 0 in floats."""
     logs = np.log(draw.gamma(alpha + 1, size=sites)) + np.log(draw.uniform(size=sites)) / alpha
-    shares: np.ndarray = np.exp(logs - logs.max())
-    return shares / shares.sum()
+    parts: NDArray[np.float64] = np.exp(logs - logs.max())
+    shares: NDArray[np.float64] = parts / parts.sum()
+    return shares
 
 
-def _places(shares: np.ndarray, count: int, draw: np.random.Generator) -> list[int]:
+def _places(shares: NDArray[np.float64], count: int, draw: np.random.Generator) -> list[int]:
     """A site for each of `count` patients: whole numbers next to the shares, ties by lot."""
     wanted = shares * count
     numbers = np.floor(wanted).astype(int)
@@ -210,7 +214,8 @@ def _statistic(case: Case, study: Study) -> str | float:
 
 def _labels(numbers: Mapping[str, Sequence[str | float]]) -> dict[str, str]:
     """Patient -> class. Shares become quarters of the patients by their mean; classes of several images are joined."""
-    means = {who: float(np.mean(of)) for who, of in numbers.items() if of and all(isinstance(n, float) for n in of)}
-    edges = np.quantile([*means.values()], np.arange(1, BANDS) / BANDS) if means else []
-    banded = {who: f"quarter {np.searchsorted(edges, mean) + 1}" for who, mean in means.items()}
+    shares = {who: [n for n in of if isinstance(n, float)] for who, of in numbers.items()}
+    means = {who: fmean(of) for who, of in shares.items() if of}
+    edges = [float(e) for e in np.quantile([*means.values()], np.arange(1, BANDS) / BANDS)] if means else []
+    banded = {who: f"quarter {bisect_left(edges, mean) + 1}" for who, mean in means.items()}
     return {who: banded.get(who, "+".join(sorted({str(n) for n in of}))) for who, of in numbers.items()}

@@ -16,7 +16,6 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -39,8 +38,9 @@ from shared_models.strategy import Personal, Strategy
 from shared_models.study import Study, sha256
 from shared_models.weights import Arrays, load, schema_of
 from shared_models.wire import Order
+from simulations.at_once import at_once
 from simulations.engine import NodeConfig, run_local
-from simulations.phantoms import PhantomPlan, phantom
+from simulations.phantoms import PhantomPlan, Shift, TestLabels, phantom
 from simulations.sources import config_of, pooled, sites_at
 
 Engine = Literal["local", "ray"]
@@ -80,20 +80,31 @@ def machine(engine: str, workers: int | None, threads: int | None, device: str) 
     return Machine(cast(Engine, engine), cores if workers is None else workers, threads or 1, device)
 
 
-def data_folders(study: Study, data: Sequence[Path], sites: int | None, cache: Path, say: Say) -> Sequence[Path]:
+def data_folders(
+    study: Study,
+    data: Sequence[Path],
+    sites: int | None,
+    cache: Path,
+    say: Say,
+    shift: str = "both",
+    test_labels: str = "site",
+) -> Sequence[Path]:
     """The given folders, or the phantom for a CT study.
 
     Raises:
-        StudyInvalid: the phantom has no such images.
+        StudyInvalid: the phantom has no such images; or options of the phantom where it is not used.
     """
     if data:
+        if (shift, test_labels) != ("both", "site"):
+            raise StudyInvalid("--shift and --test-labels are for the phantom, and --data was given. Leave one out.")
         return data
     if study.modality != "ct" or study.task.labels != ("lung",):
         raise StudyInvalid(
             f"study {study.name!r}: the built-in phantom holds lungs on CT only. Give --data DIR with a manifest.csv, "
             f"or another known layout."
         )
-    plan = phantom_plan(study, sites)
+    kinds = cast(Shift, shift), cast(TestLabels, test_labels)  # which the plan checks
+    plan = replace(phantom_plan(study, sites), shift=kinds[0], test_labels=kinds[1])
     return [phantom(cache, plan, processes=2, progress=lambda n, of: say(f"phantom: {n} of {of}"))]
 
 
@@ -204,17 +215,9 @@ def side_by_side(todo: Sequence[Job], folder: Path, how: Machine, say: Say) -> d
 
     Returns the run folders by the names of the jobs.
     """
-    stop, one_each, runs = threading.Event(), replace(how, workers=min(1, how.workers)), dict[str, RunFolder]()
-    with ThreadPoolExecutor(max(1, how.workers)) as pool:
-        try:
-            for job, future in [(job, pool.submit(carry_out, job, folder, one_each, stop)) for job in todo]:
-                runs[job.name] = future.result()
-                say(job.name)
-        except BaseException:
-            stop.set()  # leaving the block waits for the threads
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return runs
+    one_each = replace(how, workers=min(1, how.workers))
+    runs = at_once(todo, lambda j, stop: carry_out(j, folder, one_each, stop), how.workers, lambda j, _: say(j.name))
+    return {job.name: run for job, run in zip(todo, runs, strict=True)}
 
 
 def _inputs(job: Job) -> dict[str, Any]:
@@ -226,7 +229,8 @@ def _inputs(job: Job) -> dict[str, Any]:
     }
 
 
-def _check_cases(study: Study, name: str, config: NodeConfig) -> None:
+def check_cases(study: Study, name: str, config: NodeConfig) -> None:
+    """Raises ManifestInvalid where a site has no labelled case to train or to test on."""
     site = open_site(config)
     listing = list_cases(site.where, site.salt)
     labelled: Counter[str] = Counter(case.split for case in listing.cases if has_truth(case, study.task))
@@ -282,7 +286,7 @@ def score(
 
     study, weights = trained_study(run), without_control(load(run.weights(read_state(run).round)))
     if trained_by is not None and len(trained_by) == 1 and study.personal.any:
-        weights = _own(run, open_site(next(iter(trained_by.values()))), study, weights) or weights
+        weights = own_weights_of(run, open_site(next(iter(trained_by.values()))), study, weights) or weights
     label = study.task.answers[0]
     return {s: ImageLearner().score(open_site(c), study, weights, "test")[label] for s, c in nodes.items()}
 
@@ -295,12 +299,12 @@ def own_scores(run: RunFolder, nodes: Mapping[str, NodeConfig]) -> dict[str, Sco
     scores: dict[str, Score] = {}
     for name, config in nodes.items():
         site = open_site(config)
-        if (own := _own(run, site, study, weights)) is not None:
+        if (own := own_weights_of(run, site, study, weights)) is not None:
             scores[name] = ImageLearner().score(site, study, own, "test")[study.task.answers[0]]
     return scores
 
 
-def _own(run: RunFolder, site: Site, study: Study, weights: Arrays) -> Arrays | None:
+def own_weights_of(run: RunFolder, site: Site, study: Study, weights: Arrays) -> Arrays | None:
     """A site's own model after the last round, asked for as its coordinator would."""
     from fedclient.training.learner import ImageLearner  # imports torch
 
@@ -327,7 +331,7 @@ def simulate(
         ManifestInvalid: a site that has no labelled case to train or to test on.
     """
     for site, config in nodes.items():
-        _check_cases(study, site, config)
+        check_cases(study, site, config)
     comparisons: list[Comparison] = []
     tell_size(study, weights, say)
     results: dict[str, Any] = {"study": study.name, "measure": NAMES[measure_of(study.task)], "seeds": []}

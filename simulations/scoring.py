@@ -56,7 +56,7 @@ class Told:
 
     Attributes:
         rows: for each model, split and answer: who made it, and its row of scores.
-        worth: for each setting and kind: the difference to the site's own model, over all seeds; and its worst tenth of cases.
+        worth: for each setting and kind: the difference to the site's own model, over all seeds, and its worst tenth.
         subgroups: the same difference of the federated model in groups of the site's patients.
     """
 

@@ -68,11 +68,11 @@ def settings_named(
             known[_fit(name)] = changes
     whole: Changes = {}
     for text in sets:
-        name, changes = _assignment(text)
-        if name is None:
+        of, changes = _assignment(text)
+        if of is None:
             whole = merged(whole, changes)
         else:
-            known[_fit(name)] = merged(known.get(name, {}), changes)
+            known[_fit(of)] = merged(known.get(of, {}), changes)
     found: dict[str, Changes] = {}
     for name in names:
         parts = [_fit(name)] if name in known else name.split("+")

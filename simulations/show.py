@@ -52,6 +52,23 @@ def watching(console: Console, out: Path, rounds: int) -> Iterator[Say]:
             watcher.join()
 
 
+@contextmanager
+def counting(console: Console) -> Iterator[tuple[Say, Callable[[int, int], None]]]:
+    """One bar over the rounds of all runs, with the time left; yields functions for news, and for (done, in all)."""
+    columns = (TextColumn("rounds of all runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task("", total=None)
+        begun: list[int] = []
+
+        def rounds(done: int, of: int) -> None:
+            if not begun:  # what an earlier call did says nothing of the time left
+                begun.append(done)
+            bars.update(bar, completed=done - begun[0], total=of - begun[0])
+
+        yield lambda news: console.print(news, highlight=False, markup=False), rounds
+
+
 def _update(bars: Progress, tasks: dict[Path, TaskID], folder: Path, rounds: int) -> None:
     progress = read_progress(RunFolder(folder))
     finished = progress["phase"] == "finished"

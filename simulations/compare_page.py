@@ -1,0 +1,243 @@
+"""What `fedsim compare` writes: one page for the researcher, one for each site, tables and figures."""
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from math import isfinite, nan
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedclient.worth import FEWEST_PATIENTS, RESAMPLES
+from fedserver.comparison import DASH, value_text
+from shared_models.files import write_atomic, write_json
+from shared_models.scores import NAMES
+from simulations.compare import tidy
+from simulations.compare_figures import figures_of
+from simulations.compare_tables import HEADINGS, WORDS, Line, Summary, cells_of, latex, markdown, summary, verdict_of
+from simulations.scoring import FEWEST_IN_GROUP
+
+CAPTIONS = {
+    "curves": "Validation score by round, mean over sites and seeds; the band is the range over seeds.",
+    "matrix": "Test score of every model at every site, mean over seeds.",
+    "sites": "Test scores by site; a dot is a seed, a box spans the quartiles of the seeds.",
+    "cost": "Test score against bytes sent and received by all sites, and against their training time on this machine.",
+}
+FEWEST_SITES = 3  # with two, who knows the mean and oneself knows the other
+CALIBRATION = {  # headline measure -> what of a row tells of calibration
+    "dice": {},
+    "auroc": {"brier": "Brier", "ece": "calibration error"},
+    "c_index": {"brier": "Brier"},
+}
+
+
+def write_all(results: Mapping[str, Any], out: Path) -> dict[str, str]:
+    """Writes every file of a comparison; what each holds -> its path."""
+    written = {"numbers": out / "results.json", "tidy": out / "results.csv"}
+    write_json(written["numbers"], {**results, "summary": {n: numbers(s) for n, s in results["studies"].items()}})
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(tidy(results))
+    write_atomic(written["tidy"], stream.getvalue().encode())
+    pages = []
+    for name, study in results["studies"].items():
+        figures = figures_of(study)
+        for kind, png in figures.items():
+            write_atomic(out / name / f"{kind}.png", png)
+        found = summary(study)
+        pages.append(_study_page(name, study, found, figures))
+        for site in study["sites"]:
+            page = out / "sites" / name / f"{site}.html"
+            write_atomic(page, site_page(site, study, found, results["seeds"]).encode())
+    for kind, path, text in (
+        ("table", out / "table.md", markdown(results)),
+        ("latex", out / "table.tex", latex(results)),
+        ("report", out / "report.html", _page(results, pages)),
+    ):
+        write_atomic(path, text.encode())
+        written[kind] = path
+    written["sites"] = out / "sites"
+    return {kind: str(path) for kind, path in written.items()}
+
+
+def numbers(study: Mapping[str, Any]) -> dict[str, Any]:
+    """A study's summary for results.json; null for what is not known."""
+    found = summary(study)
+
+    def plain(line: Line) -> dict[str, Any]:
+        spreads = {k: getattr(line, k) for k in ("validation", "test", "worst")}
+        return {
+            "kind": line.kind,
+            "setting": line.setting,
+            **{k: {"mean": _finite(s.mean), "deviation": _finite(s.deviation)} for k, s in spreads.items()},
+            **{k: _finite(getattr(line, k)) for k in ("margin", "error", "p", "p_holm")},
+        }
+
+    return {
+        "lines": [plain(line) for line in found.lines],
+        "reference": found.reference.name,
+        "chosen": None if found.chosen is None else plain(found.chosen),
+        "test": found.test,
+        "harmed": harmed(study),
+    }
+
+
+def harmed(study: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Each (site, model) whose whole interval against the site's own model lies below 0."""
+    return [
+        {"site": site, "kind": line["kind"], "setting": line["setting"]}
+        for site, lines in study["worth"].items()
+        for line in lines
+        if line.get("verdict") == "harmed" and line["kind"] in ("federated", "personalised")
+    ]
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("simulations"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+
+
+def _page(results: Mapping[str, Any], pages: Sequence[Mapping[str, Any]]) -> str:
+    changes = {name: json.dumps(of) if of else "none: as the study says" for name, of in results["settings"].items()}
+    text: str = (
+        _environment()
+        .get_template("compare.html")
+        .render(studies=pages, settings=changes, seeds=results["seeds"], headings=HEADINGS, captions=CAPTIONS)
+    )
+    return text
+
+
+def _study_page(name: str, study: Mapping[str, Any], found: Summary, figures: Mapping[str, bytes]) -> dict[str, Any]:
+    shown = found.chosen or found.reference
+    return {
+        "name": name,
+        "title": study["title"],
+        "verdict": verdict_of(found, NAMES[study["measure"]]),
+        "lines": [cells_of(line) for line in found.lines],
+        "test": found.test,
+        "shown": shown.name,
+        "worth": [
+            {"site": site, **_row(study, site, shown.kind, shown.setting), "own": value_text(own_score(study, site)),
+             "shown": value_text(mean_at(study, site, shown.kind, shown.setting)),
+             "pooled": value_text(mean_at(study, site, "pooled", ""))}
+            for site in study["sites"]
+        ],
+        "harmed": [f"{each['site']} by {WORDS[each['kind']].format(each['setting'])}" for each in harmed(study)],
+        "figures": {kind: base64.b64encode(png).decode() for kind, png in figures.items()},
+    }  # fmt: skip
+
+
+def site_page(site: str, study: Mapping[str, Any], found: Summary, seeds: int) -> str:
+    """The page of one site: itself and the aggregate; the others by name only where the study publishes sites."""
+    shown, measure = found.chosen or found.reference, NAMES[study["measure"]]
+    row = _row(study, site, shown.kind, shown.setting)
+    rows = []
+    for line in found.lines:
+        if line.kind == "left out":
+            continue
+        rows.append(
+            {
+                "name": "alone, this hospital's own" if line.kind == "local" else line.name,
+                "here": value_text(mean_at(study, site, line.kind, line.setting)),
+                "everywhere": value_text(line.test.mean if len(study["sites"]) >= FEWEST_SITES else None),
+                "calibration": {
+                    figure: value_text(mean_at(study, site, line.kind, line.setting, figure))
+                    for figure in CALIBRATION[study["measure"]]
+                },
+                **_row(study, site, line.kind, line.setting),
+            }
+        )
+    groups = [
+        {**_texts(each), "group": each["group"], "name": WORDS[each["kind"]].format(each["setting"])}
+        for each in study["subgroups"][site]
+        if (each["kind"], each["setting"]) in {(shown.kind, shown.setting), ("federated", shown.setting)}
+    ]
+    others = [
+        {
+            "site": other,
+            "own": value_text(own_score(study, other)),
+            "shown": value_text(mean_at(study, other, shown.kind, shown.setting)),
+        }
+        for other in study["sites"]
+    ]
+    text: str = (
+        _environment()
+        .get_template("worth.html")
+        .render(
+            site=site,
+            title=study["title"],
+            measure=measure,
+            seeds=seeds,
+            sentence=sentence(row, shown.name),
+            harmed=row["verdict"] == "harmed",
+            rows=rows,
+            calibration=CALIBRATION[study["measure"]],
+            per_case=study["measure"] == "dice",
+            groups=groups,
+            others=others if study["publish_sites"] else [],
+            shown=shown.name,
+            resamples=RESAMPLES,
+            fewest=FEWEST_PATIENTS,
+            least=FEWEST_IN_GROUP,
+        )
+    )
+    return text
+
+
+def sentence(row: Mapping[str, Any], shown: str) -> str:
+    """For who reads one line only."""
+    figures = f"{row['value']} against training alone, 95 % interval {row['interval']}, {row['patients']} patients"
+    match row["verdict"]:
+        case "gains":
+            return f"Yes: with {shown} this hospital's patients are better off ({figures})."
+        case "harmed":
+            return f"No: with {shown} this hospital's patients are worse off ({figures}). Keep your own model."
+        case "too few patients":
+            return f"It cannot be told: too few test patients ({row['patients']}) for an interval."
+    return f"No clear difference with {shown} ({figures})."
+
+
+def _row(study: Mapping[str, Any], site: str, kind: str, setting: str) -> dict[str, Any]:
+    for line in study["worth"][site]:
+        if (line["kind"], line["setting"]) == (kind, setting):
+            return _texts(line)
+    return _texts({})
+
+
+def _texts(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a difference as text; dashes for what there is none of."""
+    low, high, value = (line.get(key) for key in ("low", "high", "value"))
+    return {
+        "value": DASH if value is None else f"{value:+.3f}",
+        "interval": DASH if low is None or high is None else f"{low:+.3f} to {high:+.3f}",
+        "patients": line.get("patients", DASH),
+        "worst": value_text(line.get("worst_tenth")),
+        "verdict": line.get("verdict", ""),
+    }
+
+
+def mean_at(study: Mapping[str, Any], site: str, kind: str, setting: str, figure: str = "") -> float:
+    """Mean over seeds of a figure of the test rows (the headline) of one model at one site; NaN without it."""
+    name = figure or study["measure"]
+    found = [
+        row["row"].get(name)
+        for row in study["rows"]
+        if (row["site"], row["kind"], row["setting"], row["split"], row["label"])
+        == (site, kind, setting, "test", study["label"])
+        and row["trained"] in ("", site)
+    ]
+    known = [value for value in found if value is not None]
+    return fmean(known) if known and len(known) == len(found) else nan
+
+
+def own_score(study: Mapping[str, Any], site: str) -> float:
+    return mean_at(study, site, "local", "")
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 8) if isfinite(value) else None
