@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import nan
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,7 @@ def _leave_ctrl_c_to_the_caller() -> None:
 def _of_study(asked: Asked, runs: Sequence[Trained], told: Mapping[str, Told]) -> dict[str, Any]:
     """All that is known of one study, as plain numbers."""
     rows = [{"site": site, **row} for site, of in told.items() for row in of.rows]
+    label = asked.study.task.answers[0]
     federations = [run for run in runs if run.model.kind == "federated"]
     costs = []
     for run in federations:
@@ -196,7 +197,7 @@ def _of_study(asked: Asked, runs: Sequence[Trained], told: Mapping[str, Told]) -
                 "seed": run.model.seed,
                 "bytes": found["totals"]["bytes_down"] + found["totals"]["bytes_up"],
                 "training_seconds": round(trained, 3),
-                "rounds": mean_by_round(curves(found)[1][asked.study.task.answers[0]]),
+                "rounds": _by_round(curves(found)[1][label], rows, run.model, run.job.study.rounds.count, label),
                 "report": str(folder.path / "report.html"),
             }
         )
@@ -211,6 +212,24 @@ def _of_study(asked: Asked, runs: Sequence[Trained], told: Mapping[str, Told]) -
         "worth": {site: of.worth for site, of in told.items()},
         "subgroups": {site: of.subgroups for site, of in told.items()},
     }
+
+
+def _by_round(
+    series: Mapping[str, Sequence[tuple[int, float | None]]],
+    rows: Sequence[Mapping[str, Any]],
+    model: Model,
+    last: int,
+    label: str,
+) -> list[tuple[int, float]]:
+    """Validation of the received weights round by round, and of the last weights, which no round begins from."""
+    at_end = [
+        headline(row)
+        for row in rows
+        if (row["kind"], row["setting"], row["seed"], row["split"], row["label"])
+        == ("federated", model.setting, model.seed, "val", label)
+    ]
+    end = sum(at_end) / len(at_end) if at_end else nan
+    return [*mean_by_round(series), *([(last, end)] if isfinite(end) else [])]
 
 
 def mean_by_round(series: Mapping[str, Sequence[tuple[int, float | None]]]) -> list[tuple[int, float]]:

@@ -25,8 +25,14 @@ SETTINGS: Mapping[str, Changes] = {
     "fedyogi": {"strategy": {"name": "fedyogi"}},
     "fedadagrad": {"strategy": {"name": "fedadagrad"}},
     "median": {"strategy": {"robust": "median", "weighting": "uniform"}},
-    "trimmed-mean": {"strategy": {"robust": "trimmed_mean", "malicious": 1, "weighting": "uniform"}},
-    "multi-krum": {"strategy": {"robust": "multi_krum", "malicious": 1, "weighting": "uniform"}},
+    "trimmed-mean": {
+        "strategy": {"robust": "trimmed_mean", "malicious": 1, "weighting": "uniform"},
+        "rounds": {"quorum": 3},
+    },
+    "multi-krum": {
+        "strategy": {"robust": "multi_krum", "malicious": 1, "weighting": "uniform"},
+        "rounds": {"quorum": 5},
+    },
     # at the site
     "fedprox": {"train": {"proximal_mu": 0.01}},
     "fedsgd": {"train": SGD},

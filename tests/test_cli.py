@@ -33,10 +33,10 @@ COMMANDS: dict[str, typer.Typer] = {
 SUBCOMMANDS = {
     "fedserver": ["init", "serve", "invite", "revoke", "renew", "run", "stop", "status", "audit"],
     "fedclient": [
-        "join", "rejoin", "renew", "check", "waive", "card", "policy", "studies", "show", "approve", "refuse", "withdraw",
-        "sent", "audit", "start", "status", "budget", "ledger",
+        "join", "rejoin", "renew", "check", "waive", "card", "policy", "studies", "show", "approve", "refuse",
+        "withdraw", "sent", "audit", "start", "status", "budget", "ledger",
     ],
-    "fedsim": ["run", "studies", "privacy", "demo", "phantom"],
+    "fedsim": ["run", "compare", "settings", "studies", "privacy", "demo", "phantom"],
 }  # fmt: skip
 TINY = """
 name = "tiny"

@@ -1,4 +1,4 @@
-"""Made-up sites: every patient at one of them, every case kept, the same for the same seed, less alike as alpha falls."""
+"""Made-up sites: every patient at one, every case kept, the same for the same seed, less alike as alpha falls."""
 
 from collections import Counter
 from pathlib import Path
@@ -26,9 +26,7 @@ HOW = st.one_of(
 
 def crowd(train: int, val: int, test: int, labels: int = 3) -> list[Person]:
     splits = ["train"] * train + ["val"] * val + ["test"] * test
-    return [
-        Person(f"p{n:03d}", split, f"class {n % labels}", (f"{n}a", f"{n}b")) for n, split in enumerate(splits)
-    ]
+    return [Person(f"p{n:03d}", split, f"class {n % labels}", (f"{n}a", f"{n}b")) for n, split in enumerate(splits)]
 
 
 @given(HOW, st.integers(1, 6), st.integers(6, 40), st.integers(0, 12), st.integers(6, 20), st.integers(0, 99))
@@ -79,7 +77,7 @@ def test_quantity_skew_grows_as_alpha_falls_and_iid_has_none():
 
 
 def test_too_few_patients_are_told_with_how_many_sites_they_make():
-    with pytest.raises(StudyInvalid, match="there are 3 patients of split test, .* at most 3 sites"):
+    with pytest.raises(StudyInvalid, match=r"there are 3 patients of split test, .* at most 3 sites"):
         split_people(crowd(9, 1, 3), Partition("iid"), 4, 0)
 
 

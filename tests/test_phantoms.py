@@ -1,10 +1,11 @@
 """The phantom: anatomy in Hounsfield units, exact labels, honest geometry, and a cache that survives interruptions."""
 
 import csv
+import hashlib
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,19 @@ import numpy as np
 import pytest
 
 from shared_models.errors import StudyInvalid
+from shared_models.files import canonical_json
 from simulations import anatomy, scanner
 from simulations.anatomy import Body, Grid, Nodule
-from simulations.phantoms import PhantomPlan, draw_patient, folder_name, malignancy, phantom, site_names
+from simulations.phantoms import (
+    GENERATOR,
+    PhantomPlan,
+    draw_patient,
+    folder_name,
+    malignancy,
+    phantom,
+    site_names,
+    site_of,
+)
 from simulations.scanner import SITES, annotate, section, site_named
 
 TINY = PhantomPlan(sites=2, train=1, val=1, test=1, slices=2, size=32, seed=4, nodules=2)
@@ -240,8 +251,50 @@ def test_a_number_of_sites_and_their_names_are_the_same_plan() -> None:
     assert folder_name(replace(TINY, sites=2)) != folder_name(replace(TINY, sites=3))
 
 
+def test_an_image_shift_leaves_all_labels_exact_and_unlike_images(tmp_path: Path) -> None:
+    plan = PhantomPlan(sites=("north", "south"), train=1, val=0, test=0, slices=1, size=32, shift="image")
+    folder = phantom(tmp_path, plan, processes=1)
+    for row in csv.DictReader((folder / "manifest.csv").read_text().splitlines()):
+        mask, truth = (nibabel.load(folder / row[key]).get_fdata() for key in ("mask", "truth"))  # type: ignore
+        assert (mask == truth).all()
+        assert mask.any()
+    assert replace(site_of("south", plan), style="loose") == SITES["south"]
+
+
+def test_a_label_shift_leaves_one_scanner_and_each_readers_style(tmp_path: Path) -> None:
+    plan = PhantomPlan(sites=4, shift="label")
+    made = [site_of(name, plan) for name in site_names(plan)]
+    assert [site.style for site in made] == ["tight", "loose", "vessels-excluded", "smoothed"]
+    assert {replace(site, name="north", style="tight") for site in made} == {SITES["north"]}
+
+
+def test_test_patients_may_be_scored_against_the_truth(tmp_path: Path) -> None:
+    plan = PhantomPlan(sites=("south",), train=1, val=0, test=1, slices=1, size=32, test_labels="truth")
+    folder = phantom(tmp_path, plan, processes=1)
+    rows = {row["split"]: row for row in csv.DictReader((folder / "manifest.csv").read_text().splitlines())}
+    assert rows["test"]["mask"] == rows["test"]["truth"]
+    assert rows["train"]["mask"] != rows["train"]["truth"]
+
+
+def test_plans_without_a_shift_are_called_as_before_there_were_shifts() -> None:
+    named = asdict(replace(TINY, sites=site_names(TINY)))
+    before = {key: value for key, value in named.items() if key not in ("shift", "test_labels")}
+    digest = hashlib.sha256(canonical_json({"generator": GENERATOR, "plan": before})).hexdigest()
+    assert folder_name(TINY) == f"phantom-{digest[:12]}"
+    assert folder_name(replace(TINY, shift="label")) != folder_name(replace(TINY, shift="image")) != folder_name(TINY)
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"sites": 0}, {"sites": ("a", "a")}, {"sites": ("../a",)}, {"train": -1}, {"slices": 0}, {"size": 8}]
+    "wrong",
+    [
+        {"shift": "none"},
+        {"sites": 0},
+        {"sites": ("a", "a")},
+        {"sites": ("../a",)},
+        {"train": -1},
+        {"slices": 0},
+        {"size": 8},
+    ],
 )
 def test_a_plan_that_cannot_be_drawn_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(StudyInvalid, match="phantom plan"):

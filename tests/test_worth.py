@@ -92,7 +92,9 @@ def test_the_interval_of_a_mean_is_the_normal_one_for_many_patients():
     found = difference([mean_scores(gains)], [mean_scores(np.zeros(400))], [*map(str, range(400))], draw())
     error = gains.std() / 20
     assert found.value == pytest.approx(gains.mean())
-    assert (found.low, found.high) == pytest.approx((gains.mean() - 1.96 * error, gains.mean() + 1.96 * error), abs=2e-3)
+    assert (found.low, found.high) == pytest.approx(
+        (gains.mean() - 1.96 * error, gains.mean() + 1.96 * error), abs=2e-3
+    )
 
 
 def test_images_of_one_patient_are_drawn_together():
@@ -120,7 +122,9 @@ def test_few_patients_have_no_interval_and_no_verdict():
 
 def test_seeds_are_averaged_before_patients_are_drawn():
     up, down = [mean_scores([0.6] * 6), mean_scores([0.4] * 6)], [mean_scores([0.5] * 6), mean_scores([0.5] * 6)]
-    assert difference(up, down, list("abcdef"), draw()) == Difference(pytest.approx(0), pytest.approx(0), pytest.approx(0), 6)
+    assert difference(up, down, list("abcdef"), draw()) == Difference(
+        pytest.approx(0), pytest.approx(0), pytest.approx(0), 6
+    )
 
 
 def test_the_worst_tenth_is_of_scores_that_a_case_has_alone():
