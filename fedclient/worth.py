@@ -53,7 +53,7 @@ class Difference:
         return "harmed" if self.high < 0 else "gains" if self.low > 0 else "no clear difference"
 
 
-def mean_scores(values: Sequence[float]) -> CaseScores:
+def mean_scores(values: Sequence[float] | Floats) -> CaseScores:
     """Of a measure of each case; NaN leaves one out."""
     known = np.isfinite(values)
     return CaseScores(np.where(known, values, 0.0), known.astype(np.float64))

@@ -27,6 +27,8 @@ def figures_of(study: Mapping[str, Any]) -> dict[str, bytes]:
 
 def curves_png(study: Mapping[str, Any], measure: str) -> bytes:
     """Validation, mean over sites and seeds, by round; the band is the range over seeds."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = plots.new_figure(7.2, 4.2)
     axes: Axes = figure.add_subplot()
     for place, setting in enumerate(_settings(study)):
@@ -37,6 +39,7 @@ def curves_png(study: Mapping[str, Any], measure: str) -> bytes:
         axes.plot(rounds, [fmean(of) for of in at], color=colour, linestyle=dash, label=plots.literal(setting))
         if len(runs) > 1:
             axes.fill_between(rounds, [min(of) for of in at], [max(of) for of in at], color=colour, alpha=0.12, lw=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _dress(axes, "rounds trained", f"validation {measure}", f"{study['label']}: mean over sites")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return plots.png(figure)

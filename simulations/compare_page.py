@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from fedclient.worth import FEWEST_PATIENTS, RESAMPLES
-from fedserver.comparison import DASH, value_text
+from fedserver.comparison import DASH, MINUS, value_text
 from shared_models.files import write_atomic, write_json
 from shared_models.scores import NAMES
 from simulations.compare import tidy
@@ -213,8 +213,8 @@ def _texts(line: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a difference as text; dashes for what there is none of."""
     low, high, value = (line.get(key) for key in ("low", "high", "value"))
     return {
-        "value": DASH if value is None else f"{value:+.3f}",
-        "interval": DASH if low is None or high is None else f"{low:+.3f} to {high:+.3f}",
+        "value": DASH if value is None else f"{value:+.3f}".replace("-", MINUS),
+        "interval": DASH if low is None or high is None else f"{low:+.3f} to {high:+.3f}".replace("-", MINUS),
         "patients": line.get("patients", DASH),
         "worst": value_text(line.get("worst_tenth")),
         "verdict": line.get("verdict", ""),

@@ -19,7 +19,7 @@ WORDS = {
     "left out": "{}, without the tested site",
 }
 TEST = (
-    "Two-sided paired t-test over seeds on the mean over sites of the test score, against {}; n = {} seeds; adjusted "
+    "Two-sided paired t-test over seeds on the mean over sites of the test score, against {}; n = {}; adjusted "
     "for the number of settings after Holm (1979)."
 )
 Key = tuple[str, str]  # kind, setting

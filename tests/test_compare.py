@@ -143,7 +143,7 @@ def test_settings_are_tested_in_pairs_over_seeds_against_plain_averaging():
     assert lines["good"].error == pytest.approx((sum((g - 0.09) ** 2 for g in gains) / 2 / 3) ** 0.5)
     assert lines["lucky"].p_holm == pytest.approx(2 * expected["lucky"]), "the smaller of two"
     assert isnan(lines["fedavg"].p)
-    assert "n = 3 seeds" in found.test
+    assert "n = 3;" in found.test
 
 
 def test_holms_adjustment_is_that_of_hand():
@@ -175,7 +175,7 @@ def test_a_harmed_site_is_flagged_on_its_page_and_the_other_is_not():
     study = study_of(SCORES, VALIDATED, worth={"a": [difference("harmed")], "b": [difference("gains")]})
     pages = {site: site_page(site, study, summary(study), 3) for site in ("a", "b")}
     assert harmed(study) == [{"site": "a", "kind": "federated", "setting": "good"}]
-    assert "worse off (-0.050 against training alone, 95 % interval -0.080 to -0.020, 20 patients)" in pages["a"]
+    assert "worse off (−0.050 against training alone, 95 % interval −0.080 to −0.020, 20 patients)" in pages["a"]
     assert 'class="flag"' in pages["a"]
     assert 'class="flag"' not in pages["b"]
 

@@ -14,6 +14,7 @@ from shared_models.errors import StudyInvalid
 from shared_models.files import read_json
 from shared_models.study import Model, Study
 from shared_models.task_table import Task
+from simulations.engine import NodeConfig
 from simulations.partition import Partition, Person, partition_named, partitioned, people_of, split_people
 from simulations.sources import pooled
 from tests.toys import nodes
@@ -111,7 +112,7 @@ def test_made_up_sites_share_the_cases_of_a_table_and_pooled_training_has_them_a
     said: list[str] = []
     made = partitioned(STUDY, real, partition_named("dirichlet:0.5"), 4, tmp_path / "out", said.append)
 
-    def keys(config: dict) -> list[str]:
+    def keys(config: NodeConfig) -> list[str]:
         site = open_site(config)
         return [case.key for case in list_cases(site.where, site.salt).cases]
 

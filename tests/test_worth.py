@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedclient.data.cases import Case
 from fedclient.training.case_scores import scored
-from fedclient.worth import Difference, difference, mean_scores, measure, part_of, ranked_scores, worst_tenth
+from fedclient.worth import difference, mean_scores, measure, part_of, ranked_scores, worst_tenth
 from shared_models.class_counts import class_counts
 from shared_models.survival_counts import pairs_of
 from shared_models.task_table import Task
@@ -122,9 +122,9 @@ def test_few_patients_have_no_interval_and_no_verdict():
 
 def test_seeds_are_averaged_before_patients_are_drawn():
     up, down = [mean_scores([0.6] * 6), mean_scores([0.4] * 6)], [mean_scores([0.5] * 6), mean_scores([0.5] * 6)]
-    assert difference(up, down, list("abcdef"), draw()) == Difference(
-        pytest.approx(0), pytest.approx(0), pytest.approx(0), 6
-    )
+    found = difference(up, down, list("abcdef"), draw())
+    assert (found.value, found.low, found.high) == pytest.approx((0, 0, 0))
+    assert found.patients == 6
 
 
 def test_the_worst_tenth_is_of_scores_that_a_case_has_alone():
