@@ -10,6 +10,7 @@ import torch
 from scipy.stats import ttest_rel
 
 import simulations.compare as comparing
+from fedserver.comparison import MINUS
 from shared_models.errors import StudyInvalid
 from shared_models.files import read_json
 from shared_models.metrics import as_row, counts
@@ -175,7 +176,8 @@ def test_a_harmed_site_is_flagged_on_its_page_and_the_other_is_not():
     study = study_of(SCORES, VALIDATED, worth={"a": [difference("harmed")], "b": [difference("gains")]})
     pages = {site: site_page(site, study, summary(study), 3) for site in ("a", "b")}
     assert harmed(study) == [{"site": "a", "kind": "federated", "setting": "good"}]
-    assert "worse off (−0.050 against training alone, 95 % interval −0.080 to −0.020, 20 patients)" in pages["a"]
+    interval = f"{MINUS}0.080 to {MINUS}0.020"
+    assert f"worse off ({MINUS}0.050 against training alone, 95 % interval {interval}, 20 patients)" in pages["a"]
     assert 'class="flag"' in pages["a"]
     assert 'class="flag"' not in pages["b"]
 
