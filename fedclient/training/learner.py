@@ -133,6 +133,11 @@ def drawn(
         yield batch
 
 
+def gpus() -> int:
+    """How many GPUs PyTorch sees."""
+    return torch.cuda.device_count()
+
+
 def device_of(site: Site) -> torch.device:
     """The device that the site's file names.
 
