@@ -29,8 +29,8 @@ def guesses(scores: NDArray[np.float64], took_part: NDArray[np.bool_], each: int
 
 
 def p_value(found: Guesses, epsilon: float, delta: float) -> float:
-    """How likely so many right guesses are, at most, if training is (epsilon, delta) private (Theorem 5.2, as its
-    authors compute it in appendix D)."""
+    """How likely so many right guesses are, at most, if training is (epsilon, delta) private: the paper's bound
+    for approximate privacy, with its correction in delta."""
     from scipy.stats import binom
 
     right = 1 / (1 + math.exp(-epsilon))  # of one guess, as randomised response would have it

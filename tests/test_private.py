@@ -211,7 +211,7 @@ def test_an_attacker_who_sees_every_weight_cannot_disprove_the_claimed_epsilon_a
     assert silent.at_least > silent.claimed + 0.5
 
 
-def test_guesses_bound_epsilon_as_their_authors_computed_it():
+def test_guesses_bound_epsilon_as_the_closed_form_does_where_all_are_right():
     # all of r guesses right: P = q^r, so that epsilon is log(q / (1 - q)) of q = 0.05^(1 / r) where delta is 0
     right = 0.05 ** (1 / 100)
     assert epsilon_at_least(Guesses(100, 100, 100), 0.0) == pytest.approx(math.log(right / (1 - right)), abs=2e-3)

@@ -6,7 +6,7 @@ or less changes the sum by at most the clip, however many images it has. The sum
 `noise_multiplier` clips and is divided by a number of the study. A step that took nobody adds its noise all the same.
 What the optimizer does with it afterwards (momentum, decay, FedProx's pull) costs nothing more.
 
-One backward pass for each patient, its gradient clipped and added: of six ways that were measured on a U-Net, the least
+One backward pass for each patient, its gradient clipped and added: of eight ways measured on a U-Net, the least
 memory, and on CPU among the fastest (1.3 to 1.8 times a plain step; opacus' hooks 1.9 to 2.2). It has no rules by
 layer, clips patients instead of examples, and a lot may be as large as it likes.
 
