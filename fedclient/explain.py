@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedclient.consent import Asked, list_asked
-from fedclient.policy import objections, protections_of
+from fedclient.policy import objections
 from fedclient.site import Site
 from shared_models.errors import FederationError
 from shared_models.files import read_json
@@ -87,7 +87,13 @@ def _costs(site: Site, asked: Asked) -> Iterator[str]:
     else:
         hours = seconds * asked.study.rounds.count / 3600
         yield f"Hours: {hours:.1f} for {asked.study.rounds.count} rounds, from {seconds:.0f} s of the last one here."
-    if not protections_of(asked.study):
+    private = asked.study.protect.privacy
+    if private is not None:
+        yield (
+            f"Privacy: differentially private by patient, noise {private.noise_multiplier:g}, "
+            f"{asked.study.rounds.count} rounds; `fedclient ledger` says what is left of the budget, and an order that would exceed it is refused."
+        )
+    else:
         yield (
             "Privacy: the coordinator sees this site's update by itself, without noise. Images might be inferred from "
             "it in part by somebody who has it; no privacy budget is spent, because none bounds this."

@@ -73,9 +73,8 @@ def _within(now: time, begin: time, end: time) -> bool:
 
 
 def protections_of(study: Study) -> frozenset[str]:
-    """The protections that a study has. No study of this version can have any, so a site that requires one takes part
-    in none."""
-    return frozenset()
+    """The protections that a study has. No study of this version has secure sums: who requires them takes part in none."""
+    return frozenset(() if study.protect.privacy is None else ("differential-privacy",))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import shutil
 import time
 from pathlib import Path
 
-from fedserver.enrol import Federation, Reply, authority_of, certificate_row, refused, sealer
+from fedserver.enrol import Federation, Reply, authority_of, certificate_row, open_log, refused, sealer
 from fedserver.state import (
     Site,
     find_site,
@@ -43,6 +43,7 @@ def revoke(federation: Federation, site: str, reason: str, now_s: float | None =
         raise StateInvalid(f"reason: 1 to {MOST_REASON} characters, for those who ask later. Give one with --reason.")
     at = time.time() if now_s is None else now_s
     revoke_site(federation.state, site, at, words, sealer(federation))
+    open_log(federation).add("revoked", site=site, reason=words)
     found = find_site(federation.state, site)
     assert found is not None
     return found
@@ -92,9 +93,9 @@ def renew(federation: Federation, site: Site, body: bytes, now_s: float | None =
                 authority_of(federation), asked.request.encode(), site.name, days=federation.certificate_days
             )
             certificate = pem.decode()
-            renew_certificate(
-                federation.state, certificate_row(pem, now), read_certificate(pem).fingerprint, sealer(federation)
-            )
+            fingerprint = read_certificate(pem).fingerprint
+            renew_certificate(federation.state, certificate_row(pem, now), fingerprint, sealer(federation))
+            open_log(federation).add("renewed", site=site.name, certificate=fingerprint)
     except EnrolmentFailed as error:
         return refused(400, str(error))
     return Reply(200, write_message(JoinAnswer(federation.name, site.name, certificate)))

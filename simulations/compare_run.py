@@ -37,10 +37,10 @@ def machine_of(workers: int | None, threads: int | None, device: str) -> Machine
     """Runs at once: as many as cores, or two for each GPU where there are some, unless told otherwise."""
     how = machine("local", workers, threads, device)
     if workers is None and device != "cpu":
-        import torch  # seconds
+        from fedclient.training.learner import gpus  # torch: seconds
 
-        gpus = torch.cuda.device_count() if device == "auto" else 1
-        return replace(how, workers=gpus * RUNS_PER_GPU) if gpus else how
+        there = gpus() if device == "auto" else 1
+        return replace(how, workers=there * RUNS_PER_GPU) if there else how
     return how
 
 

@@ -21,7 +21,7 @@ from fedserver.checkpoint import RunFolder, read_progress
 from fedserver.show import waits_for
 from shared_models.errors import OrderRefused, RoundPaused, StateInvalid
 from shared_models.files import read_lines
-from shared_models.study import SIGNED, Evaluate, Model, Rounds, Study, canonical, sha256, statement
+from shared_models.study import SIGNED, Evaluate, Model, Rounds, Study, canonical, load_study, sha256, statement
 from shared_models.weights import Arrays
 from shared_models.wire import Order
 from tests.edge import Edge, running_edge
@@ -69,6 +69,8 @@ def refused(of: Order, site: Site, now_s: float | None = None) -> OrderRefused:
         (Policy(most_rounds=1), STUDY, ["most_rounds"]),
         (Policy(least_cohort=3), STUDY, ["least_cohort"]),
         (Policy(protections=("secure-sum",)), STUDY, ["protections"]),
+        (Policy(protections=("differential-privacy",)), STUDY, ["protections"]),
+        (Policy(protections=("differential-privacy",)), load_study("lung-ct-private"), []),
         (Policy(tasks=("detection",), most_rounds=1, least_cohort=9), STUDY, ["tasks", "most_rounds", "least_cohort"]),
         (Policy(tasks=("segmentation",), models=("unet",), most_rounds=2, least_cohort=2), STUDY, []),
         (Policy(), STUDY, []),
