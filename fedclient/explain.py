@@ -91,7 +91,8 @@ def _costs(site: Site, asked: Asked) -> Iterator[str]:
     if private is not None:
         yield (
             f"Privacy: differentially private by patient, noise {private.noise_multiplier:g}, "
-            f"{asked.study.rounds.count} rounds; `fedclient ledger` says what is left of the budget, and an order that would exceed it is refused."
+            f"{asked.study.rounds.count} rounds; `fedclient ledger` says what is left of the budget, and an order that "
+            f"would exceed it is refused."
         )
     else:
         yield (

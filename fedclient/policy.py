@@ -73,7 +73,7 @@ def _within(now: time, begin: time, end: time) -> bool:
 
 
 def protections_of(study: Study) -> frozenset[str]:
-    """The protections that a study has. No study of this version has secure sums: who requires them takes part in none."""
+    """The protections that a study has; secure sums none has yet, so that who requires them takes part in none."""
     return frozenset(() if study.protect.privacy is None else ("differential-privacy",))
 
 
