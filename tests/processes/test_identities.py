@@ -50,7 +50,7 @@ def test_a_site_joins_another_renews_and_a_third_is_revoked_in_the_middle_of_a_r
         assert in_round(run, 1), "the renewal came in the middle of the round"
         invite = here.fedserver("invite", "east").strip()
         joining = ["fedclient", "join", invite, "--data", str(data), "--manifest-site", "east"]
-        command(logs, [*joining, "--site", str(here.site("east"))])
+        command(logs, [*joining, "--site", str(here.site("east")), "--approve", "inside-policy"])
         with background(logs / "east.log", ["fedclient", "start", "--site", str(here.site("east"))]):
             until(lambda: in_round(run, 2), 150, "round 2 has begun", logs)
             until(lambda: seat(run, "south") == "asked", 60, "south works on round 2", logs)
