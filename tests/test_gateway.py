@@ -39,7 +39,7 @@ from shared_models.identity import (
 from shared_models.transfer import site_context
 from tests.edge import Answer, Edge, ask, joined_site, node_headers, running_edge, stranger_context
 
-BLOB = os.urandom(700_000)
+BLOB = os.urandom(699_999) + b"."  # its last byte is known, so that a test can change it
 DIGEST = hashlib.sha256(BLOB).hexdigest()
 PULL, PUSH, ACTIVATE = "/v1/fleet/pull-messages", "/v1/fleet/push-messages", "/v1/fleet/activate-node"
 
