@@ -18,7 +18,7 @@ from shared_models.identity import Credential, issue_site, load_credential, requ
 from shared_models.transfer import Blobs, file_digest, site_context
 from tests.edge import Edge, joined_site, running_edge, site_blobs
 
-BLOB = os.urandom(3_000_000)
+BLOB = os.urandom(2_999_999) + b"."  # its last byte is known, so that a test can change it
 DIGEST = hashlib.sha256(BLOB).hexdigest()
 
 
