@@ -16,7 +16,7 @@ from fedclient.data.findings import Finding
 from fedclient.data.formats import format_of
 from fedclient.data.images import IGNORE, read_image, read_labels
 from fedclient.data.labels import Labels, Mapped, Structure, choose, numbered, refused, renumber
-from fedclient.data.luna16 import LEFT_LUNG, RIGHT_LUNG, TRACHEA, Mark, spheres
+from fedclient.data.luna16 import LEFT_LUNG, RIGHT_LUNG, TRACHEA, Mark, lungs, spheres
 from fedclient.data.nifti import read_nifti
 from fedclient.data.objects import object_kind
 from fedclient.data.stack import Series
@@ -363,4 +363,4 @@ def _of_marks(marks: Marks, volume: Volume, wanted: Mapping[str, int]) -> Labels
     }
     if not any(values.values()):
         raise refused("LABEL_VALUES", "LUNA16 labels are nodule, or lung, left-lung, right-lung and trachea.")
-    return renumber(read_labels(marks.lungs, like=volume), values)
+    return lungs(read_labels(marks.lungs, like=volume), values)

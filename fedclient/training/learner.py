@@ -147,7 +147,7 @@ def device_of(site: Site) -> torch.device:
     if site.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = site.device.partition(":")
-    there = torch.cuda.device_count()
+    there = gpus()
     if kind == "cuda" and int(number or 0) >= there:
         raise OrderRefused(
             "DEVICE_MISSING", f'site.toml asks for {site.device}, PyTorch sees {there} GPUs. Set device = "cpu".'
