@@ -3,6 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# the tests of real processes measure time and use all cores themselves: one after the other
+unit = $(BIN)/python -m pytest -m "not process" -n auto --dist loadfile
+processes = $(BIN)/python -m pytest -m process
+
 .PHONY: setup demo test check bench clean
 
 setup: .venv/installed
@@ -20,13 +24,15 @@ demo: setup
 test check: export OMP_NUM_THREADS ?= 1
 
 test: setup
-	$(BIN)/python -m pytest
+	$(unit)
+	$(processes)
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(unit)
+	$(processes)
 
 bench: setup
 	$(BIN)/python -m simulations.bench.pipeline

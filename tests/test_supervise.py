@@ -34,7 +34,7 @@ from shared_models.supervise import (
 QUICK = Patience(first_s=0.05, longest_s=0.2, healthy_s=60, grace_s=0.5)
 
 
-def wait(done: Callable[[], object], timeout_s: float = 10.0) -> None:
+def wait(done: Callable[[], object], timeout_s: float = 60.0) -> None:
     until = time.monotonic() + timeout_s
     while not done():
         assert time.monotonic() < until
