@@ -16,6 +16,7 @@ from fedclient.records import hear, log_of, own_head
 from fedclient.site import Site, read_site_file
 from fedclient.work import study_of
 from shared_models.class_counts import ClassCounts
+from shared_models.detection_counts import DetectionCounts
 from shared_models.errors import FederationError, OrderRefused
 from shared_models.files import read_lines
 from shared_models.scores import Score
@@ -114,6 +115,8 @@ def _distribution_of(score: Score) -> float:
         told = [(score.cases, (score.positive, score.negative, *curve))]
     elif isinstance(score, SurvivalCounts):
         told = [(score.cases, (score.predicted_micro, score.at_risk, score.came))]
+    elif isinstance(score, DetectionCounts):
+        told = [(score.told_scans, (score.hits, score.false))]
     else:
         told = [(score.cases, (score.histogram,))]
         if score.surface is not None:

@@ -5,10 +5,12 @@ All of it happens in the site's own process. What is made from it names no patie
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shared_models.detection_counts import cpm, froc
 
 Floats = NDArray[np.float64]
 Verdict = Literal["gains", "harmed", "no clear difference", "too few patients"]
@@ -28,6 +30,23 @@ class CaseScores:
 
     top: Floats
     bottom: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class FrocScores:
+    """One detector on a site's scans, likewise: CPM of a resample follows from the sums over its scans.
+
+    Attributes:
+        hits, false: float64[n, bins]: lesions by the bin of their best mark, and false marks by theirs.
+        lesions: float64[n].
+    """
+
+    hits: Floats
+    false: Floats
+    lesions: Floats
+
+
+AnyScores: TypeAlias = CaseScores | FrocScores
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +84,13 @@ def ranked_scores(risks: Floats, before: NDArray[np.bool_]) -> CaseScores:
     return CaseScores(np.where(before, wins, 0.0), before.astype(np.float64))
 
 
-def measure(scores: CaseScores, counts: Floats) -> Floats:
+def measure(scores: AnyScores, counts: Floats) -> Floats:
     """float64[B]: the measure where the cases count as each row of float64[B, n] says; NaN without any."""
+    if isinstance(scores, FrocScores):
+        seen = scores.hits.any(axis=0) | scores.false.any(axis=0)  # few of the bins hold anything
+        hits, false = counts @ scores.hits[:, seen], counts @ scores.false[:, seen]
+        lesions, scans = counts @ scores.lesions, counts.sum(axis=1)
+        return np.array([cpm(*froc(h, f, n, m)) for h, f, n, m in zip(hits, false, lesions, scans, strict=True)])
     with np.errstate(invalid="ignore", divide="ignore"):
         if scores.top.ndim == 1:
             found: Floats = (counts @ scores.top) / (counts @ scores.bottom)
@@ -76,8 +100,8 @@ def measure(scores: CaseScores, counts: Floats) -> Floats:
 
 
 def difference(
-    ours: Sequence[CaseScores],
-    theirs: Sequence[CaseScores],
+    ours: Sequence[AnyScores],
+    theirs: Sequence[AnyScores],
     patients: Sequence[str],
     draw: np.random.Generator,
     resamples: int = RESAMPLES,
@@ -91,7 +115,7 @@ def difference(
     whose = np.array([names.index(patient) for patient in patients], dtype=np.intp)
     scored = np.zeros(len(whose), bool)
     for each in (*ours, *theirs):
-        scored |= each.bottom > 0 if each.bottom.ndim == 1 else (each.bottom + each.bottom.T).any(axis=1)
+        scored |= _with_score(each)
     known = len(set(whose[scored].tolist()))
     value = float(_mean_difference(ours, theirs, np.ones((1, len(whose))))[0])
     if known < FEWEST_PATIENTS:
@@ -105,21 +129,33 @@ def difference(
     return Difference(value, float(low), float(high), known)
 
 
-def _mean_difference(ours: Sequence[CaseScores], theirs: Sequence[CaseScores], counts: Floats) -> Floats:
+def _with_score(scores: AnyScores) -> NDArray[np.bool_]:
+    """bool[n]: which cases the measure depends on; every scan counts in false marks a scan."""
+    if isinstance(scores, FrocScores):
+        return np.ones(len(scores.lesions), bool)
+    if scores.bottom.ndim == 1:
+        return np.asarray(scores.bottom > 0)
+    return np.asarray((scores.bottom + scores.bottom.T).any(axis=1))
+
+
+def _mean_difference(ours: Sequence[AnyScores], theirs: Sequence[AnyScores], counts: Floats) -> Floats:
     each = [measure(a, counts) - measure(b, counts) for a, b in zip(ours, theirs, strict=True)]
     mean: Floats = np.mean(each, axis=0)
     return mean
 
 
-def worst_tenth(scores: Sequence[CaseScores]) -> float | None:
+def worst_tenth(scores: Sequence[AnyScores]) -> float | None:
     """The score that one case in ten does not reach, mean over seeds; None for a measure that a case has not alone."""
-    if not scores or scores[0].top.ndim != 1 or not all(each.bottom.any() for each in scores):
+    of_cases = [each for each in scores if isinstance(each, CaseScores) and each.top.ndim == 1 and each.bottom.any()]
+    if not scores or len(of_cases) < len(scores):
         return None
-    return float(np.mean([np.quantile(each.top[each.bottom > 0], 0.1) for each in scores]))
+    return float(np.mean([np.quantile(each.top[each.bottom > 0], 0.1) for each in of_cases]))
 
 
-def part_of(scores: CaseScores, cases: NDArray[np.intp]) -> CaseScores:
+def part_of(scores: AnyScores, cases: NDArray[np.intp]) -> AnyScores:
     """The same of some of the cases."""
+    if isinstance(scores, FrocScores):
+        return FrocScores(scores.hits[cases], scores.false[cases], scores.lesions[cases])
     if scores.top.ndim == 1:
         return CaseScores(scores.top[cases], scores.bottom[cases])
     return CaseScores(scores.top[np.ix_(cases, cases)], scores.bottom[np.ix_(cases, cases)])

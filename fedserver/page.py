@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import nan
+from math import log2, nan
 from statistics import fmean
 from typing import Any
 
 from fedserver import plots
 from fedserver.comparison import DASH, points_text, spread_of, spread_text, value_text
+from shared_models.detection_counts import RATES
 
 PARTS = {  # a seat's last state -> words, and how high its cell stands (colour alone would not do for everyone)
     "counted": ("counted", 20),
@@ -27,6 +28,8 @@ COLUMNS = {  # headline measure -> figures beside it in the table of the final t
     "auroc": {"auprc": "AUPRC", "sensitivity": "sensitivity", "specificity": "specificity",
               "balanced_accuracy": "balanced accuracy", "brier": "Brier", "ece": "calibration error"},
     "c_index": {"brier": "Brier", "events": "events"},
+    "cpm": {"at_1": "at 1 false a scan", "sensitivity": "of all marks", "false_per_scan": "false a scan",
+            "off_mm": "diameter off, mm", "lesions": "lesions"},
 }  # fmt: skip
 TOLD = {
     "auroc": "AUROC is the share of pairs of a case that shows the class and one that does not which the score orders "
@@ -35,6 +38,9 @@ TOLD = {
     "c_index": "The C-index is the share of comparable pairs of patients of one site of whom the one with the earlier "
     "event was given the higher risk: 1 is perfect, 0.5 is chance. The Brier score is the mean over the intervals, "
     "weighted for censoring, and better the smaller it is.",
+    "cpm": "CPM is the mean sensitivity at 1/8, 1/4, 1/2, 1, 2, 4 and 8 false marks a scan by LUNA16's rules: a mark "
+    "within a lesion's radius finds it, further marks in it and those in irrelevant findings count nothing, and scans "
+    "without lesions count in the false marks.",
 }
 MOST_SPANS = 6  # kinds of absence that are spelt out for one site
 
@@ -97,9 +103,41 @@ def render(found: Mapping[str, Any], loss: plots.Series, scores: Mapping[str, pl
         bars_of={label: histograms(test["sites"]) for label, test in found["test"].items()},
         measure=measure,
         told=TOLD.get(found["measure"]["key"], ""),
+        shown_of={label: test_charts(label, test["sites"], style_of) for label, test in found["test"].items()},
         columns_of={label: _columns(found["measure"]["key"], test) for label, test in found["test"].items()},
         heat=heat_map(found["comparison"]["matrix"] if found["comparison"] else []),
     )
+
+
+def test_charts(
+    label: str, rows: Mapping[str, Mapping[str, Any]], style_of: Mapping[str, plots.Style]
+) -> list[tuple[plots.Chart, str]]:
+    """What the final test of a label draws, each with the words of its lower axis: FROC curves of a detection,
+    reliability curves of a classification; none where all sites withhold them."""
+    froc = {
+        site: [(log2(rate), found, f"{site}, {rate:g} false a scan: {found:.3f}") for rate, found in row["froc"]]
+        for site, row in rows.items()
+        if row.get("froc")
+    }
+    told = {
+        site: [
+            (cell["score"], cell["positives"] / cell["cases"], f"{site}: {cell['positives']} of {cell['cases']} cases")
+            for cell in row["reliability"]
+            if cell is not None
+        ]
+        for site, row in rows.items()
+        if any(row.get("reliability") or ())
+    }
+    charts: list[tuple[plots.Chart, str]] = []
+    if froc:
+        ticks = [(log2(rate), words) for rate, words in zip(RATES, ("1/8", "1/4", "1/2", *"1248"), strict=True)]
+        drawn = plots.xy_chart(f"FROC: {label}", "sensitivity", froc, style_of, ticks)
+        charts.append((drawn, "false marks a scan"))
+    if told:
+        shares = [(share, f"{share:g}") for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
+        drawn = plots.xy_chart(f"Reliability: {label}", "share of cases that show it", told, style_of, shares)
+        charts.append((drawn, "mean score of the cell"))
+    return charts
 
 
 def _columns(measure: str, test: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -121,6 +121,32 @@ def line_chart(
     )
 
 
+def xy_chart(
+    title: str,
+    unit: str,
+    lines: Mapping[str, Sequence[tuple[float, float, str]]],
+    style_of: Mapping[str, Style],
+    x_ticks: Sequence[tuple[float, str]],
+) -> Chart:
+    """A chart of (x, y, words) by site, y from 0 to 1, x from the first to the last of `x_ticks`."""
+    width, height, left, right, top, bottom = 360, 230, 40, 348, 12, 196
+    first, last = x_ticks[0][0], x_ticks[-1][0]
+
+    def x(at: float) -> float:
+        return round(left + 8 + (right - left - 16) * (at - first) / (last - first), 1)
+
+    def y(at: float) -> float:
+        return round(bottom - (bottom - top) * at, 1)
+
+    drawn = []
+    for site, points in sorted(lines.items()):
+        placed = tuple((x(a), y(b), words) for a, b, words in points)
+        path = "M" + " ".join(f"{a} {b}" for a, b, _ in placed)
+        drawn.append(Line(site, style_of[site], (path,) if len(placed) > 1 else (), placed))
+    grid = tuple((y(share), f"{share:.1f}") for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
+    return Chart(title, unit, width, height, left, bottom, tuple((x(a), w) for a, w in x_ticks), grid, tuple(drawn))
+
+
 def _stretches(points: Sequence[tuple[int, float | None]]) -> Iterator[list[tuple[int, float]]]:
     """Runs of points that have a value."""
     part: list[tuple[int, float]] = []

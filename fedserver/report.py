@@ -24,6 +24,7 @@ from shared_models.study import Study
 
 __all__ = ["Comparison", "facts", "write_events", "write_report"]
 
+BINS = ("histogram", "hd95_histogram", "reliability", "froc")  # of a row, too long for every round
 _LATE = re.compile(r"(?P<site>.+) \(round (?P<round>\d+)\)")  # an update of an earlier round, counted in this one
 
 _PROPER = {
@@ -38,7 +39,7 @@ _PROPER = {
 _LOSSES = {
     "bce": "binary cross-entropy", "dice_bce": "soft Dice and binary cross-entropy", "ce": "cross-entropy",
     "dice_ce": "soft Dice and cross-entropy", "focal": "the focal loss", "tversky": "the Tversky index",
-    "hazard": "the likelihood of discrete time",
+    "hazard": "the likelihood of discrete time", "centre": "the focal loss of centres and the extents of lesions",
 }  # fmt: skip
 
 
@@ -103,7 +104,9 @@ def in_words(study: Study) -> str:
     kind = {"ct": "CT", "xray": "X-ray", "mr": "MR"}[study.modality]
     amount = f"{train.local_steps} batches" if train.local_steps else f"local epochs: {train.local_epochs}"
     loss = _LOSSES[task.loss]
-    does = {"segmentation": "marks", "classification": "tells apart", "prognosis": "foretells"}[task.kind]
+    does = {
+        "segmentation": "marks", "classification": "tells apart", "prognosis": "foretells", "detection": "finds"
+    }[task.kind]  # fmt: skip
     pull = f", with a pull towards the received weights of {train.proximal_mu:g} (FedProx)" if train.proximal_mu else ""
     share = {
         "examples": "by its number of examples",
@@ -236,7 +239,7 @@ def _mean_loss(losses: Sequence[float | None]) -> float | None:
 
 
 def _without_bins(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in ("histogram", "hd95_histogram", "reliability")}
+    return {key: value for key, value in row.items() if key not in BINS}
 
 
 def _test(final: Mapping[str, Any], label: str) -> dict[str, Any]:

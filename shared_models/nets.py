@@ -4,7 +4,7 @@ No batch statistics but where norm layers stay at their site: they leak what a b
 """
 
 from collections.abc import Callable
-from math import gcd
+from math import gcd, log
 from typing import Any
 
 import numpy as np
@@ -159,14 +159,18 @@ def network(study: Study) -> nn.Module:
         # not torch.manual_seed, which seeds the GPUs as well: they would drop out alike in every round
         torch.default_generator.manual_seed(seed_of(study.seed, study.name, "initial weights"))
         inputs = len(study.task.covariates) if study.table_only else max(1, len(study.channels))
-        net = MAKERS[study.model.name](study.model, inputs, study.task.outputs)
+        extents = study.model.spatial_dims if study.task.kind == "detection" else 0
+        net = MAKERS[study.model.name](study.model, inputs, study.task.outputs + extents)
     if study.model.norm != "batch":
         _without_batch_norm(net, study.model)
+    if study.task.kind == "detection":
+        _hardly_anything(net, len(study.task.labels))
     batch_norms = [n for n, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert not batch_norms or study.model.norm == "batch", f"batch norm in {batch_norms}"
     return net
 
 
+PRIOR = 0.01  # probability of a lesion's centre that an untrained network tells of each pixel
 NORMS = (
     nn.GroupNorm,
     nn.LayerNorm,
@@ -220,6 +224,15 @@ def _without_batch_norm(net: nn.Module, model: Model) -> None:
         for inner, child in module.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
                 setattr(module, inner, _norm(model, child.num_features))
+
+
+def _hardly_anything(net: nn.Module, labels: int) -> None:
+    """Lets the first `labels` channels of the answer begin at a small probability: else what is found nowhere would be
+    most of the loss (Lin et al. 2017, section 4.1)."""
+    last = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)][-1]
+    assert last.bias is not None
+    with torch.no_grad():
+        last.bias[:labels] = -log((1 - PRIOR) / PRIOR)
 
 
 def blocks(net: nn.Module) -> list[tuple[str, ...]]:

@@ -7,18 +7,19 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field
 
-from shared_models import class_counts, metrics, survival_counts
+from shared_models import class_counts, detection_counts, metrics, survival_counts
 from shared_models.class_counts import ClassCounts
+from shared_models.detection_counts import DetectionCounts
 from shared_models.errors import UpdateRejected
 from shared_models.metrics import DiceCounts
 from shared_models.survival_counts import SurvivalCounts
 from shared_models.task_table import Task
 
-Score: TypeAlias = DiceCounts | ClassCounts | SurvivalCounts
+Score: TypeAlias = DiceCounts | ClassCounts | SurvivalCounts | DetectionCounts
 AnyScore: TypeAlias = Annotated[Score, Field(discriminator="measure")]  # as a message holds it
 
-NAMES = {"dice": "Dice", "auroc": "AUROC", "c_index": "C-index"}  # headline measure -> its name
-MEASURE_OF = {"segmentation": "dice", "classification": "auroc", "prognosis": "c_index"}
+NAMES = {"dice": "Dice", "auroc": "AUROC", "c_index": "C-index", "cpm": "CPM"}  # headline measure -> its name
+MEASURE_OF = {"segmentation": "dice", "classification": "auroc", "prognosis": "c_index", "detection": "cpm"}
 
 
 def measure_of(task: Task) -> str:
@@ -38,6 +39,8 @@ def doubted_scores(score: Score, task: Task, site: str) -> Score:
         taken, wanted = None if score.surface is None else score.surface.tolerance_mm, task.tolerance_mm
     elif isinstance(score, ClassCounts):
         taken, wanted = score.specificity, task.specificity
+    elif isinstance(score, DetectionCounts):
+        taken = wanted = None
     else:
         taken, wanted = len(score.square_micro), len(task.intervals_days)
     if score.measure != measure_of(task) or taken != wanted:
@@ -59,6 +62,8 @@ def merge(a: Score, b: Score) -> Score:
         return class_counts.merge(a, b)
     if isinstance(a, SurvivalCounts) and isinstance(b, SurvivalCounts):
         return survival_counts.merge(a, b)
+    if isinstance(a, DetectionCounts) and isinstance(b, DetectionCounts):
+        return detection_counts.merge(a, b)
     raise ValueError(f"{NAMES[a.measure]} and {NAMES[b.measure]} do not add up")
 
 
@@ -72,6 +77,8 @@ def row_of(score: Score) -> dict[str, Any]:
     """For JSON and tables; `row[row["measure"]]` is the headline, None without one."""
     if isinstance(score, DiceCounts):
         return metrics.as_row(score)
+    if isinstance(score, DetectionCounts):
+        return detection_counts.as_row(score)
     return class_counts.as_row(score) if isinstance(score, ClassCounts) else survival_counts.as_row(score)
 
 

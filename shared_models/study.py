@@ -290,16 +290,17 @@ class Study:
             raise ValueError('transfer is for a network that the study names, plan = "federated" makes one')
         if self.plan == "federated" and task.kind != "segmentation":
             raise ValueError(f'plan = "federated" is for kind = "segmentation", the task is a {task.kind}')
-        if (task.kind == "segmentation") != (name in PIXELWISE) and self.plan == "given":
-            fitting = PIXELWISE if task.kind == "segmentation" else ENCODERS
+        pixelwise = task.kind in ("segmentation", "detection")
+        if pixelwise != (name in PIXELWISE) and self.plan == "given":
+            fitting = PIXELWISE if pixelwise else ENCODERS
             if not (task.kind == "prognosis" and name == "mlp"):
                 raise ValueError(f'model.name = "{name}" is not for a {task.kind}; use one of {", ".join(fitting)}')
         if name == "mlp" and (task.kind != "prognosis" or not task.covariates):
             raise ValueError('model.name = "mlp" sees a table: it needs task.kind = "prognosis" and task.covariates')
         if task.covariates and name != "mlp":
             raise ValueError('task.covariates are for model.name = "mlp", which sees a table and no image')
-        if self.preprocess.fit == "patches" and task.kind != "segmentation":
-            raise ValueError(f'preprocess.fit = "patches" is for a segmentation, the task is a {task.kind}')
+        if self.preprocess.fit == "patches" and not pixelwise:
+            raise ValueError(f'preprocess.fit = "patches" is for a segmentation or detection, this is a {task.kind}')
         if self.table_only and (self.augment != Augment() or self.channels):
             raise ValueError('augment and channels are for images; model.name = "mlp" sees none')
 

@@ -17,11 +17,13 @@ LOSSES = {
     "segmentation": ("bce", "dice_bce", "ce", "dice_ce", "focal", "tversky"),
     "classification": ("bce", "ce"),
     "prognosis": ("hazard",),
+    "detection": ("centre",),
 }
 OF_KIND = {  # the keys that a kind of task reads beside kind, labels and loss
     "segmentation": {"regions", "focal_gamma", "tversky_beta", "tolerance_mm"},
     "classification": {"class_weights", "column", "none", "specificity"},
     "prognosis": {"intervals_days", "time_column", "event_column", "covariates"},
+    "detection": set[str](),
 }
 
 
@@ -49,12 +51,15 @@ class Task:
     """`[task]`: what the network answers.
 
     Attributes:
-        kind: `segmentation` of voxels, `classification` of images, or `prognosis`: when an event comes.
+        kind: `segmentation` of voxels, `classification` of images, `prognosis`: when an event comes, or `detection`:
+            where lesions are and how large.
         labels: names of what is marked or told apart; mask value k is labels[k - 1]. Prognosis has one, the event.
+            Detection with `lesion` as its only label finds whatever a site has marked, under any name.
         loss: segmentation: `bce` binary cross-entropy, `dice_bce` soft Dice plus that in equal parts, `focal`,
             `tversky` (a sigmoid for each label), `ce`, `dice_ce` (a softmax over the labels and the background).
             Classification: `bce` where an image may show several labels or none, `ce` where it shows exactly one.
-            Prognosis: `hazard`, the likelihood of discrete time.
+            Prognosis: `hazard`, the likelihood of discrete time. Detection: `centre`, the penalty-reduced focal loss of
+            centres and the L1 of extents (Zhou et al. 2019).
         regions: segmentation: what is answered instead of the labels, each a union of some of them.
         focal_gamma: how much less an easy voxel counts (Lin et al. 2017, equation 4).
         tversky_beta: weight of missed voxels, against 1 - beta of false ones (Salehi et al. 2017, equation 3).
@@ -69,9 +74,9 @@ class Task:
     """
 
     __pydantic_config__ = STRICT
-    kind: Literal["segmentation", "classification", "prognosis"] = "segmentation"
+    kind: Literal["segmentation", "classification", "prognosis", "detection"] = "segmentation"
     labels: Annotated[tuple[Name, ...], Field(min_length=1, max_length=32)] = ("lung",)
-    loss: Literal["bce", "dice_bce", "ce", "dice_ce", "focal", "tversky", "hazard"] = "bce"
+    loss: Literal["bce", "dice_bce", "ce", "dice_ce", "focal", "tversky", "hazard", "centre"] = "bce"
     regions: Annotated[tuple[Region, ...], Field(max_length=32)] = ()
     focal_gamma: Annotated[float, Field(ge=0, le=10)] = 2.0
     tversky_beta: Annotated[float, Field(gt=0, lt=1)] = 0.7
@@ -95,7 +100,12 @@ class Task:
             strange = sorted(key for key in keys if getattr(self, key) != defaults[key])
             if kind != self.kind and strange:
                 raise ValueError(f'{strange[0]} is for kind = "{kind}", this is a {self.kind}')
-        {"segmentation": self._segments, "classification": self._classifies, "prognosis": self._foretells}[self.kind]()
+        if self.kind == "segmentation":
+            self._segments()
+        elif self.kind == "classification":
+            self._classifies()
+        elif self.kind == "prognosis":
+            self._foretells()
 
     def _segments(self) -> None:
         if self.focal_gamma != 2.0 and self.loss != "focal":
@@ -135,13 +145,18 @@ class Task:
         return tuple(region.name for region in self.regions) or self.labels
 
     @property
+    def any_lesion(self) -> bool:
+        """Whether whatever a site has marked is found, under any name."""
+        return self.kind == "detection" and self.labels == ("lesion",)
+
+    @property
     def exclusive(self) -> bool:
         """Whether exactly one of the labels is true (a softmax)."""
         return self.loss in ("ce", "dice_ce")
 
     @property
     def outputs(self) -> int:
-        """Channels of the network's answer."""
+        """Channels of the network's answer; a detection has an extent along each axis besides."""
         if self.kind == "prognosis":
             return len(self.intervals_days)
         return len(self.answers) + (self.kind == "segmentation" and self.exclusive)

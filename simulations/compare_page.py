@@ -30,6 +30,7 @@ CALIBRATION = {  # headline measure -> what of a row tells of calibration
     "dice": {},
     "auroc": {"brier": "Brier", "ece": "calibration error"},
     "c_index": {"brier": "Brier"},
+    "cpm": {},
 }
 
 

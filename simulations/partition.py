@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclient.data.cases import Case, read_case, read_case_labels
+from fedclient.data.lesions import lesions_of
 from fedclient.data.listing import list_cases
 from fedclient.data.manifest import Progress
 from fedclient.data.truths import classes_of, has_truth, number_in
@@ -199,12 +200,18 @@ def people_of(
 
 
 def _statistic(case: Case, study: Study) -> str | float:
-    """Of one case: its classes; whether the event came; or the labelled share of the image's voxels."""
+    """Of one case: its classes; whether the event came; how many lesions; or the labelled share of its voxels."""
     task = study.task
     if task.kind == "classification":
         return "|".join(name for name, there in zip(task.labels, classes_of(case, task), strict=True) if there)
     if task.kind == "prognosis":
         return f"{task.event_column}={number_in(case, task.event_column):g}"
+    if task.kind == "detection":
+        try:
+            found = lesions_of(case, read_case(case, study.channels), task)
+        except ImageUnreadable as e:
+            raise ImageUnreadable(f"{case.where}: {e}", e.code) from None
+        return float(((found[:, 0] >= 1) & (found[:, 0] <= len(task.labels))).sum())
     try:
         marks = read_case_labels(case, read_case(case, study.channels), task.labels)
     except ImageUnreadable as e:

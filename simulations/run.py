@@ -98,10 +98,11 @@ def data_folders(
         if (shift, test_labels) != ("both", "site"):
             raise StudyInvalid("--shift and --test-labels are for the phantom, and --data was given. Leave one out.")
         return data
-    if study.modality != "ct" or study.task.labels != ("lung",):
+    drawn = {"segmentation": (("lung",),), "detection": (("nodule",), ("lesion",))}
+    if study.modality != "ct" or study.task.labels not in drawn.get(study.task.kind, ()):
         raise StudyInvalid(
-            f"study {study.name!r}: the built-in phantom holds lungs on CT only. Give --data DIR with a manifest.csv, "
-            f"or another known layout."
+            f"study {study.name!r}: the built-in phantom holds lungs to segment and nodules to detect, on CT only. "
+            f"Give --data DIR with a manifest.csv, or another known layout."
         )
     kinds = cast(Shift, shift), cast(TestLabels, test_labels)  # which the plan checks
     plan = replace(phantom_plan(study, sites), shift=kinds[0], test_labels=kinds[1])
@@ -109,7 +110,10 @@ def data_folders(
 
 
 def phantom_plan(study: Study, sites: int | None = None) -> PhantomPlan:
-    """The phantom of a study: pixels as the plan asks for, three sites unless told otherwise."""
+    """The phantom of a study: pixels as the plan asks for, three sites unless told otherwise; for detection more
+    patients and nodules, and each scanner's own pixels."""
+    if study.task.kind == "detection":
+        return PhantomPlan(sites=sites or 3, train=24, val=4, test=12, slices=6, size=256, nodules=4.0)
     return PhantomPlan(sites=sites or 3, train=14, val=4, test=12, slices=6, size=max(128, study.preprocess.size[0]))
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedclient.data.cases import Case
 from fedclient.gate.run import usable_cases
 from fedclient.site import Site, open_site
-from fedclient.worth import CaseScores, Difference, difference, part_of, worst_tenth
+from fedclient.worth import AnyScores, Difference, difference, part_of, worst_tenth
 from fedserver.checkpoint import RunFolder, read_state, trained_study
 from shared_models.control import without_control
 from shared_models.scores import row_of
@@ -73,7 +73,7 @@ def score_site(name: str, config: NodeConfig, models: Sequence[Model]) -> Told:
     site = open_site({**config, "site": name})
     cases = {case.key: case for case in usable_cases(site)}
     rows: list[dict[str, Any]] = []
-    found: dict[tuple[Kind, str], list[CaseScores]] = defaultdict(list)
+    found: dict[tuple[Kind, str], list[AnyScores]] = defaultdict(list)
     order: list[str] = []
     for model in models:
         if model.kind == "left out" and model.trained != name:
@@ -105,7 +105,7 @@ def _weights_at(model: Model, site: Site) -> tuple[Study, Arrays | None]:
     return study, weights
 
 
-def _scored(site: Site, study: Study, weights: Arrays, split: str) -> tuple[Mapping[str, Any], CaseScores, list[str]]:
+def _scored(site: Site, study: Study, weights: Arrays, split: str) -> tuple[Mapping[str, Any], AnyScores, list[str]]:
     """Counts by answer, the first answer's scores case by case, and the keys of the cases."""
     from fedclient.training.case_scores import scored  # imports torch
     from fedclient.training.evaluate import answers
@@ -124,7 +124,7 @@ def _scored(site: Site, study: Study, weights: Arrays, split: str) -> tuple[Mapp
 
 
 def _compared(
-    name: str, found: Mapping[tuple[Kind, str], Sequence[CaseScores]], cases: Sequence[Case]
+    name: str, found: Mapping[tuple[Kind, str], Sequence[AnyScores]], cases: Sequence[Case]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     own = found.get(("local", ""), [])
     patients = [case.patient for case in cases]

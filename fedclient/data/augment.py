@@ -86,6 +86,28 @@ def apply(
     return images, masks
 
 
+def move_lesions(
+    lesions: NDArray[np.float32], size: tuple[int, ...], left_right_axis: NDArray[np.intp], drawn: Draw
+) -> NDArray[np.float32]:
+    """Lesions float32[B, M, 1 + 2 D] where `apply` takes what they are on; a turned lesion has the extents of the box
+    around its ellipse."""
+    dims = len(size)
+    moved = lesions.copy()
+    centre, half = moved[:, :, 1 : 1 + dims], moved[:, :, 1 + dims :]
+    for b in np.flatnonzero(drawn.flip):
+        axis = left_right_axis[b]
+        centre[b, :, axis] = size[axis] - 1 - centre[b, :, axis]
+    edges = np.array(size)
+    matrices = _matrices(drawn, size).numpy().astype(np.float64)
+    inward = matrices[:, ::-1, dims - 1 :: -1] * (edges[None, :, None] / edges[None, None, :])  # [from axis, to axis]
+    outward = np.linalg.inv(inward)
+    middle = (edges - 1) / 2
+    away = centre - middle - matrices[:, None, ::-1, dims] * edges / 2
+    centre[...] = np.einsum("bij,bmj->bmi", outward, away) + middle
+    half[...] = np.sqrt(np.einsum("bij,bmj->bmi", outward**2, half.astype(np.float64) ** 2))
+    return moved
+
+
 def _affine(
     images: NDArray[np.float32], masks: NDArray[np.uint8], drawn: Draw
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from fedclient.data.cases import Case, read_case, read_case_labels
 from fedclient.data.images import is_picture
+from fedclient.data.lesions import lesions_of, of_examples
+from fedclient.data.lesions import places as centres
 from fedclient.data.provenance import MODALITIES, UNKNOWN, Provenance, one_of
 from fedclient.data.truths import covariates_of, read_truth, vector_of
 from shared_models.errors import ImageUnreadable
@@ -57,10 +59,10 @@ class Stored:
 
     Attributes:
         images: float16[N, C, *size], in memory or mapped; of the whole image, where patches are trained on.
-        masks: uint8[N, *size], uint8[N, labels] classes, or float32[N, 2] follow-up.
-        labelled: int64[places], for each label of the study: flat indices of voxels of `masks` that have it, at most
-            `MOST_PLACES`, evenly chosen; empty where patches are not wanted.
-        native: uint8[I, J, K] on the image's own grid, where the study measures surfaces.
+        masks: uint8[N, *size], uint8[N, labels] classes, float32[N, 2] follow-up, or float32[N, M, 1 + 2 D] lesions.
+        labelled: int64[places], for each label of the study: flat indices in [N, *size] of voxels that have it (of the
+            centres of its lesions), at most `MOST_PLACES`, evenly chosen; empty where patches are not wanted.
+        native: on the image's own grid: uint8[I, J, K] where the study measures surfaces, float32[n, 7] lesions.
     """
 
     key: str
@@ -68,7 +70,7 @@ class Stored:
     masks: NDArray[Any]
     facts: Facts
     labelled: tuple[NDArray[np.int64], ...] = ()
-    native: NDArray[np.uint8] | None = None
+    native: NDArray[Any] | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -114,8 +116,16 @@ def _image(case: Case, study: Study) -> tuple[Facts, dict[str, NDArray[Any]]]:
     if study.preprocess.spacing_mm is not None and is_picture(case.channels[0].files[0]):
         raise ImageUnreadable("PNG and JPEG state no pixel size, so spacing_mm cannot be met. Use fit = letterbox")
     examples = preprocess(volume.voxels, volume.spacing_mm, study.preprocess, np.float16)
-    masks = read_truth(case, volume, examples.geometry, study.task)
-    places = _places(masks, len(study.task.labels)) if study.preprocess.fit == "patches" else []
+    tensors: dict[str, NDArray[Any]] = {"images": examples.images}
+    if study.task.kind == "detection":
+        tensors["native"] = lesions_of(case, volume, study.task)
+        masks = of_examples(tensors["native"], examples.geometry)
+    else:
+        masks = read_truth(case, volume, examples.geometry, study.task)
+    tensors["masks"] = masks
+    places: list[NDArray[np.int64]] = []
+    if study.preprocess.fit == "patches":
+        places = _places(masks, len(study.task.labels), examples.geometry.size)
     facts = Facts(
         examples.geometry,
         volume.left_right_axis,
@@ -123,7 +133,6 @@ def _image(case: Case, study: Study) -> tuple[Facts, dict[str, NDArray[Any]]]:
         one_of(volume.modality or "", MODALITIES),
         volume.provenance,
     )
-    tensors: dict[str, NDArray[Any]] = {"images": examples.images, "masks": masks}
     if places:
         tensors["labelled"] = np.concatenate(places)
     if study.task.tolerance_mm is not None:
@@ -153,8 +162,12 @@ def in_memory(case: Stored) -> Stored:
     return Stored(case.key, np.array(case.images), np.array(case.masks), case.facts, labelled, case.native)
 
 
-def _places(masks: NDArray[np.uint8], labels: int) -> list[NDArray[np.int64]]:
-    found = [np.flatnonzero(masks == k + 1) for k in range(labels)]
+def _places(masks: NDArray[Any], labels: int, size: tuple[int, ...]) -> list[NDArray[np.int64]]:
+    """Flat indices in [N, *size] of voxels that have each label, or in which its lesions have their centres."""
+    if masks.dtype == np.float32:
+        found = centres(masks, size, labels)
+    else:
+        found = [np.flatnonzero(masks == k + 1) for k in range(labels)]
     return [of[np.linspace(0, len(of) - 1, min(len(of), MOST_PLACES)).astype(np.intp)] for of in found]
 
 

@@ -15,7 +15,7 @@ from fedclient.data.boxes import Box
 from fedclient.data.findings import Finding
 from fedclient.data.formats import format_of
 from fedclient.data.images import IGNORE, read_image, read_labels
-from fedclient.data.labels import Labels, Mapped, Structure, choose, numbered, refused, renumber
+from fedclient.data.labels import Labels, Mapped, Structure, as_word, choose, numbered, refused, renumber
 from fedclient.data.luna16 import LEFT_LUNG, RIGHT_LUNG, TRACHEA, Mark, lungs, spheres
 from fedclient.data.nifti import read_nifti
 from fedclient.data.objects import object_kind
@@ -119,6 +119,7 @@ class Case:
         row: in the manifest, as a spreadsheet counts; 0 for a case that came from elsewhere.
         structures: what the site calls things -> a label of the study, `background` or `ignore`.
         facts: other columns of the case's row in a table: classes, follow-up, covariates.
+        marks: lesions that a table of their own tells, whatever `label` is.
     """
 
     key: str
@@ -129,6 +130,7 @@ class Case:
     row: int = 0
     structures: Mapping[str, str] = field(repr=False, default_factory=dict)
     facts: Mapping[str, str] = field(repr=False, default_factory=dict)
+    marks: Marks | None = None
 
     @property
     def where(self) -> str:
@@ -218,7 +220,8 @@ def state_of(case: Case) -> str:
     except OSError as e:
         raise ImageUnreadable(f"a file of it is gone or locked ({type(e).__name__})") from None
     channels = [[channel.name, channel.part, len(channel.files)] for channel in case.channels]
-    told = [states, repr(case.label), dict(case.structures), channels, dict(case.facts)]
+    label = repr(case.label if case.marks is None else (case.label, case.marks))
+    told = [states, label, dict(case.structures), channels, dict(case.facts)]
     return sha256(canonical_json(told)).hexdigest()[:12]
 
 
@@ -282,8 +285,8 @@ def _of_mask(
     if names is None:
         allowed = {n: n for n in range(1, len(labels) + 1)}
     else:
-        known = {_word(name): number for name, number in {"background": 0, "ignore": IGNORE, **wanted}.items()}
-        allowed = {n: known[_word(name)] for n, name in names.items() if _word(name) in known}
+        known = {as_word(name): number for name, number in {"background": 0, "ignore": IGNORE, **wanted}.items()}
+        allowed = {n: known[as_word(name)] for n, name in names.items() if as_word(name) in known}
         if not set(allowed.values()) - {0, IGNORE}:
             raise refused(
                 "LABEL_VALUES",
@@ -300,11 +303,6 @@ def _of_mask(
             others
         )
         raise refused("LABEL_VALUES", f"{e} This study allows: {shown}.{told}") from None
-
-
-def _word(name: str) -> str:
-    """A name as studies write it: `Left Lung` as `left-lung`."""
-    return re.sub(r"[^a-z0-9]+", "-", name.casefold()).strip("-")
 
 
 def _of_objects(files: Sequence[Path], volume: Volume, wanted: Mapped, labels: Sequence[str]) -> Labels:

@@ -1,6 +1,7 @@
 """Each case preprocessed once and kept on disk; batches of examples from there.
 
-The truth of an example is a mask, or for a task that answers image by image a vector (fedclient/data/truths.py).
+The truth of an example is a mask, for a task that answers image by image a vector (fedclient/data/truths.py), or a
+table of lesions (fedclient/data/lesions.py).
 Masks in batches are as the files have them: 0 background, k = the study's labels[k - 1], 127 = ignore, which the loss
 and the metrics leave out. With `labels = ["lung"]` a mask may hold 0, 1 and 127 (PNG: also 255, read as 1), nothing
 else: a 2 would mean that this mask was drawn for another study, and is refused.
@@ -10,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclient.data.cache import Stored, in_memory, open_case, plan_digest
 from fedclient.data.cases import Case, state_of
+from fedclient.data.lesions import padded
 from fedclient.data.making import Maker, making
 from fedclient.data.manifest import Progress, usable
 from fedclient.data.patches import Patches
@@ -26,46 +28,52 @@ from shared_models.files import private_folder
 from shared_models.preprocess import Geometry
 from shared_models.study import Augment, Study
 
+if TYPE_CHECKING:  # torch
+    from fedclient.data.augment import Draw
+
 MEMORY_BYTES = 1024**3  # a smaller data set is held in memory, a larger one is mapped from its files
 FOREGROUND = 0.33  # of the patches, where the study says nothing (Isensee et al. 2021: a third)
 MOST_TRIES = 5  # to make a file that is gone again at once: another process makes room for another plan
 NO_AUGMENT = Augment()
+Images: TypeAlias = NDArray[np.float16] | NDArray[np.float32]
 
 
 class Batch(NamedTuple):
     """Images [B, C, *size], float16 as they are kept or float32 once augmented, and the truth of each.
 
-    The truth is uint8[B, *size] masks, uint8[B, labels] classes, or float32[B, 2] follow-up. Of a network that sees a
-    table alone the images are [B, covariates].
+    The truth is uint8[B, *size] masks, uint8[B, labels] classes, float32[B, 2] follow-up, or float32[B, M, 1 + 2 D]
+    lesions. Of a network that sees a table alone the images are [B, covariates].
     """
 
-    images: NDArray[np.float16] | NDArray[np.float32]
+    images: Images
     masks: NDArray[Any]
 
 
 class CaseExamples(NamedTuple):
     """One case for evaluation: float32[N, C, *size], the truth of each example, and the way back to its own grid.
 
-    Where patches are trained on, these are of the whole image. `native` is the mask uint8[I, J, K] on the image's own
-    grid, where the study measures surfaces in mm.
+    Where patches are trained on, these are of the whole image. `native` is on the image's own grid: the mask
+    uint8[I, J, K] where the study measures surfaces in mm, or the lesions float32[n, 7] in voxels.
     """
 
     key: str
     images: NDArray[np.float32]
     masks: NDArray[Any]
     geometry: Geometry
-    native: NDArray[np.uint8] | None = None
+    native: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
     """The examples of some cases, usually of one split; `len` counts examples, not cases.
 
-    An example is a plane or a volume; or, where `patches` are drawn, one of so many as cover it.
+    An example is a plane or a volume; or, where `patches` are drawn, one of so many as cover it. `lesions`: the truth
+    is tables of them.
     """
 
     cases: tuple[Stored, ...]
     patches: Patches | None = None
+    lesions: bool = False
 
     def __len__(self) -> int:
         return sum(self._examples(case) for case in self.cases)
@@ -133,20 +141,29 @@ class DataSet:
         ]
         if self.patches is None:
             images = np.stack([case.images[n] for case, n in places])
-            masks = np.stack([case.masks[n] for case, n in places])
+            of_each = [case.masks[n] for case, n in places]
+            masks: NDArray[Any] = padded(of_each, images.ndim - 2) if self.lesions else np.stack(of_each)
         else:
             images, masks = self.patches.batch(places, rng)
         if augment == NO_AUGMENT:
             return Batch(images, masks)
-        from fedclient.data.augment import apply, draw  # torch
+        from fedclient.data.augment import apply, draw, move_lesions  # torch
 
         drawn = draw(augment, len(images), images.ndim - 2, rng)
         axes = np.array([case.left_right_axis for case, _ in places], dtype=np.intp)
+        if self.lesions:
+            moved = move_lesions(masks, images.shape[2:], axes, drawn)
+            return Batch(_alone(images, axes, drawn, rng), moved)
         if masks.ndim < images.ndim - 1:  # classes stay what they are, wherever the image is moved
-            return Batch(
-                apply(images, np.zeros((len(images), *images.shape[2:]), np.uint8), axes, drawn, rng)[0], masks
-            )
+            return Batch(_alone(images, axes, drawn, rng), masks)
         return Batch(*apply(images, masks, axes, drawn, rng))
+
+
+def _alone(images: Images, axes: NDArray[np.intp], drawn: "Draw", rng: np.random.Generator) -> NDArray[np.float32]:
+    """Images changed without masks beside them."""
+    from fedclient.data.augment import apply  # torch
+
+    return apply(images, np.zeros((len(images), *images.shape[2:]), np.uint8), axes, drawn, rng)[0]
 
 
 def prepare(
@@ -190,8 +207,9 @@ def prepare(
     if sum(sizes) < MEMORY_BYTES:
         stored = [in_memory(case) for case in stored]
     drawn = FOREGROUND if study.train.foreground is None else study.train.foreground
-    patches = Patches(study.preprocess.size, drawn) if study.preprocess.fit == "patches" else None
-    return DataSet(tuple(stored), patches)
+    lesions = study.task.kind == "detection"
+    patches = Patches(study.preprocess.size, drawn, lesions) if study.preprocess.fit == "patches" else None
+    return DataSet(tuple(stored), patches, lesions)
 
 
 def _prepared(case: Case, folder: Path, older: Sequence[Path], make: Maker) -> Stored:

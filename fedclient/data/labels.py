@@ -5,6 +5,7 @@ ever resampled here: two grids either coincide, up to turned, swapped and missin
 No message holds a path, a name of a structure that a person typed, or an identifier; whoever calls adds the row.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -41,6 +42,11 @@ class Structure:
 
 def refused(code: Code, message: str) -> ImageUnreadable:
     return ImageUnreadable(message, code=code)
+
+
+def as_word(name: str) -> str:
+    """A name as studies write it: `Left Lung` as `left-lung`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.casefold()).strip("-")
 
 
 def numbered(mapping: Mapping[str, str], labels: Sequence[str]) -> dict[str, int]:

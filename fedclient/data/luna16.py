@@ -29,6 +29,7 @@ class Mark:
         centre_lps_mm: x to the patient's left, y to the back, z to the head.
         diameter_mm: None for candidates, and for what nobody measured (negative in the file).
         nodule: of a candidate, whether it is one; None elsewhere.
+        label: what it is called where a table says so.
     """
 
     row: int
@@ -36,6 +37,7 @@ class Mark:
     centre_lps_mm: tuple[float, float, float]
     diameter_mm: float | None = None
     nodule: bool | None = None
+    label: str = "nodule"
 
 
 def read_annotations(path: Path) -> tuple[Mark, ...]:

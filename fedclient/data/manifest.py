@@ -3,7 +3,9 @@
 Columns: `patient_id`, `image`, `mask` (paths inside the data folder; a DICOM series is named by its own folder), and if
 wanted `site` and `split` (train, val, test). A study of another task than segmentation reads other columns: `label`
 (`a`, `a|b` or `none`), `time` and `event`, covariates, or what it calls them; then there need be no `mask`, and for a
-network that sees a table alone no `image`. No message names a patient or a file, only rows (the heading is row 1).
+network that sees a table alone no `image`. Lesions stand as boxes in `x_min`, `y_min`, `x_max`, `y_max`, `label`, a row
+for each (one with these empty is an image without), or in a table of their own (fedclient/data/marked.py). No message
+names a patient or a file, only rows (the heading is row 1).
 """
 
 import csv
@@ -15,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, cast, get_args
 
-from fedclient.data.cases import Case, Channel, Label, Mask, Shown, Split
+from fedclient.data.boxes import EDGES, box_of
+from fedclient.data.cases import Boxes, Case, Channel, Label, Marks, Mask, Shown, Split
+from fedclient.data.marked import read_marked
+from fedclient.data.tables import Line
 from fedclient.data.where import inside
 from shared_models.errors import ImageUnreadable, ManifestInvalid
 
@@ -64,12 +69,13 @@ def read_manifest(folder: Path, site: str | None, salt: str) -> tuple[Case, ...]
     """
     path = folder / "manifest.csv"
     rows = rows_of_site(_rows(folder), site, path)
+    marked = read_marked(folder, _images(rows))
     cases: list[Case] = []
     complaints: list[str] = []
     codes: set[str] = set()
-    for row in rows:
+    for together in _by_image(rows):
         try:
-            cases.append(_case(folder.resolve(), row, salt))
+            cases.append(_case(folder.resolve(), together, salt, marked))
         except ManifestInvalid as e:
             complaints.append(str(e))
             codes.add(e.code)
@@ -204,7 +210,31 @@ def rows_of_site(rows: Sequence[RowT], site: str | None, path: Path) -> Sequence
     return [row for row in rows if site is None or row.values["site"] == site]
 
 
-def _case(root: Path, row: _Row, salt: str) -> Case:
+def _images(rows: Sequence[_Row]) -> dict[str, tuple[str, ...]]:
+    """Patient -> his images, as the rows name them."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.values.get("image"):
+            found.setdefault(row.values["patient_id"], {})[row.values["image"]] = None
+    return {patient: tuple(images) for patient, images in found.items()}
+
+
+def _by_image(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """Each row alone; of a table of boxes those of one image together."""
+    if "image" not in rows[0].values or not {*EDGES, "label"} <= rows[0].values.keys():
+        yield from ([row] for row in rows)
+        return
+    together: dict[str, list[_Row]] = {}
+    for row in rows:
+        together.setdefault(row.values["image"], []).append(row)
+    yield from together.values()
+
+
+def _case(root: Path, rows: Sequence[_Row], salt: str, marked: Mapping[str, Marks] | None) -> Case:
+    row = rows[0]
+    for column in ("patient_id", "mask", "split"):
+        if len({each.values.get(column) for each in rows}) > 1:
+            raise ManifestInvalid(f"row {row.number}: `{column}` differs from that of another row of the same image")
     patient = row.get("patient_id")
     image = _inside(root, row, "image") if "image" in row.values else None
     if "split" not in row.values:
@@ -217,16 +247,31 @@ def _case(root: Path, row: _Row, salt: str) -> Case:
         key=case_key(salt, patient, "" if image is None else image.relative_to(root).as_posix()),
         patient=patient,
         channels=() if image is None else (Channel(files=(image,)),),
-        label=_label(root, row),
+        label=_label(root, rows),
         split=split,
         row=row.number,
-        facts={name: value for name, value in row.values.items() if name not in OWN and value},
+        facts=_facts(rows),
+        marks=None if marked is None or image is None else marked[row.values["image"]],
     )
 
 
-def _label(root: Path, row: _Row) -> Label | None:
+def _facts(rows: Sequence[_Row]) -> dict[str, str]:
+    """Columns that are not the manifest's own; the classes of several boxes joined."""
+    facts = {name: value for name, value in rows[0].values.items() if name not in OWN and value}
+    if len(rows) > 1:
+        facts["label"] = "|".join(dict.fromkeys(row.values["label"] for row in rows))
+    return facts
+
+
+def _label(root: Path, rows: Sequence[_Row]) -> Label | None:
+    row = rows[0]
     if row.values.get("mask"):
         return Mask(_inside(root, row, "mask"))
+    if {*EDGES, "label"} <= row.values.keys():
+        boxes = [box_of(Line("manifest.csv", each.number, each.values)) for each in rows]
+        if len(boxes) > 1 and None in boxes:
+            raise ManifestInvalid(f"row {row.number}: the image is there with boxes and without", "LABEL_VALUES")
+        return Boxes(tuple(box for box in boxes if box is not None))
     named = row.values.get("label")
     return Shown(tuple(name.strip() for name in named.split("|"))) if named else None
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclient.data.cases import Boxes, Case, Shown, read_case_labels
+from fedclient.data.cases import Boxes, Case, Marks, Shown, read_case_labels
 from fedclient.data.labels import refused
 from fedclient.data.volume import Volume
 from shared_models.preprocess import Geometry, preprocess_labels
@@ -20,6 +20,10 @@ def has_truth(case: Case, task: Task) -> bool:
     """Whether there is something for the task to learn from; what it is shows as the case is read."""
     if task.kind == "segmentation":
         return case.label is not None and not isinstance(case.label, Shown | Boxes)
+    if task.kind == "detection":
+        told = case.label if case.marks is None else case.marks
+        unknown = isinstance(told, Marks) and told.nodules is None
+        return told is not None and not isinstance(told, Shown) and not unknown
     if task.kind == "classification":
         return task.column in case.facts or isinstance(case.label, Shown)
     return task.time_column in case.facts and task.event_column in case.facts
@@ -27,6 +31,8 @@ def has_truth(case: Case, task: Task) -> bool:
 
 def read_truth(case: Case, volume: Volume, geometry: Geometry, task: Task) -> Truth:
     """The truth of each example of a case: uint8[N, *size] masks, uint8[N, labels] classes, float32[N, 2] follow-up.
+
+    Lesions are read once for the whole image: `fedclient.data.lesions`.
 
     Raises:
         ImageUnreadable: LABEL_MISSING, LABEL_VALUES and what `read_case_labels` raises.

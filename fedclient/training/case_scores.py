@@ -4,18 +4,22 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from fedclient.worth import CaseScores, mean_scores, ranked_scores
+from fedclient.worth import AnyScores, CaseScores, FrocScores, mean_scores, ranked_scores
+from shared_models.class_counts import BINS
+from shared_models.detection_counts import binned, detection_counts
 from shared_models.scores import Score, total
 from shared_models.study import Task
+from shared_models.tasks.detection import scan_marks
 from shared_models.tasks.functions import CaseAnswer, TaskFunctions
 
 
 def scored(
     task: Task, functions: TaskFunctions, answers: Iterable[CaseAnswer], threshold: float, smallest_count: int
-) -> tuple[Mapping[str, Score], CaseScores]:
+) -> tuple[Mapping[str, Score], AnyScores]:
     """Counts by answer as they may leave; and case by case, for the first answer, what a resample is scored by.
 
-    Dice of each case, or which pairs of cases the model orders rightly (AUROC, C-index). One image is in memory at a
+    Dice of each case, what its marks came to (CPM), or which pairs of cases the model orders rightly (AUROC, C-index).
+    One image is in memory at a
     time where answers are as large as images.
     """
     first = task.answers[0]
@@ -25,8 +29,19 @@ def scored(
             return functions.scores(iter(()), threshold, smallest_count), mean_scores([])
         counts = {name: total(of[name] for of in each) for name in each[0]}
         return {name: of for name, of in counts.items() if of is not None}, mean_scores([s[first].value for s in each])
+    if task.kind == "detection":
+        return _found(task, answers, smallest_count)
     listed = list(answers)
     return functions.scores(listed, threshold, smallest_count), _ranked(task, first, listed)
+
+
+def _found(task: Task, answers: Iterable[CaseAnswer], smallest_count: int) -> tuple[Mapping[str, Score], FrocScores]:
+    scans = [dict(scan_marks(task, case)) for case in answers]
+    counts = {label: detection_counts([of[label] for of in scans], smallest_count) for label in task.labels}
+    first = [of[task.labels[0]] for of in scans]
+    pairs = [binned(of) for of in first]
+    hits, false = (np.array([pair[side] for pair in pairs], np.float64).reshape(len(pairs), BINS) for side in (0, 1))
+    return counts, FrocScores(hits, false, np.array([float(len(of.best)) for of in first]))
 
 
 def _ranked(task: Task, answer: str, cases: list[CaseAnswer]) -> CaseScores:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedclient.data.dataset import CaseExamples, DataSet
+from fedclient.data.lesions import in_mm
 from fedclient.training.trainer import autocast
 from fedclient.training.windows import logits
 from shared_models.preprocess import restore
@@ -22,15 +23,18 @@ def answers(
     """Probabilities beside the truth, case by case, in the order of the data set.
 
     On the grid of the study's plan, over the whole image where patches are trained on; where surfaces are measured, on
-    the image's own.
+    the image's own; lesions in its millimetres.
     """
     net.eval()
     with torch.inference_mode(), autocast(study.train, device):
         for case in cases.by_case():
-            yield _answer(case, task.chances(logits(net, case.images, study, device)).numpy())
+            yield _answer(case, task.chances(logits(net, case.images, study, device)).numpy(), task)
 
 
-def _answer(case: CaseExamples, chances: NDArray[Any]) -> CaseAnswer:
+def _answer(case: CaseExamples, chances: NDArray[Any], task: TaskFunctions) -> CaseAnswer:
+    if task.located is not None and case.native is not None:
+        spacing = case.geometry.spacing_mm
+        return CaseAnswer(task.located(chances, case.geometry), in_mm(case.native, spacing), spacing)
     if case.native is None:
         return CaseAnswer(chances, case.masks)
     native, spacing = restore(chances, case.geometry), case.geometry.spacing_mm

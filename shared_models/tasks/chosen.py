@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from shared_models.study import Task
-from shared_models.tasks import classification, prognosis, segmentation
+from shared_models.tasks import classification, detection, prognosis, segmentation
 from shared_models.tasks.functions import TaskFunctions
 
 
@@ -11,4 +11,6 @@ def functions_of(task: Task, labelled: Sequence[str] = ()) -> TaskFunctions:
     """What a site trains and scores by; `labelled` are the labels that its cases have, all where none is named."""
     if task.kind == "segmentation":
         return segmentation.functions_of(task, labelled)
+    if task.kind == "detection":
+        return detection.functions_of(task)
     return classification.functions_of(task) if task.kind == "classification" else prognosis.functions_of(task)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared_models.preprocess import Geometry
 from shared_models.scores import Score
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -16,8 +17,10 @@ class CaseAnswer(NamedTuple):
     """What a network says of one case, beside the truth.
 
     Attributes:
-        chances: float32[N, outputs, *size] of a segmentation, else float32[N, outputs], of the case's N examples.
-        truth: as the task's batches hold it: uint8[N, *size] masks, uint8[N, labels] classes.
+        chances: float32[N, outputs, *size] of a segmentation, else float32[N, outputs], of the case's N examples. Of a
+            detection the marks that they come to, float64[m, 8]: label, score, centre and half-extents in mm.
+        truth: as the task's batches hold it: uint8[N, *size] masks, uint8[N, labels] classes. Of a detection the
+            lesions of the whole image, float64[n, 7]: label, centre and half-extents in mm along its axes.
         spacing_mm: of the grid that `chances` and `truth` lie on.
     """
 
@@ -34,8 +37,10 @@ class TaskFunctions:
         loss: (logits float32[B, outputs, ...], truth of the batch) -> scalar.
         chances: logits -> probabilities of the same shape.
         scores: (answers of all cases, threshold, smallest count whose histogram may leave) -> counts by name.
+        located: of a task that answers with places: (probabilities of a case, its geometry) -> marks float64[m, 8].
     """
 
     loss: Loss
     chances: Callable[[Tensor], Tensor]
     scores: Callable[[Iterable[CaseAnswer], float, int], Mapping[str, Score]]
+    located: Callable[[NDArray[Any], Geometry], NDArray[Any]] | None = None
