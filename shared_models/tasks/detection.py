@@ -24,7 +24,7 @@ from shared_models.study import Task
 from shared_models.tasks.functions import CaseAnswer, TaskFunctions
 
 ALPHA, BETA = 2, 4  # of the focal loss (Zhou et al. 2019, equation 1)
-SIZE_WEIGHT = 0.1  # of the extents in the loss (Zhou et al. 2019, equation 4)
+SIZE_WEIGHT = 1.0  # of the extents in the loss; of pixels a tenth (Zhou et al. 2019, equation 4), of logarithms all
 WIDTH = 0.5  # standard deviation of a lesion's peak as a share of its half-extent, and a pixel at least
 NEAR = 0.5  # extents are learnt where a peak is at least so high
 LARGEST = 1024.0  # pixels
@@ -42,7 +42,7 @@ def functions_of(task: Task) -> TaskFunctions:
 
 
 def centre_loss(logits: Tensor, truth: Tensor, labels: int) -> Tensor:
-    """Penalty-reduced focal loss of the centres plus a tenth of the L1 of the logarithms of extents.
+    """Penalty-reduced focal loss of the centres plus the L1 of the logarithms of extents.
 
     Each over the number of lesions; nothing is learnt within what is irrelevant.
 
