@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedclient.consent import Asked, list_asked
+from fedclient.data.truths import has_truth
 from fedclient.policy import objections
 from fedclient.site import Site
 from shared_models.errors import FederationError
@@ -46,7 +47,7 @@ def _sees(site: Site, study: Study) -> Iterator[str]:
     except FederationError as error:
         yield f"How many cases that is cannot be told now: {error}"
         return
-    count = Counter(case.split for case in cases if case.label is not None)
+    count = Counter(case.split for case in cases if has_truth(case, study.task))
     yield (
         f"{count['train']} labelled cases for training, {count['val']} for validation after rounds, "
         f"{count['test']} for the test after the last."

@@ -171,6 +171,7 @@ def network(study: Study) -> nn.Module:
 
 
 PRIOR = 0.01  # probability of a lesion's centre that an untrained network tells of each pixel
+EXTENT = 4.0  # pixels, of its half-extents
 NORMS = (
     nn.GroupNorm,
     nn.LayerNorm,
@@ -228,11 +229,12 @@ def _without_batch_norm(net: nn.Module, model: Model) -> None:
 
 def _hardly_anything(net: nn.Module, labels: int) -> None:
     """Lets the first `labels` channels of the answer begin at a small probability: else what is found nowhere would be
-    most of the loss (Lin et al. 2017, section 4.1)."""
+    most of the loss (Lin et al. 2017, section 4.1). The others, logarithms of half-extents, begin at a few pixels."""
     last = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)][-1]
     assert last.bias is not None
     with torch.no_grad():
         last.bias[:labels] = -log((1 - PRIOR) / PRIOR)
+        last.bias[labels:] = log(EXTENT)
 
 
 def blocks(net: nn.Module) -> list[tuple[str, ...]]:

@@ -107,7 +107,8 @@ def test_between_two_thresholds_sensitivity_is_linear():
 
 def test_of_two_marks_in_a_lesion_the_higher_counts():
     scan = judged(marks((0.3, 0, 0, 1), (0.6, 0, 0, 2)), balls((0, 0, 0, 10)), NOTHING)
-    assert scan.best.tolist() == [0.6] and not len(scan.false)
+    assert scan.best.tolist() == [0.6]
+    assert not len(scan.false)
 
 
 def test_a_mark_in_two_lesions_finds_both():
@@ -117,13 +118,15 @@ def test_a_mark_in_two_lesions_finds_both():
 
 def test_a_mark_in_a_lesion_and_in_something_irrelevant_finds_the_lesion():
     scan = judged(marks((0.6, 1, 0, 0)), balls((0, 0, 0, 6)), balls((2, 0, 0, 6)))
-    assert scan.best.tolist() == [0.6] and scan.ignored == 0
+    assert scan.best.tolist() == [0.6]
+    assert scan.ignored == 0
 
 
 def test_a_box_is_hit_within_its_ellipse():
     box = np.array([[0.0, 0, 0, 10, 4, 4]])
     scan = judged(marks((0.9, 9, 0, 0), (0.8, 0, 5, 0)), box, NOTHING)
-    assert scan.best.tolist() == [0.9] and scan.false.tolist() == [0.8]
+    assert scan.best.tolist() == [0.9]
+    assert scan.false.tolist() == [0.8]
 
 
 def test_the_diameter_is_off_by_that_of_the_best_mark():
@@ -172,7 +175,8 @@ def test_scans_without_lesions_have_no_cpm():
 
 def test_a_row_tells_the_seven_points():
     row = as_row(detection_counts(worked()))
-    assert [rate for rate, _ in row["froc"]] == [*RATES] and row["at_1"] == pytest.approx(2 / 3, abs=1e-6)
+    assert [rate for rate, _ in row["froc"]] == [*RATES]
+    assert row["at_1"] == pytest.approx(2 / 3, abs=1e-6)
 
 
 def test_counts_come_back_as_they_went():
@@ -216,4 +220,5 @@ def test_a_better_detector_gains_with_its_whole_interval():
     rng, bad = np.random.default_rng(1), drawn(3, 40)
     good = [ScanMarks(np.full(len(scan.best), 0.99), scan.false / 2, 0, np.zeros(0)) for scan in bad]
     found = difference([froc_scores(good)], [froc_scores(bad)], [f"p{n}" for n in range(40)], rng, resamples=200)
-    assert found.verdict == "gains" and found.low < found.value < found.high
+    assert found.verdict == "gains"
+    assert found.low < found.value < found.high

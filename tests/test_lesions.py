@@ -55,7 +55,8 @@ def test_points_without_a_table_of_nodules_are_no_truth():
 
 def test_classes_of_an_image_are_no_truth_and_an_empty_table_is():
     assert not has_truth(case(Shown(("nodule",))), NODULES)
-    assert has_truth(case(Marks(())), NODULES) and has_truth(case(Boxes(())), NODULES)
+    assert has_truth(case(Marks(())), NODULES)
+    assert has_truth(case(Boxes(())), NODULES)
 
 
 def test_marks_of_a_table_count_before_a_mask():
@@ -102,7 +103,8 @@ def test_an_unknown_name_is_refused_and_found_by_a_study_of_any_lesion():
     boxes = Boxes((Box(2, ("adenocarcinoma(A)",), 1, 1, 3, 3),))
     with pytest.raises(ImageUnreadable, match=r"(?s)name that the study does not know.*`structures`") as e:
         lesions_of(case(boxes), picture(), NODULES)
-    assert e.value.code == "LABEL_VALUES" and "adenocarcinoma" not in str(e.value)
+    assert e.value.code == "LABEL_VALUES"
+    assert "adenocarcinoma" not in str(e.value)
     assert lesions_of(case(boxes), picture(), ANYTHING)[:, 0].tolist() == [1]
 
 
@@ -152,7 +154,8 @@ def test_near_the_end_of_a_lesion_a_plane_is_not_asked():
 
 def test_a_lesion_thinner_than_a_slice_is_on_the_plane_nearest_to_it():
     found = of_examples(np.array([[1, 10, 8, 3.4, 2, 2, 0.2]], np.float32), planes())
-    assert np.flatnonzero(found[:, 0, 0]).tolist() == [3] and found[3, 0, 0] == 1
+    assert np.flatnonzero(found[:, 0, 0]).tolist() == [3]
+    assert found[3, 0, 0] == 1
 
 
 def test_a_resampled_grid_moves_and_scales_lesions():
@@ -168,7 +171,8 @@ def test_a_volume_has_its_lesions_in_all_three_axes():
 def test_places_are_the_pixels_of_centres_and_leave_out_what_is_irrelevant():
     truth = padded([np.array([[1, 2.4, 3.6, 1, 1], [127, 0, 0, 1, 1]]), np.array([[2, 1, 0, 1, 1]])], 2)
     ones, twos = places(truth, (5, 6), 2)
-    assert ones.tolist() == [2 * 6 + 4] and twos.tolist() == [30 + 1 * 6 + 0]
+    assert ones.tolist() == [2 * 6 + 4]
+    assert twos.tolist() == [30 + 1 * 6 + 0]
 
 
 def test_a_window_keeps_what_reaches_into_it():
@@ -185,7 +189,9 @@ def test_lesions_move_with_the_image(size: tuple[int, ...]):
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in size), indexing="ij"), axis=-1)
     for n in range(count):
         images[n, 0] = np.exp(-((grid - centre[n, 0]) ** 2).sum(-1) / 8)
-    lesions = np.concatenate([np.ones((count, 1, 1)), centre, np.full((count, 1, dims), 4.0)], axis=2).astype(np.float32)
+    lesions = np.concatenate([np.ones((count, 1, 1)), centre, np.full((count, 1, dims), 4.0)], axis=2).astype(
+        np.float32
+    )
     drawn = draw(Augment(rotate_deg=40, scale=0.2, shift=0.1, flip_left_right=True), count, dims, rng)
     axes = np.array([0, 1] * 3, np.intp)
     moved = move_lesions(lesions, size, axes, drawn)
@@ -199,7 +205,9 @@ def test_a_turned_lesion_has_the_box_of_its_ellipse():
     lesions = np.array([[[1, 15.5, 15.5, 6, 2]]], np.float32)
     drawn = draw(Augment(), 1, 2, np.random.default_rng(0))
     drawn.angle_rad[:] = np.pi / 2
-    np.testing.assert_allclose(move_lesions(lesions, (32, 32), np.zeros(1, np.intp), drawn)[0, 0, 3:], [2, 6], atol=1e-5)
+    np.testing.assert_allclose(
+        move_lesions(lesions, (32, 32), np.zeros(1, np.intp), drawn)[0, 0, 3:], [2, 6], atol=1e-5
+    )
 
 
 def manifest(folder: Path, rows: list[dict[str, object]], name: str = "manifest.csv") -> Path:
@@ -221,9 +229,11 @@ def test_a_manifest_of_boxes_has_a_row_for_each(tmp_path: Path):
     a, b = ({"patient_id": p, "image": f"{p}.png"} for p in "ab")
     rows = [{**a, "label": "nodule", **EDGES}, {**a, "label": "mass", **EDGES}, {**b, "label": "", **BARE}]
     found = {c.patient: c for c in read_manifest(manifest(tmp_path, rows), None, "salt")}
-    assert isinstance(found["a"].label, Boxes) and isinstance(found["b"].label, Boxes)
+    assert isinstance(found["a"].label, Boxes)
+    assert isinstance(found["b"].label, Boxes)
     assert [box.labels for box in found["a"].label.boxes] == [("nodule",), ("mass",)]
-    assert found["b"].label.boxes == () and found["a"].facts["label"] == "nodule|mass"
+    assert found["b"].label.boxes == ()
+    assert found["a"].facts["label"] == "nodule|mass"
 
 
 def test_an_image_with_boxes_and_without_is_refused(tmp_path: Path):
@@ -254,7 +264,8 @@ def test_a_patient_of_several_images_needs_to_have_them_named(tmp_path: Path):
         read_manifest(manifest(tmp_path, [{"patient_id": "a", **AT}], "nodules.csv"), None, "salt")
     manifest(tmp_path, [{"patient_id": "a", "image": "2.nii", "label": "mass", **AT}], "nodules.csv")
     found = {c.channels[0].files[0].name: c.marks for c in read_manifest(tmp_path, None, "salt")}
-    assert found["1.nii"] == Marks(()) and found["2.nii"] is not None
+    assert found["1.nii"] == Marks(())
+    assert found["2.nii"] is not None
     assert [each.label for each in found["2.nii"].nodules or ()] == ["mass"]
 
 

@@ -222,9 +222,9 @@ def _odd_labels(readable: Sequence[tuple[Case, Facts]], needs: Needs) -> Iterato
 
 
 def _too_few(seen: Sequence[Seen], needs: Needs) -> Iterator[Finding]:
-    use = [each for each in seen if each.case.label is not None or not needs.labels]
+    use = [each for each in seen if needs.labelled(each.case) or not needs.wants_labels]
     patients = {split: len({e.case.patient for e in use if e.case.split == split}) for split in ("train", "test")}
-    labelled = " with labels" if needs.labels else ""
+    labelled = " with labels" if needs.wants_labels else ""
     for split, count in patients.items():
         if count == 0:
             grave: Severity = "block" if split == "train" else "warn"
@@ -233,6 +233,6 @@ def _too_few(seen: Sequence[Seen], needs: Needs) -> Iterator[Finding]:
             what = f"{count} patients{labelled} to train on; {FEW_TO_TRAIN} or more are wanted."
             yield finding("DATASET_TOO_SMALL", what, severity="warn")
     trained = [e.looked.facts for e in use if e.case.split == "train" and e.looked.facts is not None]
-    for label in needs.labels if trained else ():
-        if not any(facts.drawn[label].voxels for facts in trained if label in facts.drawn):
+    for label in needs.answers if trained else ():
+        if not any(facts.has(label) for facts in trained):
             yield finding("CLASS_ABSENT", f"no case to train on has label {label!r}.")

@@ -38,7 +38,7 @@ def card_of(found: Checked, smallest_count: int) -> dict[str, Any]:
     if len(cases) < smallest:
         return {**head, "cases": None, "patients": None, "tables": {}}
     splits: Cells = Counter(
-        f"{case.split}, {'labelled' if case.label is not None else 'not labelled'}" for case in cases
+        f"{case.split}, {'labelled' if found.needs.labelled(case) else 'not labelled'}" for case in cases
     )
     told = withheld(splits, len(cases), smallest)
     by_patient = {(case.patient, case.split) for case in cases}
@@ -49,11 +49,11 @@ def card_of(found: Checked, smallest_count: int) -> dict[str, Any]:
         of_split: Cells = Counter(split for _, split in by_patient)
         tables["patients"] = withheld(of_split, patients, smallest, hidden)
     facts = [each.looked.facts for each in found.seen]
-    for name, value in _FACETS.items():
+    for name, value in () if found.needs.table_only else _FACETS.items():
         cells: Cells = Counter(UNKNOWN if f is None else value(f) for f in facts)
         tables[name] = withheld(cells, len(cases), smallest)
-    for label in found.needs.labels:
-        having = sum(f is not None and label in f.drawn and f.drawn[label].voxels > 0 for f in facts)
+    for label in found.needs.answers:
+        having = sum(f is not None and f.has(label) for f in facts)
         tables[f"label {label}"] = _with_and_without(having, len(cases), smallest)
     for code in sorted({f.code for f in found.findings if f.case}):
         having = len({f.case for f in found.findings if f.code == code and f.case})

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from fedclient.data.cases import Case
 from fedclient.data.findings import Finding
+from fedclient.data.truths import has_truth
 from shared_models.files import canonical_json
 from shared_models.parse import STRICT, plain
-from shared_models.study import Study
+from shared_models.study import Study, Task
 
-VERSION = 2  # of the checks: raise it when they see more, or something else
+VERSION = 3  # of the checks: raise it when they see more, or something else
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +20,32 @@ class Needs:
 
     Attributes:
         modality: `ct`, `xray`, `mr`; empty without a study.
-        channels, labels: as the study names them.
+        channels: as the study names them.
+        labels: what masks are to mark.
         spacing_mm: voxel size that images are resampled to, if they are.
+        task: that is answered by something else than masks: classes, follow-up, lesions.
+        table_only: the network sees a case's table and no image.
     """
 
     modality: str = ""
     channels: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     spacing_mm: tuple[float, ...] | None = None
+    task: Task | None = None
+    table_only: bool = False
+
+    @property
+    def wants_labels(self) -> bool:
+        return bool(self.labels) or self.task is not None
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What some case is to show."""
+        return self.labels if self.task is None else self.task.labels
+
+    def labelled(self, case: Case) -> bool:
+        """Whether there is something to learn from; without a study, whether there are labels of any kind."""
+        return case.label is not None if self.task is None else has_truth(case, self.task)
 
     @property
     def digest(self) -> str:
@@ -37,8 +56,10 @@ class Needs:
 def needs_of(study: Study | None) -> Needs:
     if study is None:
         return Needs()
-    drawn = study.task.labels if study.task.kind == "segmentation" else ()  # classes and follow-up are not drawn
-    return Needs(study.modality, study.channels, drawn, study.preprocess.spacing_mm)
+    spacing_mm = None if study.table_only else study.preprocess.spacing_mm
+    if study.task.kind == "segmentation":
+        return Needs(study.modality, study.channels, study.task.labels, spacing_mm)
+    return Needs(study.modality, study.channels, (), spacing_mm, study.task, study.table_only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +88,7 @@ class Facts:
         bands: HMACs of the parts of a perceptual hash; None for a part without contrast.
         axial, coronal: 16 x 16 grey values of its projections, for telling which way it lies.
         person: HMAC of the PatientID in its headers; empty where there is none.
+        shown: labels of the study that the case shows: classes, lesions, or that the event came.
     """
 
     __pydantic_config__ = STRICT
@@ -88,6 +110,11 @@ class Facts:
     coronal: tuple[int, ...]
     person: str = ""
     drawn: Mapping[str, Drawn] = field(default_factory=dict)
+    shown: tuple[str, ...] = ()
+
+    def has(self, label: str) -> bool:
+        """Whether the case shows a label of the study."""
+        return label in self.shown or (label in self.drawn and self.drawn[label].voxels > 0)
 
 
 @dataclass(frozen=True, slots=True)

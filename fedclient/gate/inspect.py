@@ -12,14 +12,17 @@ from fedclient.data.findings import CATALOGUE, Finding, finding
 from fedclient.data.formats import format_of
 from fedclient.data.identifiers import NOTHING, Said, identifying_path, said_in
 from fedclient.data.images import is_picture, read_labels
+from fedclient.data.lesions import lesions_of
 from fedclient.data.nifti import SHEAR, twofold
 from fedclient.data.pictures import is_coloured
+from fedclient.data.truths import classes_of, covariates_of, follow_up, has_truth
 from fedclient.data.volume import Volume
 from fedclient.gate.facts import Drawn, Facts, Looked, Needs
 from fedclient.gate.letters import letters
 from fedclient.gate.pixels import bands, clipped, pixel_seal, projections, sample, sealed, small_picture
 from fedclient.gate.plausible import exchanged, misplaced
 from shared_models.errors import ImageUnreadable, StudyInvalid
+from shared_models.study import Task
 
 MODALITIES = {
     "ct": {"CT"},
@@ -45,6 +48,8 @@ def look_at(case: Case, root: Path, needs: Needs, secret: str) -> Looked:
     state, said = "", NOTHING
     try:
         state = state_of(case)
+        if needs.table_only or not case.channels:
+            return _row(case, needs, secret, state)
         said = said_in(_members(case.channels[0].files))
         return _looked(case, root, needs, secret, state, said)
     except ImageUnreadable as e:
@@ -72,9 +77,15 @@ def _looked(case: Case, root: Path, needs: Needs, secret: str, state: str, said:
     found += _of_levels(case, volume, needs, ct)
     labels: NDArray[np.uint8] | None = None
     drawn: dict[str, Drawn] = {}
+    shown: tuple[str, ...] = ()
     try:
-        labels, drawn = _labels(case, volume, needs)
-        found += _of_labels(case, drawn, needs)
+        if needs.task is None:
+            labels, drawn = _labels(case, volume, needs)
+            found += _of_labels(case, drawn, needs)
+        elif has_truth(case, needs.task):
+            shown = _shown(case, volume, needs.task)
+        else:
+            found.append(_without_labels(case))
     except ImageUnreadable as e:
         code = "LABEL_UNREADABLE" if e.code in ("IMAGE_UNREADABLE", "DICOM_UNREADABLE") else e.code
         found.append(_refused(ImageUnreadable(str(e), code), case))
@@ -103,9 +114,50 @@ def _looked(case: Case, root: Path, needs: Needs, secret: str, state: str, said:
         coronal=coronal,
         person=sealed(secret, "person", said.patient.encode()) if said.patient else "",
         drawn=drawn,
+        shown=shown,
     )
     turned = picture or (volume.voxels.shape[3] == 1 and volume.left_right_axis == 1)
     return Looked(state, facts, tuple(found), small_picture(grey, labels, turned))
+
+
+def _row(case: Case, needs: Needs, secret: str, state: str) -> Looked:
+    """A case of which the study sees the table alone; two patients may well have the same row."""
+    found: list[Finding] = []
+    shown: tuple[str, ...] = ()
+    if not needs.table_only:
+        if needs.modality:
+            what = "it has no image, and the study trains on images."
+            found.append(finding("FILE_MISSING", what, case=case.key, row=case.row))
+    elif needs.task is not None and has_truth(case, needs.task):
+        covariates_of(case, needs.task)
+        shown = _shown(case, None, needs.task)
+    else:
+        found.append(_without_labels(case))
+    facts = Facts(
+        modality=None, manufacturer=None, body_part=None, slice_thickness_mm=None, tube_kv=None, lossy=False,
+        picture=True, spacing_mm=(1.0, 1.0, 1.0), axes=(1, 1, 1), level_1=0.0, level_50=0.0, level_99=0.0,
+        pixels=sealed(secret, "row", case.key.encode()), bands=(), axial=(), coronal=(), shown=shown,
+    )  # fmt: skip
+    return Looked(state, facts, tuple(found))
+
+
+def _shown(case: Case, volume: Volume | None, task: Task) -> tuple[str, ...]:
+    """Which labels of the study a case shows, read as training reads them.
+
+    Raises:
+        ImageUnreadable: as `classes_of`, `follow_up` and `lesions_of`.
+    """
+    if task.kind == "classification":
+        return tuple(label for label, there in zip(task.labels, classes_of(case, task), strict=True) if there)
+    if task.kind == "prognosis":
+        return task.labels if follow_up(case, task)[1] else ()
+    assert volume is not None
+    kinds = set(lesions_of(case, volume, task)[:, 0].tolist())
+    return tuple(label for value, label in enumerate(task.labels, start=1) if value in kinds)
+
+
+def _without_labels(case: Case) -> Finding:
+    return finding("LABEL_MISSING", "it has no labels and takes no part.", case=case.key, row=case.row)
 
 
 def _members(files: tuple[Path, ...]) -> list[Path]:
@@ -177,7 +229,7 @@ def _of_kind(case: Case, volume: Volume, needs: Needs, picture: bool) -> Iterato
         what = "the picture is in colour, and is read as grey."
         yield finding("MODALITY_MISMATCH", what, case=case.key, row=case.row, severity="warn")
     part = set((volume.provenance.body_part or "").split())
-    if part and CHEST_LABELS & set(needs.labels) and part <= FAR_FROM_CHEST:
+    if part and CHEST_LABELS & set(needs.answers) and part <= FAR_FROM_CHEST:
         what = f"the header says {volume.provenance.body_part}, and the study labels what is in the chest."
         yield finding("BODY_PART_MISMATCH", what, case=case.key, row=case.row)
     if volume.provenance.lossy and not picture:
@@ -251,7 +303,7 @@ def _labels(case: Case, volume: Volume, needs: Needs) -> tuple[NDArray[np.uint8]
 def _of_labels(case: Case, drawn: dict[str, Drawn], needs: Needs) -> Iterator[Finding]:
     if case.label is None:
         if needs.labels:
-            yield finding("LABEL_MISSING", "it has no labels and takes no part.", case=case.key, row=case.row)
+            yield _without_labels(case)
         return
     if not drawn:
         return

@@ -68,7 +68,7 @@ class Checked:
                 split: {
                     "cases": sum(c.split == split for c in cases),
                     "patients": len({c.patient for c in cases if c.split == split}),
-                    "labelled": sum(c.split == split and c.label is not None for c in cases),
+                    "labelled": sum(c.split == split and self.needs.labelled(c) for c in cases),
                 }
                 for split in ("train", "val", "test")
             },
@@ -172,4 +172,4 @@ def _here(looked: Looked, case: Case, needs: Needs) -> Looked:
         for found in looked.findings
     )  # fmt: skip
     looked = Looked(looked.state, looked.facts, moved, looked.picture)
-    return quieter(looked) if needs.labels and case.label is None else looked
+    return quieter(looked) if needs.wants_labels and not needs.labelled(case) else looked
