@@ -101,7 +101,8 @@ def demonstrate(out: Path, console: Console) -> dict[str, Any]:
     write_json(out / "results.json", results)
     models = {f"only {site}": results["local"][site] for site in sorted(nodes)} | {"federated": results["federated"]}
     console.print(score_table(models, sorted(nodes), "Dice on each hospital's test patients"))
-    worst, cell = min(results["federated"].values()), min(min(r.values()) for r in results["local"].values())
+    worst = min(score for score in results["federated"].values() if score is not None)
+    cell = min(score for r in results["local"].values() for score in r.values() if score is not None)
     console.print(f"Worst site, federated: {worst:.3f}. Worst cell of the models trained alone: {cell:.3f}.")
     console.print(f"report   {report}\nweights  {results['weights']}", highlight=False, soft_wrap=True)
     return results

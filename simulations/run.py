@@ -19,7 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, cast
 
 from fedclient.data.cases import state_of
@@ -233,18 +235,38 @@ def _inputs(job: Job) -> dict[str, Any]:
     }
 
 
-def check_cases(study: Study, name: str, config: NodeConfig) -> None:
-    """Raises ManifestInvalid where a site has no labelled case to train or to test on."""
+def check_cases(study: Study, name: str, config: NodeConfig, splits: Sequence[str] = ("train", "test")) -> None:
+    """Raises ManifestInvalid where a site has no labelled case of one of the splits."""
     site = open_site(config)
     listing = list_cases(site.where, site.salt)
     labelled: Counter[str] = Counter(case.split for case in listing.cases if has_truth(case, study.task))
-    lacking = [what for split, what in (("train", "to train on"), ("test", "to test on")) if not labelled[split]]
+    lacking = [f"to {split} on" for split in splits if not labelled[split]]
     if lacking:
         raise ManifestInvalid(
-            f"{site.data}: site {name} ({listing.layout}) has no labelled case {' and none '.join(lacking)}. Every "
-            f"model is scored on every site's test patients: add patients, or leave the site out. "
+            f"{site.data}: site {name} ({listing.layout}) has no labelled case {' and none '.join(lacking)}. "
+            f"Models are scored on the sites' test patients: add patients, or leave the site out. "
             + " ".join(f"{found.code}: {found.what}." for found in listing.findings[:SHOWN])
         )
+
+
+def check_sites(study: Study, nodes: Mapping[str, NodeConfig]) -> set[str]:
+    """The sites that have labelled cases to test on; one of few patients may have none.
+
+    Raises:
+        ManifestInvalid: a site has none to train on, or no site has one to test on.
+    """
+    tested: set[str] = set()
+    refused: ManifestInvalid | None = None
+    for name, config in nodes.items():
+        check_cases(study, name, config, ("train",))
+        try:
+            check_cases(study, name, config)
+            tested.add(name)
+        except ManifestInvalid as e:
+            refused = refused or e
+    if not tested and refused is not None:
+        raise refused
+    return tested
 
 
 def _cases_sha256(config: NodeConfig) -> str:
@@ -332,10 +354,11 @@ def simulate(
     """Every seed from `study.seed` on; writes results.json and a report, and returns the results.
 
     Raises:
-        ManifestInvalid: a site that has no labelled case to train or to test on.
+        ManifestInvalid: a site that has no labelled case to train on, or none at any site to test on.
     """
-    for site, config in nodes.items():
-        check_cases(study, site, config)
+    tested = check_sites(study, nodes)
+    if untested := sorted(nodes.keys() - tested):
+        say(f"{', '.join(untested)}: trains, and has no patient to test on")
     comparisons: list[Comparison] = []
     tell_size(study, weights, say)
     results: dict[str, Any] = {"study": study.name, "measure": NAMES[measure_of(study.task)], "seeds": []}
@@ -371,10 +394,11 @@ def _say_of(say: Say, seed: int, news: str) -> None:
 
 
 def as_numbers(comparison: Comparison) -> dict[str, Any]:
-    """The headline score of each model at each site, and all that is behind it."""
+    """The headline score of each model at each site, and all that is behind it; None where a site cannot tell one, as
+    it has no test patients or none with a lesion."""
 
-    def means(of: Mapping[str, Score]) -> dict[str, float]:
-        return {site: round(part.value, 6) for site, part in of.items()}
+    def means(of: Mapping[str, Score]) -> dict[str, float | None]:
+        return {site: round(part.value, 6) if isfinite(part.value) else None for site, part in of.items()}
 
     def rows(of: Mapping[str, Score]) -> dict[str, Any]:
         return {site: row_of(part) for site, part in of.items()}
@@ -398,20 +422,23 @@ def as_numbers(comparison: Comparison) -> dict[str, Any]:
 def summary(seeds: list[dict[str, Any]]) -> dict[str, float | None]:
     """Means over the seeds: of the site means, of the worst site, and of the worst cell of the local models."""
 
-    def over(values: list[float]) -> float | None:
-        return round(sum(values) / len(values), 6) if values else None
+    def over(values: Sequence[Sequence[float | None]], take: Callable[[Sequence[float]], float]) -> float | None:
+        known = [[v for v in of if v is not None] for of in values]
+        found = [take(of) for of in known if of]
+        return round(fmean(found), 6) if found else None
 
-    def mean(of: Mapping[str, float]) -> float:
-        return sum(of.values()) / len(of)
+    def of(name: str) -> list[list[float | None]]:
+        return [[*seed[name].values()] for seed in seeds]
 
+    local = [seed["local"] for seed in seeds]
     return {
-        "federated_mean": over([mean(s["federated"]) for s in seeds]),
-        "federated_worst": over([min(s["federated"].values()) for s in seeds]),
-        "pooled_mean": over([mean(s["pooled"]) for s in seeds if s["pooled"]]),
-        "pooled_worst": over([min(s["pooled"].values()) for s in seeds if s["pooled"]]),
-        "personalised_mean": over([mean(s["personalised"]) for s in seeds if s["personalised"]]),
-        "personalised_worst": over([min(s["personalised"].values()) for s in seeds if s["personalised"]]),
-        "left_out_mean": over([mean(s["left_out"]) for s in seeds if s["left_out"]]),
-        "local_home_mean": over([mean({t: of[t] for t, of in s["local"].items()}) for s in seeds if s["local"]]),
-        "local_worst_cell": over([min(min(of.values()) for of in s["local"].values()) for s in seeds if s["local"]]),
+        "federated_mean": over(of("federated"), fmean),
+        "federated_worst": over(of("federated"), min),
+        "pooled_mean": over(of("pooled"), fmean),
+        "pooled_worst": over(of("pooled"), min),
+        "personalised_mean": over(of("personalised"), fmean),
+        "personalised_worst": over(of("personalised"), min),
+        "left_out_mean": over(of("left_out"), fmean),
+        "local_home_mean": over([[cells[t] for t, cells in models.items()] for models in local], fmean),
+        "local_worst_cell": over([[v for cells in models.values() for v in cells.values()] for models in local], min),
     }

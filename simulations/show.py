@@ -1,7 +1,7 @@
 """What a researcher sees: a bar for each run in progress, and the table at the end."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fedserver.checkpoint import RunFolder, read_progress
+from fedserver.comparison import value_text
 
 Say = Callable[[str], None]
 
@@ -84,7 +85,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     """The test score of each model on each site, mean over the seeds; the worst site and the worst cell are marked."""
     seeds = results["seeds"]
     sites = sorted(seeds[0]["federated"])
-    models: dict[str, dict[str, float]] = {}
+    models: dict[str, dict[str, float | None]] = {}
     for trained in sorted(seeds[0]["local"]):
         models[f"only {trained}"] = {s: _mean([r["local"][trained][s] for r in seeds]) for s in sites}
     if seeds[0]["pooled"]:
@@ -96,8 +97,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
     return score_table(models, sites, f"Test {results['measure']}, {results['study']}, mean of {len(seeds)} seed(s)")
 
 
-def score_table(models: Mapping[str, Mapping[str, float]], sites: list[str], title: str) -> Table:
-    """A row for each model, a column for each site, then the mean and the worst site."""
+def score_table(models: Mapping[str, Mapping[str, float | None]], sites: list[str], title: str) -> Table:
+    """A row for each model, a column for each site, then the mean and the worst site; a dash for no value."""
     table = Table(title=title)
     table.add_column("trained on")
     for site in sites:
@@ -105,11 +106,14 @@ def score_table(models: Mapping[str, Mapping[str, float]], sites: list[str], tit
     table.add_column("mean", justify="right")
     table.add_column("worst", justify="right")
     for name, row in models.items():
-        worst = min(row.values())
-        cells = [f"[yellow]{row[s]:.3f}[/]" if row[s] == worst else f"{row[s]:.3f}" for s in sites]
-        table.add_row(name, *cells, f"{_mean(list(row.values())):.3f}", f"{worst:.3f}", end_section=name == "pooled")
+        worst = min((v for v in row.values() if v is not None), default=None)
+        told = {s: value_text(row[s]) for s in sites}
+        cells = [f"[yellow]{told[s]}[/]" if worst is not None and row[s] == worst else told[s] for s in sites]
+        mean = value_text(_mean(list(row.values())))
+        table.add_row(name, *cells, mean, value_text(worst), end_section=name == "pooled")
     return table
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
