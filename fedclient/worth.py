@@ -3,8 +3,9 @@
 All of it happens in the site's own process. What is made from it names no patient and holds no score of one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -50,14 +51,23 @@ AnyScores: TypeAlias = CaseScores | FrocScores
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """One model less another, in the task's headline measure, mean over the runs of several seeds.
+class Interval:
+    """A figure with its percentile interval at 95 % over patients (Efron & Tibshirani 1993, section 13.3).
 
     Attributes:
-        low, high: percentile interval at 95 % over patients (Efron & Tibshirani 1993, section 13.3), NaN where there
-            are too few.
+        low, high: NaN where there are too few patients.
         patients: with a score.
     """
+
+    value: float
+    low: float
+    high: float
+    patients: int
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One model less another, in the task's headline measure, mean over the runs of several seeds; as `Interval`."""
 
     value: float
     low: float
@@ -111,22 +121,46 @@ def difference(
     Args:
         patients: of each case.
     """
+    of = _interval(partial(_mean_difference, ours, theirs), [*ours, *theirs], patients, draw, resamples)
+    return Difference(of.value, of.low, of.high, of.patients)
+
+
+def interval(
+    scores: Sequence[AnyScores], patients: Sequence[str], draw: np.random.Generator, resamples: int = RESAMPLES
+) -> Interval:
+    """The measure of a model at its site, mean over the runs of several seeds; arguments as of `difference`."""
+
+    def mean(counts: Floats) -> Floats:
+        over: Floats = np.mean([measure(each, counts) for each in scores], axis=0)
+        return over
+
+    return _interval(mean, scores, patients, draw, resamples)
+
+
+def _interval(
+    figure: Callable[[Floats], Floats],
+    scores: Sequence[AnyScores],
+    patients: Sequence[str],
+    draw: np.random.Generator,
+    resamples: int,
+) -> Interval:
+    """`figure` of all cases, and how it varies when patients are drawn anew."""
     names = sorted(set(patients))
     whose = np.array([names.index(patient) for patient in patients], dtype=np.intp)
     scored = np.zeros(len(whose), bool)
-    for each in (*ours, *theirs):
+    for each in scores:
         scored |= _with_score(each)
     known = len(set(whose[scored].tolist()))
-    value = float(_mean_difference(ours, theirs, np.ones((1, len(whose))))[0])
+    value = float(figure(np.ones((1, len(whose))))[0])
     if known < FEWEST_PATIENTS:
-        return Difference(value, np.nan, np.nan, known)
+        return Interval(value, np.nan, np.nan, known)
     times = draw.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples).astype(np.float64)
-    drawn = _mean_difference(ours, theirs, times[:, whose])
+    drawn = figure(times[:, whose])
     drawn = drawn[np.isfinite(drawn)]
     if len(drawn) < FEWEST_DEFINED * resamples:
-        return Difference(value, np.nan, np.nan, known)
+        return Interval(value, np.nan, np.nan, known)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Difference(value, float(low), float(high), known)
+    return Interval(value, float(low), float(high), known)
 
 
 def _with_score(scores: AnyScores) -> NDArray[np.bool_]:

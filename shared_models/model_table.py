@@ -16,6 +16,7 @@ SMALLEST_EDGE = 32  # of an encoder's example: it halves five times
 OF_MODEL = {  # the keys that some networks read and others do not
     "features": ("unet", "residual-unet", "segresnet", "mlp"),
     "levels": ("dynunet",),
+    "supervised": ("dynunet",),
     "groups": ("unet", "dynunet", "residual-unet", "segresnet", *ENCODERS),
     "dropout": (*PIXELWISE, "mlp", "vgg11", "vgg13", "vgg16", "vgg19", "densenet121"),
     "head": ("vgg11", "vgg13", "vgg16", "vgg19"),
@@ -43,6 +44,8 @@ class Model:
         features: channels of the five levels of `unet`, then of the last up-sampling (MONAI BasicUNet's order); of the
             levels of `residual-unet`; the first of `segresnet`, doubled three times; the hidden layers of `mlp`.
         levels: of `dynunet`, from full size down; its features are there. A federated plan sets them.
+        supervised: of `dynunet`: how many levels below full size answer too while it trains, each counting half of the
+            one above in the loss (Isensee et al. 2021, online methods).
         norm: `group` (of `groups` groups) or `instance`; batch statistics leak and differ between sites, so `batch`
             is only for norm layers that stay at their site (`personal.keep`). `none` is for a VGG as it was published,
             and for `mlp`.
@@ -57,6 +60,7 @@ class Model:
     spatial_dims: Literal[2, 3] = 2
     features: Annotated[tuple[Features, ...], Field(max_length=12)] = (32, 32, 64, 128, 256, 32)
     levels: Annotated[tuple[Level, ...], Field(max_length=12)] = ()
+    supervised: Annotated[int, Field(ge=0, le=8)] = 0
     norm: Literal["group", "instance", "batch", "none"] = "group"
     groups: Annotated[int, Field(ge=1, le=64)] = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -71,6 +75,8 @@ class Model:
                 raise ValueError(f'{key} is not an argument of name = "{self.name}"; it is of {", ".join(names)}')
         if self.name == "dynunet" and len(self.levels) < 3:
             raise ValueError(f'name = "dynunet" needs at least 3 levels, there are {len(self.levels)}')
+        if self.supervised and self.supervised > len(self.levels) - 2:
+            raise ValueError(f"supervised = {self.supervised}: {len(self.levels)} levels have {len(self.levels) - 2}")
         for level in self.levels:
             if len(level.stride) != self.spatial_dims or len(level.kernel) != self.spatial_dims:
                 raise ValueError(f"levels need {self.spatial_dims} strides and kernels each, as spatial_dims says")

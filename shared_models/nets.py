@@ -39,9 +39,12 @@ def unet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
 
 
 def dynunet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
-    """nnU-Net's plain U-Net (Isensee et al. 2021) as MONAI's DynUNet: logits float32[B, out_channels, *size]."""
+    """nnU-Net's plain U-Net (Isensee et al. 2021) as MONAI's DynUNet: logits float32[B, out_channels, *size].
+
+    Where lower levels are supervised, in training float32[B, 1 + levels, out_channels, *size], the answer first.
+    """
     levels = model.levels
-    net: nn.Module = DynUNet(
+    net = DynUNet(
         spatial_dims=model.spatial_dims,
         in_channels=in_channels,
         out_channels=out_channels,
@@ -51,8 +54,18 @@ def dynunet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
         filters=[level.features for level in levels],
         dropout=model.dropout or None,
         norm_name=_norm_words(model),
+        deep_supervision=model.supervised > 0,
+        deep_supr_num=max(1, model.supervised),
     )
+    if model.supervised:
+        net.register_forward_hook(_forget)
     return net
+
+
+def _forget(net: nn.Module, given: Any, answer: Any) -> None:
+    """Lets go of the lower levels' answers, which DynUNet keeps in a list: with them a network cannot be copied."""
+    heads: Any = net.heads
+    heads[:] = [torch.zeros(1)] * len(heads)
 
 
 def _norm_words(model: Model) -> tuple[str, dict[str, Any]]:
@@ -170,6 +183,7 @@ def network(study: Study) -> nn.Module:
     return net
 
 
+SUPERVISED = "deep_supervision_heads"  # of a DynUNet; its head proper is `output_block`
 PRIOR = 0.01  # probability of a lesion's centre that an untrained network tells of each pixel
 EXTENT = 4.0  # pixels, of its half-extents
 NORMS = (
@@ -195,7 +209,8 @@ def norm_names(net: nn.Module) -> frozenset[str]:
 
 def head_names(net: nn.Module) -> frozenset[str]:
     """Names of the tensors of the last layer that has any: the one that makes logits of features."""
-    last = [at for at, m in net.named_modules() if any(True for _ in m.parameters(recurse=False))][-1]
+    layers = [at for at, m in net.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    last = [at for at in layers if not at.startswith(SUPERVISED)][-1]
     return frozenset(name for name in _tensors(net) if name.startswith(f"{last}."))
 
 
@@ -230,11 +245,13 @@ def _without_batch_norm(net: nn.Module, model: Model) -> None:
 def _hardly_anything(net: nn.Module, labels: int) -> None:
     """Lets the first `labels` channels of the answer begin at a small probability: else what is found nowhere would be
     most of the loss (Lin et al. 2017, section 4.1). The others, logarithms of half-extents, begin at a few pixels."""
-    last = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)][-1]
-    assert last.bias is not None
+    head = head_names(net)
+    biases = [p for n, p in net.named_parameters() if n.endswith("bias") and (n in head or n.startswith(SUPERVISED))]
+    assert biases
     with torch.no_grad():
-        last.bias[:labels] = -log((1 - PRIOR) / PRIOR)
-        last.bias[labels:] = log(EXTENT)
+        for bias in biases:
+            bias[:labels] = -log((1 - PRIOR) / PRIOR)
+            bias[labels:] = log(EXTENT)
 
 
 def blocks(net: nn.Module) -> list[tuple[str, ...]]:

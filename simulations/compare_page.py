@@ -218,8 +218,14 @@ def _texts(line: Mapping[str, Any]) -> dict[str, Any]:
         "interval": DASH if low is None or high is None else f"{low:+.3f} to {high:+.3f}".replace("-", MINUS),
         "patients": line.get("patients", DASH),
         "worst": value_text(line.get("worst_tenth")),
+        "within": _within(line.get("here") or {}),
         "verdict": line.get("verdict", ""),
     }
+
+
+def _within(ends: Mapping[str, float | None]) -> str:
+    low, high = ends.get("low"), ends.get("high")
+    return DASH if low is None or high is None else f"{low:.3f} to {high:.3f}"
 
 
 def mean_at(study: Mapping[str, Any], site: str, kind: str, setting: str, figure: str = "") -> float:

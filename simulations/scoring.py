@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedclient.data.cases import Case
 from fedclient.gate.run import usable_cases
 from fedclient.site import Site, open_site
-from fedclient.worth import AnyScores, Difference, difference, part_of, worst_tenth
+from fedclient.worth import AnyScores, Difference, Interval, difference, interval, part_of, worst_tenth
 from fedserver.checkpoint import RunFolder, read_state, trained_study
 from shared_models.control import without_control
 from shared_models.scores import row_of
@@ -56,7 +56,8 @@ class Told:
 
     Attributes:
         rows: for each model, split and answer: who made it, and its row of scores.
-        worth: for each setting and kind: the difference to the site's own model, over all seeds, and its worst tenth.
+        worth: for each setting and kind: the interval of its measure, the difference to the site's own model, over all
+            seeds, and its worst tenth.
         subgroups: the same difference of the federated model in groups of the site's patients.
     """
 
@@ -132,7 +133,8 @@ def _compared(
     groups: list[dict[str, Any]] = []
     for (kind, setting), scores in found.items():
         who = {"kind": kind, "setting": setting}
-        line = {**who, "worst_tenth": _number(worst_tenth(scores))}
+        mine = interval(scores, patients, rng("interval", name, kind, setting))
+        line = {**who, "worst_tenth": _number(worst_tenth(scores)), "here": _ends(mine)}
         if kind != "local" and len(own) == len(scores):
             line |= told(difference(scores, own, patients, rng("worth", name, kind, setting)))
         worth.append(line)
@@ -143,6 +145,10 @@ def _compared(
             found_here = difference(*few, [patients[n] for n in places], rng("worth", name, kind, setting, group))
             groups.append({**who, "group": group, **told(found_here)})
     return worth, groups
+
+
+def _ends(of: Interval) -> dict[str, float | None]:
+    return {key: _number(getattr(of, key)) for key in ("low", "high")}
 
 
 def told(found: Difference) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedclient.data.cases import Case
 from fedclient.training.case_scores import scored
-from fedclient.worth import difference, mean_scores, measure, part_of, ranked_scores, worst_tenth
+from fedclient.worth import difference, interval, mean_scores, measure, part_of, ranked_scores, worst_tenth
 from shared_models.class_counts import class_counts
 from shared_models.survival_counts import pairs_of
 from shared_models.task_table import Task
@@ -143,3 +143,19 @@ def test_groups_are_told_from_eleven_patients_on_and_ages_come_in_bands():
     cases = [Case(f"k{n}", f"p{n}", (), None, "test", facts={"Age": age, "sex": "F"}) for n, age in enumerate(ages)]
     found = {name: len(places) for name, places in subgroups(cases)}
     assert found == {"sex F": 34, "age under 40": 11, "age 65 or more": 12}
+
+
+def test_a_score_has_an_interval_over_patients():
+    rng = draw(1)
+    scores = rng.uniform(0.6, 1.0, 400)
+    found, error = interval([mean_scores(scores)], [*map(str, range(400))], draw()), scores.std() / 20
+    assert found.value == pytest.approx(scores.mean())
+    assert (found.low, found.high) == pytest.approx(
+        (scores.mean() - 1.96 * error, scores.mean() + 1.96 * error), abs=2e-3
+    )
+
+
+def test_a_score_of_few_patients_has_none():
+    found = interval([mean_scores([0.5, 0.6, 0.7])], ["a", "b", "c"], draw())
+    assert (found.value, found.patients) == (pytest.approx(0.6), 3)
+    assert np.isnan([found.low, found.high]).all()

@@ -21,7 +21,7 @@ from shared_models.metrics import IGNORE
 from shared_models.preprocess import Geometry
 from shared_models.scores import Score
 from shared_models.study import Task
-from shared_models.tasks.functions import CaseAnswer, TaskFunctions
+from shared_models.tasks.functions import CaseAnswer, TaskFunctions, deeply
 
 ALPHA, BETA = 2, 4  # of the focal loss (Zhou et al. 2019, equation 1)
 SIZE_WEIGHT = 1.0  # of the extents in the loss; of pixels a tenth (Zhou et al. 2019, equation 4), of logarithms all
@@ -34,7 +34,7 @@ MOST_PEAKS, MOST_MARKS = 1000, 100  # of one label in a scan, before and after n
 def functions_of(task: Task) -> TaskFunctions:
     labels = len(task.labels)
     return TaskFunctions(
-        loss=partial(centre_loss, labels=labels),
+        loss=deeply(partial(centre_loss, labels=labels), lambda lesions: (lesions.shape[2] - 1) // 2),
         chances=partial(chances, labels=labels),
         scores=partial(scores, task),
         located=partial(located, labels=labels),

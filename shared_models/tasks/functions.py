@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,6 +28,24 @@ class CaseAnswer(NamedTuple):
     chances: NDArray[Any]
     truth: NDArray[Any]
     spacing_mm: tuple[float, ...] = ()
+
+
+def deeply(loss: Loss, dims_of: Callable[[Tensor], int]) -> Loss:
+    """`loss` of a network whose lower levels answer too, float32[B, 1 + levels, outputs, *size]: each level counts half
+    of the one above (Isensee et al. 2021, online methods). Answers without levels are scored as they are.
+
+    Args:
+        dims_of: of the truth of a batch: how many spatial dimensions it is about.
+    """
+
+    def over_levels(logits: Tensor, truth: Tensor) -> Tensor:
+        if logits.ndim == 2 + dims_of(truth):
+            return loss(logits, truth)
+        shares = [0.5**level for level in range(logits.shape[1])]
+        parts = [share * loss(level, truth) for share, level in zip(shares, logits.unbind(1), strict=True)]
+        return torch.stack(parts).sum() / sum(shares)
+
+    return over_levels
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from shared_models.metrics import IGNORE, counts, dice
 from shared_models.scores import Score
 from shared_models.study import Task
 from shared_models.surface_counts import SurfaceCounts
-from shared_models.tasks.functions import CaseAnswer, Loss, TaskFunctions
+from shared_models.tasks.functions import CaseAnswer, Loss, TaskFunctions, deeply
 from shared_models.tasks.surfaces import CaseSurface, case_surface, surface_counts
 
 Parts = tuple[tuple[int, ...], ...]  # of each answer: the mask values that it holds
@@ -28,7 +28,7 @@ Parts = tuple[tuple[int, ...], ...]  # of each answer: the mask values that it h
 def functions_of(task: Task, labelled: Sequence[str] = ()) -> TaskFunctions:
     softmax = task.exclusive
     return TaskFunctions(
-        loss=loss_of(task, labelled),
+        loss=deeply(loss_of(task, labelled), lambda masks: masks.ndim - 1),
         chances=partial(torch.softmax, dim=1) if softmax else torch.sigmoid,
         scores=partial(scores, task, kept(task, labelled)),
     )
