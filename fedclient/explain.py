@@ -73,7 +73,13 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
             f"{study.rounds.count} rounds {bytes_ * study.rounds.count / MIB:.0f} MiB."
         )
         yield "Each round: the number of examples and steps, ten mean losses, seconds, and cpu or cuda."
-    if study.evaluate.every:
+    if study.evaluate.every and study.task.kind == "detection":
+        yield (
+            f"Every {study.evaluate.every} rounds and at the end, for each of {', '.join(study.task.answers)}: number "
+            f"of scans, of lesions, of those found and of false marks; and how their scores are distributed if there "
+            f"are {site.smallest_count} scans or more."
+        )
+    elif study.evaluate.every:
         yield (
             f"Every {study.evaluate.every} rounds and at the end, for each of {', '.join(study.task.answers)}: number "
             f"of cases and sums of {NAMES[measure_of(study.task)]} over them, and how they are distributed if there "

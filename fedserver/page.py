@@ -103,13 +103,13 @@ def render(found: Mapping[str, Any], loss: plots.Series, scores: Mapping[str, pl
         bars_of={label: histograms(test["sites"]) for label, test in found["test"].items()},
         measure=measure,
         told=TOLD.get(found["measure"]["key"], ""),
-        shown_of={label: test_charts(label, test["sites"], style_of) for label, test in found["test"].items()},
+        shown_of={label: final_charts(label, test["sites"], style_of) for label, test in found["test"].items()},
         columns_of={label: _columns(found["measure"]["key"], test) for label, test in found["test"].items()},
         heat=heat_map(found["comparison"]["matrix"] if found["comparison"] else []),
     )
 
 
-def test_charts(
+def final_charts(
     label: str, rows: Mapping[str, Mapping[str, Any]], style_of: Mapping[str, plots.Style]
 ) -> list[tuple[plots.Chart, str]]:
     """What the final test of a label draws, each with the words of its lower axis: FROC curves of a detection,

@@ -20,6 +20,8 @@ from shared_models.errors import ImageUnreadable, ManifestInvalid
 from shared_models.preprocess import Geometry
 from shared_models.study import Augment, Task
 from simulations.fixtures import LunaCase, Nodule, write_luna16
+from simulations.fixtures.datasets import write_data_set
+from simulations.fixtures.people import chest
 
 NODULES = Task(kind="detection", labels=("nodule",), loss="centre")
 ANYTHING = Task(kind="detection", labels=("lesion",), loss="centre")
@@ -280,3 +282,15 @@ def test_a_diameter_that_cannot_be_is_refused(tmp_path: Path):
     manifest(tmp_path, [{"patient_id": "a", "image": "a.nii", "mask": ""}])
     with pytest.raises(ManifestInvalid, match=r"nodules\.csv.*\n.*row 2: `diameter_mm`"):
         read_manifest(manifest(tmp_path, [{"patient_id": "a", **AT, "diameter_mm": 0}], "nodules.csv"), None, "salt")
+
+
+@pytest.mark.parametrize("task", [NODULES, ANYTHING], ids=["nodule", "lesion"])
+def test_nodules_that_half_of_lidcs_readers_see_are_in_their_places(tmp_path: Path, task: Task):
+    (each,) = list_cases(Where(write_data_set(tmp_path / "lidc", "lidc-idri", patients=1, seed=4)), "salt").cases
+    volume = read_case(each)
+    found = in_mm(lesions_of(each, volume, task), volume.spacing_mm)
+    there = chest(0, seed=4, slices=6).nodules
+    away = centres_lps_mm(found[:, 1:4], volume.affine_ras)[:, None] - np.array([n.centre_lps_mm for n in there])
+    assert found[:, 0].tolist() == [1] * len(there)
+    for nodule, gaps in zip(there, np.linalg.norm(away, axis=2).T, strict=True):
+        assert gaps.min() < nodule.diameter_mm / 2  # a network that points there hits it
