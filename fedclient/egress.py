@@ -40,7 +40,7 @@ MAY_LEAVE: dict[str, set[str]] = {
         "own_scores",
         "blob",
     },
-    "evaluation": {"scored", "scores", "own_scores", "seconds"},
+    "evaluation": {"scored", "scores", "own_scores", "validation", "seconds"},
     "refusal": {"refusal", "refusal_keys"},
 }
 KINDS = {"hello": "counts", "statistics": "histograms", "update": "facts", "evaluation": "scores", "refusal": "code"}
@@ -100,7 +100,7 @@ def _check(reply: Reply, order: Order, site: Site) -> None:
     for name in _filled(reply):
         if name not in allowed:
             refuse(f"{name!r} is not on the list of what a reply of kind {reply.kind!r} may hold")
-    scores = [*reply.scores.items(), *reply.own_scores.items()]
+    scores = [*reply.scores.items(), *reply.own_scores.items(), *reply.validation.items()]
     if scores and (strange := {label for label, _ in scores} - set(study_of(order).task.answers)):
         refuse(f"scores of {len(strange)} labels that the study does not have")
     if any(_distribution_of(score) < site.smallest_count for _, score in scores):

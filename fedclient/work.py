@@ -205,6 +205,8 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         if own is not None:
             reply = replace(reply, own_scores=learner.score(site, study, own, order.evaluate))
     if order.kind == "evaluate":
+        if study.task.kind == "classification" and order.evaluate == "test":
+            reply = replace(reply, validation=learner.score(site, study, without_control(weights), "val"))
         return Answer(replace(reply, kind="evaluation", seconds=time.monotonic() - began))
     spending = reserved(order, study, site, patients) if private else None
     folder = memory_folder(site, order.run, order.study_sha256)

@@ -93,6 +93,7 @@ def facts(run: RunFolder, comparisons: Sequence[Comparison] = ()) -> dict[str, A
         "privacy": spent(study, rounds),
         "totals": {key: round(sum(r[key] for r in rounds), 3) for key in ("seconds", "bytes_down", "bytes_up")},
         "test": {label: _test(final, label) for label in study.task.answers} if final is not None else {},
+        "calibration": final.get("calibration", {}) if final is not None else {},
         "not_tested": final["left_out"] if final is not None else {},
         "comparison": compared.as_json(comparisons, NAMES[measure]) if comparisons else None,
     }

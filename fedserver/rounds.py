@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import httpx
@@ -34,6 +35,7 @@ from fedserver.courier import Courier, Parcel
 from fedserver.optimizers import optimizer_of
 from fedserver.records import Records
 from shared_models import study as study_file
+from shared_models.class_counts import ClassCounts, calibrated_error, temperature
 from shared_models.errors import FederationError, RoundPaused, StateInvalid, UpdateRejected, WeightsInvalid
 from shared_models.files import append_json, read_lines, write_json
 from shared_models.parse import plain
@@ -276,9 +278,26 @@ def final_evaluation(setting: Setting, table: Table, state: State, schema: Schem
             "scored_round": state.round,
             "sites": {site: _rows(r) for site, r in sorted(replies.items())},
             "federation": {name: None if score is None else row_of(score) for name, score in whole.items()},
+            **calibration(study, whole, replies.values()),
             "left_out": {s: {"state": a.state, "reason": a.reason} for s, a in table.seats.items() if s not in replies},
         },
     )
+
+
+def calibration(study: Study, test: Mapping[str, Score | None], replies: Iterable[Reply]) -> dict[str, Any]:
+    """Of a classification: the temperature of each label by the validation patients of all sites together, and the
+    calibration error of their test patients without and with it; None where sites tell too little."""
+    listed, found = list(replies), dict[str, Any]()
+    for label in study.task.labels if study.task.kind == "classification" else ():
+        told = scored_together(reply.validation[label] for reply in listed if label in reply.validation)
+        scored = test.get(label)
+        if not isinstance(told, ClassCounts) or not isinstance(scored, ClassCounts):
+            continue
+        by = temperature(told)
+        figures = {"temperature": by, "ece": calibrated_error(scored, 1.0), "ece_after": calibrated_error(scored, by)}
+        found[label] = {name: round(v, 6) if isfinite(v) else None for name, v in figures.items()}
+        found[label]["cases"] = told.cases
+    return {"calibration": found} if found else {}
 
 
 def gather(setting: Setting, table: Table, state: State) -> Presence:
@@ -498,11 +517,11 @@ def _refused(seat: Seat, reply: Reply) -> None:
 def _check_scores(study: Study, site: str, reply: Reply) -> None:
     """Scores go into files and reports by the names of their labels; only the study's own may, and counts of its task
     that add up with those of other sites."""
-    if strange := {*reply.scores, *reply.own_scores} - set(study.task.answers):
+    if strange := {*reply.scores, *reply.own_scores, *reply.validation} - set(study.task.answers):
         raise UpdateRejected(
             "OTHER_LABELS", f"site {site!r}: scores {len(strange)} labels that the study does not have."
         )
-    for score in (*reply.scores.values(), *reply.own_scores.values()):
+    for score in (*reply.scores.values(), *reply.own_scores.values(), *reply.validation.values()):
         doubted_scores(score, study.task, site)
 
 

@@ -7,7 +7,7 @@ pooled scores (tests/test_class_counts.py).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import nan
+from math import nan, sqrt
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -20,6 +20,8 @@ BINS = 1000  # of the logit, from -LIMIT to LIMIT; what lies beyond is in the ou
 LIMIT = 12.0
 CELLS = 15  # of the reliability curve, of equal width in the probability
 MICRO = 1_000_000
+STEEPEST = 20.0  # change of a logit by calibration
+MIDDLES = (np.arange(BINS) + 0.5) * (2 * LIMIT / BINS) - LIMIT  # of the bins, as logits
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Histogram = Annotated[tuple[Count, ...], Field(max_length=BINS)]
 Curve = Annotated[tuple[Count, ...], Field(max_length=CELLS)]
@@ -221,6 +223,35 @@ def calibration_error(of: ClassCounts) -> float:
         return nan
     gaps = (abs(p - m / MICRO) for p, m in zip(of.cell_positives, of.cell_micro, strict=True))
     return sum(gaps) / total
+
+
+def temperature(of: ClassCounts) -> float:
+    """What logits are divided by so that scores are as likely as they say (Guo et al. 2017, section 4.2): the least
+    cross-entropy over the histograms, whose bins stand for their middles. NaN where cases of a kind are missing.
+
+    It follows from summed histograms, so that sites together have that of their pooled scores, told in bins. The
+    cross-entropy is convex in 1 / temperature, whose derivative is halved to a zero between 1 / 20 and 20.
+    """
+    if not sum(of.positive) or not sum(of.negative):
+        return nan
+    p, n = np.array(of.positive, np.float64), np.array(of.negative, np.float64)
+    low, high = 1 / STEEPEST, STEEPEST
+    for _ in range(60):
+        middle = sqrt(low * high)
+        rising = float(((p + n) * MIDDLES / (1 + np.exp(-middle * MIDDLES)) - p * MIDDLES).sum()) > 0
+        low, high = (low, middle) if rising else (middle, high)
+    return 1 / sqrt(low * high)
+
+
+def calibrated_error(of: ClassCounts, by: float) -> float:
+    """Expected calibration error over 15 cells of scores whose logits are divided by `by`, from the histograms."""
+    if not sum(of.positive) + sum(of.negative) or not np.isfinite(by):
+        return nan
+    p, n = np.array(of.positive, np.float64), np.array(of.negative, np.float64)
+    score = 1 / (1 + np.exp(-MIDDLES / by))
+    cell = np.minimum((score * CELLS).astype(int), CELLS - 1)
+    off = np.bincount(cell, p - (p + n) * score, CELLS)
+    return float(np.abs(off).sum() / (p + n).sum())
 
 
 def as_row(of: ClassCounts) -> dict[str, Any]:

@@ -96,6 +96,7 @@ class Reply:
         losses: mean training loss of ten equal stretches of the local steps; None where it was not finite.
         scores: label (or region) -> counts of how the received weights do on split `scored`.
         own_scores: the same of the site's own model, where the study gives it one.
+        validation: counts of the last weights on the site's validation patients, by which scores are calibrated.
         variance: of the site's mean local step, summed over the weights, where the study weighs by it.
         train_cases, test_cases: how many cases the site holds for each.
         plan_sha256: of the plan that the work followed.
@@ -120,6 +121,7 @@ class Reply:
     scored: Split | None = None
     scores: Mapping[Annotated[str, Field(max_length=64)], AnyScore] = field(default_factory=dict)
     own_scores: Mapping[Annotated[str, Field(max_length=64)], AnyScore] = field(default_factory=dict)
+    validation: Mapping[Annotated[str, Field(max_length=64)], AnyScore] = field(default_factory=dict)
     variance: Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)] | None = None
     train_cases: Count = 0
     test_cases: Count = 0

@@ -18,10 +18,12 @@ from shared_models.class_counts import (
     auprc,
     auroc,
     bin_of,
+    calibrated_error,
     calibration_error,
     class_counts,
     merge,
     sensitivity_at,
+    temperature,
 )
 from shared_models.errors import StudyInvalid
 from shared_models.parse import parse_json
@@ -176,3 +178,47 @@ def test_counts_at_unlike_specificities_do_not_add_up():
     scores, truth = drawn(1, 10, 1.0, 1.0)
     with pytest.raises(ValueError, match="do not add up"):
         merge(of(scores, truth), class_counts(scores, truth, scores > 0.5, 1, 0.95))
+
+
+@settings(max_examples=15)
+@given(seeds, st.floats(0.3, 3.0))
+def test_the_temperature_undoes_a_factor_of_the_logits(seed, factor):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1.5, 4000)
+    truth = rng.random(4000) < 1 / (1 + np.exp(-logits))
+    found = temperature(class_counts(1 / (1 + np.exp(-factor * logits)), truth, truth))
+    assert found == pytest.approx(factor, rel=0.2)
+
+
+@settings(max_examples=15)
+@given(seeds)
+def test_the_temperature_has_the_least_cross_entropy(seed):
+    scores, truth = drawn(seed, 300, 1.0, 2.0)
+    found = temperature(class_counts(scores, truth, truth))
+    logits = np.log(scores / (1 - scores))
+
+    def cross_entropy(by: float) -> float:
+        return float(np.logaddexp(0, np.where(truth, -logits, logits) / by).sum())
+
+    assert cross_entropy(found) <= min(cross_entropy(found * 0.97), cross_entropy(found * 1.03)) + 0.01
+
+
+@settings(max_examples=15)
+@given(seeds)
+def test_the_temperature_of_sites_together_is_that_of_their_cases(seed):
+    (a, of_a), (b, of_b) = drawn(seed, 40, 1.0, 2.0), drawn(seed + 1, 60, 0.5, 3.0)
+    both = class_counts(np.concatenate([a, b]), np.concatenate([of_a, of_b]), np.concatenate([of_a, of_b]))
+    apart = merge(class_counts(a, of_a, of_a), class_counts(b, of_b, of_b))
+    assert temperature(apart) == temperature(both)
+
+
+def test_calibration_error_in_bins_is_near_that_of_the_scores():
+    scores, truth = drawn(3, 2000, 1.0, 2.0)
+    counts = class_counts(scores, truth, truth)
+    assert calibrated_error(counts, 1.0) == pytest.approx(calibration_error(counts), abs=0.005)
+
+
+def test_without_cases_of_both_kinds_there_is_no_temperature():
+    truth = np.ones(5, bool)
+    assert math.isnan(temperature(class_counts(np.full(5, 0.7), truth, truth)))
+    assert math.isnan(calibrated_error(NO_CLASS, 1.0))

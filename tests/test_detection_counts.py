@@ -134,12 +134,14 @@ def test_the_diameter_is_off_by_that_of_the_best_mark():
     assert scan.off_mm.tolist() == [6.0]  # 4 mm for 10 mm; the missed one has none
 
 
+@settings(max_examples=30)
 @given(seeds, st.integers(0, 30), st.integers(0, 30))
 def test_counts_of_sites_together_are_those_of_all_their_scans(seed, here, there):
     a, b = drawn(seed, here), drawn(seed + 1, there)
     assert merge(detection_counts(a), detection_counts(b)) == detection_counts(a + b)
 
 
+@settings(max_examples=30)
 @given(seeds, st.integers(1, 40))
 def test_cpm_of_bins_is_off_by_no_more_than_the_fullest_bin_holds(seed, scans):
     of = drawn(seed, scans)

@@ -40,9 +40,11 @@ class Finds(Scripted):
 
 @dataclass(frozen=True)
 class Tells(Scripted):
+    """Scores whose logits are twice as large as they should be: of ten cases at 0.9 seven and a half are ill."""
+
     def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
-        truth = np.arange(40) % 4 == 0
-        return {"ill": class_counts(np.where(truth, 0.7, 0.1), truth, truth)}
+        truth = np.array([True] * 30 + [False] * 10)
+        return {"ill": class_counts(np.full(40, 0.9), truth, truth)}
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +87,19 @@ def test_the_page_shows_how_reliable_scores_are(tmp_path: Path) -> None:
     page = Page(render(found, *curves(found)))
     assert "Reliability: ill" in page.text
     ((chart, _),) = final_charts("ill", found["test"]["ill"]["sites"], styles(SITES))
-    assert [len(line.points) for line in chart.lines] == [2, 2, 2]  # two cells hold cases
-    assert {words for _, _, words in chart.lines[0].points} == {"east: 0 of 30 cases", "east: 10 of 10 cases"}
+    assert [words for _, _, words in chart.lines[0].points] == ["east: 30 of 40 cases"]
+    assert [line.site for line in chart.lines] == ["east", "north", "south"]
+
+
+def test_scores_are_calibrated_by_the_validation_patients_of_all_sites(tmp_path: Path) -> None:
+    run = toy_run(tmp_path, TOLD, Tells())
+    found = facts(run)["calibration"]["ill"]
+    assert found["temperature"] == pytest.approx(2.0, abs=0.02)  # logit of 0.9 is twice that of 0.75
+    assert found["ece"] == pytest.approx(0.15, abs=0.002)
+    assert found["ece_after"] == pytest.approx(0.0, abs=0.002)
+    assert found["cases"] == 3 * 40
+    write_report(run)
+    assert f"a temperature of {found['temperature']:.3f}" in Page((run.path / "report.html").read_text()).text
 
 
 def test_counts_of_another_task_than_the_studys_are_not_counted(tmp_path: Path) -> None:
