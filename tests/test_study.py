@@ -46,7 +46,7 @@ WRONG = [
     ("", "taks", {}, "`taks` is not a key here. Did you mean `task`?"),
     ("", "task", 3, "`task` is 3; allowed: an object"),
     ("", "task", [], r"`task` is \[\]; allowed: an object"),
-    ("task", "kind", "detection", "`task.kind` is 'detection'; allowed: 'segmentation', 'cl"),
+    ("task", "kind", "tracking", "`task.kind` is 'tracking'; allowed: 'segmentation', 'cl"),
     ("task", "kind", "classification", 'model.name = "unet" is not for a classification; use one of resnet18'),
     ("task", "labels", [], r"`task.labels` is \[\]; allowed: .*at least 1"),
     ("task", "labels", "lung", "`task.labels` is 'lung'; allowed: a valid array"),
@@ -352,7 +352,7 @@ ONLY_ONE = {
         "regions", "focal_gamma", "tversky_beta", "tolerance_mm", "class_weights", "column", "none", "specificity",
         "intervals_days", "time_column", "event_column", "covariates")),
     ("model", "head"), ("transfer", "freeze"), ("transfer", "rate_decay"), ("transfer", "head_rounds"),
-    ("task", "kind"), ("model", "name"), ("model", "spatial_dims"), ("model", "levels"), ("preprocess", "fit"),
+    ("task", "kind"), ("model", "name"), ("model", "spatial_dims"), ("model", "levels"), ("model", "supervised"), ("preprocess", "fit"),
     ("preprocess", "mean"), ("preprocess", "deviation"), ("preprocess", "nonzero"),
     ("train", "foreground"), ("evaluate", "overlap"), ("protect", "privacy"),
 }  # fmt: skip
@@ -423,12 +423,13 @@ def test_a_message_does_not_repeat_a_long_value():
 
 
 def test_the_ready_studies_load_and_are_called_what_they_are():
-    assert ready[:4] == ["brats-tumour", "brca-prognosis", "chest-xray", "ct-nodule"]
-    assert ready[4:] == [
+    assert ready[:5] == ["brats-tumour", "brca-prognosis", "chest-xray", "ct-lesion", "ct-nodule"]
+    assert ready[5:] == [
         "hippocampus",
         "lung-ct",
         "lung-ct-private",
         "lung-ct-quick",
+        "lung-detect",
         "lung-nodule",
         "nodule-malignancy",
     ]
