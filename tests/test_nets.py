@@ -163,10 +163,11 @@ def test_every_architecture_has_a_schema_of_its_own():
 def test_every_ready_study_has_a_network_that_answers(name):
     study = load_study(name)
     net = network(study)
-    edges, pixelwise = (32,) * study.model.spatial_dims, study.task.kind == "segmentation"
+    edges, pixelwise = (32,) * study.model.spatial_dims, study.task.kind in ("segmentation", "detection")
+    outputs = study.task.outputs + (study.model.spatial_dims if study.task.kind == "detection" else 0)
     seen = torch.zeros(1, max(1, len(study.channels)), *edges)
     with torch.no_grad():
         answer = net.eval()(torch.zeros(1, len(study.task.covariates)) if study.table_only else seen)
-    assert answer.shape == (1, study.task.outputs, *(edges if pixelwise else ()))
+    assert answer.shape == (1, outputs, *(edges if pixelwise else ()))
     assert torch.isfinite(answer).all()
     assert schema(net) == schema_of(initial_weights(study))

@@ -352,7 +352,8 @@ ONLY_ONE = {
         "regions", "focal_gamma", "tversky_beta", "tolerance_mm", "class_weights", "column", "none", "specificity",
         "intervals_days", "time_column", "event_column", "covariates")),
     ("model", "head"), ("transfer", "freeze"), ("transfer", "rate_decay"), ("transfer", "head_rounds"),
-    ("task", "kind"), ("model", "name"), ("model", "spatial_dims"), ("model", "levels"), ("model", "supervised"), ("preprocess", "fit"),
+    ("task", "kind"), ("model", "name"), ("model", "spatial_dims"), ("model", "levels"), ("model", "supervised"),
+    ("preprocess", "fit"),
     ("preprocess", "mean"), ("preprocess", "deviation"), ("preprocess", "nonzero"),
     ("train", "foreground"), ("evaluate", "overlap"), ("protect", "privacy"),
 }  # fmt: skip
