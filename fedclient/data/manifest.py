@@ -263,15 +263,24 @@ def _facts(rows: Sequence[_Row]) -> dict[str, str]:
     return facts
 
 
+def boxes_of(rows: Sequence[Line]) -> Boxes:
+    """The boxes of the rows of one image.
+
+    Raises:
+        ManifestInvalid: LABEL_VALUES, a box that cannot be, or an image both with boxes and without.
+    """
+    boxes = [box_of(row) for row in rows]
+    if None in boxes and len(boxes) > 1:
+        raise rows[0].wrong("image", "is there with boxes and without")
+    return Boxes(tuple(box for box in boxes if box is not None))
+
+
 def _label(root: Path, rows: Sequence[_Row]) -> Label | None:
     row = rows[0]
     if row.values.get("mask"):
         return Mask(_inside(root, row, "mask"))
     if {*EDGES, "label"} <= row.values.keys():
-        boxes = [box_of(Line("manifest.csv", each.number, each.values)) for each in rows]
-        if len(boxes) > 1 and None in boxes:
-            raise ManifestInvalid(f"row {row.number}: the image is there with boxes and without", "LABEL_VALUES")
-        return Boxes(tuple(box for box in boxes if box is not None))
+        return boxes_of([Line("manifest.csv", each.number, each.values) for each in rows])
     named = row.values.get("label")
     return Shown(tuple(name.strip() for name in named.split("|"))) if named else None
 

@@ -7,11 +7,11 @@ or a column of 0 and 1 for each class; and if wanted `patient_id`, `split`, `sit
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedclient.data.boxes import EDGES, box_of
-from fedclient.data.cases import Boxes, Case, Channel, Label, Listing, Mask, Shown
+from fedclient.data.boxes import EDGES
+from fedclient.data.cases import Case, Channel, Label, Listing, Mask, Shown
 from fedclient.data.findings import Finding, finding
 from fedclient.data.layouts.peek import Peek
-from fedclient.data.manifest import SPLITS, case_key, check_splits, rows_of_site, split_of
+from fedclient.data.manifest import SPLITS, boxes_of, case_key, check_splits, rows_of_site, split_of
 from fedclient.data.tables import Line, read_table
 from fedclient.data.where import Where, inside
 from shared_models.errors import ManifestInvalid
@@ -85,7 +85,7 @@ def _kind(lines: Sequence[Line]) -> LabelOf:
     """How the rows of one image become its label, by the columns that there are."""
     columns = lines[0].values.keys()
     if columns >= {*EDGES, "label"}:
-        return _boxes
+        return boxes_of
     if "mask" in columns:
         return _mask
     if "label" in columns:
@@ -124,13 +124,6 @@ def _case(root: Path, rows: Sequence[Line], label: Label | None, salt: str) -> C
 
 def _patient(rows: Sequence[Line]) -> str:
     return rows[0].values.get("patient_id") or rows[0].values["image"]
-
-
-def _boxes(rows: Sequence[Line]) -> Boxes:
-    boxes = [box_of(row) for row in rows]
-    if None in boxes and len(boxes) > 1:
-        raise rows[0].wrong("image", "is there with boxes and without")
-    return Boxes(tuple(box for box in boxes if box is not None))
 
 
 def _mask(rows: Sequence[Line]) -> Mask | None:
