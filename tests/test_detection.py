@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_peaks_of_a_volume_have_a_third_extent():
 
 def test_of_peaks_within_each_other_the_highest_stays_across_planes_too():
     geometry = Geometry((32, 32, 3), (1.0, 1.0, 2.0), (32, 32), (0, 0), (1, 1))
-    peaks = {(0, 10, 10): 0.6, (1, 10, 11): 0.9, (1, 14, 10): 0.7, (1, 25, 25): 0.5}
+    peaks: dict[tuple[int, ...], float] = {(0, 10, 10): 0.6, (1, 10, 11): 0.9, (1, 14, 10): 0.7, (1, 25, 25): 0.5}
     marks = located(heat(peaks, (32, 32), 3.0, 3), geometry, 1)
     assert marks[marks[:, 1] > 0.1, 1].tolist() == pytest.approx([0.9, 0.7, 0.5])  # 2.2 mm, 4.1 mm, far away
 
@@ -137,7 +138,7 @@ def test_scores_are_of_each_label_alone():
     assert (mass.found, mass.marks, nodule.found, nodule.marks) == (0, 0, 1, 1)
 
 
-def study(task: Task = NODULE, dims: int = 2, name: str = "unet", **changes: object) -> Study:
+def study(task: Task = NODULE, dims: Literal[2, 3] = 2, name: str = "unet", **changes: object) -> Study:
     edge = 32 if dims == 2 else 16
     model = {"unet": Model(spatial_dims=dims, features=(8, 8, 8, 8, 8, 8), groups=4),
              "residual-unet": Model("residual-unet", dims, (8, 8, 8), groups=4),
@@ -147,7 +148,7 @@ def study(task: Task = NODULE, dims: int = 2, name: str = "unet", **changes: obj
 
 @pytest.mark.parametrize("name", ["unet", "residual-unet", "segresnet"])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_an_untrained_network_finds_hardly_anything(name: str, dims: int):
+def test_an_untrained_network_finds_hardly_anything(name: str, dims: Literal[2, 3]):
     of = study(TWO, dims, name)
     with torch.no_grad():
         logits = nets.network(of).eval()(torch.rand(1, 1, *of.preprocess.size))

@@ -82,7 +82,7 @@ def test_a_study_of_a_table_alone_passes_the_gate_of_a_deployed_site(tmp_path: P
     site = table(tmp_path, SOUND)
     assert of(check(site, needs_of(TABLE))) == []
     text = canonical(TABLE).decode()
-    order = Order("train", "run-1", 1, 1, text, sha256(TABLE), "b" * 64)  # type: ignore[arg-type]
+    order = Order("train", "run-1", 1, 1, text, sha256(TABLE), "b" * 64)
     gate.ready(order, site, TABLE, processes=0)  # raises where it is not ready
 
 
@@ -107,7 +107,7 @@ def test_patients_with_equal_rows_are_no_copies(tmp_path: Path) -> None:
 
 def test_a_broken_row_stops_an_order_until_it_is_mended(tmp_path: Path) -> None:
     site = table(tmp_path, [*SOUND, "p20,train,-3,1,60"])
-    order = Order("train", "run-1", 1, 1, canonical(TABLE).decode(), sha256(TABLE), "b" * 64)  # type: ignore[arg-type]
+    order = Order("train", "run-1", 1, 1, canonical(TABLE).decode(), sha256(TABLE), "b" * 64)
     with pytest.raises(OrderRefused, match=r"LABEL_VALUES \(1\)"):
         gate.ready(order, site, TABLE, processes=0)
 

@@ -229,7 +229,9 @@ BARE = dict.fromkeys(EDGES, "")
 
 def test_a_manifest_of_boxes_has_a_row_for_each(tmp_path: Path):
     a, b = ({"patient_id": p, "image": f"{p}.png"} for p in "ab")
-    rows = [{**a, "label": "nodule", **EDGES}, {**a, "label": "mass", **EDGES}, {**b, "label": "", **BARE}]
+    rows: list[dict[str, object]] = [
+        {**a, "label": "nodule", **EDGES}, {**a, "label": "mass", **EDGES}, {**b, "label": "", **BARE},
+    ]  # fmt: skip
     found = {c.patient: c for c in read_manifest(manifest(tmp_path, rows), None, "salt")}
     assert isinstance(found["a"].label, Boxes)
     assert isinstance(found["b"].label, Boxes)

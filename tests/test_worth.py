@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedclient.data.cases import Case
 from fedclient.training.case_scores import scored
-from fedclient.worth import difference, interval, mean_scores, measure, part_of, ranked_scores, worst_tenth
+from fedclient.worth import CaseScores, difference, interval, mean_scores, measure, part_of, ranked_scores, worst_tenth
 from shared_models.class_counts import class_counts
 from shared_models.survival_counts import pairs_of
 from shared_models.task_table import Task
@@ -48,6 +48,7 @@ def test_counts_that_leave_and_scores_that_stay_are_of_the_same_cases():
     task = Task(labels=("lung",))
     counts, cases = scored(task, functions_of(task), iter(chest([1.0, 2 / 3])), 0.5, 1)
     assert counts["lung"] == functions_of(task).scores(chest([1.0, 2 / 3]), 0.5, 1)["lung"]
+    assert isinstance(cases, CaseScores)
     np.testing.assert_allclose(cases.top, [1.0, 2 / 3], atol=1e-6)
 
 
@@ -157,5 +158,6 @@ def test_a_score_has_an_interval_over_patients():
 
 def test_a_score_of_few_patients_has_none():
     found = interval([mean_scores([0.5, 0.6, 0.7])], ["a", "b", "c"], draw())
-    assert (found.value, found.patients) == (pytest.approx(0.6), 3)
+    assert found.value == pytest.approx(0.6)
+    assert found.patients == 3
     assert np.isnan([found.low, found.high]).all()
