@@ -77,6 +77,7 @@ def render(found: Mapping[str, Any], loss: plots.Series, scores: Mapping[str, pl
     environment.filters |= {
         "value": value_text,
         "duration": duration_text,
+        "figure": lambda value: str(value) if isinstance(value, int) else value_text(value),
         "points": lambda figures: points_text(spread_of(figures)),
         "size": size_text,
         "spread": lambda figures: spread_text(spread_of(figures)),
