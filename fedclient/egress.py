@@ -41,8 +41,17 @@ MAY_LEAVE: dict[str, set[str]] = {
     },
     "evaluation": {"scored", "scores", "own_scores", "seconds"},
     "refusal": {"refusal", "refusal_keys"},
+    "ready": set(),
+    "advert": {"advert"},
+    "sealed": {"sealed"},
+    "masked": {"blob"},
+    "confirmation": {"confirmation"},
+    "revealed": {"revealed"},
 }
 KINDS = {"hello": "counts", "statistics": "histograms", "update": "facts", "evaluation": "scores", "refusal": "code"}
+KINDS |= {"ready": "word", "advert": "keys of a sum", "sealed": "shares for other sites", "masked": "facts"}
+KINDS |= {"confirmation": "signature", "revealed": "shares of a sum"}
+UNMASKED = ("hello", "statistics", "update", "evaluation")  # kinds that tell something of one site by itself
 
 log = logging.getLogger("fedclient")
 
@@ -61,10 +70,11 @@ def release(reply: Reply, order: Order, site: Site) -> Reply:
     return reply
 
 
-def release_tensors(blob: BlobRef, order: Order, site: Site) -> None:
-    """Writes down that a delta leaves; that it is the weights' shape was checked when it was made (`check_tensors`)."""
+def release_tensors(blob: BlobRef, order: Order, site: Site, kind: str = "tensors") -> None:
+    """Writes down that a delta leaves, or a masked vector; that a delta is the weights' shape was checked when it was
+    made (`check_tensors`)."""
     log_of(site.folder, site.name).add(
-        "sent", kind="tensors", bytes=blob.size_bytes, sha256=blob.sha256, run=order.run, round=order.round,
+        "sent", kind=kind, bytes=blob.size_bytes, sha256=blob.sha256, run=order.run, round=order.round,
         study=order.study_sha256,
     )  # fmt: skip
 
@@ -99,6 +109,9 @@ def _check(reply: Reply, order: Order, site: Site) -> None:
     for name in _filled(reply):
         if name not in allowed:
             refuse(f"{name!r} is not on the list of what a reply of kind {reply.kind!r} may hold")
+    told = [name for name in _filled(reply) if name in MAY_LEAVE[reply.kind]]
+    if reply.kind in UNMASKED and told and study_of(order).protect.secure_aggregation is not None:
+        refuse(f"{told[0]!r} would tell of this site alone in a study whose updates are summed securely")
     scores = [*reply.scores.items(), *reply.own_scores.items()]
     if scores and (strange := {label for label, _ in scores} - set(study_of(order).task.answers)):
         refuse(f"scores of {len(strange)} labels that the study does not have")

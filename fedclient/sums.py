@@ -101,6 +101,14 @@ class Sums:
             )  # fmt: skip
         return advert
 
+    def about(self, context_id: str) -> dict[str, str]:
+        """Run, weights and study of a sum that this site has made keys for; OrderRefused of any other."""
+        with connected(self.path) as db:
+            row = db.execute("SELECT run, model_sha256, policy_sha256 FROM sums WHERE id = ?", [context_id]).fetchone()
+        if row is None:
+            raise _unheard_of()
+        return dict(zip(("run", "model_sha256", "policy_sha256"), map(str, row), strict=True))
+
     def share(self, adverts: Adverts) -> Sealed:
         before = self._state(adverts.context, Advertised)
         state, answer = secagg.share(before, self.member, adverts, self.random_bytes)
@@ -141,7 +149,7 @@ class Sums:
         with connected(self.path) as db:
             row = db.execute("SELECT step, state FROM sums WHERE id = ?", [context_id]).fetchone()
         if row is None:
-            raise OrderRefused("CONTEXT_SPLIT", "secure sum: a message is about a context that this site has not seen.")
+            raise _unheard_of()
         step, sealed = row
         if step != kind.__name__ or sealed is None:
             raise OrderRefused(
@@ -165,6 +173,10 @@ class Sums:
     def _sealed(self, context_id: str, state: object) -> bytes:
         about = framed(context_id.encode(), type(state).__name__.encode())
         return seal(self.key, canonical_json(plain(state)), about, os.urandom)
+
+
+def _unheard_of() -> OrderRefused:
+    return OrderRefused("CONTEXT_SPLIT", "secure sum: a message is about a context that this site has not seen.")
 
 
 def open_sums(member: Member, folder: Path) -> Sums:

@@ -182,7 +182,8 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         plan_sha256=order.plan_sha256,
     )
     if order.kind == "hello":
-        held = Holding() if private else learner.holding(site, study)
+        untold = private or study.protect.secure_aggregation is not None  # neither tells of one site by itself
+        held = Holding() if untold else learner.holding(site, study)
         return Answer(replace(reply, train_cases=held.train_cases, test_cases=held.test_cases))
     if order.kind != "statistics":  # whose order comes before there is a plan
         check_proof(order, site)

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from shared_models.parse import STRICT
 from shared_models.protect.accounting import NOISES, Spend
+from shared_models.protect.secure import Secured
 
 if TYPE_CHECKING:
     from shared_models.study import Study
@@ -51,6 +52,7 @@ class Protect:
 
     __pydantic_config__ = STRICT
     privacy: Privacy | None = None
+    secure_aggregation: Secured = None
 
 
 def check_private(study: "Study") -> None:
