@@ -20,13 +20,13 @@ from tests.toys import ToyLearner
 
 
 @pytest.fixture
-def said(tmp_path):
-    return Coordinator(tmp_path)
+def said(quick_folder):
+    return Coordinator(quick_folder)
 
 
-def test_honest_orders_give_the_mean_of_the_sites_updates(tmp_path):
+def test_honest_orders_give_the_mean_of_the_sites_updates(quick_folder):
     moves, examples = {"a": 1.0, "b": 2.0, "c": -3.0, "d": 0.5, "e": 0.0}, {"a": 10, "b": 20, "c": 5, "d": 1, "e": 64}
-    made = Coordinator(tmp_path, learner=ToyLearner(moves, examples))
+    made = Coordinator(quick_folder, learner=ToyLearner(moves, examples))
     made.upto("end")
     total = made.sum.finish()
     mean = (10 * 1 + 20 * 2 - 5 * 3 + 1 * 0.5) / 100
@@ -60,16 +60,16 @@ def test_a_cohort_of_two_is_refused(said):
     assert said.code("a", "advertise", context=said.context(least_cohort=2)) == "COHORT_SMALL"
 
 
-def test_a_cohort_smaller_than_the_study_allows_is_refused_though_three_would_be_safe(tmp_path):
+def test_a_cohort_smaller_than_the_study_allows_is_refused_though_three_would_be_safe(quick_folder):
     study = replace(STUDY, rounds=replace(STUDY.rounds, quorum=4))
-    made = Coordinator(tmp_path, study)
+    made = Coordinator(quick_folder, study)
     assert advertised(made, least_cohort=3) == "COHORT_MISMATCH"
     assert made.code("a", "advertise", context=made.context()) is None
 
 
-def test_a_threshold_of_two_thirds_or_below_the_studys_is_refused(tmp_path):
+def test_a_threshold_of_two_thirds_or_below_the_studys_is_refused(quick_folder):
     protect = Protect(secure_aggregation=replace(SECURE.secure_aggregation or SecureAggregation(), threshold=1.0))
-    made = Coordinator(tmp_path, replace(STUDY, protect=protect))
+    made = Coordinator(quick_folder, replace(STUDY, protect=protect))
     assert advertised(made, threshold=3) == "THRESHOLD_SMALL"
     assert made.code("a", "advertise", context=made.context(threshold=4)) == "THRESHOLD_MISMATCH"
 
@@ -253,9 +253,9 @@ def test_the_door_lets_no_reply_of_one_site_out_in_such_a_study(said, monkeypatc
         assert refused.value.code == "EGRESS"
 
 
-def test_no_byte_of_the_replies_holds_a_sites_number_of_examples_or_loss(tmp_path):
+def test_no_byte_of_the_replies_holds_a_sites_number_of_examples_or_loss(quick_folder):
     learner = ToyLearner({"a": 0.123}, {"a": 41})
-    made, heard = Coordinator(tmp_path, learner=learner), list[bytes]()
+    made, heard = Coordinator(quick_folder, learner=learner), list[bytes]()
     ask = made.ask
 
     def listening(site, kind, **message):
