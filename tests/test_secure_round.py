@@ -1,4 +1,4 @@
-"""Rounds through secure sums, with sites that go away and a coordinator that is killed: the mean is right, or not had."""
+"""Rounds through secure sums, with sites that go away and a coordinator that is killed: the right mean, or none."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace

@@ -355,6 +355,7 @@ ONLY_ONE = {
     ("task", "kind"), ("model", "name"), ("model", "spatial_dims"), ("model", "levels"), ("preprocess", "fit"),
     ("preprocess", "mean"), ("preprocess", "deviation"), ("preprocess", "nonzero"),
     ("train", "foreground"), ("evaluate", "overlap"), ("protect", "privacy"),
+    ("protect", "secure_aggregation"),
 }  # fmt: skip
 
 
@@ -429,6 +430,7 @@ def test_the_ready_studies_load_and_are_called_what_they_are():
         "lung-ct",
         "lung-ct-private",
         "lung-ct-quick",
+        "lung-ct-secure",
         "lung-nodule",
         "nodule-malignancy",
     ]
