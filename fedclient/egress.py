@@ -18,7 +18,9 @@ from fedclient.work import study_of
 from shared_models.class_counts import ClassCounts
 from shared_models.errors import FederationError, OrderRefused
 from shared_models.files import read_lines
+from shared_models.protect.stages import on_the_wire
 from shared_models.scores import Score
+from shared_models.study import Study
 from shared_models.survival_counts import SurvivalCounts
 from shared_models.weights import Arrays, difference, schema_of
 from shared_models.wire import BlobRef, Order, Reply, dump
@@ -92,9 +94,10 @@ def release_code(folder: Path, code: str) -> None:
         log.warning("the code %s leaves and could not be written down: %s", code, error)
 
 
-def check_tensors(delta: Arrays, weights: Arrays) -> None:
-    """Raises OrderRefused unless `delta` has the names, shapes and dtypes of the weights that came."""
-    if problem := difference(schema_of(weights), schema_of(delta)):
+def check_tensors(sent: Arrays, weights: Arrays, study: Study) -> None:
+    """Raises OrderRefused unless what is sent has the names, shapes and dtypes of the weights that came, or those to
+    which the study compresses them."""
+    if problem := difference(on_the_wire(study.protect, schema_of(weights)), schema_of(sent)):
         raise OrderRefused("EGRESS", f"a delta is not of the weights' shape and stays here: {problem}.")
 
 

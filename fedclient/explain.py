@@ -10,6 +10,7 @@ from fedclient.policy import objections
 from fedclient.site import Site
 from shared_models.errors import FederationError
 from shared_models.files import read_json
+from shared_models.protect.stages import on_the_wire
 from shared_models.scores import NAMES, measure_of
 from shared_models.study import Study
 
@@ -66,11 +67,12 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
 
         tensors = schema(network(study))
         times = 2 if study.train.scaffold else 1
-        bytes_ = size_bytes(tensors) * times
+        bytes_ = size_bytes(on_the_wire(study.protect, tensors)) * times
         yield (
             f"Each round: the change of each weight, {len(tensors) * times} tensors, {bytes_ / MIB:.1f} MiB; in "
             f"{study.rounds.count} rounds {bytes_ * study.rounds.count / MIB:.0f} MiB."
         )
+        yield from _shortened(study)
         if study.protect.secure_aggregation is None:
             yield "Each round: the number of examples and steps, ten mean losses, seconds, and cpu or cuda."
         else:
@@ -81,6 +83,17 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
             f"Every {study.evaluate.every} rounds and at the end{' inside the masked sum' if summed else ''}, for each "
             f"of {', '.join(study.task.answers)}: number of cases and sums of {NAMES[measure_of(study.task)]} over "
             f"them, and how they are distributed if there are {site.smallest_count} or more."
+        )
+
+
+def _shortened(study: Study) -> Iterator[str]:
+    """What is done to an update before it leaves; nobody is hidden by it."""
+    if study.protect.clip_norm is not None:
+        yield f"Before it leaves, a change longer than {study.protect.clip_norm:g} is shortened to that length."
+    if study.protect.compression != "none":
+        how = {"fp16": "16 bits of each", "int8": "8 bits of each", "top_k": "the largest of each tensor"}
+        yield (
+            f"Compressed: {how[study.protect.compression]}; what is cut off stays here and is added to the next change."
         )
 
 

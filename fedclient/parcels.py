@@ -14,7 +14,7 @@ from fedclient.egress import check_tensors, release_tensors
 from fedclient.kept import finished, keep, kept_path
 from fedclient.site import Site
 from fedclient.summing import is_summed, summed
-from fedclient.work import Gate, Learner, carry_out, no_gate
+from fedclient.work import Gate, Learner, carry_out, no_gate, study_of
 from shared_models.errors import OrderRefused
 from shared_models.files import write_atomic
 from shared_models.parse import parse_json
@@ -49,7 +49,7 @@ def _worked(order: Order, weights: Arrays, site: Site, learner: Learner, gate: G
     kept = kept_path(order, site.folder)
     done = carry_out(order, weights, site, learner, gate)
     if done.reply.kind == "update":
-        check_tensors(done.delta, weights)
+        check_tensors(done.delta, weights, study_of(order))
         return keep(done.reply, done.delta, kept)
     if done.reply.kind == "statistics":  # every image was read for it
         write_atomic(kept, dump(done.reply))

@@ -67,7 +67,7 @@ def summed(
         received = weights()
         done = carry_out(order, received, site, learner, gate)
         if done.reply.kind == "update":
-            check_tensors(done.delta, received)
+            check_tensors(done.delta, received, study_of(order))
         keep(done.reply, done.delta, kept)
     return _answer(order, site, "ready"), None
 

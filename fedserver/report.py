@@ -151,6 +151,8 @@ def strategy_in_words(study: Study) -> str:
         "Each site also has a model of its own (Ditto).": own.ditto_lambda,
         "Each site also has a model of its own, mixed with the federation's (APFL).": own.apfl_alpha,
         "After the last round each site tunes a copy on its own images.": own.fine_tunes,
+        f"Updates longer than {study.protect.clip_norm or 0:g} are shortened.": study.protect.clip_norm is not None,
+        f"Updates travel compressed ({study.protect.compression}).": study.protect.compression != "none",
         "Updates are added up under masks (secure aggregation).": study.protect.secure_aggregation is not None,
     }
     return "".join(f" {sentence}" for sentence, so in said.items() if so)

@@ -29,6 +29,7 @@ from shared_models.parse import plain
 from shared_models.plan import Fingerprint, derive, doubted
 from shared_models.plan import total as merged
 from shared_models.planned import PURPOSE, constraints, statement
+from shared_models.protect.stages import incoming, on_the_wire
 from shared_models.scores import Score, doubted_scores, row_of
 from shared_models.scores import total as scored_together
 from shared_models.study import Study
@@ -115,7 +116,8 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
         if reply.kind != "update":
             raise UpdateRejected("MESSAGE_INVALID", f"round {number}, site {site!r}: answered with {reply.kind!r}.")
         _check_scores(study, site, reply)
-        delta = setting.courier.collect(site, reply, message)
+        sent = setting.courier.collect(site, reply, message)
+        delta = incoming(study.protect, sent, schema, f"round {asked.round}, site {site!r}")
         admit(_update(site, reply, delta), asked)
         try:
             if not updates.add(site, asked.round, delta, reply):
@@ -139,7 +141,7 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
         "left_out": {s: {"state": a.state, "reason": a.reason} for s, a in table.seats.items() if a.state != "counted"},
         "scored_round": state.round if scores else None,
         "bytes_down": size_bytes(schema) * len(cohort),
-        "bytes_up": size_bytes(schema) * len(lines),
+        "bytes_up": size_bytes(on_the_wire(study.protect, schema)) * len(lines),
     }
     counted = tuple(sorted(s for s, a in table.seats.items() if a.state == "counted"))
     if (used := updates.used()) is not None:

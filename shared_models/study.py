@@ -21,6 +21,7 @@ from shared_models.model_table import Model as Model
 from shared_models.parse import STRICT, parse, parse_json, plain, read_toml
 from shared_models.protect.privacy import Protect, check_private
 from shared_models.protect.secure import check_secure
+from shared_models.protect.stages import check_stages
 from shared_models.strategy import NotNegative, Positive, check_strategy
 from shared_models.strategy import Personal as Personal
 from shared_models.strategy import Strategy as Strategy
@@ -261,6 +262,7 @@ class Study:
         self._check_task()
         check_private(self)
         check_secure(self)
+        check_stages(self)
         if self.plan == "federated":
             return  # the tables below are the plan's to set
         if self.table_only:
