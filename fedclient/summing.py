@@ -157,6 +157,8 @@ def _layout(study: Study, reply: Reply, delta: OnDisk) -> Layout:
 def _advertise(order: Order, study: Study, kept: Path, sums: Sums) -> Any:
     context = order.context
     assert context is not None
+    if not 1 <= order.round <= study.rounds.count:
+        raise OrderRefused("ROUND_RANGE", f"round {order.round}: the study has {study.rounds.count}.")
     reply, delta = _kept(order.round, kept)
     trained, layout = reply.kind == "update", _layout(study, reply, delta)
     held = Held(order.base_sha256, layout.sha256, order.study_sha256)

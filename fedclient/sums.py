@@ -80,12 +80,13 @@ class Sums:
                     f"Another attempt needs another number.",
                 )
             # Two sums over sets that differ by one site differ by its update: what is confirmed once is never added
-            # again, neither for the same round, nor from the same weights, nor in another run of the same study, where
-            # training from the same seed gives the same update.
+            # again, neither from the same weights, where training from the same seed gives the same update, nor for
+            # the same round of the same study in any run, which bounds how many sums from almost the same weights a
+            # coordinator can have.
             if db.execute(
-                "SELECT 1 FROM sums WHERE confirmed AND (run = ? AND round = ? OR model_sha256 = ? AND "
-                "(run = ? OR policy_sha256 = ?))",
-                [context.run, context.round, context.model_sha256, context.run, context.policy_sha256],
+                "SELECT 1 FROM sums WHERE confirmed AND ((run = ? OR policy_sha256 = ?) AND "
+                "(round = ? OR model_sha256 = ?))",
+                [context.run, context.policy_sha256, context.round, context.model_sha256],
             ).fetchone():
                 raise OrderRefused(
                     "ROUND_CONFIRMED",

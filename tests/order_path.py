@@ -37,6 +37,7 @@ class Coordinator:
     learner: ToyLearner = field(default_factory=ToyLearner)
     run: str = "toy"
     base: str = BASE
+    round: int = 1
 
     def __post_init__(self) -> None:
         self.configs: dict[str, NodeConfig] = {
@@ -59,7 +60,7 @@ class Coordinator:
 
     def context(self, cohort: Iterable[str] | None = None, attempt: int = 1, **change: Any) -> Context:
         made = wanted(
-            self.study, run=self.run, round_number=1, attempt=attempt, cohort=tuple(cohort or self.sites),
+            self.study, run=self.run, round_number=self.round, attempt=attempt, cohort=tuple(cohort or self.sites),
             roster_sha256=self.roster.sha256, model_sha256=self.base, layout=self.layout,
             study_sha256=sha256(self.study), trained=True,
         )  # fmt: skip
@@ -67,7 +68,7 @@ class Coordinator:
 
     def order(self, kind: Any, **message: Any) -> Order:
         digests = {"study_sha256": sha256(self.study), "base_sha256": self.base}
-        return Order(kind, self.run, 1, 1, canonical(self.study).decode(), **digests, **message)
+        return Order(kind, self.run, self.round, 1, canonical(self.study).decode(), **digests, **message)
 
     def ask(self, site: str, kind: str, **message: Any) -> Reply:
         return read_reply(self.message(site, self.order(kind, **message)), site)

@@ -128,6 +128,17 @@ def test_once_it_has_confirmed_a_site_takes_part_in_no_other_attempt_run_or_smal
     assert said.code("a", "advertise", context=said.context()) == "ROUND_CONFIRMED"
 
 
+def test_from_almost_the_same_weights_a_round_of_a_study_is_summed_once_whatever_the_run(said):
+    told = said.upto("confirm")["a"]
+    assert said.code("a", "confirm", **told) is None
+    said.run, said.base = "nearly", "b" * 64
+    assert said.ask("a", "train").kind == "ready"
+    assert said.code("a", "advertise", context=said.context(said.sites[:4])) == "ROUND_CONFIRMED"
+    said.round = 2
+    assert said.ask("a", "train").kind == "ready"
+    assert said.code("a", "advertise", context=said.context()) == "ROUND_RANGE"  # and the study has one
+
+
 def test_a_new_attempt_ends_the_one_before_it_so_that_not_both_can_be_unmasked(said):
     told = said.upto("confirm")
     assert said.code("a", "advertise", context=said.context(said.sites[:4], attempt=2)) is None
