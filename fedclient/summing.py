@@ -24,6 +24,7 @@ from shared_models.identity import load_secret
 from shared_models.parse import parse_json, plain
 from shared_models.protect.context import LEAST_SITES, Context
 from shared_models.protect.counted import counts_of
+from shared_models.protect.messages import Revealed
 from shared_models.protect.ring import Layout
 from shared_models.protect.secure import layout_of, round_of, wanted, weight_in_sum
 from shared_models.roster import Roster
@@ -103,7 +104,11 @@ def _step(order: Order, site: Site, study: Study, kept: Path) -> tuple[Reply, Pa
         elif order.kind == "confirm":
             reply = _answer(order, site, "confirmation", confirmation=sums.confirm(asked))
         else:
-            reply = _answer(order, site, "revealed", revealed=sums.unmask(asked))
+
+            def keep_answer(told: Revealed) -> None:
+                write_atomic(said, dump(_answer(order, site, "revealed", revealed=told)))
+
+            reply = _answer(order, site, "revealed", revealed=sums.unmask(asked, keep_answer))
     write_atomic(said, dump(reply))
     return reply, vector
 

@@ -9,6 +9,7 @@ import pytest
 from fedclient import egress
 from fedclient.egress import release
 from fedclient.site import open_site
+from fedclient.sums import Sums
 from shared_models.errors import OrderRefused
 from shared_models.protect.messages import Confirmations, Survivors
 from shared_models.protect.privacy import Protect
@@ -203,6 +204,18 @@ def test_both_shares_of_a_site_are_never_given_whatever_is_asked_second(said):
     other = Confirmations(told.context, dict(list(told.signatures.items())[:4]))
     assert said.code("a", "unmask", confirmations=other) == "STEP_REPEATED"
     assert said.ask("a", "unmask", confirmations=told).revealed == first
+
+
+def test_a_site_that_dies_as_it_gives_its_shares_gives_the_same_when_it_is_asked_again(said, monkeypatch):
+    told = said.upto("unmask")["a"]["confirmations"]
+
+    def die(*_: object) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sums, "_advance", die)
+        assert said.message("a", said.order("unmask", confirmations=told)).has_error()
+    assert said.ask("a", "unmask", confirmations=told).revealed.own_masks.keys() == set(said.sites)
 
 
 def test_too_few_confirmations_or_one_of_a_stranger_free_nothing(said):

@@ -35,10 +35,10 @@ deterministic = true
 count = 1
 quorum = 3
 gather_s = 5
-deadline_s = 300
+deadline_s = 90
 """
 MOST = 64  # examples that a site weighs at most
-SECURE = PLAIN + f"[protect.secure_aggregation]\nstep_s = 20.0\nmost_examples = {MOST}\n"
+SECURE = PLAIN + f"[protect.secure_aggregation]\nstep_s = 8.0\nmost_examples = {MOST}\n"
 
 
 @pytest.mark.process
