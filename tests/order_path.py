@@ -67,8 +67,8 @@ class Coordinator:
         return replace(made, **change)
 
     def order(self, kind: Any, **message: Any) -> Order:
-        digests = {"study_sha256": sha256(self.study), "base_sha256": self.base}
-        return Order(kind, self.run, self.round, 1, canonical(self.study).decode(), **digests, **message)
+        text, digests = canonical(self.study).decode(), (sha256(self.study), self.base)
+        return Order(kind, self.run, self.round, 1, text, *digests, **message)
 
     def ask(self, site: str, kind: str, **message: Any) -> Reply:
         return read_reply(self.message(site, self.order(kind, **message)), site)

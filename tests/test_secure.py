@@ -1,6 +1,7 @@
 """`[protect.secure_aggregation]` of a study: what it decides, what it refuses and why; and numbers inside a sum."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,13 +22,16 @@ from shared_models.surface_counts import DISTANCE_MM, SurfaceCounts
 from shared_models.survival_counts import SurvivalCounts
 from shared_models.task_table import Task
 from shared_models.weights import schema_of
+from simulations.run import jobs
 
 SECURE = load_study("lung-ct-secure")
 RESNET = replace(load_study("nodule-malignancy").model, spatial_dims=2)
 
 
-def study(**change: object) -> Study:
-    tables = {name: replace(getattr(SECURE, name), **of) if isinstance(of, dict) else of for name, of in change.items()}
+def study(**change: Any) -> Study:
+    tables: dict[str, Any] = {
+        name: replace(getattr(SECURE, name), **of) if isinstance(of, dict) else of for name, of in change.items()
+    }
     return replace(SECURE, **tables)
 
 
@@ -190,3 +194,15 @@ def test_sums_that_no_counts_can_give_are_found_out():
     parts["score/lung/sum_micro"] = 10**9
     with pytest.raises(ValueError):
         told_in(SECURE, True, True, parts)
+
+
+# Simulations
+
+
+def test_a_site_alone_and_all_pooled_have_nobody_to_hide_among_and_two_sites_make_no_sum():
+    nodes = {site: {"site": site, "data": "/", "manifest-site": site, "work": "/"} for site in ("a", "b", "c")}
+    listed = {job.name: job.study for job in jobs(SECURE, nodes, compare=True)}
+    assert listed.pop("federated").protect.secure_aggregation == SECURE.protect.secure_aggregation
+    assert [study.protect.secure_aggregation for study in listed.values()] == [None] * 4
+    with pytest.raises(StudyInvalid, match="a secure sum needs 3 sites, there are 2"):
+        jobs(SECURE, {site: nodes[site] for site in ("a", "b")}, compare=False)

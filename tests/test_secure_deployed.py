@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def hospitals(edge: Edge, quick_folder: Path) -> Hospitals:
     return made
 
 
-def secure(hospitals: Hospitals, study: Study = STUDY, **change: object):
+def secure(hospitals: Hospitals, study: Study = STUDY, **change: Any):
     change = {"roster": lambda: newest_roster(hospitals.edge.federation)} | change
     return hospitals.run(study, app=toy_app(LEARNER), weights=FLOATS, **change)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def mean(*sites: str) -> float:
     return 0.5 + sum(LEARNER.examples[s] * LEARNER.moves[s] for s in sites) / weight
 
 
-def line(run: RunFolder, number: int = 1) -> dict:
+def line(run: RunFolder, number: int = 1) -> dict[str, Any]:
     return next(x for x in read_lines(run.metrics) if x["round"] == number and not x.get("final"))
 
 

@@ -81,7 +81,7 @@ def test_top_k_sends_the_largest_changes_of_each_tensor():
 
 @pytest.mark.parametrize("protect", COMPRESSED)
 def test_what_was_cut_off_comes_with_the_next_updates_so_that_nothing_is_lost(protect):
-    draw, left = np.random.default_rng(1), {}
+    draw, left = np.random.default_rng(1), dict[str, np.ndarray]()
     asked, came = np.zeros(50), np.zeros(50)
     for _ in range(60):
         delta = {"w": (draw.standard_normal(50) * 0.01 + 0.002).astype(np.float32)}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from shared_models.protect.messages import Confirmations, Survivors
 from shared_models.protect.privacy import Protect
 from shared_models.protect.secure import SecureAggregation
 from shared_models.study import Study, canonical, sha256
-from shared_models.wire import dump, read_reply
+from shared_models.wire import Reply, dump, read_reply
 from tests.order_path import FLOATS, SECURE, STUDY, Coordinator
 from tests.toys import ToyLearner
 
@@ -51,7 +52,7 @@ def test_a_site_tells_no_number_of_cases_in_such_a_study(said):
 # The context
 
 
-def advertised(made: Coordinator, **change: object) -> str | None:
+def advertised(made: Coordinator, **change: Any) -> str | None:
     made.train()
     return made.code("a", "advertise", context=made.context(**change))
 
@@ -271,7 +272,7 @@ def test_the_door_lets_no_reply_of_one_site_out_in_such_a_study(said, monkeypatc
     site, order = open_site(said.configs["a"]), said.order("train")
     digests = (order.study_sha256, order.base_sha256)
     for kind, told in (("update", {"examples": 7}), ("update", {"losses": (0.5,)}), ("hello", {"train_cases": 3})):
-        reply = egress.Reply(kind, "a", order.run, 1, 1, *digests, **told)  # type: ignore[arg-type]
+        reply = Reply(kind, "a", order.run, 1, 1, *digests, **told)  # type: ignore[arg-type]
         with pytest.raises(OrderRefused, match="would tell of this site alone") as refused:
             release(reply, order, site)
         assert refused.value.code == "EGRESS"
