@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -11,9 +12,10 @@ from fedclient.gate.ready import ready
 from fedclient.parcels import answered
 from fedclient.records import log_of
 from fedclient.site import Site, open_site
+from fedclient.summing import is_summed, summed
 from fedclient.work import Gate, Learner, carry_out, no_gate, refusal
 from shared_models.errors import FederationError, OrderRefused, WeightsInvalid
-from shared_models.wire import Order, pack, read_order, tensors_of, write_reply
+from shared_models.wire import VECTOR, Order, pack, read_order, tensors_of, write_reply
 
 log = logging.getLogger("fedclient")
 
@@ -29,6 +31,10 @@ def client_app(learner: Learner, gate: Gate = no_gate) -> ClientApp:
                 reply = answered(order, admitted(order, site), learner, gate=gate)
                 return write_reply(release(reply, order, site), message)
             weights = tensors_of(message, f"order of round {order.round}") or {}
+            if is_summed(order):
+                reply, vector = summed(order, site, lambda: weights, learner, gate)
+                tensors = None if vector is None else pack({VECTOR: np.fromfile(vector, np.uint8)})
+                return write_reply(reply, message, tensors)
             done = carry_out(order, weights, site, learner, gate)
             return write_reply(done.reply, message, pack(done.delta) if done.delta else None)
         except FederationError as e:

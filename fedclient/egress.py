@@ -19,7 +19,9 @@ from shared_models.class_counts import ClassCounts
 from shared_models.detection_counts import DetectionCounts
 from shared_models.errors import FederationError, OrderRefused
 from shared_models.files import read_lines
+from shared_models.protect.stages import on_the_wire
 from shared_models.scores import Score
+from shared_models.study import Study
 from shared_models.survival_counts import SurvivalCounts
 from shared_models.weights import Arrays, difference, schema_of
 from shared_models.wire import BlobRef, Order, Reply, dump
@@ -42,8 +44,17 @@ MAY_LEAVE: dict[str, set[str]] = {
     },
     "evaluation": {"scored", "scores", "own_scores", "validation", "seconds"},
     "refusal": {"refusal", "refusal_keys"},
+    "ready": set(),
+    "advert": {"advert"},
+    "sealed": {"sealed"},
+    "masked": {"blob"},
+    "confirmation": {"confirmation"},
+    "revealed": {"revealed"},
 }
 KINDS = {"hello": "counts", "statistics": "histograms", "update": "facts", "evaluation": "scores", "refusal": "code"}
+KINDS |= {"ready": "word", "advert": "keys of a sum", "sealed": "shares for other sites", "masked": "facts"}
+KINDS |= {"confirmation": "signature", "revealed": "shares of a sum"}
+UNMASKED = ("hello", "statistics", "update", "evaluation")  # kinds that tell something of one site by itself
 
 log = logging.getLogger("fedclient")
 
@@ -62,10 +73,11 @@ def release(reply: Reply, order: Order, site: Site) -> Reply:
     return reply
 
 
-def release_tensors(blob: BlobRef, order: Order, site: Site) -> None:
-    """Writes down that a delta leaves; that it is the weights' shape was checked when it was made (`check_tensors`)."""
+def release_tensors(blob: BlobRef, order: Order, site: Site, kind: str = "tensors") -> None:
+    """Writes down that a delta leaves, or a masked vector; that a delta is the weights' shape was checked when it was
+    made (`check_tensors`)."""
     log_of(site.folder, site.name).add(
-        "sent", kind="tensors", bytes=blob.size_bytes, sha256=blob.sha256, run=order.run, round=order.round,
+        "sent", kind=kind, bytes=blob.size_bytes, sha256=blob.sha256, run=order.run, round=order.round,
         study=order.study_sha256,
     )  # fmt: skip
 
@@ -83,9 +95,10 @@ def release_code(folder: Path, code: str) -> None:
         log.warning("the code %s leaves and could not be written down: %s", code, error)
 
 
-def check_tensors(delta: Arrays, weights: Arrays) -> None:
-    """Raises OrderRefused unless `delta` has the names, shapes and dtypes of the weights that came."""
-    if problem := difference(schema_of(weights), schema_of(delta)):
+def check_tensors(sent: Arrays, weights: Arrays, study: Study) -> None:
+    """Raises OrderRefused unless what is sent has the names, shapes and dtypes of the weights that came, or those to
+    which the study compresses them."""
+    if problem := difference(on_the_wire(study.protect, schema_of(weights)), schema_of(sent)):
         raise OrderRefused("EGRESS", f"a delta is not of the weights' shape and stays here: {problem}.")
 
 
@@ -100,6 +113,9 @@ def _check(reply: Reply, order: Order, site: Site) -> None:
     for name in _filled(reply):
         if name not in allowed:
             refuse(f"{name!r} is not on the list of what a reply of kind {reply.kind!r} may hold")
+    told = [name for name in _filled(reply) if name in MAY_LEAVE[reply.kind]]
+    if reply.kind in UNMASKED and told and study_of(order).protect.secure_aggregation is not None:
+        refuse(f"{told[0]!r} would tell of this site alone in a study whose updates are summed securely")
     scores = [*reply.scores.items(), *reply.own_scores.items(), *reply.validation.items()]
     if scores and (strange := {label for label, _ in scores} - set(study_of(order).task.answers)):
         refuse(f"scores of {len(strange)} labels that the study does not have")

@@ -11,6 +11,7 @@ from fedclient.policy import objections
 from fedclient.site import Site
 from shared_models.errors import FederationError
 from shared_models.files import read_json
+from shared_models.protect.stages import on_the_wire
 from shared_models.scores import NAMES, measure_of
 from shared_models.study import Study
 
@@ -67,23 +68,59 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
 
         tensors = schema(network(study))
         times = 2 if study.train.scaffold else 1
-        bytes_ = size_bytes(tensors) * times
+        bytes_ = size_bytes(on_the_wire(study.protect, tensors)) * times
         yield (
             f"Each round: the change of each weight, {len(tensors) * times} tensors, {bytes_ / MIB:.1f} MiB; in "
             f"{study.rounds.count} rounds {bytes_ * study.rounds.count / MIB:.0f} MiB."
         )
-        yield "Each round: the number of examples and steps, ten mean losses, seconds, and cpu or cuda."
+        yield from _shortened(study)
+        if study.protect.secure_aggregation is None:
+            yield "Each round: the number of examples and steps, ten mean losses, seconds, and cpu or cuda."
+        else:
+            yield from _summed(study)
+    summed = " inside the masked sum" * (study.protect.secure_aggregation is not None)
     if study.evaluate.every and study.task.kind == "detection":
         yield (
-            f"Every {study.evaluate.every} rounds and at the end, for each of {', '.join(study.task.answers)}: number "
-            f"of scans, of lesions, of those found and of false marks; and how their scores are distributed if there "
-            f"are {site.smallest_count} scans or more."
+            f"Every {study.evaluate.every} rounds and at the end{summed}, for each of "
+            f"{', '.join(study.task.answers)}: number of scans, of lesions, of those found and of false marks; and how "
+            f"their scores are distributed if there are {site.smallest_count} scans or more."
         )
     elif study.evaluate.every:
         yield (
-            f"Every {study.evaluate.every} rounds and at the end, for each of {', '.join(study.task.answers)}: number "
-            f"of cases and sums of {NAMES[measure_of(study.task)]} over them, and how they are distributed if there "
-            f"are {site.smallest_count} or more."
+            f"Every {study.evaluate.every} rounds and at the end{summed}, for each "
+            f"of {', '.join(study.task.answers)}: number of cases and sums of {NAMES[measure_of(study.task)]} over "
+            f"them, and how they are distributed if there are {site.smallest_count} or more."
+        )
+
+
+def _shortened(study: Study) -> Iterator[str]:
+    """What is done to an update before it leaves; nobody is hidden by it."""
+    if study.protect.clip_norm is not None:
+        yield f"Before it leaves, a change longer than {study.protect.clip_norm:g} is shortened to that length."
+    if study.protect.compression != "none":
+        how = {"fp16": "16 bits of each", "int8": "8 bits of each", "top_k": "the largest of each tensor"}
+        yield (
+            f"Compressed: {how[study.protect.compression]}; what is cut off stays here and is added to the next change."
+        )
+
+
+def _summed(study: Study) -> Iterator[str]:
+    """What of this site the others and the coordinator can know, where updates are summed securely."""
+    weights = "the number of examples, a loss" if study.strategy.weighting == "examples" else "a loss"
+    if study.protect.privacy is not None:
+        weights = "nothing else"
+    yield (
+        f"All of it masked: the coordinator learns the sum over {study.rounds.quorum} or more sites, and nothing of "
+        f"this one by itself. In the sum are the change of each weight and {weights}."
+    )
+    yield (
+        "Beside it, each round: public keys, shares of keys that are sealed for the other sites, and two signatures. "
+        "This site refuses a sum of fewer sites, and one that could leave it alone."
+    )
+    if study.strategy.weighting == "examples":
+        yield (
+            "The sum of examples is known. When this site alone comes or goes between two rounds, the difference is "
+            'its number of examples; weighting = "uniform" would tell none.'
         )
 
 
@@ -100,6 +137,11 @@ def _costs(site: Site, asked: Asked) -> Iterator[str]:
             f"Privacy: differentially private by patient, noise {private.noise_multiplier:g}, "
             f"{asked.study.rounds.count} rounds; `fedclient ledger` says what is left of the budget, and an order that "
             f"would exceed it is refused."
+        )
+    elif asked.study.protect.secure_aggregation is not None:
+        yield (
+            "Privacy: the coordinator sees sums of the sites' updates, without noise. What is in a sum is of no site "
+            "alone, unless all the others in it work together; no privacy budget is spent, because none bounds this."
         )
     else:
         yield (

@@ -34,6 +34,8 @@ class Policy:
         protections: that a study must have: `secure-sum`, `differential-privacy`.
         hours: `20:00-06:00`, one or more; outside them nothing is computed, and work under way stops. None: always.
         time_zone: of the hours, by its IANA name.
+        least_threshold: share of a secure sum's sites that must stay to its end, where a study has such sums; whatever
+            it says, a site takes part in none of fewer than three sites or of a threshold of two thirds or less.
     """
 
     __pydantic_config__ = STRICT
@@ -47,6 +49,7 @@ class Policy:
     protections: Annotated[tuple[Protection, ...], Field(max_length=2)] = ()
     hours: Annotated[tuple[str, ...], Field(max_length=14)] = ()
     time_zone: str = "UTC"
+    least_threshold: Annotated[float, Field(gt=2 / 3, le=1)] = 0.67
 
     def __post_init__(self) -> None:
         for window in self.hours:
@@ -73,8 +76,9 @@ def _within(now: time, begin: time, end: time) -> bool:
 
 
 def protections_of(study: Study) -> frozenset[str]:
-    """The protections that a study has; secure sums none has yet, so that who requires them takes part in none."""
-    return frozenset(() if study.protect.privacy is None else ("differential-privacy",))
+    """The protections that a study has."""
+    found = {"secure-sum": study.protect.secure_aggregation, "differential-privacy": study.protect.privacy}
+    return frozenset(name for name, table in found.items() if table is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,11 @@ def objections(policy: Policy, study: Study) -> Iterator[Objection]:
         yield Objection("least_cohort", f"rounds.quorum = {study.rounds.quorum}", f"{policy.least_cohort} or more")
     if missing := [p for p in policy.protections if p not in protections_of(study)]:
         yield Objection("protections", f"no {' and no '.join(missing)}", "studies that have it")
+    secure = study.protect.secure_aggregation
+    if secure is not None and secure.threshold < policy.least_threshold:
+        yield Objection(
+            "least_threshold", f"secure_aggregation.threshold = {secure.threshold:g}", f"{policy.least_threshold:g}"
+        )
 
 
 def in_words(policy: Policy) -> list[str]:
@@ -119,6 +128,7 @@ def in_words(policy: Policy) -> list[str]:
         f"A study has at most {policy.most_rounds} rounds.",
         f"A round needs {policy.least_cohort} or more sites to be counted.",
         f"Protections required: {', '.join(policy.protections) or 'none'}.",
+        f"A secure sum needs three or more sites, and {policy.least_threshold:.0%} or more of them to its end.",
         f"Work is done {f'{hours} ({policy.time_zone})' if hours else 'at any hour'}.",
         f"A distribution leaves only of {policy.smallest_count} or more cases.",
     ]

@@ -43,7 +43,7 @@ from shared_models.protect.messages import (
 )
 from shared_models.protect.prg import Masks
 from shared_models.protect.shamir import SHARE_BYTES, split
-from shared_models.roster import Roster
+from shared_models.roster import Key32, Roster
 
 RandomBytes = Callable[[int], bytes]
 
@@ -110,11 +110,13 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """After the third: no secret of its own any more, only shares of everybody's."""
+    """After the third: no secret of its own any more, only shares of everybody's; and by which identities the others
+    are known to the end, for from here on the sum cannot be made anew on another roster."""
 
     __pydantic_config__ = STRICT
     context: Context
     shares: Mapping[str, Shares]
+    identities: Mapping[str, Key32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,7 @@ class Confirmed:
     __pydantic_config__ = STRICT
     context: Context
     shares: Mapping[str, Shares]
+    identities: Mapping[str, Key32]
     survivors: Survivors
 
 
@@ -165,8 +168,7 @@ def check_context(member: Member, context: Context, held: Held) -> None:
             "THRESHOLD_SMALL",
             f"{where}: a threshold of {context.threshold} for {n} sites; above two thirds and up to all is allowed.",
         )
-    if context.roster_sha256 != member.roster.sha256:
-        raise OrderRefused("ROSTER_MISMATCH", f"{where}: is about another roster than epoch {member.roster.epoch}.")
+    _check_roster(context, member)
     if strangers := [site for site in context.cohort if site not in member.roster.sites]:
         raise OrderRefused("NOT_ON_ROSTER", f"{where}: {strangers[0]!r} is not on the roster of the federation.")
     if context.model_sha256 != held.model_sha256:
@@ -189,6 +191,7 @@ def share(
     """
     context, where = state.context, f"secure sum of round {state.context.round}"
     _same(context, message.context)
+    _check_roster(context, member)
     adverts = {advert.site: advert for advert in message.adverts}
     if len(adverts) < len(message.adverts):
         raise OrderRefused("KEYS_DOUBLED", f"{where}: a site has two sets of keys.")
@@ -230,6 +233,7 @@ def mask(state: Shared, member: Member, inbox: Inbox) -> tuple[Masked, Masks]:
     """
     context, where = state.context, f"secure sum of round {state.context.round}"
     _same(context, inbox.context)
+    _check_roster(context, member)
     adverts = {advert.site: advert for advert in state.adverts}
     if strangers := inbox.boxes.keys() - (adverts.keys() - {member.name}):
         raise OrderRefused("NOT_ON_ROSTER", f"{where}: shares of {min(strangers)!r}, which has sent no keys.")
@@ -252,7 +256,7 @@ def mask(state: Shared, member: Member, inbox: Inbox) -> tuple[Masked, Masks]:
             bytes.fromhex(state.mask), bytes.fromhex(adverts[site].mask), context.digest, member.name, site
         )
         keys.append((pair, +1 if member.name < site else -1))
-    return Masked(context, shares), Masks(keys)
+    return Masked(context, shares, {site: member.roster.sites[site] for site in shares}), Masks(keys)
 
 
 def confirm(state: Masked, member: Member, survivors: Survivors) -> tuple[Confirmed, Confirmation]:
@@ -273,7 +277,9 @@ def confirm(state: Masked, member: Member, survivors: Survivors) -> tuple[Confir
             "SURVIVORS_FEW", f"{where}: {len(sites)} sites are left, {context.fewest} are needed. Nothing is revealed."
         )
     signature = sign(member.identity_key, SURVIVORS, survivors_statement(survivors))
-    return Confirmed(context, state.shares, survivors), Confirmation(member.name, context.id, signature.hex())
+    return Confirmed(context, state.shares, state.identities, survivors), Confirmation(
+        member.name, context.id, signature.hex()
+    )
 
 
 def unmask(state: Confirmed, member: Member, confirmations: Confirmations) -> Revealed:
@@ -287,7 +293,7 @@ def unmask(state: Confirmed, member: Member, confirmations: Confirmations) -> Re
     for site, signature in confirmations.signatures.items():
         if site not in state.survivors.sites:
             raise OrderRefused("CONFIRMATION_FORGED", f"{where}: {site!r} is no survivor and has confirmed.")
-        identity, statement = bytes.fromhex(member.roster.sites[site]), survivors_statement(state.survivors)
+        identity, statement = bytes.fromhex(state.identities[site]), survivors_statement(state.survivors)
         if not verify(identity, bytes.fromhex(signature), SURVIVORS, statement):
             raise OrderRefused("SURVIVORS_SPLIT", f"{where}: {site!r} has confirmed other survivors than this site.")
     if len(confirmations.signatures) < context.threshold:
@@ -310,6 +316,15 @@ def _channel(state: Advertised | Shared, name: str, other: Advert) -> bytes:
     return channel_key(
         bytes.fromhex(state.channel), bytes.fromhex(other.channel), state.context.digest, name, other.site
     )
+
+
+def _check_roster(context: Context, member: Member) -> None:
+    """Nothing is masked for a sum on another roster than the newest that this site has seen."""
+    if context.roster_sha256 != member.roster.sha256:
+        raise OrderRefused(
+            "ROSTER_MISMATCH",
+            f"secure sum of round {context.round}: is about another roster than epoch {member.roster.epoch}.",
+        )
 
 
 def _same(context: Context, told: str) -> None:

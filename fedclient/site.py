@@ -121,6 +121,7 @@ class Site:
         quota_bytes: the most that the cache may take up.
         deployed: tensors travel as blobs, and finished work is kept for an order that comes again.
         policy: what the hospital allows; asked in a deployment.
+        simulated_sums: of a simulation; see `sums`.
         go_on: called between the steps of work under way; raises OrderRefused once it may not go on.
     """
 
@@ -145,6 +146,12 @@ class Site:
     quota_bytes: int = int(QUOTA_GIB * GIB)
     labelled: tuple[str, ...] = ()
     privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
+    simulated_sums: Path | None = None
+
+    @property
+    def sums(self) -> Path:
+        """Where the roster, the identity key and the secure sums lie."""
+        return self.folder if self.simulated_sums is None else self.simulated_sums
 
     @property
     def where(self) -> Where:
@@ -257,6 +264,7 @@ def open_site(node_config: Mapping[str, object]) -> Site:
         apart=where.name,
         pooled=tuple(_where(each) for each in json.loads(str(node_config.get("pooled", "[]")))),
         chosen=_chosen(node_config),
+        simulated_sums=Path(str(node_config["sums"])) if "sums" in node_config else None,
     )
 
 

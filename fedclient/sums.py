@@ -7,7 +7,7 @@ ended or another attempt has begun.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -80,12 +80,13 @@ class Sums:
                     f"Another attempt needs another number.",
                 )
             # Two sums over sets that differ by one site differ by its update: what is confirmed once is never added
-            # again, neither for the same round, nor from the same weights, nor in another run of the same study, where
-            # training from the same seed gives the same update.
+            # again, neither from the same weights, where training from the same seed gives the same update, nor for
+            # the same round of the same study in any run, which bounds how many sums from almost the same weights a
+            # coordinator can have.
             if db.execute(
-                "SELECT 1 FROM sums WHERE confirmed AND (run = ? AND round = ? OR model_sha256 = ? AND "
-                "(run = ? OR policy_sha256 = ?))",
-                [context.run, context.round, context.model_sha256, context.run, context.policy_sha256],
+                "SELECT 1 FROM sums WHERE confirmed AND ((run = ? OR policy_sha256 = ?) AND "
+                "(round = ? OR model_sha256 = ?))",
+                [context.run, context.policy_sha256, context.round, context.model_sha256],
             ).fetchone():
                 raise OrderRefused(
                     "ROUND_CONFIRMED",
@@ -100,6 +101,14 @@ class Sums:
                  self._sealed(context.id, state)],
             )  # fmt: skip
         return advert
+
+    def about(self, context_id: str) -> dict[str, str]:
+        """Run, weights and study of a sum that this site has made keys for; OrderRefused of any other."""
+        with connected(self.path) as db:
+            row = db.execute("SELECT run, model_sha256, policy_sha256 FROM sums WHERE id = ?", [context_id]).fetchone()
+        if row is None:
+            raise _unheard_of()
+        return dict(zip(("run", "model_sha256", "policy_sha256"), map(str, row), strict=True))
 
     def share(self, adverts: Adverts) -> Sealed:
         before = self._state(adverts.context, Advertised)
@@ -131,9 +140,12 @@ class Sums:
         self._advance(before, state)
         return answer
 
-    def unmask(self, confirmations: Confirmations) -> Revealed:
+    def unmask(self, confirmations: Confirmations, keep: Callable[[Revealed], None] = lambda _: None) -> Revealed:
+        """`keep` is given the answer before the secrets are wiped: it follows from the survivors alone, so that told
+        again it tells nothing new, and a sum that waits for just this site does not die with its process."""
         before = self._state(confirmations.context, Confirmed)
         answer = secagg.unmask(before, self.member, confirmations)
+        keep(answer)
         self._advance(before, None)
         return answer
 
@@ -141,7 +153,7 @@ class Sums:
         with connected(self.path) as db:
             row = db.execute("SELECT step, state FROM sums WHERE id = ?", [context_id]).fetchone()
         if row is None:
-            raise OrderRefused("CONTEXT_SPLIT", "secure sum: a message is about a context that this site has not seen.")
+            raise _unheard_of()
         step, sealed = row
         if step != kind.__name__ or sealed is None:
             raise OrderRefused(
@@ -165,6 +177,10 @@ class Sums:
     def _sealed(self, context_id: str, state: object) -> bytes:
         about = framed(context_id.encode(), type(state).__name__.encode())
         return seal(self.key, canonical_json(plain(state)), about, os.urandom)
+
+
+def _unheard_of() -> OrderRefused:
+    return OrderRefused("CONTEXT_SPLIT", "secure sum: a message is about a context that this site has not seen.")
 
 
 def open_sums(member: Member, folder: Path) -> Sums:

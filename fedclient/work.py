@@ -17,6 +17,7 @@ from shared_models.identity import stated
 from shared_models.parse import parse_json
 from shared_models.plan import Plan
 from shared_models.planned import PURPOSE, planned, statement
+from shared_models.protect.stages import RESIDUAL, outgoing
 from shared_models.scores import Score
 from shared_models.strategy import remembers
 from shared_models.study import Study, from_json
@@ -182,7 +183,8 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         plan_sha256=order.plan_sha256,
     )
     if order.kind == "hello":
-        held = Holding() if private else learner.holding(site, study)
+        untold = private or study.protect.secure_aggregation is not None  # neither tells of one site by itself
+        held = Holding() if untold else learner.holding(site, study)
         return Answer(replace(reply, train_cases=held.train_cases, test_cases=held.test_cases))
     if order.kind != "statistics":  # whose order comes before there is a plan
         check_proof(order, site)
@@ -219,14 +221,21 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
     odd = [n for n, d in (*delta.items(), *memory.items()) if d.dtype.kind == "f" and not np.isfinite(d).all()]
     if odd:
         raise OrderRefused("TRAINING_DIVERGED", f"round {order.round}: {odd[0]!r} is not finite after training.")
+    if study.protect.compression != "none":
+        last = recall(folder, order.counted)
+        residual = {name: array for name, array in last.items() if name.startswith(RESIDUAL)}
+        sent, left = outgoing(study.protect, delta, residual)
+        memory = {**memory, **left}
+    else:
+        sent, _ = outgoing(study.protect, delta, {})
     if memory:
         remember(folder, order.round, order.counted, memory)
     done = replace(reply, kind="update", steps=learned.steps, device=learned.device)
     if spending is not None:  # all else follows from the patients, and carries no noise
         spending.settle()
-        return Answer(done, delta)
+        return Answer(done, sent)
     done = replace(done, examples=learned.examples, losses=learned.losses, variance=learned.variance)
-    return Answer(replace(done, seconds=time.monotonic() - began), delta)
+    return Answer(replace(done, seconds=time.monotonic() - began), sent)
 
 
 def own_model(order: Order, study: Study, weights: Arrays, site: Site, learner: Learner) -> Arrays | None:

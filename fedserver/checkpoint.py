@@ -10,6 +10,7 @@ runs/ID/plan.json                canonical JSON of the plan, where it is derived
 runs/ID/plan-proof.json          the coordinator's signature of that plan, in a deployment
 runs/ID/fingerprint.json         the sum of those statistics
 runs/ID/spool/SITE.safetensors   updates of the round in progress, where the strategy needs them all at once
+runs/ID/sum/                     the secure sum of the round in progress (fedserver/secure_round.py)
 """
 
 import hashlib
@@ -79,6 +80,10 @@ class RunFolder:
     @property
     def spool(self) -> Path:
         return self.path / "spool"
+
+    @property
+    def sum(self) -> Path:
+        return self.path / "sum"
 
     @property
     def metrics(self) -> Path:

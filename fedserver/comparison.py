@@ -9,6 +9,7 @@ from typing import Any
 from shared_models.scores import Score, value_of
 
 MINUS, DASH = "\u2212", "\u2013"
+ALL = "all sites together"  # in the place of a site's name, where nothing is known of any by itself
 
 
 @dataclass(frozen=True, slots=True)

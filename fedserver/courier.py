@@ -3,14 +3,19 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shared_models.errors import UpdateRejected
 from shared_models.weights import InMemory, Tensors, load, open_tensors
-from shared_models.wire import BlobRef, Reply, pack, tensors_of
+from shared_models.wire import VECTOR, BlobRef, Reply, pack, tensors_of
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, Message
+
+Octets: TypeAlias = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,10 @@ class Courier(Protocol):
 
     def collect(self, site: str, reply: Reply, message: "Message") -> Tensors:
         """The delta that `reply` is about; raises UpdateRejected or WeightsInvalid."""
+        ...
+
+    def vector(self, site: str, reply: Reply, message: "Message") -> Octets:
+        """The bytes of the masked vector that `reply` is about, read as they are used; raises UpdateRejected."""
         ...
 
     def drop(self, site: str, reply: Reply) -> None:
@@ -60,6 +69,12 @@ class Inline:
                 "UPDATE_MISSING", f"round {reply.round}, site {site!r}: sent no tensors. Ask it again."
             )
         return InMemory(arrays)
+
+    def vector(self, site: str, reply: Reply, message: "Message") -> Octets:
+        held = (tensors_of(message, f"round {reply.round}, site {site!r}") or {}).get(VECTOR)
+        if held is None or held.dtype != np.uint8 or held.ndim != 1:
+            raise UpdateRejected("UPDATE_MISSING", f"round {reply.round}, site {site!r}: sent no masked vector.")
+        return held
 
     def drop(self, site: str, reply: Reply) -> None:
         return None
@@ -90,13 +105,22 @@ class Beside:
         return Parcel(BlobRef(digest, weights.stat().st_size), None)
 
     def collect(self, site: str, reply: Reply, message: "Message") -> Tensors:
+        return open_tensors(self._arrived(site, reply), f"round {reply.round}, site {site!r}")
+
+    def vector(self, site: str, reply: Reply, message: "Message") -> Octets:
+        path = self._arrived(site, reply)
+        if not path.stat().st_size:
+            raise UpdateRejected("UPDATE_MISSING", f"round {reply.round}, site {site!r}: its blob is empty.")
+        return np.memmap(path, np.uint8, mode="r")
+
+    def _arrived(self, site: str, reply: Reply) -> Path:
         where = f"round {reply.round}, site {site!r}"
         if reply.blob is None:
             raise UpdateRejected("UPDATE_MISSING", f"{where}: names no blob. Ask it again.")
         path = self.incoming / site / reply.blob.sha256
         if not path.is_file():
             raise UpdateRejected("UPDATE_MISSING", f"{where}: its blob has not arrived. Ask it again.")
-        return open_tensors(path, where)
+        return path
 
     def drop(self, site: str, reply: Reply) -> None:
         if reply.blob is not None:

@@ -82,7 +82,8 @@ def render(found: Mapping[str, Any], loss: plots.Series, scores: Mapping[str, pl
         "size": size_text,
         "spread": lambda figures: spread_text(spread_of(figures)),
     }
-    style_of, measure = plots.styles(found["sites"]), found["measure"]["name"]
+    style_of = plots.styles([*found["sites"], *{s for series in (loss, *scores.values()) for s in series}])
+    measure = found["measure"]["name"]
     charts = [plots.line_chart("Training loss", "mean loss of the round", loss, style_of, (0.0, 0.0))]
     for label, series in scores.items():
         title, unit = f"Validation {measure}: {label}", f"mean {measure}" if measure == "Dice" else measure
@@ -188,7 +189,7 @@ def parts_in_words(rounds: Sequence[Mapping[str, Any]], site: str) -> list[str]:
 def work(rounds: Sequence[Mapping[str, Any]], site: str) -> dict[str, Any] | None:
     """What a site did for its updates: examples and device of the last one, mean seconds."""
     updates = [u for line in rounds if site in line["sites"] for u in line["sites"][site]["updates"]]
-    if not updates:
+    if not updates or updates[-1].get("summed"):  # of which nothing is known but that it is in a sum
         return None
     return {**updates[-1], "seconds": fmean(u["seconds"] for u in updates)}
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from fedserver import comparison as compared
 from fedserver import plots
 from fedserver.checkpoint import RunFolder, read_state, trained_study
-from fedserver.comparison import Comparison
+from fedserver.comparison import ALL, Comparison
 from fedserver.page import render
 from fedserver.privacy import spent
 from shared_models.files import read_lines, replacing, write_atomic, write_json
@@ -53,7 +53,7 @@ def write_report(run: RunFolder, comparison: Comparison | Sequence[Comparison] |
     found = facts(run, seeds)
     write_json(run.path / "report.json", found)
     loss, scores = curves(found)
-    write_atomic(run.path / "curves.png", plots.curves_png(loss, scores, found["sites"], found["measure"]["name"]))
+    write_atomic(run.path / "curves.png", plots.curves_png(loss, scores, drawn(found), found["measure"]["name"]))
     rows = compared.matrix(seeds)
     (run.path / "matrix.png").unlink(missing_ok=True)  # of an earlier report
     if len(rows) > 1:
@@ -72,7 +72,7 @@ def facts(run: RunFolder, comparisons: Sequence[Comparison] = ()) -> dict[str, A
     measure = measure_of(study.task)
     sites = {s for r in rounds for s in r["sites"]} | set(compared.sites_of(comparisons))
     if final is not None:
-        sites |= {*final["sites"], *final["left_out"]}
+        sites |= {*final["sites"], *final["left_out"], *final.get("together", {}).get("sites", ())}
     return {
         "run": run.id,
         "study": {
@@ -91,12 +91,18 @@ def facts(run: RunFolder, comparisons: Sequence[Comparison] = ()) -> dict[str, A
         "weights": {"file": run.weights(state.round).name, "sha256": state.weights_sha256},
         "rounds": rounds,
         "privacy": spent(study, rounds),
+        "secure": _secure(study, rounds),
         "totals": {key: round(sum(r[key] for r in rounds), 3) for key in ("seconds", "bytes_down", "bytes_up")},
         "test": {label: _test(final, label) for label in study.task.answers} if final is not None else {},
         "calibration": final.get("calibration", {}) if final is not None else {},
         "not_tested": final["left_out"] if final is not None else {},
         "comparison": compared.as_json(comparisons, NAMES[measure]) if comparisons else None,
     }
+
+
+def drawn(found: Mapping[str, Any]) -> list[str]:
+    """Whose curves there are: the sites', or of a run through secure sums that of all together."""
+    return [ALL, *found["sites"]] if found["secure"] else list(found["sites"])
 
 
 def in_words(study: Study) -> str:
@@ -149,6 +155,9 @@ def strategy_in_words(study: Study) -> str:
         "Each site also has a model of its own (Ditto).": own.ditto_lambda,
         "Each site also has a model of its own, mixed with the federation's (APFL).": own.apfl_alpha,
         "After the last round each site tunes a copy on its own images.": own.fine_tunes,
+        f"Updates longer than {study.protect.clip_norm or 0:g} are shortened.": study.protect.clip_norm is not None,
+        f"Updates travel compressed ({study.protect.compression}).": study.protect.compression != "none",
+        "Updates are added up under masks (secure aggregation).": study.protect.secure_aggregation is not None,
     }
     return "".join(f" {sentence}" for sentence, so in said.items() if so)
 
@@ -161,7 +170,12 @@ def curves(found: Mapping[str, Any]) -> tuple[plots.Series, dict[str, plots.Seri
     """
     loss: dict[str, dict[int, float | None]] = {}
     scores: dict[str, dict[str, dict[int, float | None]]] = {label: {} for label in found["labels"]}
-    for site, update in _updates(found["rounds"]):
+    for line in found["rounds"]:
+        if (together := line["together"]) is not None:
+            loss.setdefault(ALL, {})[line["round"]] = together["loss"]
+            for label, row in together["validation"].items():
+                scores.setdefault(label, {}).setdefault(ALL, {})[line["round"] - 1] = value_in(row)
+    for site, update in updates_told(found["rounds"]):
         loss.setdefault(site, {})[update["round"]] = update["loss"]
         for label, row in update["validation"].items():
             scores.setdefault(label, {}).setdefault(site, {})[update["round"] - 1] = value_in(row)
@@ -183,7 +197,16 @@ def write_events(run: RunFolder, found: Mapping[str, Any]) -> Path:
     ends = accumulate((line["seconds"] for line in found["rounds"]), initial=float(began))
     wall = dict(zip([0, *(line["round"] for line in found["rounds"])], ends, strict=True))
     points: dict[str, list[tuple[int, str, float]]] = {}
-    for site, update in _updates(found["rounds"]):
+    for line in found["rounds"]:
+        if (together := line["together"]) is not None:
+            told = {"train/loss": together["loss"], "train/examples": together["examples"]}
+            all_ = points.setdefault(ALL, [])
+            all_ += [(line["round"], tag, value) for tag, value in told.items() if value is not None]
+            for label, row in together["validation"].items():
+                value = value_in(row)
+                tag = f"validation_{found['measure']['key']}/{label}"
+                all_.append((line["round"] - 1, tag, nan if value is None else value))
+    for site, update in updates_told(found["rounds"]):
         values = {f"train/{name}": update[name] for name in ("loss", "examples", "seconds")}
         mine = points.setdefault(site, [])
         mine += [(update["round"], tag, nan if value is None else value) for tag, value in values.items()]
@@ -200,12 +223,13 @@ def write_events(run: RunFolder, found: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _updates(rounds: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every counted update with its site."""
+def updates_told(rounds: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every counted update of which more is known than that it is in a sum, with its site."""
     for line in rounds:
         for site, part in line["sites"].items():
             for update in part["updates"]:
-                yield site, update
+                if not update.get("summed"):
+                    yield site, update
 
 
 def _series(by_site: Mapping[str, Mapping[int, float | None]]) -> plots.Series:
@@ -230,8 +254,44 @@ def _round(line: Mapping[str, Any]) -> dict[str, Any]:
                 "validation": {label: _without_bins(row) for label, row in update["scores"].items()},
             }
         )
+    together = line.get("together")
+    for site in together["sites"] if together else ():
+        sites[site] = {"part": "counted", "reason": "", "updates": [{"round": line["round"], "summed": True}]}
     kept = ("round", "seconds", "bytes_down", "bytes_up", "weights_sha256")
-    return {**{key: line[key] for key in kept}, "sites": dict(sorted(sites.items()))}
+    return {
+        **{key: line[key] for key in kept},
+        "sites": dict(sorted(sites.items())),
+        "together": None if together is None else _in_a_sum(together),
+    }
+
+
+def _in_a_sum(together: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: together[key] for key in ("examples", "clipped", "attempt")},
+        "loss": _mean_loss(together["losses"]),
+        "validation": {label: _without_bins(row) for label, row in together["scores"].items()},
+    }
+
+
+def _secure(study: Study, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What the coordinator could know of a site in a run through secure sums; None for another run."""
+    table = study.protect.secure_aggregation
+    if table is None:
+        return None
+    sums = [line["together"] for line in rounds if line["together"] is not None]
+    fewest = min((sum(s["part"] == "counted" for s in line["sites"].values()) for line in rounds), default=0)
+    return {
+        "clip": table.clip,
+        "ring_bits": table.ring_bits,
+        "fewest_sites": fewest,
+        "clipped": sum(s["clipped"] for s in sums),
+        "words": (
+            f"Updates were added up under masks: the coordinator knows the sum of each round, of at least {fewest} "
+            f"sites, and no update, loss, score or number of examples of one site. It knows who was in each sum. What "
+            f"a sum of few sites says of their images, and what all the others in it could find out together, masks do "
+            f"not bound; differential privacy does."
+        ),
+    }
 
 
 def _mean_loss(losses: Sequence[float | None]) -> float | None:
@@ -244,7 +304,10 @@ def _without_bins(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _test(final: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """The final test of one label: every site, all cases together, the mean over sites, and the worst site."""
+    """The final test of one label: every site, all cases together, the mean over sites, and the worst site.
+
+    Of a run through secure sums, all cases together alone.
+    """
     rows = {
         site: _with_value(part["scores"][label]) for site, part in final["sites"].items() if label in part["scores"]
     }

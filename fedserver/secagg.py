@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from shared_models.errors import SumAborted, UpdateRejected
 from shared_models.identity import verify
+from shared_models.parse import STRICT, SiteName
 from shared_models.protect.context import Context
 from shared_models.protect.masking import commitment, is_weak, pair_mask_key, public_key, self_mask_key
 from shared_models.protect.messages import (
@@ -70,6 +71,19 @@ class SecureTotal:
         """The weighted mean of one tensor over the sites in the sum."""
         share = self.weight / self.context.whole
         return mean_of(self.vector, self.layout, self.context.encoding, name, share)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A sum whose vectors are all there, but for their sum itself: enough to end it after a restart. No secret is in
+    it; `sealed` have shared their secrets, the vectors of `added` are in the sum."""
+
+    __pydantic_config__ = STRICT
+    context: Context
+    roster: Roster
+    adverts: tuple[Advert, ...]
+    sealed: tuple[SiteName, ...]
+    added: tuple[SiteName, ...]
 
 
 class SecureSum:
@@ -149,6 +163,29 @@ class SecureSum:
         self._survivors = Survivors(self.context.id, tuple(sorted(self._added)))
         return self._survivors
 
+    @property
+    def survivors(self) -> Survivors:
+        """Whose vectors are in the sum, once no more is taken."""
+        return self._survivors
+
+    def gathered(self) -> tuple[Gathered, NDArray[np.uint32]]:
+        """All that ends the sum in another process, which the sites answer as they would answer this one."""
+        adverts = tuple(self._adverts[site] for site in sorted(self._adverts))
+        facts = Gathered(self.context, self.roster, adverts, tuple(sorted(self._sealed)), self._survivors.sites)
+        return facts, self._vector
+
+    @classmethod
+    def resumed(cls, facts: Gathered, layout: Layout, vector: NDArray[np.uint32]) -> "SecureSum":
+        """The sum that `gathered` was told of, with its survivors to be confirmed next."""
+        made = cls(facts.context, facts.roster, layout)
+        made.step = "confirmations"
+        made._adverts = {advert.site: advert for advert in facts.adverts}
+        made._sealed = {site: Sealed(site, facts.context.id, {}) for site in facts.sealed}
+        made._added = set(facts.added)
+        made._survivors = Survivors(facts.context.id, facts.added)
+        made._vector = vector
+        return made
+
     def take_confirmation(self, confirmation: Confirmation) -> None:
         site = confirmation.site
         self._expect("confirmations", site, confirmation.context, self._survivors.sites, self._signatures)
@@ -159,7 +196,17 @@ class SecureSum:
 
     def close_confirmations(self) -> Confirmations:
         self._advance("confirmations", len(self._signatures))
+        return self.confirmations
+
+    @property
+    def confirmations(self) -> Confirmations:
+        """Who has confirmed the survivors, once no more is taken."""
         return Confirmations(self.context.id, dict(sorted(self._signatures.items())))
+
+    def confirmed(self, told: Confirmations) -> None:
+        """Goes on, after a restart, with the confirmations that the sites may have been sent already."""
+        self._signatures = dict(told.signatures)
+        self._advance("confirmations", len(self._signatures))
 
     def take_revealed(self, revealed: Revealed) -> None:
         self._expect("revealed", revealed.site, revealed.context, self._signatures, self._revealed)

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedserver.checkpoint import RunFolder, read_progress
-from fedserver.comparison import points_text, spread_of, spread_text, value_text
+from fedserver.comparison import ALL, points_text, spread_of, spread_text, value_text
 from fedserver.page import duration_text
 from shared_models.expiry import date_text
 from shared_models.scores import NAMES, value_in
@@ -33,6 +33,14 @@ PHASES = {
     "paused": "paused, too few sites have answered",
     "finished": "finished",
 }
+SUM_PHASES = {
+    "advertise": "secure sum: keys",
+    "share": "secure sum: shares of keys",
+    "mask": "secure sum: masked updates",
+    "confirm": "secure sum: who is in it",
+    "unmask": "secure sum: the masks come off",
+}
+PHASES |= SUM_PHASES
 STATES = {"asked": "working", "pending": "not now", "rejected": "answer not accepted"}  # others are words already
 COLOURS = {
     "counted": "green",
@@ -42,7 +50,7 @@ COLOURS = {
     "away": "yellow",
     "not now": "yellow",
 }
-UNDER_WAY = ("gathering", "train", "paused")
+UNDER_WAY = ("gathering", "train", "paused", *SUM_PHASES)
 WAITED_FOR = ("asked", "away", "lost", "pending")
 LEFT_OUT = ("refused", "rejected", "failed", "late", "revoked")
 STALE_S = 5.0  # progress.json older than this, as one begins to follow, is of a process that has gone
@@ -139,7 +147,8 @@ def _site_of(key: str) -> str:
 
 
 def _scored(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {key: part for key, part in line["sites"].items() if part["scores"]}
+    parts = {ALL: line["together"]} if "together" in line else line["sites"]
+    return {key: part for key, part in parts.items() if part["scores"]}
 
 
 def _score_words(scores: Mapping[str, Mapping[str, Any]]) -> str:
@@ -150,7 +159,7 @@ def _score_words(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _measure_of(line: Mapping[str, Any]) -> str:
     """The headline measure of a line that holds scores."""
-    rows = [row for part in line["sites"].values() for row in part["scores"].values()]
+    rows = [row for part in _scored(line).values() for row in part["scores"].values()]
     return NAMES[rows[0].get("measure", "dice")] if rows else "score"
 
 
@@ -180,7 +189,7 @@ def _json_lines(run: str, console: Console) -> Tell:
     def tell(view: View) -> None:
         nonlocal before
         for line in view.finished:
-            kept = ("round", "seconds", "scored_round", "sites", "federation", "left_out")
+            kept = ("round", "seconds", "scored_round", "sites", "together", "federation", "left_out")
             put("test" if line.get("final") else "round", **{key: line[key] for key in kept if key in line})
         now = {key: view.progress.get(key) for key in ("phase", "round", "rounds", "quorum", "sites")}
         if view.progress and now != before:
@@ -232,7 +241,9 @@ def _finished_words(line: Mapping[str, Any]) -> str:
     scores = ", ".join(f"{key} {_score_words(part['scores'])}" for key, part in sorted(_scored(line).items()))
     if line.get("final"):
         return f"test {_measure_of(line)}: {scores or 'none'}"
-    updates = f"{len(line['sites'])} update{'s' if len(line['sites']) != 1 else ''} counted"
+    together = line.get("together")
+    count = len(line["sites"] if together is None else together["sites"])
+    updates = f"{count} update{'s' if count != 1 else ''} {'counted' if together is None else 'in a secure sum'}"
     words = f"round {line['round']}: done in {duration_text(line['seconds'])}, {updates}"
     return words + (f"; validation {_measure_of(line)} {scores}" if scores else "")
 
@@ -306,7 +317,11 @@ def run_table(found: Mapping[str, Any]) -> Table:
             _site(site, False), value_text(None), Text(plain(f"{seat['state']} {seat['reason']}".strip())), ""
         )
     table.add_section()
-    table.add_row("mean over sites", value_text(test["mean_over_sites"]), "", "")
+    if found.get("secure") and (whole := test.get("all_cases")):
+        deviation = value_text(whole.get("deviation") if whole["cases"] > 1 else None)
+        table.add_row(ALL, value_text(whole["value"]), deviation, str(whole["cases"]))
+    else:
+        table.add_row("mean over sites", value_text(test["mean_over_sites"]), "", "")
     return table
 
 

@@ -121,7 +121,7 @@ def _known(kind: type[object], path: list[str]) -> list[str]:
 
 
 def _dataclasses_of(kind: object) -> list[Any]:
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):  # pydantic's validators are dataclasses too
         return [kind]
     return [found for arg in get_args(kind) for found in _dataclasses_of(arg)]
 

@@ -20,6 +20,8 @@ from shared_models.model_table import Level as Level
 from shared_models.model_table import Model as Model
 from shared_models.parse import STRICT, parse, parse_json, plain, read_toml
 from shared_models.protect.privacy import Protect, check_private
+from shared_models.protect.secure import check_secure
+from shared_models.protect.stages import check_stages
 from shared_models.strategy import NotNegative, Positive, check_strategy
 from shared_models.strategy import Personal as Personal
 from shared_models.strategy import Strategy as Strategy
@@ -259,6 +261,8 @@ class Study:
         check_strategy(self)
         self._check_task()
         check_private(self)
+        check_secure(self)
+        check_stages(self)
         if self.plan == "federated":
             return  # the tables below are the plan's to set
         if self.table_only:

@@ -20,6 +20,17 @@ from shared_models.errors import FederationError, WeightsInvalid
 from shared_models.files import canonical_json
 from shared_models.parse import STRICT, Count, RunId, Sha256, SiteName, parse_json, plain
 from shared_models.plan import Fingerprint
+from shared_models.protect.context import Context
+from shared_models.protect.messages import (
+    Advert,
+    Adverts,
+    Confirmation,
+    Confirmations,
+    Inbox,
+    Revealed,
+    Sealed,
+    Survivors,
+)
 from shared_models.scores import AnyScore
 from shared_models.weights import Array, Arrays
 
@@ -65,10 +76,12 @@ class Order:
         plan_proof: that the coordinator made the plan for this run (`planned.statement`); none in a simulation.
         study_proof: that the coordinator runs this study (`study.statement`); none in a simulation.
         head: of the coordinator's audit log; none in a simulation.
+        context, adverts, inbox, survivors, confirmations: of an `advertise`, `share`, `mask`, `confirm` and `unmask`:
+            the steps of a secure sum over what a `train` or `evaluate` has left at the site.
     """
 
     __pydantic_config__ = STRICT
-    kind: Literal["hello", "statistics", "train", "evaluate"]
+    kind: Literal["hello", "statistics", "train", "evaluate", "advertise", "share", "mask", "confirm", "unmask"]
     run: RunId
     round: Annotated[int, Field(ge=0, le=10_000)]
     attempt: Annotated[int, Field(ge=1, le=1000)]
@@ -83,6 +96,11 @@ class Order:
     counted: Annotated[int, Field(ge=0, le=10_000)] = 0
     study_proof: Proof | None = None
     head: Head | None = None
+    context: Context | None = None
+    adverts: Adverts | None = None
+    inbox: Inbox | None = None
+    survivors: Survivors | None = None
+    confirmations: Confirmations | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +120,15 @@ class Reply:
         plan_sha256: of the plan that the work followed.
         fingerprint: what the site's training cases add to the plan.
         head: of the site's audit log; none in a simulation.
+        advert, sealed, confirmation, revealed: what a site says in the steps of a secure sum; its vector is a blob. Of
+            an update that is to be summed securely a site says `ready`, and nothing else.
     """
 
     __pydantic_config__ = STRICT
-    kind: Literal["hello", "statistics", "update", "evaluation", "refusal"]
+    kind: Literal[
+        "hello", "statistics", "update", "evaluation", "refusal",
+        "ready", "advert", "sealed", "masked", "confirmation", "revealed",
+    ]  # fmt: skip
     site: SiteName
     run: RunId
     round: Annotated[int, Field(ge=0, le=10_000)]
@@ -130,9 +153,16 @@ class Reply:
     plan_sha256: Sha256 | None = None
     fingerprint: Fingerprint | None = None
     head: Head | None = None
+    advert: Advert | None = None
+    sealed: Sealed | None = None
+    confirmation: Confirmation | None = None
+    revealed: Revealed | None = None
 
 
+STEPS = {"advertise": "advert", "share": "sealed", "mask": "masked", "confirm": "confirmation", "unmask": "revealed"}
 KIND_OF_MESSAGE = {"hello": "query", "statistics": "query", "train": "train", "evaluate": "evaluate"}
+KIND_OF_MESSAGE |= dict.fromkeys(STEPS, "train")
+VECTOR = "vector"  # a masked vector, where it travels inside the message
 
 
 def pack(arrays: Arrays) -> ArrayRecord:

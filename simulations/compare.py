@@ -21,7 +21,7 @@ from typing import Any
 
 from fedclient.data.manifest import Progress
 from fedserver.checkpoint import RunFolder, read_progress
-from fedserver.report import curves, facts, write_report
+from fedserver.report import curves, facts, updates_told, write_report
 from shared_models.errors import StateInvalid
 from shared_models.scores import measure_of, value_in
 from shared_models.study import Study
@@ -190,7 +190,7 @@ def _of_study(asked: Asked, runs: Sequence[Trained], told: Mapping[str, Told]) -
         folder = RunFolder(run.folder / run.job.name)
         write_report(folder)
         found = facts(folder)
-        trained = sum(u["seconds"] for line in found["rounds"] for s in line["sites"].values() for u in s["updates"])
+        trained = sum(update["seconds"] for _, update in updates_told(found["rounds"]))
         costs.append(
             {
                 "setting": run.model.setting,

@@ -28,12 +28,14 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedserver.checkpoint import RunFolder, State
+from fedserver.checkpoint import RunFolder, State, read_study
 from fedserver.cohort import Presence
+from fedserver.conversation import Setting
 from fedserver.courier import Inline
-from fedserver.rounds import Setting, carry_out
+from fedserver.rounds import carry_out
 from shared_models.errors import ProcessFailed
 from shared_models.files import canonical_json
+from simulations.roster import members, roster_of
 
 NodeConfig = Mapping[str, str | int]
 
@@ -224,6 +226,13 @@ def read_config(frame: bytes) -> NodeConfig:
     return cast(NodeConfig, json.loads(frame))
 
 
+def with_members(folder: Path, nodes: Mapping[str, NodeConfig]) -> Mapping[str, NodeConfig]:
+    """`nodes` with keys and roster, where the study of the run in `folder` sums its updates securely."""
+    if read_study(RunFolder(folder)).protect.secure_aggregation is None:
+        return nodes
+    return {site: {**nodes[site], "sums": str(path)} for site, path in members(folder, nodes).items()}
+
+
 def run_local(
     folder: Path,
     nodes: Mapping[str, NodeConfig],
@@ -251,6 +260,7 @@ def run_local(
         from fedclient.app import app as installed  # imports torch
 
         app = installed
+    nodes = with_members(folder, nodes)
     numbered = {i: nodes[site] for i, site in enumerate(sorted(nodes), start=1)}
     grid = LocalGrid(app, numbered, workers)
     presence = Presence({site: i for i, site in enumerate(sorted(nodes), start=1)})
@@ -265,6 +275,7 @@ def run_local(
                 poll_s=0.0,
                 presence_s=float("inf"),
                 bounded=False,
+                roster=lambda: roster_of(folder),
             )
         )
     finally:

@@ -18,13 +18,15 @@ from flwr.simulation import run_simulation
 
 from fedserver.checkpoint import RunFolder, State, read_state, read_study
 from fedserver.cohort import Presence
+from fedserver.conversation import Setting
 from fedserver.courier import Inline
-from fedserver.rounds import Setting, carry_out
+from fedserver.rounds import carry_out
 from shared_models.archive import load_app
 from shared_models.errors import ProcessFailed
 from shared_models.study import canonical, sha256
 from shared_models.wire import Order, read_reply, write_order
-from simulations.engine import NodeConfig
+from simulations.engine import NodeConfig, with_members
+from simulations.roster import roster_of
 
 INSTALLED = "fedclient.app:app"
 
@@ -41,6 +43,7 @@ def run_ray(
     Raises:
         ProcessFailed: the run did not end; Flower has printed why.
     """
+    nodes = with_members(folder, nodes)
     run, configs = RunFolder(folder), [nodes[site] for site in sorted(nodes)]
     server, done = ServerApp(), list[State]()
 
@@ -48,7 +51,18 @@ def run_ray(
     def main(grid: Grid, context: Context) -> None:
         presence = greet(grid, run, len(configs))
         done.append(
-            carry_out(Setting(grid, run, lambda: presence, Inline(), poll_s=0.02, presence_s=math.inf, bounded=False))
+            carry_out(
+                Setting(
+                    grid,
+                    run,
+                    lambda: presence,
+                    Inline(),
+                    poll_s=0.02,
+                    presence_s=math.inf,
+                    bounded=False,
+                    roster=lambda: roster_of(folder),
+                )
+            )
         )
 
     backend: Any = {

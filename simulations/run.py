@@ -34,6 +34,7 @@ from fedserver.report import Comparison, write_report
 from shared_models.control import without_control
 from shared_models.errors import ManifestInvalid, StateInvalid, StudyInvalid
 from shared_models.files import canonical_json, read_json, write_json
+from shared_models.protect.context import LEAST_SITES
 from shared_models.scores import NAMES, Score, measure_of, row_of
 from shared_models.size import size_in_words
 from shared_models.strategy import Personal, Strategy
@@ -159,7 +160,7 @@ def federation(name: str, study: Study, nodes: Mapping[str, NodeConfig]) -> Job:
     """The study with these sites; its quorum is no larger than their number.
 
     Raises:
-        StudyInvalid: too few sites for the study's robust rule.
+        StudyInvalid: too few sites for the study's robust rule, or for a secure sum.
     """
     if len(nodes) < (needed := study.strategy.fewest_updates):
         raise StudyInvalid(
@@ -167,6 +168,11 @@ def federation(name: str, study: Study, nodes: Mapping[str, NodeConfig]) -> Job:
             f"{study.strategy.malicious} needs {needed} sites, there are {len(nodes)}. Take more sites or another rule."
         )
     quorum = min(study.rounds.quorum, len(nodes))
+    if study.protect.secure_aggregation is not None and len(nodes) < LEAST_SITES:
+        raise StudyInvalid(
+            f"study {study.name!r}: a secure sum needs {LEAST_SITES} sites, there are {len(nodes)}. Take more sites, "
+            f"or leave out protect.secure_aggregation."
+        )
     return Job(name, replace(study, rounds=replace(study.rounds, quorum=quorum)), nodes)
 
 
@@ -179,6 +185,7 @@ def plain_study(study: Study) -> Study:
         personal=Personal(keep=("norm",) if study.model.norm == "batch" else ()),
         rounds=replace(study.rounds, quorum=1, cohort=1.0),
         evaluate=replace(study.evaluate, every=0),
+        protect=replace(study.protect, secure_aggregation=None),
     )
 
 

@@ -1,8 +1,22 @@
-"""Properties are tried without a clock: on a busy machine an example may take long, and nothing is wrong with it."""
+"""What all tests share: properties are tried without a clock, for a busy machine makes an example late, not wrong."""
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("house", settings.get_profile("ci" if "CI" in os.environ else "default"), deadline=None)
 settings.load_profile("house")
+
+
+@pytest.fixture
+def quick_folder() -> Iterator[Path]:
+    """A folder in memory where there is such a place: for tests of many small files that sync, and not of syncing."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
+    yield folder
+    shutil.rmtree(folder)

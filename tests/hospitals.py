@@ -12,10 +12,11 @@ from fedclient.site import Data, Site, SiteFile, open_site, site_toml
 from fedserver.app import proof
 from fedserver.checkpoint import RunFolder, State, create_run
 from fedserver.cohort import Presence
+from fedserver.conversation import Setting
 from fedserver.courier import Beside
 from fedserver.enrol import open_log
 from fedserver.records import Records
-from fedserver.rounds import Setting, carry_out
+from fedserver.rounds import carry_out
 from shared_models.files import write_atomic
 from shared_models.study import Study
 from shared_models.weights import Arrays

@@ -318,7 +318,7 @@ def test_a_queued_run_is_shown_and_stopped_and_goes_on(federation):
 def test_the_ready_studies_are_listed():
     assert "lung-ct-quick" in call("fedsim", "studies")[1]
     ready = {"brats-tumour", "chest-xray", "ct-nodule", "hippocampus", "lung-ct", "lung-ct-quick", "lung-nodule"}
-    ready |= {"brca-prognosis", "lung-ct-private", "nodule-malignancy"}
+    ready |= {"brca-prognosis", "lung-ct-private", "lung-ct-secure", "nodule-malignancy"}
     assert set(parsed("fedsim", "studies", "--json")) == ready
 
 

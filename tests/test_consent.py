@@ -71,6 +71,11 @@ def refused(of: Order, site: Site, now_s: float | None = None) -> OrderRefused:
         (Policy(protections=("secure-sum",)), STUDY, ["protections"]),
         (Policy(protections=("differential-privacy",)), STUDY, ["protections"]),
         (Policy(protections=("differential-privacy",)), load_study("lung-ct-private"), []),
+        (Policy(protections=("secure-sum",)), load_study("lung-ct-secure"), []),
+        (Policy(protections=("secure-sum", "differential-privacy")), load_study("lung-ct-secure"), ["protections"]),
+        (Policy(least_threshold=0.8), load_study("lung-ct-secure"), ["least_threshold"]),
+        (Policy(least_threshold=0.8), STUDY, []),
+        (Policy(least_cohort=4), load_study("lung-ct-secure"), ["least_cohort"]),
         (Policy(tasks=("detection",), most_rounds=1, least_cohort=9), STUDY, ["tasks", "most_rounds", "least_cohort"]),
         (Policy(tasks=("segmentation",), models=("unet",), most_rounds=2, least_cohort=2), STUDY, []),
         (Policy(), STUDY, []),
@@ -106,8 +111,21 @@ def test_hours_that_are_none_are_refused(change):
 
 
 def test_every_key_of_the_policy_is_told_in_words():
-    told = " ".join(in_words(Policy(17, "ask", 93, ("t1",), ("m1",), 71, 5, ("secure-sum",), ("20:00-06:00",), "UTC")))
-    for word in ("17", "`fedclient approve`", "93 days", "t1", "m1", "71 rounds", "5 or more", "secure-sum", "20:00"):
+    told = " ".join(
+        in_words(Policy(17, "ask", 93, ("t1",), ("m1",), 71, 5, ("secure-sum",), ("20:00-06:00",), "UTC", 0.79))
+    )
+    for word in (
+        "79%",
+        "17",
+        "`fedclient approve`",
+        "93 days",
+        "t1",
+        "m1",
+        "71 rounds",
+        "5 or more",
+        "secure-sum",
+        "20:00",
+    ):
         assert word in told
 
 

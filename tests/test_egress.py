@@ -114,9 +114,9 @@ def test_what_is_on_the_list_leaves_with_a_line_that_says_so(north, change):
     ],
 )
 def test_tensors_of_another_name_shape_or_type_than_the_weights_stay(delta):
-    check_tensors(WEIGHTS, WEIGHTS)
+    check_tensors(WEIGHTS, WEIGHTS, Study(name="s"))
     with pytest.raises(OrderRefused, match="stays here") as refused:
-        check_tensors(delta, WEIGHTS)
+        check_tensors(delta, WEIGHTS, Study(name="s"))
     assert refused.value.code == "EGRESS"
 
 

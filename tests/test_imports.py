@@ -17,7 +17,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "flwr": (
         "shared_models/wire.py",
         "fedclient/app.py", "fedclient/node.py", "fedclient/executor.py",
-        "fedserver/app.py", "fedserver/rounds.py", "fedserver/courier.py", "fedserver/link.py",
+        "fedserver/app.py", "fedserver/rounds.py", "fedserver/conversation.py", "fedserver/secure_round.py",
+        "fedserver/courier.py", "fedserver/link.py",
         "fedserver/dispatch.py", "fedserver/fleet.py",
         "simulations/engine.py", "simulations/worker.py", "simulations/ray_engine.py", "simulations/bench/",
     ),
@@ -27,6 +28,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "shared_models/roster.py",
         "shared_models/invite.py", "fedclient/site.py", "fedclient/ledger.py", "shared_models/protect/context.py",
         "shared_models/protect/messages.py", "shared_models/protect/accounting.py", "shared_models/protect/privacy.py",
+        "shared_models/protect/secure.py",
         "shared_models/task_table.py", "shared_models/model_table.py", "shared_models/class_counts.py",
         "shared_models/surface_counts.py", "shared_models/scores.py", "shared_models/survival_counts.py",
         "shared_models/detection_counts.py",

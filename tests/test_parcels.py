@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fedclient.kept as kept_work
 import fedclient.parcels as parcels
 from fedclient.ledger import open_ledger
 from fedclient.parcels import answered
@@ -182,7 +183,7 @@ def test_a_process_that_dies_between_delta_and_reply_starts_anew_and_one_that_di
 
     asked = order(publish(edge))
     with monkeypatch.context() as patched:
-        patched.setattr(parcels, "write_atomic", die)
+        patched.setattr(kept_work, "write_atomic", die)
         with pytest.raises(KeyboardInterrupt):
             answered(asked, north, learner)
     assert arrived(edge) == []

@@ -20,9 +20,10 @@ from fedclient.work import carry_out as carry_out_at_site
 from fedserver.app import proof
 from fedserver.checkpoint import RunFolder, State, create_run, read_plan, read_state, trained_study
 from fedserver.cohort import Presence
+from fedserver.conversation import Setting
 from fedserver.courier import Inline
 from fedserver.enrol import Federation, init_federation
-from fedserver.rounds import Setting, carry_out
+from fedserver.rounds import carry_out
 from shared_models import nets
 from shared_models.errors import OrderRefused, RoundPaused, StateInvalid, StudyInvalid, UpdateRejected
 from shared_models.files import canonical_json, read_lines

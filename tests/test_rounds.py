@@ -11,8 +11,9 @@ from flwr.common.constant import ErrorCode
 
 from fedserver.checkpoint import RunFolder, State, read_progress, read_state
 from fedserver.cohort import Presence, choose
+from fedserver.conversation import Setting
 from fedserver.courier import Inline
-from fedserver.rounds import Setting, carry_out
+from fedserver.rounds import carry_out
 from shared_models.errors import RoundPaused
 from shared_models.files import read_lines
 from shared_models.study import Evaluate, Rounds, Strategy, Study

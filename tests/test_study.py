@@ -311,7 +311,7 @@ OTHER: dict[tuple[str, ...], Any] = {
     ("rounds", "late"): "next", ("strategy", "name"): "fedavgm", ("strategy", "weighting"): "uniform",
     ("plan",): "federated", ("channels",): ("t1ce", "flair"), ("strategy", "robust"): "norm_bound",
     ("strategy", "server_learning_rate"): 0.5, ("strategy", "norm_bound"): 2.0, ("personal", "keep"): ("norm",),
-    ("personal", "apfl_alpha"): 0.25,
+    ("personal", "apfl_alpha"): 0.25, ("protect", "compression"): "int8", ("protect", "top_k"): 0.25,
 }  # fmt: skip
 PAIRED: dict[tuple[str, ...], dict[tuple[str, ...], Any]] = {  # what another value cannot stand without
     ("strategy", "malicious"): {("strategy", "weighting"): "uniform", ("strategy", "robust"): "median",
@@ -322,6 +322,7 @@ PAIRED: dict[tuple[str, ...], dict[tuple[str, ...], Any]] = {  # what another va
                             ("strategy", "weighting"): "uniform"},
     ("personal", "head_epochs"): {("personal", "keep"): ("head",)},
     ("personal", "apfl_adaptive"): {("personal", "apfl_alpha"): 0.5},
+    ("protect", "top_k"): {("protect", "compression"): "top_k"},
 }  # fmt: skip
 OF_SEGMENTS: list[dict[str, Any]] = [
     {"loss": "focal"}, {"loss": "tversky"}, {"loss": "ce"}, {"loss": "dice_ce"}, {"tolerance_mm": 1.0},
@@ -356,6 +357,7 @@ ONLY_ONE = {
     ("preprocess", "fit"),
     ("preprocess", "mean"), ("preprocess", "deviation"), ("preprocess", "nonzero"),
     ("train", "foreground"), ("evaluate", "overlap"), ("protect", "privacy"),
+    ("protect", "secure_aggregation"),
 }  # fmt: skip
 
 
@@ -430,6 +432,7 @@ def test_the_ready_studies_load_and_are_called_what_they_are():
         "lung-ct",
         "lung-ct-private",
         "lung-ct-quick",
+        "lung-ct-secure",
         "lung-detect",
         "lung-nodule",
         "nodule-malignancy",

@@ -11,6 +11,8 @@ from pydantic import Field
 
 from shared_models.parse import STRICT
 from shared_models.protect.accounting import NOISES, Spend
+from shared_models.protect.secure import Secured
+from shared_models.protect.stages import Compression
 
 if TYPE_CHECKING:
     from shared_models.study import Study
@@ -47,10 +49,22 @@ class Privacy:
 
 @dataclass(frozen=True, slots=True)
 class Protect:
-    """`[protect]`: protections of what leaves a site; each is a table of its own, and one that is left out is off."""
+    """`[protect]`: what is done to what leaves a site; what is left out is off. How they follow on each other, and what
+    does not go together, is `shared_models/protect/stages.py`'s.
+
+    Attributes:
+        clip_norm: longest update, as a Euclidean norm over all weights; a longer one is shortened by its site.
+        compression: `fp16` and `int8` send fewer bits of each weight, `top_k` the largest changes of each tensor alone;
+            what is cut off waits at the site for its next update.
+        top_k: share of a tensor's weights that is sent; 0.01 if nothing is said.
+    """
 
     __pydantic_config__ = STRICT
     privacy: Privacy | None = None
+    secure_aggregation: Secured = None
+    clip_norm: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = None
+    compression: Compression = "none"
+    top_k: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 def check_private(study: "Study") -> None:

@@ -21,8 +21,9 @@ from flwr.app import Message
 
 from fedserver.checkpoint import RunFolder, create_run
 from fedserver.cohort import Presence
+from fedserver.conversation import Setting
 from fedserver.courier import Beside
-from fedserver.rounds import Setting, carry_out
+from fedserver.rounds import carry_out
 from shared_models.study import Evaluate, Rounds, Study
 from shared_models.weights import Arrays, save_arrays
 from shared_models.wire import BlobRef, Reply, read_order, write_reply

@@ -1,0 +1,114 @@
+"""Secure rounds over the real gateway: blobs, audit logs, policies, and the roster that hospitals fetch themselves."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedclient.egress import sent
+from fedclient.explain import explained
+from fedclient.policy import Policy
+from fedserver.app import newest_roster
+from fedserver.lifecycle import revoke
+from shared_models.errors import RoundPaused
+from shared_models.files import read_lines
+from shared_models.study import Evaluate, Study
+from shared_models.weights import load
+from tests.edge import Edge, running_edge
+from tests.hospitals import Hospitals
+from tests.order_path import FLOATS
+from tests.test_secure_round import LEARNER, STUDY
+from tests.toys import toy_app
+
+INSIDE = Policy(approval="inside-policy", protections=("secure-sum",))
+NAMES = ("a", "b", "c", "d")
+PLAIN_STUDY = Study(name="toy", rounds=replace(STUDY.rounds, quorum=2))
+
+
+@pytest.fixture
+def edge(quick_folder: Path) -> Iterator[Edge]:
+    with running_edge(quick_folder / "federation") as running:
+        yield running
+
+
+@pytest.fixture
+def hospitals(edge: Edge, quick_folder: Path) -> Hospitals:
+    made = Hospitals(edge, quick_folder / "sites")
+    for name in NAMES:
+        made.join(name, INSIDE)
+    return made
+
+
+def secure(hospitals: Hospitals, study: Study = STUDY, **change: Any):
+    change = {"roster": lambda: newest_roster(hospitals.edge.federation)} | change
+    return hospitals.run(study, app=toy_app(LEARNER), weights=FLOATS, **change)
+
+
+def mean(*sites: str) -> float:
+    weight = sum(LEARNER.examples[s] for s in sites)
+    return sum(LEARNER.examples[s] * LEARNER.moves[s] for s in sites) / weight
+
+
+def test_a_run_over_the_gateway_gives_the_mean_and_each_site_wrote_down_what_left(hospitals, edge):
+    state, run = secure(hospitals)
+    assert state.cohort == NAMES
+    np.testing.assert_allclose(load(run.weights(1))["body.bias"], 0.5 + mean(*NAMES), atol=1e-6)
+    assert not [p for p in (edge.blobs / "in").rglob("*") if p.is_file()]  # folded, and gone
+    left = [line["kind"] for line in sent(hospitals.sites["a"])]
+    steps = ["keys of a sum", "shares for other sites", "masked vector", "facts", "signature", "shares of a sum"]
+    assert left == ["word", *steps, "word", *steps]  # the round, then the scores at its end
+    final = read_lines(run.metrics)[-1]
+    assert (final["sites"], final["federation"]["lung"]["cases"]) == ({}, 8)
+
+
+def test_a_site_that_requires_secure_sums_takes_part_in_no_other_study(hospitals):
+    with pytest.raises(RoundPaused, match=r"0 of 2 sites.*a: OUTSIDE_POLICY \(protections\)"):
+        hospitals.run(PLAIN_STUDY, app=toy_app(LEARNER), weights=FLOATS)
+
+
+def test_a_sites_own_least_cohort_holds_whatever_the_study_says(hospitals):
+    hospitals.join("careful", replace(INSIDE, least_cohort=5))
+    state, run = secure(hospitals, replace(STUDY, evaluate=Evaluate(every=0)))
+    assert state.cohort == NAMES
+    left = next(iter(read_lines(run.metrics)))["left_out"]
+    assert left == {"careful": {"state": "refused", "reason": "OUTSIDE_POLICY (least_cohort)"}}
+
+
+def test_a_coordinator_that_shows_an_older_roster_gets_no_keys(hospitals, edge):
+    older = newest_roster(edge.federation)
+    hospitals.join("newer", INSIDE)
+    with pytest.raises(RoundPaused, match="a: ROSTER_MISMATCH"):
+        secure(hospitals, roster=lambda: older)
+    assert not list(hospitals.folder.rglob("sum-*"))
+
+
+def test_a_site_that_is_revoked_during_a_sum_is_in_none_and_the_others_sum_on_the_next_roster(hospitals, edge):
+    looked = []
+
+    def revoking():
+        looked.append(1)
+        if len(looked) == 3:  # keys are there, shares are asked for next
+            revoke(edge.federation, "d", "left the consortium")
+        return newest_roster(edge.federation)
+
+    state, run = secure(hospitals, replace(STUDY, evaluate=Evaluate(every=0)), roster=revoking)
+    assert state.cohort == ("a", "b", "c")
+    np.testing.assert_allclose(load(run.weights(1))["body.bias"], 0.5 + mean("a", "b", "c"), atol=1e-6)
+    line = next(iter(read_lines(run.metrics)))
+    assert line["together"]["attempt"] == 2
+    assert line["left_out"]["d"]["state"] == "revoked"
+
+
+def test_a_study_of_secure_sums_is_told_in_plain_words(hospitals):
+    from fedclient.consent import find_asked
+
+    secure(hospitals)
+    site = hospitals.site("a")
+    told = explained(site, find_asked(site, "toy"))
+    assert any("learns the sum over 3 or more sites, and nothing of this one by itself" in s for s in told["leaves"])
+    assert any("the difference is its number of examples" in s for s in told["leaves"])
+    assert any("sums of the sites' updates" in s for s in told["costs"])
+    assert not any("ten mean losses" in s or "sees this site's update" in s for s in told["leaves"] + told["costs"])

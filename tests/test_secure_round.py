@@ -1,0 +1,305 @@
+"""Rounds through secure sums, with sites that go away and a coordinator that is killed: the right mean, or none."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+
+from fedserver.checkpoint import RunFolder, State, read_progress, read_state
+from fedserver.cohort import Presence
+from fedserver.conversation import Setting
+from fedserver.courier import Inline
+from fedserver.rounds import carry_out
+from shared_models.errors import RoundPaused, SumAborted
+from shared_models.files import read_lines
+from shared_models.protect.privacy import Protect
+from shared_models.protect.secure import SecureAggregation
+from shared_models.roster import Roster
+from shared_models.study import Evaluate, Rounds, Strategy, Study
+from shared_models.weights import load
+from shared_models.wire import read_order
+from simulations.engine import LocalGrid, run_local, with_members
+from simulations.roster import roster_of
+from tests.order_path import FLOATS, SECURE
+from tests.toys import Clock, ToyLearner, new_run, nodes, toy_app
+
+SITES = ("a", "b", "c", "d", "e")
+LEARNER = ToyLearner({"a": 1.0, "b": 2.0, "c": -3.0, "d": 0.5, "e": 0.0}, {"a": 10, "b": 20, "c": 5, "d": 1, "e": 64})
+STUDY = Study(name="toy", rounds=Rounds(count=1, quorum=3, deadline_s=1000, pause_s=100), protect=SECURE)
+Lost = Callable[[str, str, int], str | None]  # site, kind, how often asked -> "before" or "after" it did the work
+STEPS = ("advertise", "share", "mask", "confirm", "unmask")
+
+
+class Killed(BaseException):
+    """The coordinator's process ends here."""
+
+
+class SteppedGrid(LocalGrid):
+    """Sites that are lost at steps of a sum, and a coordinator that is killed as it sends its nth order of a kind."""
+
+    def __init__(self, configs, clock: Clock, lost: Lost, kill: tuple[str, int] | None) -> None:
+        super().__init__(toy_app(LEARNER), configs)
+        self.clock, self.lost, self.kill, self.configs = clock, lost, kill, configs
+        self.asked: dict[tuple[str, str], int] = {}
+        self.kinds: dict[str, tuple[str, str, int]] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        listed = list(messages)
+        for message in listed:
+            kind = read_order(message).kind
+            if self.kill and kind == self.kill[0]:
+                if self.kill[1] == 0:
+                    raise Killed
+                self.kill = (kind, self.kill[1] - 1)
+        ids = list(super().push_messages(listed))
+        for message_id, message in zip(ids, listed, strict=True):
+            site, kind = str(self.configs[message.metadata.dst_node_id]["site"]), read_order(message).kind
+            self.asked[site, kind] = self.asked.get((site, kind), 0) + 1
+            self.kinds[message_id] = site, kind, self.asked[site, kind]
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies: list[Message] = []
+        for message_id in list(message_ids):
+            when = self.lost(*self.kinds[message_id])
+            if when == "before":
+                continue
+            came = list(super().pull_messages([message_id]))
+            replies += [] if when == "after" else came
+        return replies
+
+
+def nobody(site: str, kind: str, times: int) -> str | None:
+    return None
+
+
+def play(
+    folder: Path,
+    study: Study = STUDY,
+    lost: Lost = nobody,
+    kill: tuple[str, int] | None = None,
+    roster: Callable[[Path], Roster | None] = roster_of,
+) -> tuple[State, RunFolder, SteppedGrid]:
+    run = RunFolder(folder / "toy") if (folder / "toy").exists() else new_run(folder, study, FLOATS)
+    configs = dict(enumerate(with_members(run.path, nodes(SITES, folder)).values(), start=1))
+    clock, presence = Clock(), Presence({s: i for i, s in enumerate(SITES, start=1)})
+    grid = SteppedGrid(configs, clock, lost, kill)
+    setting = Setting(
+        grid, run, lambda: presence, Inline(), clock, clock.sleep, poll_s=0.5, roster=lambda: roster(run.path)
+    )
+    return carry_out(setting), run, grid
+
+
+def at(*lost: tuple[str, str, str]) -> Lost:
+    """Sites that are lost, once and for all, at a step: (site, kind, before or after)."""
+    order = ("train", *STEPS)
+
+    def when(site: str, kind: str, times: int) -> str | None:
+        for one, step, how in lost:
+            if site == one and kind in order and order.index(kind) >= order.index(step):
+                return how if kind == step else "before"
+        return None
+
+    return when
+
+
+def mean(*sites: str) -> float:
+    """What the bias becomes: 0.5, and the mean of the sites' moves by their examples."""
+    weight = sum(LEARNER.examples[s] for s in sites)
+    return 0.5 + sum(LEARNER.examples[s] * LEARNER.moves[s] for s in sites) / weight
+
+
+def line(run: RunFolder, number: int = 1) -> dict[str, Any]:
+    return next(x for x in read_lines(run.metrics) if x["round"] == number and not x.get("final"))
+
+
+def bias(run: RunFolder, number: int = 1) -> np.ndarray:
+    return load(run.weights(number))["body.bias"]
+
+
+def test_a_run_through_secure_sums_ends_with_the_weights_of_the_plain_one(quick_folder):
+    plain = replace(STUDY, protect=Protect(), rounds=replace(STUDY.rounds, count=2), evaluate=Evaluate(every=0))
+    runs = {}
+    for name, study in (("plain", plain), ("secure", replace(plain, protect=SECURE))):
+        run = new_run(quick_folder / name, study, FLOATS)
+        run_local(run.path, nodes(SITES, quick_folder / name), toy_app(LEARNER))
+        runs[name] = load(run.weights(2))
+    for tensor, expected in runs["plain"].items():
+        np.testing.assert_allclose(runs["secure"][tensor], expected, atol=1e-6, rtol=0)
+
+
+def test_of_no_site_is_anything_known_but_that_it_is_in_the_sum(quick_folder):
+    _, run, _ = play(quick_folder)
+    found = line(run)
+    assert found["sites"] == {}
+    together = found["together"]
+    assert (together["sites"], together["examples"], together["losses"]) == (list(SITES), 100, [0.75])
+    final = read_lines(run.metrics)[-1]
+    assert final["final"]
+    assert final["sites"] == {}
+    assert final["federation"]["lung"]["cases"] == 10  # two of each
+    told = b"".join(p.read_bytes() for p in run.path.glob("*.json*"))
+    assert b'"seconds":0' not in told.replace(b'"seconds":0.0', b"")
+    for own in (b'"examples":10,', b'"examples":20,', b'"examples":64', b'"cases":2,', b'"steps":'):
+        assert own not in told
+
+
+def test_validation_scores_of_the_sites_are_known_together_alone(quick_folder):
+    study = replace(STUDY, rounds=replace(STUDY.rounds, count=2))
+    _, run, _ = play(quick_folder, study)
+    assert line(run, 2)["together"]["scores"]["lung"]["cases"] == 10
+    assert line(run, 2)["together"]["scores"]["lung"]["dice"] == 0.625
+    assert line(run, 2)["scored_round"] == 1
+
+
+@pytest.mark.parametrize(
+    ("lost", "counted"),
+    [
+        (("c", "train", "before"), "abde"),
+        (("c", "advertise", "after"), "abde"),
+        (("c", "share", "after"), "abde"),
+        (("c", "mask", "before"), "abde"),
+        (("c", "mask", "after"), "abde"),
+        (("c", "confirm", "before"), "abcde"),
+        (("c", "unmask", "before"), "abcde"),
+    ],
+)
+def test_a_site_that_is_lost_at_any_step_costs_its_update_or_nothing(quick_folder, lost, counted):
+    state, run, _ = play(quick_folder, replace(STUDY, evaluate=Evaluate(every=0)), at(lost))
+    assert state.cohort == tuple(counted)
+    np.testing.assert_allclose(bias(run), mean(*counted), atol=1e-6)
+    assert set(line(run)["left_out"]) == set(SITES) - set(counted)
+    assert line(run)["together"]["attempt"] == 1
+
+
+def test_when_too_few_are_left_the_round_is_attempted_again_under_another_number(quick_folder):
+    def first_time(site: str, kind: str, times: int) -> str | None:
+        return "after" if kind == "share" and site in "bcd" and times == 1 else None
+
+    def until_asked_anew(site: str, kind: str, times: int) -> str | None:
+        return "before" if kind == "share" and site in "bcd" and times <= 5 else None
+
+    study = replace(STUDY, evaluate=Evaluate(every=0))
+    _, run, _ = play(quick_folder / "reasked", study, first_time)  # a lost answer is asked for again: no new attempt
+    assert line(run)["together"]["attempt"] == 1
+    _, run, grid = play(quick_folder / "again", study, until_asked_anew)
+    assert line(run)["together"]["attempt"] == 2
+    assert line(run)["left_out"] == {}
+    np.testing.assert_allclose(bias(run), mean(*SITES), atol=1e-6)
+    assert grid.asked["a", "advertise"] == 2
+
+
+def test_a_round_whose_sums_all_fail_is_paused_says_why_and_goes_on_later(quick_folder):
+    gone = at(("b", "share", "before"), ("c", "share", "before"))
+    study = replace(STUDY, evaluate=Evaluate(every=0))
+    with pytest.raises(RoundPaused, match=r"5 secure sums failed.*3 of 4 sites needed.*Nothing was revealed"):
+        play(quick_folder, study, gone)
+    assert read_state(RunFolder(quick_folder / "toy")).round == 0
+    _, run, _ = play(quick_folder, study)
+    assert line(run)["together"]["attempt"] == 6
+    np.testing.assert_allclose(bias(run), mean(*SITES), atol=1e-6)
+
+
+def test_fewer_sites_than_the_quorum_never_make_a_sum(quick_folder):
+    gone = at(*((site, "train", "before") for site in "cde"))
+    with pytest.raises(RoundPaused, match="2 of 3 sites needed"):
+        play(quick_folder, STUDY, gone)
+    assert not list((quick_folder / "toy").rglob("sum-*"))
+
+
+def test_once_the_survivors_are_told_the_coordinator_waits_for_shares_and_then_ends_the_same_sum(quick_folder):
+    study = replace(STUDY, evaluate=Evaluate(every=0))
+    with pytest.raises(RoundPaused, match="3 of 4 sites needed"):
+        play(quick_folder, study, at(("b", "unmask", "before"), ("c", "unmask", "before")))
+    assert read_progress(RunFolder(quick_folder / "toy"))["phase"] == "paused"
+    _, run, grid = play(quick_folder, study)
+    assert line(run)["together"]["attempt"] == 1
+    assert ("a", "train") not in grid.asked  # nothing is trained again
+    assert ("a", "mask") not in grid.asked
+    np.testing.assert_allclose(bias(run), mean(*SITES), atol=1e-6)
+
+
+@pytest.mark.parametrize("step", ["train", *STEPS])
+@pytest.mark.parametrize("nth", [0, 2])
+def test_a_coordinator_that_is_killed_at_any_step_goes_on_to_the_same_weights(quick_folder, step, nth):
+    study = replace(STUDY, evaluate=Evaluate(every=0))
+    with pytest.raises(Killed):
+        play(quick_folder, study, kill=(step, nth))
+    _, run, _ = play(quick_folder, study)
+    np.testing.assert_allclose(bias(run), mean(*SITES), atol=1e-6)
+    begun_anew = step in ("advertise", "share", "mask")
+    assert line(run)["together"]["attempt"] == (2 if begun_anew else 1)
+    assert not (run.path / "sum").exists()
+
+
+def test_a_killed_coordinator_sends_the_confirmations_that_it_had_sent_though_more_could_be_had(quick_folder):
+    study = replace(STUDY, evaluate=Evaluate(every=0))
+    with pytest.raises(Killed):
+        play(quick_folder, study, at(("e", "confirm", "before")), kill=("unmask", 2))
+    _, run, grid = play(quick_folder, study)
+    assert ("e", "confirm") not in grid.asked
+    np.testing.assert_allclose(bias(run), mean(*SITES), atol=1e-6)
+
+
+def test_a_killed_final_evaluation_is_summed_once(quick_folder):
+    confirms = len(SITES) + 1  # of the round, then the second of the evaluation
+    with pytest.raises(Killed):
+        play(quick_folder, kill=("confirm", confirms))
+    play(quick_folder)
+    finals = [x for x in read_lines(quick_folder / "toy" / "metrics.jsonl") if x.get("final")]
+    assert [x["federation"]["lung"]["cases"] for x in finals] == [10]
+
+
+def test_a_roster_that_changes_during_a_sum_ends_the_attempt_and_the_next_is_on_the_new_one(quick_folder):
+    looked = []
+
+    def changing(path: Path) -> Roster | None:
+        looked.append(1)
+        found = roster_of(path)
+        assert found is not None
+        return replace(found, epoch=2) if len(looked) in (3, 4) else found
+
+    _, run, _ = play(quick_folder, replace(STUDY, evaluate=Evaluate(every=0)), roster=changing)
+    assert line(run)["together"]["attempt"] == 3
+    np.testing.assert_allclose(bias(run), mean(*SITES), atol=1e-6)
+
+
+def test_a_site_that_masks_something_else_spoils_the_sum_which_is_thrown_away(quick_folder, monkeypatch):
+    from fedserver import courier
+
+    honest = courier.Inline.vector
+
+    def lying(self, site, reply, message):
+        vector = honest(self, site, reply, message)
+        return vector + np.uint8(1) if site == "c" else vector
+
+    monkeypatch.setattr(courier.Inline, "vector", lying)
+    with pytest.raises(SumAborted, match=r"masks were left in it.*another seed") as aborted:
+        play(quick_folder)
+    assert aborted.value.code == "SUM_MASK_RESIDUE"
+    assert read_state(RunFolder(quick_folder / "toy")).round == 0
+
+
+def test_uniform_weighting_tells_no_number_of_examples_at_all(quick_folder):
+    study = replace(STUDY, strategy=Strategy(weighting="uniform"), evaluate=Evaluate(every=0))
+    _, run, _ = play(quick_folder, study)
+    np.testing.assert_allclose(bias(run), 0.5 + (1 + 2 - 3 + 0.5 + 0) / 5, atol=1e-6)
+    assert line(run)["together"]["examples"] is None
+
+
+def test_a_site_with_more_examples_than_the_study_counts_weighs_as_so_many(quick_folder):
+    protect = Protect(secure_aggregation=SecureAggregation(clip=8.0, most_examples=10))
+    _, run, _ = play(quick_folder, replace(STUDY, protect=protect, evaluate=Evaluate(every=0)))
+    capped = {s: min(n, 10) for s, n in LEARNER.examples.items()}
+    due = 0.5 + sum(capped[s] * LEARNER.moves[s] for s in SITES) / sum(capped.values())
+    np.testing.assert_allclose(bias(run), due, atol=1e-6)
+
+
+def test_what_is_clipped_is_counted(quick_folder):
+    protect = Protect(secure_aggregation=SecureAggregation(clip=1.0, most_examples=64))
+    _, run, _ = play(quick_folder, replace(STUDY, protect=protect, evaluate=Evaluate(every=0)))
+    assert line(run)["together"]["clipped"] == 2 * 16  # b and c move all 16 weights by more than 1
