@@ -32,7 +32,7 @@ def unet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
         in_channels=in_channels,
         out_channels=out_channels,
         features=model.features,
-        norm=_norm_words(model),
+        norm=norm_words(model),
         dropout=model.dropout,
     )
     return net
@@ -50,12 +50,12 @@ def dynunet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
         upsample_kernel_size=[level.stride for level in levels[1:]],
         filters=[level.features for level in levels],
         dropout=model.dropout or None,
-        norm_name=_norm_words(model),
+        norm_name=norm_words(model),
     )
     return net
 
 
-def _norm_words(model: Model) -> tuple[str, dict[str, Any]]:
+def norm_words(model: Model) -> tuple[str, dict[str, Any]]:
     """The norm layers of a network, in MONAI's words."""
     return (model.norm, {"affine": True} | ({"num_groups": model.groups} if model.norm == "group" else {}))
 
