@@ -9,6 +9,8 @@ runs/ID/progress.json            the round in progress and whom it waits for
 runs/ID/plan.json                canonical JSON of the plan, where it is derived from the sites' statistics
 runs/ID/plan-proof.json          the coordinator's signature of that plan, in a deployment
 runs/ID/fingerprint.json         the sum of those statistics
+runs/ID/without.json             sites that are not asked in this run, where there are any
+runs/ID/retrained.json           which run it goes on from, where it does
 runs/ID/spool/SITE.safetensors   updates of the round in progress, where the strategy needs them all at once
 """
 
@@ -46,6 +48,8 @@ from shared_models.weights import (
     save,
     save_arrays,
 )
+
+WITHOUT = "without.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +195,12 @@ def read_state(folder: RunFolder) -> State:
     if state.weights_sha256 != NO_WEIGHTS and not folder.weights(state.round).exists():
         raise StateInvalid(f"{folder.weights(state.round)}: is missing. Restore the folder from its backup.")
     return state
+
+
+def excluded(folder: RunFolder) -> tuple[str, ...]:
+    """Sites that are not asked in a run."""
+    path = folder.path / WITHOUT
+    return tuple(read_json(path)["sites"]) if path.exists() else ()
 
 
 def finish_round(

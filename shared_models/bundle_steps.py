@@ -84,8 +84,7 @@ class Told:
 
     def __call__(self, data: Data) -> Data:
         chances = np.asarray(data["pred"].cpu(), dtype=np.float64)
-        if self.survival:
-            chances = np.cumprod(1 - chances, axis=1)
+        chances = np.cumprod(1 - chances, axis=1, dtype=np.float64) if self.survival else chances
         self.out.mkdir(parents=True, exist_ok=True)
         name = Path(str(data["source"])).name.split(".")[0]
         told = dict(zip(self.names, chances.mean(axis=0).tolist(), strict=True))

@@ -4,7 +4,7 @@ After Mitchell et al. 2019 (Model Cards for Model Reporting). Whatever nobody ha
 known. Scores are told by site; the sites' names only where the study lets them be named (`evaluate.publish_sites`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -134,7 +134,7 @@ def site_names(study: Study, found: Mapping[str, Any]) -> dict[str, str]:
     sites = {site for test in found["test"].values() for site in test["sites"]}
     if study.evaluate.publish_sites:
         return {site: site for site in sites}
-    first = next(iter(found["test"].values()), {"sites": {}})["sites"]
+    first: Mapping[str, Any] = next(iter(found["test"].values()), {"sites": {}})["sites"]
 
     def rank(site: str) -> float:
         value = first.get(site, {}).get("value")
@@ -184,7 +184,7 @@ def calibration_of(performance: Mapping[str, Any]) -> dict[str, Any] | str:
     return told or UNKNOWN
 
 
-def merged_facets(cards: Sequence[Mapping[str, Any]] | Any) -> dict[str, dict[str, int]]:
+def merged_facets(cards: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """Table -> cell -> cases over all data cards; withheld cells add nothing, so that sums are at least what stands."""
     sums: dict[str, dict[str, int]] = {}
     for one in cards:
