@@ -9,6 +9,8 @@ from rich.console import Console
 
 from shared_models.cli import guarded, print_json
 from shared_models.errors import ReleaseInvalid
+from shared_models.evidence import LOG
+from shared_models.files import read_lines
 from shared_models.release import Release, Trust, open_release
 
 console = Console(soft_wrap=True)
@@ -49,12 +51,12 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Checks a release offline: every byte, the signature, the approvals, the evidence; names what is wrong."""
-    from shared_models.provenance import check_provenance
+    from shared_models.provenance import against_kept, check_provenance
 
     trust = trust_in(site, authority, research)
     with tempfile.TemporaryDirectory(prefix="fedclient-verify-") as scratch:
         opened = open_release(release, trust, scratch=Path(scratch))
-        shown = check_provenance(opened, trust.authorities)
+        shown = [*check_provenance(opened, trust.authorities), *against_kept(opened, kept_heads(site))]
         figures = _run(opened) if run else None
     facts = facts_of(opened)
     if as_json:
@@ -66,6 +68,12 @@ def verify(
     for name, figure in (figures or {}).items():
         console.print(f"  {name} answers as the network does, within {figure['logits']:.2g}", highlight=False)
     console.print(f"digest {opened.digest}", highlight=False)
+
+
+def kept_heads(site: Path) -> list[dict[str, Any]]:
+    """Heads of other parties' logs that this site has written into its own."""
+    lines = read_lines(site / LOG) if (site / LOG).exists() else []
+    return [line["facts"] for line in lines if line["event"] == "witnessed"]
 
 
 def facts_of(opened: Release) -> dict[str, Any]:

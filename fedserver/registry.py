@@ -265,7 +265,6 @@ def copy_out(source: Path, to: Path, single_file: bool) -> Path:
     part = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     try:
         shutil.copytree(source, part, dirs_exist_ok=True)
-        part.chmod(0o755)
         part.replace(to)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

@@ -12,7 +12,7 @@ A hospital that keeps heads of the coordinator's log (`fedclient audit verify`) 
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -93,7 +93,29 @@ def check_provenance(release: Release, authorities: tuple[bytes, ...]) -> list[s
         return [*shown, "it was made in a simulation: no log, no roster and no hospital stands behind it"]
     certificate, authority = _signer(release, authorities)
     shown.append(_check_roster(release, authority))
-    return [*shown, *_check_audit(release, vouched(authority, certificate) or b"")]
+    try:
+        return [*shown, *_check_audit(release, vouched(authority, certificate) or b"")]
+    except (KeyError, TypeError, AttributeError) as error:  # signed, and yet not what our log writes
+        raise ReleaseInvalid(f"{AUDIT}: a line of the log lacks {error}. Update the package.", AUDIT) from None
+
+
+def against_kept(release: Release, heads: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the release's log is to a site that keeps heads of its coordinator's (`witnessed` lines).
+
+    Raises:
+        ReleaseInvalid: two logs are told, of the same coordinator.
+    """
+    if AUDIT not in release.manifest.files:
+        return []
+    extract = parse_json(Extract, _bytes(release, AUDIT), AUDIT, ReleaseInvalid)
+    same = [head for head in heads if head["log"] == extract.log]
+    if any(head["size"] == extract.size and head["root"] != extract.root for head in same):
+        raise ReleaseInvalid(
+            f"{AUDIT}: the coordinator's log had another root over {extract.size} lines when this site saw it: two "
+            "histories are told. Ask the coordinator by telephone.",
+            AUDIT,
+        )
+    return [f"the log is the one of which this site keeps {len(same)} heads"] if same else []
 
 
 def _signer(release: Release, authorities: tuple[bytes, ...]) -> tuple[bytes, bytes]:

@@ -29,7 +29,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "shared_models/protect/messages.py", "shared_models/protect/accounting.py", "shared_models/protect/privacy.py",
         "shared_models/task_table.py", "shared_models/model_table.py", "shared_models/class_counts.py",
         "shared_models/surface_counts.py", "shared_models/scores.py", "shared_models/survival_counts.py",
-        "shared_models/release.py",
+        "shared_models/release.py", "shared_models/provenance.py", "fedserver/registry.py", "fedserver/publish/card.py",
     ),
     "cryptography": (
         "shared_models/identity.py", "shared_models/protect/prg.py", "shared_models/protect/masking.py",
@@ -44,10 +44,15 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torch": (
         "shared_models/nets.py", "shared_models/vgg.py", "shared_models/pretrained.py", "shared_models/tasks/",
         "shared_models/runtimes.py", "shared_models/parity.py", "fedserver/publish/exports.py",
+        "fedserver/publish/bundle.py", "shared_models/bundle_steps.py",
         "fedclient/training/", "fedclient/data/augment.py",
         "simulations/bench/",
     ),
-    "monai": ("shared_models/nets.py", "shared_models/tasks/surfaces.py", "simulations/bench/pipeline.py"),
+    "monai": (
+        "shared_models/nets.py", "shared_models/tasks/surfaces.py", "simulations/bench/pipeline.py",
+        "fedserver/publish/bundle.py", "shared_models/bundle_steps.py",
+    ),
+    "onnxruntime": ("shared_models/runtimes.py",),
 }  # fmt: skip
 FILES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))
 
