@@ -23,7 +23,7 @@ from fedserver.publish.card import Words
 from fedserver.publish.lineage import ancestors
 from fedserver.publish.proofs import audit_extract, newest_roster
 from shared_models.errors import ReleaseInvalid, StateInvalid
-from shared_models.files import private_folder, read_json, sync_folder, write_json
+from shared_models.files import locked, read_json, sync_folder, write_json
 from shared_models.identity import identity_public_key
 from shared_models.parse import STRICT, parse_json, plain
 from shared_models.provenance import AUDIT, ROSTER, check_provenance
@@ -86,7 +86,7 @@ def folder_of(federation: Federation, digest: str) -> Path:
 
 def list_releases(federation: Federation) -> list[Entry]:
     """All of them, the oldest first."""
-    paths = sorted((federation.folder / "registry").glob("*/entry.json"))
+    paths = sorted((federation.folder / "registry").glob("[0-9a-f]*/entry.json"))
     entries = [parse_json(Entry, path.read_bytes(), str(path), StateInvalid) for path in paths]
     return sorted(entries, key=lambda entry: (entry.history[0].at, entry.digest))
 
@@ -116,12 +116,27 @@ def register(
     round_number: int | None = None,
     data_cards: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Entry:
-    """Makes a release of a run and keeps it as a candidate.
+    """Makes a release of a run and keeps it as a candidate; one at a time.
 
     Raises:
         ReleaseInvalid: an export does not answer as the network does, or the evidence contradicts the manifest.
         StateInvalid: a run without weights to release, a version that is taken, or a log that is not whole.
     """
+    home = federation.folder / "registry"
+    with locked(home / ".lock"):
+        for part in home.glob(".making.*"):  # of a process that was killed
+            shutil.rmtree(part, ignore_errors=True)
+        return _register(federation, run, version, words or Words(), round_number, data_cards)
+
+
+def _register(
+    federation: Federation,
+    run: RunFolder,
+    version: str | None,
+    words: Words,
+    round_number: int | None,
+    data_cards: Mapping[str, Mapping[str, Any]] | None,
+) -> Entry:
     from fedserver.publish.making import make_release  # imports torch
     from fedserver.publish.of_run import Maker, recipe_of
 
@@ -138,14 +153,11 @@ def register(
         approvals=approvals,
         approvers=approvers,
     )
-    recipe = recipe_of(
-        run, version or "0", maker, words or Words(), round_number, data_cards, _parents(federation, run)
-    )
+    recipe = recipe_of(run, version or "0", maker, words, round_number, data_cards, _parents(federation, run))
     label = version or _next_version(known, recipe.study.name)
     if any(entry.name == recipe.study.name and entry.version == label for entry in known):
         raise StateInvalid(f"release {recipe.study.name}-{label}: is there already. Choose another --version.")
     recipe = replace(recipe, version=label, card={**recipe.card, "version": label})
-    private_folder(federation.folder / "registry")
     part = Path(tempfile.mkdtemp(prefix=".making.", dir=federation.folder / "registry"))
     try:
         manifest = make_release(recipe, part / "release")

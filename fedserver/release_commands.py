@@ -72,8 +72,9 @@ def release(
     known = [e for e in list_releases(opened) if version is not None and (e.run, e.version) == (run_id, version)]
     if known and (words or cards or round_number):
         raise StateInvalid(f"release {known[-1].label}: is there already and never changes. Choose another --version.")
-    entry = known[-1] if known else register(opened, run, version, read_words(words), round_number, cards)
-    path = export_release(opened, entry, out, single_file)
+    with Console(stderr=True).status("exporting the network, and comparing what each form of it answers"):
+        entry = known[-1] if known else register(opened, run, version, read_words(words), round_number, cards)
+        path = export_release(opened, entry, out, single_file)
     needed = manifest_of(opened, entry).approvals
     if as_json:
         print_json({"release": entry.label, "digest": entry.digest, "stage": entry.stage, "path": str(path)})

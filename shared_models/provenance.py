@@ -26,7 +26,8 @@ from shared_models.merkle import holds
 from shared_models.parse import STRICT, Count, Sha256, parse_json
 from shared_models.plan import Plan
 from shared_models.planned import planned
-from shared_models.release import MOST_JSON, SIGNATURE, STUDY, WEIGHTS, Release, Signature64, Signed, entry_of
+from shared_models.release import MOST_JSON, SIGNATURE, STUDY, WEIGHTS, Release, entry_of
+from shared_models.release_facts import Signature64, Signed
 from shared_models.roster import checked, read_signed
 from shared_models.study import canonical, from_json
 from shared_models.study import sha256 as study_sha256
