@@ -143,12 +143,13 @@ def _register(
     known, log = list_releases(federation), open_log(federation)
     roster, signed = newest_roster(federation)
     approvals, approvers = approval_rules(federation)
+    lineage = ancestors(run) | ({} if round_number is None else {run.id: round_number})
     maker = Maker(
         kind="federation",
         name=federation.name,
         signer=signer(federation),
         authority=federation.ca_certificate.read_bytes(),
-        evidence={AUDIT: audit_extract(federation, ancestors(run)), ROSTER: roster},
+        evidence={AUDIT: audit_extract(federation, lineage), ROSTER: roster},
         roster=(signed.roster.epoch, signed.roster.sha256),
         approvals=approvals,
         approvers=approvers,

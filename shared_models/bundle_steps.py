@@ -24,10 +24,12 @@ Data = dict[str, Any]
 class Preprocessed:
     """`image` [C, I, J, K] (or [C, I, J], a picture) becomes its examples float32[N, C, *size], by the study's plan.
 
-    `place` [6 + 3 * dims] keeps where they lie, `affine` and `source` what the image says of itself.
+    `place` [6 + 3 * dims] keeps where they lie, `affine` and `source` what the image says of itself; with `by_folder` a
+    case is called after the folder that its channels lie in.
     """
 
-    def __init__(self, plan: Mapping[str, Any]) -> None:
+    def __init__(self, plan: Mapping[str, Any], by_folder: bool = False) -> None:
+        self.by_folder = by_folder
         self.plan: Any = SimpleNamespace(**{k: tuple(v) if isinstance(v, list) else v for k, v in plan.items()})
 
     def __call__(self, data: Data) -> Data:
@@ -39,8 +41,9 @@ class Preprocessed:
         examples = preprocess(voxels, (mm[0], mm[1], mm[2]), self.plan)
         at = examples.geometry
         place = [*at.shape, *at.spacing_mm, *at.size, *at.start, *at.step]
-        source = str(getattr(image, "meta", {}).get("filename_or_obj", "image"))
-        told = {"place": torch.tensor(place, dtype=torch.float64), "affine": torch.from_numpy(affine), "source": source}
+        source = Path(str(getattr(image, "meta", {}).get("filename_or_obj", "image")))
+        named = f"{source.parent.name}.nii.gz" if self.by_folder else source.name
+        told = {"place": torch.tensor(place, dtype=torch.float64), "affine": torch.from_numpy(affine), "source": named}
         return {**data, "image": torch.from_numpy(examples.images), **told}
 
 

@@ -30,7 +30,7 @@ from shared_models.weights import load, save_arrays
 ARRAYS, FIGURES = "parity.safetensors", "parity.json"
 TOLERANCE = 1e-4
 CASES = 2
-MOST_EDGE = 192  # voxels of a made-up image along an axis
+MOST_EDGE = {2: 1024, 3: 192}  # voxels of a made-up image along an axis, in so many dimensions
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,8 @@ def _image_case(study: Study, number: int) -> Case:
         steps = [1 / factor] * len(plan.size) if plan.spacing_mm else [1.0] * len(plan.size)
         shape = [max(4, floor(edge * step * 0.9)) for edge, step in zip(plan.size, steps, strict=True)]
     else:
-        shape = [
-            min(MOST_EDGE, max(8, round(edge * share))) for edge, share in zip(plan.size, (0.8, 1.3, 0.9), strict=False)
-        ]
-        shape = shape[::-1] if number and len(plan.size) == 2 else shape
+        most, shares = MOST_EDGE[len(plan.size)], ((0.5, 0.8, 0.9), (1.6, 1.2, 1.1))[number]
+        shape = [min(most, max(8, round(edge * share))) for edge, share in zip(plan.size, shares, strict=False)]
     while len(shape) < 3:
         shape, spacing = [*shape, 2], [*spacing, 3.0]
     voxels = _body(study, (shape[0], shape[1], shape[2]), chance)

@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -11,7 +11,7 @@ from shared_models.errors import StudyInvalid
 from tests.releases import facts, tiny_study
 
 
-def told(words: Words | None = None, **tables: object) -> dict:
+def told(words: Words | None = None, **tables: Any) -> dict[str, Any]:
     study = tiny_study(**tables)
     return card(study, "3", facts(study), words or Words(), None, {}, "federation")
 
@@ -76,7 +76,7 @@ def test_calibration_is_told_where_the_task_counts_it():
 
 def test_data_cards_add_up_and_withheld_cells_add_nothing():
     study = tiny_study()
-    cards = {
+    cards: dict[str, dict[str, Any]] = {
         "north": {"tables": {"scanner": {"A": 40, "B": None}}},
         "south": {"tables": {"scanner": {"A": 12, "B": 30}}},
     }

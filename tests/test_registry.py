@@ -16,18 +16,19 @@ from fedserver import registry
 from fedserver.app import presence
 from fedserver.checkpoint import RunFolder, excluded, read_state
 from fedserver.cli import app as fedserver
+from fedserver.cohort import Presence
 from fedserver.enrol import open_federation, signer
 from fedserver.state import Run, add_run, find_run, find_site
 from fedserver.withdrawal import begin_from, retrain, withdraw
 from shared_models.errors import ReleaseInvalid, StateInvalid
 from shared_models.evidence import LOG
-from shared_models.files import read_lines
+from shared_models.files import read_json, read_lines, write_atomic, write_json
 from shared_models.identity import identity_public_key, new_site_keys, save_secret
 from shared_models.merkle import Tree, holds
 from shared_models.nets import initial_weights
 from shared_models.provenance import AUDIT, ENVIRONMENT, ROSTER, against_kept, check_provenance
 from shared_models.release import MANIFEST, Trust, open_release, seal
-from shared_models.study import Study, sha256
+from shared_models.study import Study, canonical, sha256
 from tests.edge import running_edge
 from tests.hospitals import Hospitals
 from tests.releases import tiny_study
@@ -42,11 +43,10 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
     folder = tmp_path_factory.mktemp("registry")
     with running_edge(folder / "federation") as edge:
         made = Hospitals(edge, folder / "sites")
-        for name in ("north", "south"):
+        for name in ("east", "north", "south"):
             made.join(name, INSIDE)
         queued(made, "lung", STUDY)
-        two = replace(STUDY, rounds=replace(STUDY.rounds, count=3))
-        made.run(two, "lung", weights=initial_weights(STUDY), presence=joining(made))
+        made.run(STUDY, "lung", weights=initial_weights(STUDY), presence=lambda: joining(made))
         yield made
 
 
@@ -55,17 +55,11 @@ def queued(made: Hospitals, run: str, study: Study) -> None:
     add_run(federation.state, Run(run, study.name, sha256(study), "finished", None, 1.0, 1.0, ""))
 
 
-def joining(made: Hospitals) -> Any:
-    """East joins once round 2 is finished."""
-
-    def look() -> Any:
-        run = RunFolder(made.edge.federation.runs / "lung")
-        if read_state(run).round >= 2 and "east" not in made.sites:
-            made.join("east", INSIDE)
-        grid = made.setting(run).presence()
-        return grid
-
-    return look
+def joining(made: Hospitals) -> Presence:
+    """East is there once round 2 is finished."""
+    finished = read_state(RunFolder(made.edge.federation.runs / "lung")).round
+    numbered = dict(enumerate(sorted(made.sites), start=1))
+    return Presence({name: number for number, name in numbered.items() if name != "east" or finished >= 2})
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +93,7 @@ def test_a_run_becomes_a_release_that_a_hospital_verifies_by_what_it_pinned_at_j
     told = json.loads(typed(fedclient, "verify", str(path), "--site", site, "--run", "--json"))
     assert told["digest"] == entry.digest
     assert told["sites"] == {"east": 1, "north": 3, "south": 3}
-    assert max(form["logits"] for form in told["parity"].values()) < 1e-4
+    assert max(form["probability"] for form in told["parity"].values()) < 1e-4
     assert any("3 rounds closed" in words for words in told["shown"])
     assert any("of which this site keeps" in words for words in told["shown"])
 
@@ -207,7 +201,10 @@ def test_a_version_is_taken_once_and_an_earlier_round_is_released_as_not_tested(
 def test_a_run_whose_sites_keep_layers_has_no_model_to_release(hospitals):
     federation = hospitals.edge.federation
     study = replace(STUDY, name="kept", personal=replace(STUDY.personal, keep=("norm",)))
-    hospitals.run(study, "kept", weights=initial_weights(study))
+    shutil.copytree(federation.runs / "lung", federation.runs / "kept")
+    write_atomic(federation.runs / "kept" / "study.json", canonical(study))
+    state = read_json(federation.runs / "kept" / "state.json") | {"run": "kept", "study_sha256": sha256(study)}
+    write_json(federation.runs / "kept" / "state.json", state)
     with pytest.raises(StateInvalid, match="keep their norm layers"):
         registry.register(federation, RunFolder(federation.runs / "kept"))
 

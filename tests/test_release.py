@@ -197,8 +197,8 @@ def test_a_study_that_this_package_does_not_know_is_named(release):
 # One file
 
 
-def zipped(folder: Path, path: Path, entries: dict[str, bytes], **how: int) -> Path:
-    with zipfile.ZipFile(path, "w", **how) as made:
+def zipped(path: Path, entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as made:
         for name, content in entries.items():
             made.writestr(name, content)
     return path
@@ -206,7 +206,7 @@ def zipped(folder: Path, path: Path, entries: dict[str, bytes], **how: int) -> P
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "a//b", ".hidden", "a\\b", "x" * 200])
 def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path, name):
-    bad = zipped(tmp_path, tmp_path / "bad.fedrelease", {name: b"x"})
+    bad = zipped(tmp_path / "bad.fedrelease", {name: b"x"})
     with pytest.raises(ReleaseInvalid):
         unpack(bad, tmp_path / "scratch")
     assert not (tmp_path / "outside").exists()
@@ -214,7 +214,7 @@ def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path, name):
 
 
 def test_a_compressed_file_is_refused_so_that_none_grows_as_it_is_unpacked(tmp_path):
-    bomb = zipped(tmp_path, tmp_path / "bomb.fedrelease", {"a": bytes(10**6)}, compression=zipfile.ZIP_DEFLATED)
+    bomb = zipped(tmp_path / "bomb.fedrelease", {"a": bytes(10**6)}, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(ReleaseInvalid):
         unpack(bomb, tmp_path / "scratch")
 

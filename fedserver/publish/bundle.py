@@ -212,7 +212,8 @@ def _before(study: Study) -> list[dict[str, Any]]:
     if study.modality == "xray":  # rows stay rows: MONAI turns pictures by a quarter otherwise
         load["reader"] = {"_target_": "PILReader", "reverse_indexing": False}
     turned = [{"_target_": "Orientationd", "keys": "image", "axcodes": "RAS"}] if study.modality != "xray" else []
-    return [load, *turned, {"_target_": "scripts.steps.Preprocessed", "plan": "@preprocess"}]
+    seen = {"_target_": "scripts.steps.Preprocessed", "plan": "@preprocess", "by_folder": bool(study.channels)}
+    return [load, *turned, seen]
 
 
 def _inferer(study: Study) -> dict[str, Any]:
