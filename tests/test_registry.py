@@ -18,17 +18,22 @@ from fedserver.checkpoint import RunFolder, excluded, read_state
 from fedserver.cli import app as fedserver
 from fedserver.cohort import Presence
 from fedserver.enrol import open_federation, signer
+from fedserver.publish.card import Words
 from fedserver.state import Run, add_run, find_run, find_site
-from fedserver.withdrawal import begin_from, retrain, withdraw
+from fedserver.withdrawal import begin_from, copy_until, retrain, withdraw
 from shared_models.errors import ReleaseInvalid, StateInvalid
 from shared_models.evidence import LOG
-from shared_models.files import read_json, read_lines, write_atomic, write_json
+from shared_models.files import canonical_json, read_json, read_lines, write_atomic, write_json
 from shared_models.identity import identity_public_key, new_site_keys, save_secret
 from shared_models.merkle import Tree, holds
 from shared_models.nets import initial_weights
+from shared_models.parse import parse_json, plain
+from shared_models.plan import Plan
+from shared_models.plan import sha256 as plan_sha256
 from shared_models.provenance import AUDIT, ENVIRONMENT, ROSTER, against_kept, check_provenance
-from shared_models.release import MANIFEST, Trust, open_release, seal
+from shared_models.release import MANIFEST, Manifest, Trust, open_release, seal
 from shared_models.study import Study, canonical, sha256
+from simulations.release import research_release
 from tests.edge import running_edge
 from tests.hospitals import Hospitals
 from tests.releases import tiny_study
@@ -130,9 +135,6 @@ def spoilt(copy: Path, hospitals: Hospitals, name: str, change: Any) -> ReleaseI
 def contradiction(copy: Path, hospitals: Hospitals, **origin: Any) -> ReleaseInvalid:
     federation = hospitals.edge.federation
     authority = federation.ca_certificate.read_bytes()
-    from shared_models.parse import parse_json
-    from shared_models.release import Manifest
-
     manifest = parse_json(Manifest, (copy / MANIFEST).read_bytes(), MANIFEST)
     seal(copy, replace(manifest, origin=replace(manifest.origin, **origin)), signer(federation), authority)
     with pytest.raises(ReleaseInvalid) as found:
@@ -201,10 +203,7 @@ def test_a_version_is_taken_once_and_an_earlier_round_is_released_as_not_tested(
 def test_a_run_whose_sites_keep_layers_has_no_model_to_release(hospitals):
     federation = hospitals.edge.federation
     study = replace(STUDY, name="kept", personal=replace(STUDY.personal, keep=("norm",)))
-    shutil.copytree(federation.runs / "lung", federation.runs / "kept")
-    write_atomic(federation.runs / "kept" / "study.json", canonical(study))
-    state = read_json(federation.runs / "kept" / "state.json") | {"run": "kept", "study_sha256": sha256(study)}
-    write_json(federation.runs / "kept" / "state.json", state)
+    like_lung(hospitals, federation.runs / "kept", study)
     with pytest.raises(StateInvalid, match="keep their norm layers"):
         registry.register(federation, RunFolder(federation.runs / "kept"))
 
@@ -272,6 +271,50 @@ def test_training_again_goes_on_from_the_round_before_a_site_was_first_counted(h
     assert begin_from(run, ["east", "north"], None)[0] == 0
     with pytest.raises(StateInvalid, match="never counted"):
         begin_from(run, ["west"], None)
+
+
+def like_lung(hospitals: Hospitals, to: Path, study: Study, plan: Plan | None = None) -> RunFolder:
+    """The run's folder as that of another study would be, with or without a plan."""
+    shutil.copytree(hospitals.edge.federation.runs / "lung", to)
+    write_atomic(to / "study.json", canonical(study))
+    changed: dict[str, Any] = {"run": to.name, "study_sha256": sha256(study)}
+    if plan is not None:
+        write_atomic(to / "plan.json", canonical_json(plain(plan)))
+        changed |= {"plan_sha256": plan_sha256(plan)}
+    write_json(to / "state.json", read_json(to / "state.json") | changed)
+    return RunFolder(to)
+
+
+def test_a_run_whose_sites_remember_it_begins_from_the_start(hospitals, tmp_path):
+    study = replace(STUDY, train=replace(STUDY.train, scaffold=True))
+    number, why = begin_from(like_lung(hospitals, tmp_path / "run", study), ["east"], None)
+    assert number == 0
+    assert "remember" in why
+
+
+def test_a_plan_that_holds_counts_of_the_site_is_made_anew_from_the_start(hospitals, tmp_path):
+    study = replace(STUDY, plan="federated")
+    plan = Plan("0" * 64, 9, 2, None, (32, 32, 1), (32, 32), ((1, 1), (2, 2), (2, 2)), ((3, 3),) * 3, (8, 16, 32), 4,
+                (-1000.0, 400.0), 0.0, 1.0, False)  # fmt: skip
+    run = like_lung(hospitals, tmp_path / "run", study, plan)
+    assert begin_from(run, ["east"], ["north", "south"])[0] == 2
+    for planners in (["east", "north"], None):  # it was counted, or nobody knows who was
+        number, why = begin_from(run, ["east"], planners)
+        assert (number, "new plan" in why) == (0, True)
+    anew = copy_until(run, 0, tmp_path / "anew", ["east"])
+    assert read_state(anew).plan_sha256 is None
+    assert not anew.plan.exists()
+
+
+def test_a_run_of_a_simulation_becomes_a_research_release(hospitals, tmp_path):
+    shutil.copytree(hospitals.edge.federation.runs / "lung", tmp_path / "out" / "seed-0" / "federated")
+    path, manifest = research_release(tmp_path / "out", tmp_path, "1", Words(), single_file=True)
+    assert path == tmp_path / "tiny-lung-1.fedrelease"
+    told = json.loads(typed(fedclient, "verify", str(path), "--research", "--site", str(tmp_path), "--json"))
+    assert (told["kind"], told["digest"]) == ("simulation", manifest.digest)
+    said = typed(fedclient, "verify", str(path), "--site", str(hospitals.sites["north"]), code=1)
+    assert "--research" in said
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
 def test_a_site_leaves_its_releases_are_named_and_the_run_is_trained_again_without_it(hospitals, entry):
