@@ -32,7 +32,7 @@ from shared_models.plan import Plan
 from shared_models.plan import sha256 as plan_sha256
 from shared_models.provenance import AUDIT, ENVIRONMENT, ROSTER, against_kept, check_provenance
 from shared_models.release import MANIFEST, Manifest, Trust, open_release, seal
-from shared_models.study import Study, canonical, sha256
+from shared_models.study import Model, Study, canonical, sha256
 from simulations.release import research_release
 from tests.edge import running_edge
 from tests.hospitals import Hospitals
@@ -286,14 +286,14 @@ def like_lung(hospitals: Hospitals, to: Path, study: Study, plan: Plan | None = 
 
 
 def test_a_run_whose_sites_remember_it_begins_from_the_start(hospitals, tmp_path):
-    study = replace(STUDY, train=replace(STUDY.train, scaffold=True))
+    study = replace(STUDY, train=replace(STUDY.train, moon_mu=1.0))
     number, why = begin_from(like_lung(hospitals, tmp_path / "run", study), ["east"], None)
     assert number == 0
     assert "remember" in why
 
 
 def test_a_plan_that_holds_counts_of_the_site_is_made_anew_from_the_start(hospitals, tmp_path):
-    study = replace(STUDY, plan="federated")
+    study = replace(STUDY, plan="federated", model=Model())
     plan = Plan("0" * 64, 9, 2, None, (32, 32, 1), (32, 32), ((1, 1), (2, 2), (2, 2)), ((3, 3),) * 3, (8, 16, 32), 4,
                 (-1000.0, 400.0), 0.0, 1.0, False)  # fmt: skip
     run = like_lung(hospitals, tmp_path / "run", study, plan)
