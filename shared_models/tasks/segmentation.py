@@ -163,14 +163,6 @@ def loss_of(task: Task, labelled: Sequence[str] = ()) -> Loss:
     return over_answers
 
 
-def predicted_of(task: Task, chances: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
-    """What is marked, bool[N, answers, *size]: above the threshold, or the most probable of a softmax."""
-    if not task.exclusive:
-        return np.asarray(chances > threshold)
-    most = chances.argmax(axis=1)
-    return np.stack([most == k for k in range(1, chances.shape[1])], axis=1)
-
-
 def truth_of(task: Task, masks: NDArray[Any]) -> Iterable[NDArray[np.bool_]]:
     """The truth of each answer, bool like the masks."""
     for values in parts_of(task):

@@ -1,0 +1,133 @@
+"""Volumes and longest diameters of what is marked, plane by plane, so that no whole volume is held."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial import ConvexHull, QhullError
+from scipy.spatial.distance import pdist, squareform
+
+SOME = 4  # points, from which on a hull is worth its time
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One connected part (over faces) of what is marked.
+
+    Attributes:
+        longest_mm: in any one axial plane, from outer face to outer face: the distance of the farthest voxel centres
+            and one voxel along it.
+        first, last: planes k.
+    """
+
+    voxels: int
+    volume_mm3: float
+    longest_mm: float
+    first: int
+    last: int
+
+
+@dataclass(slots=True)
+class Measure:
+    """Grows by one plane at a time; `parts` is right once all of them are in.
+
+    Args:
+        spacing_mm: of the voxels along I, J, K.
+    """
+
+    spacing_mm: tuple[float, float, float]
+    voxels: int = 0
+    _planes: int = 0
+    _below: NDArray[np.int32] | None = None  # the numbers of the last plane's pieces
+    _root: list[int] = field(default_factory=list)
+    _size: list[int] = field(default_factory=list)
+    _longest: list[float] = field(default_factory=list)
+    _first: list[int] = field(default_factory=list)
+    _last: list[int] = field(default_factory=list)
+    _begins: list[int] = field(default_factory=list)  # number of the first piece of each plane
+
+    def add(self, plane: NDArray[np.bool_]) -> None:
+        """The next plane, bool[I, J]."""
+        pieces: Any
+        pieces, count = ndimage.label(plane)
+        begin = len(self._root)
+        self._begins.append(begin)
+        if count:
+            self.voxels += int(plane.sum())
+            sizes = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
+            self._root += range(begin, begin + count)
+            self._size += sizes.tolist()
+            self._first += [self._planes] * count
+            self._last += [self._planes] * count
+            for n, box in enumerate(ndimage.find_objects(pieces), start=1):
+                self._longest.append(longest_mm(pieces[box] == n, self.spacing_mm[:2]))
+            if self._below is not None:
+                both = (pieces > 0) & (self._below > 0)
+                for pair in np.unique(np.stack([self._below[both] - 1, pieces[both] + begin - 1]), axis=1).T.tolist():
+                    self._join(*pair)
+        self._below = np.where(pieces > 0, pieces + begin, 0).astype(np.int32) if count else None
+        self._planes += 1
+
+    @property
+    def volume_mm3(self) -> float:
+        return self.voxels * float(np.prod(self.spacing_mm))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The largest first."""
+        each = float(np.prod(self.spacing_mm))
+        return tuple(
+            Part(self._size[n], self._size[n] * each, self._longest[n], self._first[n], self._last[n])
+            for n in self._roots()
+        )
+
+    def numbered(self, k: int, plane: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """int32[I, J]: the part, from 1 in the order of `parts`, that each marked pixel of plane k belongs to."""
+        pieces: Any
+        pieces, count = ndimage.label(plane)
+        number = {root: n for n, root in enumerate(self._roots(), start=1)}
+        begin = self._begins[k]
+        names = np.array([0, *(number[self._find(begin + n)] for n in range(count))], np.int32)
+        found: NDArray[np.int32] = names[pieces]
+        return found
+
+    def _roots(self) -> list[int]:
+        return sorted((n for n, root in enumerate(self._root) if n == root), key=lambda n: (-self._size[n], n))
+
+    def _find(self, n: int) -> int:
+        while self._root[n] != n:
+            self._root[n] = self._root[self._root[n]]
+            n = self._root[n]
+        return n
+
+    def _join(self, a: int, b: int) -> None:
+        a, b = self._find(a), self._find(b)
+        if a == b:
+            return
+        a, b = min(a, b), max(a, b)
+        self._root[b] = a
+        self._size[a] += self._size[b]
+        self._longest[a] = max(self._longest[a], self._longest[b])
+        self._first[a] = min(self._first[a], self._first[b])
+        self._last[a] = max(self._last[a], self._last[b])
+
+
+def longest_mm(piece: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> float:
+    """The longest way across bool[I, J] with something in it, from outer face to outer face."""
+    rows = np.flatnonzero(piece.any(axis=1))
+    first = piece[rows].argmax(axis=1)
+    last = piece.shape[1] - 1 - piece[rows, ::-1].argmax(axis=1)
+    ends = np.unique(np.concatenate([np.stack([rows, first], 1), np.stack([rows, last], 1)]), axis=0) * spacing_mm
+    if len(ends) > SOME:
+        try:
+            ends = ends[ConvexHull(ends).vertices]
+        except QhullError:  # all on a line
+            ends = ends[[0, -1]]
+    if len(ends) == 1:
+        return float(min(spacing_mm))
+    away = squareform(pdist(ends))
+    a, b = np.unravel_index(away.argmax(), away.shape)
+    along = np.abs(ends[a] - ends[b]) / away[a, b]
+    return float(away[a, b] + np.linalg.norm(along * spacing_mm))
