@@ -6,10 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.spatial import ConvexHull, QhullError
-from scipy.spatial.distance import pdist, squareform
-
-SOME = 4  # points, from which on a hull is worth its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +116,11 @@ def longest_mm(piece: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> float
     first = piece[rows].argmax(axis=1)
     last = piece.shape[1] - 1 - piece[rows, ::-1].argmax(axis=1)
     ends = np.unique(np.concatenate([np.stack([rows, first], 1), np.stack([rows, last], 1)]), axis=0) * spacing_mm
-    if len(ends) > SOME:
-        try:
-            ends = ends[ConvexHull(ends).vertices]
-        except QhullError:  # all on a line
-            ends = ends[[0, -1]]
     if len(ends) == 1:
         return float(min(spacing_mm))
-    away = squareform(pdist(ends))
+    x, y = ends.T
+    away = (x[:, None] - x) ** 2 + (y[:, None] - y) ** 2  # 3 ms for a lung; scipy's hull takes 0.3 s to import
     a, b = np.unravel_index(away.argmax(), away.shape)
-    along = np.abs(ends[a] - ends[b]) / away[a, b]
-    return float(away[a, b] + np.linalg.norm(along * spacing_mm))
+    farthest = float(np.sqrt(away[a, b]))
+    along = np.abs(ends[a] - ends[b]) / farthest
+    return farthest + float(np.linalg.norm(along * spacing_mm))
