@@ -18,10 +18,6 @@ from fedclient.predict.case import Answer, Prediction, painting_order
 from fedclient.predict.maker import NOTICE
 from shared_models.files import replacing, write_atomic
 
-COLUMNS = (
-    "case", "input", "status", "answer", "called", "chance", "volume_ml", "longest_axial_mm", "parts", "doubts",
-    "uncertainty", "release", "seconds",
-)  # fmt: skip
 LISTED = 100  # parts of an answer in JSON
 
 

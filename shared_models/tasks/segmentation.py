@@ -19,6 +19,7 @@ from shared_models.metrics import IGNORE, counts, dice
 from shared_models.scores import Score
 from shared_models.study import Task
 from shared_models.surface_counts import SurfaceCounts
+from shared_models.tasks.decide import predicted_of as predicted_of
 from shared_models.tasks.functions import CaseAnswer, Loss, TaskFunctions
 from shared_models.tasks.surfaces import CaseSurface, case_surface, surface_counts
 
