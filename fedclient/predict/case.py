@@ -324,9 +324,7 @@ class _Tally:
         called = mean > self.model.study.evaluate.threshold
         if self.task.exclusive:
             called = np.arange(len(mean)) == mean.argmax()
-        return tuple(
-            Answer(name, float(mean[n]), bool(called[n])) for n, name in enumerate(self.task.answers)
-        )
+        return tuple(Answer(name, float(mean[n]), bool(called[n])) for n, name in enumerate(self.task.answers))
 
     def _cells(self, answers: tuple[Answer, ...]) -> tuple[Volume, Mapping[str, int]]:
         """What was looked at as one volume, and where the case lies; of a series in runs counted anew what depends on
@@ -352,4 +350,3 @@ class _Tally:
                 true[f"lesions.{answer.name}"] = float(sum(p.volume_mm3 >= LARGER_MM3 for p in answer.parts))
             cells |= {name: int(np.searchsorted(edges[name], value, side="right")) for name, value in true.items()}
         return look, cells
-

@@ -16,7 +16,6 @@ from shared_models.errors import FederationError
 
 if TYPE_CHECKING:  # they import the readers
     from fedclient.predict.run import Done, Failed
-    from shared_models.release import Trust
 
 console = Console(soft_wrap=True)
 SHOWN = 20  # cases on the screen; all of them are in results.csv
@@ -59,17 +58,18 @@ def predict(
     ] = Path("site"),
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Marks, measures or tells what a released model finds; results are not for diagnosis. Exits with 1 if any failed."""
+    """What a released model marks, measures or tells on images; not for diagnosis. Exits with 1 if any case failed."""
     from fedclient.predict.inputs import list_inputs
     from fedclient.predict.model import load_model
     from fedclient.predict.run import check_free, predict_all, predict_table
+    from fedclient.verify import trust_in
     from shared_models.release import open_release
 
     wanted = _formats(formats)
     check_free(out, overwrite)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedclient-")))
-        opened = open_release(release, _trust(site, authority, research), scratch=scratch)
+        opened = open_release(release, trust_in(site, authority, research), scratch=scratch)
         model = load_model(opened, device.value, threads)
         if model.study.table_only:
             total, outcomes = None, predict_table(model, inputs, out, wanted, overwrite=overwrite)
@@ -100,16 +100,6 @@ def _formats(given: str) -> tuple[str, ...]:
     if not wanted:
         raise FederationError(f"--format: name some of {', '.join(FORMATS)}.")
     return wanted
-
-
-def _trust(site: Path, authority: Path | None, research: bool) -> "Trust":
-    """The authority that was given, else the one that this site pinned when it joined."""
-    from shared_models.release import Trust
-
-    if authority is not None:
-        return Trust((authority.read_bytes(),), research)
-    pinned = site / "keys" / "ca.pem"
-    return Trust((pinned.read_bytes(),) if pinned.exists() else (), research)
 
 
 def _tell(
@@ -148,9 +138,10 @@ def _tell(
         console.print(f"not written, {escape(words)}", highlight=False)
     shown = ", ".join(f"{count} {kind}" for kind, count in sorted(passed.items()) if count)
     doubtful_count = sum(bool(each.doubts) for each in good)
+    besides = f"; passed over: {shown}" if shown else ""
     console.print(
-        f"{len(good)} predicted ({doubtful_count} doubtful), {len(failed)} failed{f'; passed over: {shown}' if shown else ''}"
-        f". Results: {escape(str(out))}. Model: {escape(stamp)}, {escape(engine)}. Not for diagnosis.",
+        f"{len(good)} predicted ({doubtful_count} doubtful), {len(failed)} failed{besides}. "
+        f"Results: {escape(str(out))}. Model: {escape(stamp)}, {escape(engine)}. Not for diagnosis.",
         highlight=False,
     )
     return len(failed)

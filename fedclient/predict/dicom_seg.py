@@ -116,9 +116,7 @@ def _places(
     lps = LPS_TO_RAS @ grid.affine_ras @ grid.voxel_of_pixel
     column, row, through = (float(np.linalg.norm(lps[:3, n])) for n in range(3))
     cosines = [*(lps[:3, 0] / column).tolist(), *(lps[:3, 1] / row).tolist()]
-    positions = [
-        hd.PlanePositionSequence("PATIENT", (lps @ (0, 0, n, 1))[:3].tolist()) for n in range(count)
-    ]
+    positions = [hd.PlanePositionSequence("PATIENT", (lps @ (0, 0, n, 1))[:3].tolist()) for n in range(count)]
     measures = hd.PixelMeasuresSequence(pixel_spacing=(row, column), slice_thickness=through,
                                         spacing_between_slices=through)  # fmt: skip
     return measures, hd.PlaneOrientationSequence("PATIENT", cosines), positions
@@ -155,5 +153,3 @@ def _joined(pieces: Iterator[Segmentation], headers: Headers) -> Dataset:
 
 def _position(data: Dataset) -> tuple[float, ...]:
     return tuple(float(value) for value in data.ImagePositionPatient)
-
-

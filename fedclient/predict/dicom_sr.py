@@ -125,7 +125,9 @@ def _sizes(segment: Segment) -> list[Measurement]:
 
 
 def _chances(answer: Answer, headers: Headers, made: AlgorithmIdentification) -> MeasurementsAndQualitativeEvaluations:
-    told = {f"{answer.name} by day {day:g}": came for day, came in answer.by_day.items()} or {answer.name: answer.chance}
+    told = {f"{answer.name} by day {day:g}": came for day, came in answer.by_day.items()} or {
+        answer.name: answer.chance
+    }
     return MeasurementsAndQualitativeEvaluations(
         tracking_identifier=TrackingIdentifier(hd.UID(), answer.name),
         finding_type=finding_of(answer.name),

@@ -59,5 +59,7 @@ def read_headers(source: Source) -> Headers:
         slices = [load_head(path, _TAGS) for path in source.files]
     frames = {str(each.get("FrameOfReferenceUID", "")) for each in slices}
     if len(frames) > 1:
-        raise ImageUnreadable("DICOM: slices of more than one frame of reference. Give each on its own.", "SERIES_MIXED")
+        raise ImageUnreadable(
+            "DICOM: slices of more than one frame of reference. Give each on its own.", "SERIES_MIXED"
+        )
     return Headers(first, slices)

@@ -1,8 +1,8 @@
-"""What is to be predicted on: files, folders and series as sources, each under a name that says nothing of a patient."""
+"""What is to be predicted on: files, folders and series as sources, under names that say nothing of a patient"""
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -143,9 +143,7 @@ def _folder(folder: Path, given: int, study: Study, inputs: Inputs) -> None:
         )
 
 
-def _series(
-    paths: Sequence[Path], givens: dict[Path, int], given: int, study: Study, inputs: Inputs
-) -> None:
+def _series(paths: Sequence[Path], givens: dict[Path, int], given: int, study: Study, inputs: Inputs) -> None:
     from fedclient.data.dicom_folder import series_among  # a second of pydicom, for those who need it
 
     found = series_among(paths, inputs.passed)
@@ -215,4 +213,3 @@ def _name(what: str, path: Path) -> str:
 
 def _digest(text: str) -> str:
     return sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-

@@ -117,10 +117,11 @@ def _onnxruntime(file: Path, threads: int) -> tuple[Through, str]:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # its own tree of errors, none of them public
         raise WeightsInvalid(f"model.onnx of the release: onnxruntime refuses it ({type(e).__name__}).") from None
+    name = session.get_inputs()[0].name  # `image`, or `table` where none is seen
 
     def through(images: NDArray[Any]) -> NDArray[np.float32]:
         try:
-            (found,) = session.run(["logits"], {"image": np.ascontiguousarray(images, dtype=np.float32)})
+            (found,) = session.run(["logits"], {name: np.ascontiguousarray(images, dtype=np.float32)})
         except Exception as e:
             raise WeightsInvalid(f"model.onnx of the release: it cannot be run ({type(e).__name__}).") from None
         answer: NDArray[np.float32] = found

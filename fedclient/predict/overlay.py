@@ -1,4 +1,4 @@
-"""A picture of a result for people: the plane as it is, beside it what is marked, and what made it, in burnt-in words."""
+"""A picture of a result for people: the plane as it is, beside it what is marked, and burnt-in words of what made it"""
 
 from collections.abc import Sequence
 from typing import Any

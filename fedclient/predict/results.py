@@ -35,7 +35,8 @@ def write_mask(prediction: Prediction, path: Path) -> None:
 def write_map(prediction: Prediction, path: Path) -> None:
     """The map of uncertainty: bytes that the header scales to 0 to 1; a picture's as PNG of 0 to 255."""
     found = prediction.uncertainty
-    assert found is not None and found.planes is not None
+    assert found is not None
+    assert found.planes is not None
     if prediction.grid.picture:
         write_png(path, found.planes[0])
     else:
@@ -66,7 +67,7 @@ def facts(prediction: Prediction) -> dict[str, Any]:
         "uncertainty": None
         if unsure is None
         else {
-            "method": "entropy of the mean of answers to changed pictures (test-time augmentation); 0 is sure, 1 is not",
+            "method": "test-time augmentation: entropy of the mean answer to changed pictures; 0 is sure, 1 is not",
             "changes": list(unsure.variants),
             "mean": unsure.mean,
             "mean_inside": unsure.inside,
@@ -146,4 +147,3 @@ def _nifti(prediction: Prediction, path: Path, planes: Iterable[NDArray[np.uint8
         packed.write(header.binaryblock + bytes(4))
         for plane in planes:
             packed.write(np.ascontiguousarray(plane.T).tobytes())
-

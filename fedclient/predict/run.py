@@ -50,7 +50,13 @@ class Failed:
 
 
 def predict_all(
-    model: Model, inputs: Inputs, out: Path, formats: Sequence[str], *, overwrite: bool = False, uncertainty: bool = False
+    model: Model,
+    inputs: Inputs,
+    out: Path,
+    formats: Sequence[str],
+    *,
+    overwrite: bool = False,
+    uncertainty: bool = False,
 ) -> Iterator[Done | Failed]:
     """Each case as it is done; `out/CASE/` holds its results, `out/results.csv` a row for each answer at the end.
 

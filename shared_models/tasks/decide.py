@@ -1,4 +1,4 @@
-"""What logits come to, without PyTorch: probabilities, and what is marked. Training, evaluation and prediction alike."""
+"""What logits come to, without PyTorch: probabilities, and what is marked; in training and in a release alike"""
 
 from typing import Any
 

@@ -1,0 +1,178 @@
+"""Prediction: images a second beside eager PyTorch, a cold start of the real command, memory over a long series.
+
+    python -m simulations.bench.predict [--threads 1] [--repeats 5]
+
+Ways are measured in turn within one process and by CPU seconds, because a machine that others use makes wall seconds
+of chance; eager PyTorch gets the batch that it is fastest with. Peak memory is that of processes of their own.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedclient.data.volume import Volume
+from fedclient.predict.case import predict_case
+from fedclient.predict.model import Model, load_model
+from fedserver.publish.making import Recipe, make_release
+from shared_models.identity import issue_signer, new_authority
+from shared_models.nets import head_names, initial_weights, network
+from shared_models.release import Origin, Release, Trust, open_release
+from shared_models.study import Model as Network
+from shared_models.study import Preprocess, Study, load_study, sha256
+from simulations.fixtures.dicom import write_dicom_series, write_long_series
+
+LEAST_TIMES_FASTER = 1.5
+MOST_COLD_S = 5.0
+SHORT, LONG = 100, 1000  # slices
+MOST_GROWTH = 1.15  # of peak memory from the short series to the long one
+BATCHES = (1, 4, 16)  # of eager PyTorch
+PLANES = 4
+EDGE = 512
+
+
+def chest(planes: int) -> Volume:
+    """Air around a body with two lungs, noise on all of it: float32[1, 512, 512, planes] in Hounsfield units."""
+    y, x = np.mgrid[-1 : 1 : EDGE * 1j, -1 : 1 : EDGE * 1j]
+    plane = np.full((EDGE, EDGE), -1000.0)
+    plane[(x / 0.85) ** 2 + (y / 0.6) ** 2 < 1] = 40
+    for side in (-0.4, 0.4):
+        plane[((x - side) / 0.28) ** 2 + (y / 0.42) ** 2 < 1] = -850
+    noise = np.random.default_rng(0).normal(0, 15, (EDGE, EDGE, planes))
+    voxels = np.rint(plane[..., None] + noise).astype(np.float32)[None]
+    return Volume(voxels, np.diag([0.7, 0.7, 1.0, 1.0]), "CT")
+
+
+def release_of(study: Study, folder: Path) -> Release:
+    """A research release of a network with made-up weights.
+
+    Its head is made small: rounding of float32 grows with logits, and those of a network that has learnt nothing would
+    be over the bound of a release's proof.
+    """
+    ca = new_authority("bench")
+    origin = Origin(
+        kind="simulation", federation="", run="bench", round=1, made_at=1.8e9, study_sha256=sha256(study),
+        weights_sha256="0" * 64, sites={},
+    )  # fmt: skip
+    heads = head_names(network(study))
+    weights = {name: array * np.float32(0.25 if name in heads else 1) for name, array in initial_weights(study).items()}
+    make_release(Recipe(study, weights, "1", origin, issue_signer(ca), ca.certificate), folder)
+    return open_release(folder, Trust(research=True))
+
+
+def cpu_s(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def fastest(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Least CPU seconds of each, measured in turn."""
+    best: dict[str, float] = {}
+    for _ in range(repeats):
+        for name, work in ways.items():
+            best[name] = min(best.get(name, np.inf), cpu_s(work))
+    return best
+
+
+def speed(release: Release, threads: int, repeats: int) -> bool:
+    """Prints images a second of the network alone and of the whole path; true when both hold."""
+    default = load_model(release, threads=threads)
+    eager = load_model(release, threads=threads, engine="torch")
+    images: NDArray[np.float32] = np.random.default_rng(0).random((max(BATCHES), 1, 256, 256)).astype(np.float32)
+    ours = {"onnxruntime": lambda: [default.through(images[n : n + 1]) for n in range(PLANES)]}
+    theirs = {f"PyTorch, {b} at once": lambda b=b: eager.through(images[:b]) for b in BATCHES}
+    found = fastest({**ours, **theirs}, repeats)
+    each = {"onnxruntime": found["onnxruntime"] / PLANES}
+    each |= {f"PyTorch, {b} at once": found[f"PyTorch, {b} at once"] / b for b in BATCHES}
+    for name, seconds in each.items():
+        print(f"  network alone, {name:22} {1 / seconds:8.2f} images per CPU second")
+    batch = min(BATCHES, key=lambda b: each[f"PyTorch, {b} at once"])
+    alone = each[f"PyTorch, {batch} at once"] / each["onnxruntime"]
+    volume = chest(PLANES)
+    paths: dict[str, Model] = {"onnxruntime": default, "eager PyTorch": replace(eager, planes=batch)}
+    whole = fastest({name: (lambda m=m: predict_case(m, volume)) for name, m in paths.items()}, repeats)
+    for name, seconds in whole.items():
+        print(f"  whole path, {name:25} {PLANES / seconds:8.2f} slices of 512 x 512 per CPU second")
+    same = np.array_equal(predict_case(default, volume).mask, predict_case(eager, volume).mask)
+    path = whole["eager PyTorch"] / whole["onnxruntime"]
+    print(f"  the default path over eager PyTorch: {path:.2f}; the networks alone {alone:.2f}; "
+          f"masks {'identical' if same else 'DIFFER'}")  # fmt: skip
+    return path >= LEAST_TIMES_FASTER and same
+
+
+def command(release: Path, images: Path, out: Path, threads: int) -> tuple[float, float, float]:
+    """Wall seconds, CPU seconds and peak MiB of the real command in a process of its own."""
+    words = ["-m", "fedclient.cli", "predict", str(release), str(images), "-o", str(out), "--research"]
+    began = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with subprocess.Popen(
+        [sys.executable, *words, "--threads", str(threads)], env=environment, stdout=subprocess.DEVNULL
+    ) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit("fedclient predict failed")
+    return time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+
+
+def cold(release: Release, folder: Path, threads: int, repeats: int) -> bool:
+    """Prints what the first result takes: process, imports, signature, network, one DICOM slice, all formats."""
+    slices = write_dicom_series(folder / "one", chest(1), patient_id="COLD")
+    runs = [command(release.folder, slices.paths[0].parent, folder / f"cold-{n}", threads) for n in range(repeats)]
+    wall, cpu, peak = (min(run[n] for run in runs) for n in range(3))
+    print(
+        f"  cold start to the results of one slice: {wall:.2f} s wall, {cpu:.2f} s CPU, peak {peak:.0f} MiB (the "
+        f"machine's load is {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores)"
+    )
+    return wall < MOST_COLD_S
+
+
+def memory(folder: Path, threads: int) -> bool:
+    """Prints the peak over a short and a long series: of a small network, because slices are what is counted."""
+    small = Study(
+        name="small", model=Network(features=(8, 8, 8, 8, 8, 8), groups=4), preprocess=Preprocess(size=(64, 64))
+    )
+    release = release_of(small, folder / "small")
+    slices = write_dicom_series(folder / "like", chest(1), patient_id="LONG")
+    peaks: dict[int, float] = {}
+    for count in (SHORT, LONG):
+        write_long_series(folder / f"series-{count}", count, slices.paths[0])
+        _, cpu, peaks[count] = command(release.folder, folder / f"series-{count}", folder / f"out-{count}", threads)
+        print(f"  a series of {count:5} slices of 512 x 512, all formats: peak {peaks[count]:.0f} MiB, {cpu:.0f} s CPU")
+    growth = peaks[LONG] / peaks[SHORT]
+    print(f"  peak memory of {LONG} slices over that of {SHORT}: {growth:.2f}")
+    return growth <= MOST_GROWTH
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description="Prediction: speed, cold start, memory.")
+    words.add_argument("--threads", type=int, default=1, help="of every way")
+    words.add_argument("--repeats", type=int, default=5, help="times that each is measured; the shortest counts")
+    given = words.parse_args()
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        release = release_of(load_study("lung-ct"), folder / "lung-ct")
+        held = {
+            f"{LEAST_TIMES_FASTER} times eager PyTorch": speed(release, given.threads, given.repeats),
+            f"a cold start below {MOST_COLD_S:g} s": cold(release, folder, given.threads, min(3, given.repeats)),
+            f"memory grows to {MOST_GROWTH:g} at most": memory(folder, given.threads),
+        }
+    for target, holds in held.items():
+        print(f"  {target}: {'held' if holds else 'FALLS SHORT'}")
+    if not all(held.values()):
+        sys.exit("falls short of its target")
+
+
+if __name__ == "__main__":
+    main()
