@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 from fedclient.data.volume import Volume
 from fedclient.predict.case import predict_case
 from fedclient.predict.model import Model, load_model
-from fedserver.publish.making import Recipe, make_release
+from fedserver.publish.exports import to_onnx
+from shared_models.files import private_folder, write_atomic
 from shared_models.identity import issue_signer, new_authority
-from shared_models.nets import head_names, initial_weights, network
-from shared_models.release import Origin, Release, Trust, open_release
+from shared_models.nets import arrays_of, network
+from shared_models.release import FORMAT, ONNX, STUDY, WEIGHTS, Manifest, Origin, Release, Trust, open_release, seal
 from shared_models.study import Model as Network
-from shared_models.study import Preprocess, Study, load_study, sha256
+from shared_models.study import Preprocess, Study, canonical, load_study, sha256
+from shared_models.weights import save_arrays
 from simulations.fixtures.dicom import write_dicom_series, write_long_series
 
 LEAST_TIMES_FASTER = 1.5
@@ -53,19 +55,21 @@ def chest(planes: int) -> Volume:
 
 
 def release_of(study: Study, folder: Path) -> Release:
-    """A research release of a network with made-up weights.
-
-    Its head is made small: rounding of float32 grows with logits, and those of a network that has learnt nothing would
-    be over the bound of a release's proof.
-    """
-    ca = new_authority("bench")
+    """A signed research release of a network with made-up weights: what prediction reads of one, and no card."""
+    ca, net = new_authority("bench"), network(study).eval()
+    private_folder(folder)
+    save_arrays(folder / WEIGHTS, arrays_of(net))
+    to_onnx(net, study, folder / ONNX)
+    write_atomic(folder / STUDY, canonical(study))
     origin = Origin(
         kind="simulation", federation="", run="bench", round=1, made_at=1.8e9, study_sha256=sha256(study),
         weights_sha256="0" * 64, sites={},
     )  # fmt: skip
-    heads = head_names(network(study))
-    weights = {name: array * np.float32(0.25 if name in heads else 1) for name, array in initial_weights(study).items()}
-    make_release(Recipe(study, weights, "1", origin, issue_signer(ca), ca.certificate), folder)
+    made = Manifest(
+        format=FORMAT, name=study.name, version="1", title="bench", origin=origin, exports={}, tolerance=1e-4,
+        privacy=None, signer_sha256="0" * 64, authority_sha256="0" * 64, files={},
+    )  # fmt: skip
+    seal(folder, made, issue_signer(ca), ca.certificate)
     return open_release(folder, Trust(research=True))
 
 
