@@ -21,10 +21,11 @@ from scipy import ndimage
 
 from shared_models.errors import OrderRefused, StateInvalid, UpdateRejected
 from shared_models.files import canonical_json
-from shared_models.parse import STRICT, parse, plain
+from shared_models.parse import STRICT, Sha256, SiteName, parse, plain
 from shared_models.study import Study, Task
 
 Counts: TypeAlias = tuple[int, ...]
+Edges: TypeAlias = NDArray[np.floating[Any]]
 Cells: TypeAlias = Mapping[str, int]  # feature -> the cell that one case lies in
 
 MOST_CASES = 2**20
@@ -36,7 +37,7 @@ LARGER_MM3 = 4.0  # a lesion is a connected piece of at least so much; single vo
 
 SPACING_MM = 0.1 * 2 ** (np.arange(29) / 4)  # edges of the cells, in quarters of an octave: 0.1 to 12.8 mm
 LENGTH = 2 ** (np.arange(25) / 2)
-HU = np.r_[-1024:512:32, 512:3073:256].astype(np.float64)
+HU = np.r_[-1024:512:16, 512:3073:256].astype(np.float64)
 GREY = np.r_[0.0, 2 ** (np.arange(33) / 2)]
 WINDOWED = np.arange(1, 40) / 40
 STANDARDISED = np.arange(-20, 21) / 4
@@ -68,10 +69,22 @@ class Profile:
                 raise ValueError(f"`{name}` does not count each of {self.cases} cases once")
 
 
-def grids(study: Study) -> dict[str, NDArray[np.float64]]:
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a site adds to a monitoring round: the profile of its latest cases under a release, by its digest."""
+
+    __pydantic_config__ = STRICT
+    site: SiteName
+    release: Sha256
+    profile: Profile
+
+
+def grids(study: Study) -> dict[str, Edges]:
     """Each feature of a study's cases with the inner edges of its cells, which are one more than edges."""
-    inside = WINDOWED if study.preprocess.intensity == "window" else STANDARDISED
-    found = {f"spacing.{axis}": SPACING_MM for axis in AXES} | {f"size.{axis}": LENGTH for axis in AXES}
+    inside: Edges = WINDOWED if study.preprocess.intensity == "window" else STANDARDISED
+    found: dict[str, Edges] = {f"spacing.{axis}": SPACING_MM for axis in AXES} | {
+        f"size.{axis}": LENGTH for axis in AXES
+    }
     found |= {f"raw.p{q}": HU if study.modality == "ct" else GREY for q in QUANTILES}
     found |= {f"input.p{q}": inside for q in QUANTILES} | {"input.texture": TEXTURE}
     for name in study.task.answers:
@@ -147,10 +160,12 @@ def _quantiles(values: NDArray[np.float32]) -> list[float]:
 
 
 def _texture(images: NDArray[Any]) -> float:
-    """Mean step between neighbours along the columns: noise, sharpness, and blur of a resampled image."""
-    several = images[:: max(1, images.size // MOST_VOXELS)] if images.shape[0] > 1 else images
-    steps = np.abs(np.diff(several.astype(np.float32, copy=False), axis=3))
-    return float(steps.mean(dtype=np.float64)) if steps.size else 0.0
+    """The middle step between neighbours along the columns, clipped ones and padding left out: noise, sharpness, and
+    the blur of a resampled image, and little of its edges."""
+    several = images[:: max(1, images.size // MOST_VOXELS)].astype(np.float32, copy=False)
+    inside = (several > several.min()) & (several < several.max())
+    steps = np.abs(np.diff(several, axis=3))[inside[:, :, :, 1:] & inside[:, :, :, :-1]]
+    return float(np.median(steps)) if steps.size else 0.0
 
 
 def profile_of(study: Study, cases: Iterable[Cells]) -> Profile:

@@ -1,4 +1,4 @@
-"""Results as DICOM, read back by highdicom and pydicom: on the source's own slices, coded, and said to be no diagnosi."""
+"""Results as DICOM, read back by highdicom and pydicom: on the slices of the source, coded, and called no diagnosis."""
 
 import shutil
 import subprocess

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from fedclient.data.cases import read_case
 from fedclient.data.formats import PICTURES
-from fedclient.data.provenance import UNKNOWN, Provenance
-from fedclient.data.volume import Volume, turn_to_ras
+from fedclient.data.provenance import MEASURED, UNKNOWN, Provenance
+from fedclient.data.volume import PICTURE_PIXELS, Volume, turn_to_ras
 from fedclient.predict.inputs import Source
 from shared_models.errors import ImageUnreadable
 from shared_models.study import Study
@@ -41,6 +41,12 @@ class Grid:
     def spacing_mm(self) -> tuple[float, float, float]:
         i, j, k = np.linalg.norm(self.affine_ras[:3, :3], axis=0)
         return float(i), float(j), float(k)
+
+    @property
+    def measured(self) -> bool:
+        """Whether millimetres mean something along all three axes: neither in a picture nor in a radiograph."""
+        flat = self.voxel_of_pixel is not None and np.array_equal(self.voxel_of_pixel, PICTURE_PIXELS)
+        return not self.picture and not (flat and self.modality not in MEASURED)
 
     @property
     def slices_along_k(self) -> bool:

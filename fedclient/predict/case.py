@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedclient.data.cases import Case
 from fedclient.data.volume import Volume
 from fedclient.predict.blocks import Grid, grid_of, is_picture, opened
 from fedclient.predict.doubts import Doubt, doubts_of
@@ -24,6 +25,7 @@ from shared_models.preprocess import preprocess, restore
 from shared_models.study import Study
 from shared_models.tasks.decide import chances_of, predicted_of
 
+NOBODY = Case("", "", (), None, "test")  # of a volume that was handed in
 LOOKED_AT = 32  # planes of a series that comes in runs, from which its grey values are told
 
 
@@ -222,7 +224,7 @@ class _Tally:
             measures=self.measures,
             key=self.key,
             cells=cells,
-            doubts=doubts_of(self.model, look, cells, self.grid.picture),
+            doubts=doubts_of(self.model, NOBODY if source is None else source.case, look, cells, self.grid.picture),
             uncertainty=self._uncertainty(),
             seconds=time.perf_counter() - began,
         )

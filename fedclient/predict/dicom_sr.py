@@ -96,7 +96,7 @@ def _groups(
                 tracking_identifier=TrackingIdentifier(hd.UID(), each.label),
                 finding_type=finding_of(each.name),
                 algorithm_id=made,
-                measurements=_sizes(each),
+                measurements=_sizes(each) if prediction.grid.measured else None,
                 source_images=[_image(headers)],
             )
             for each in segments

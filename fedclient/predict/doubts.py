@@ -36,7 +36,7 @@ class Doubt:
     distance: float | None = None
 
 
-def doubts_of(model: Model, volume: Volume, cells: Mapping[str, int], picture: bool) -> tuple[Doubt, ...]:
+def doubts_of(model: Model, case: Case, volume: Volume, cells: Mapping[str, int], picture: bool) -> tuple[Doubt, ...]:
     """All that is odd about an image, the gravest first.
 
     Args:
@@ -44,7 +44,6 @@ def doubts_of(model: Model, volume: Volume, cells: Mapping[str, int], picture: b
         cells: where it lies on the grids of `shared_models.drift`.
     """
     study = model.study
-    case = Case("", "", (), None, "test")
     found = [Doubt(each.code, each.what) for each in oddities(case, volume, needs_of(study), picture)]
     found += _of_kind(study, volume, picture)
     profiles = read_reference(model.fingerprint, study, f"release {model.name}")

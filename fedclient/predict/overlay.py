@@ -82,7 +82,7 @@ def _told(prediction: Prediction, n: int) -> str:
     answer = prediction.answers[n]
     if answer.volume_mm3 is None:
         return f"{answer.name}: probability {answer.chance:.3f}"
-    if prediction.grid.picture:
+    if not prediction.grid.measured:
         return f"{answer.name}: {'marked' if answer.called else 'nothing marked'}"
     longest = "" if answer.longest_mm is None else f", longest axial diameter {answer.longest_mm:.1f} mm"
     return f"{answer.name}: {answer.volume_mm3 / 1000:.1f} ml{longest}"

@@ -56,12 +56,12 @@ def facts(prediction: Prediction) -> dict[str, Any]:
         "case": None if source is None else source.name,
         "series_uid": source.series.uid if source is not None and source.series is not None else None,
         "shape": list(grid.shape),
-        "spacing_mm": None if grid.picture else list(grid.spacing_mm),
+        "spacing_mm": None if not grid.measured else list(grid.spacing_mm),
         "affine_ras": None if grid.picture else grid.affine_ras.tolist(),
         "labels": {str(n): name for n, name in enumerate(model.study.task.answers, start=1)}
         if prediction.marks is not None
         else None,
-        "answers": [_told(each, grid.picture) for each in prediction.answers],
+        "answers": [_told(each, grid.measured) for each in prediction.answers],
         "calibrated": model.temperatures is not None,
         "doubts": [asdict(each) for each in prediction.doubts],
         "uncertainty": None
@@ -86,11 +86,11 @@ def rows(prediction: Prediction) -> list[dict[str, Any]]:
         "release": prediction.model.stamp,
         "seconds": f"{prediction.seconds:.3f}",
     }
-    return [shared | _row(each, prediction.grid.picture) for each in prediction.answers]
+    return [shared | _row(each, prediction.grid.measured) for each in prediction.answers]
 
 
-def _row(answer: Answer, picture: bool) -> dict[str, Any]:
-    sized = answer.volume_mm3 is not None and not picture
+def _row(answer: Answer, measured: bool) -> dict[str, Any]:
+    sized = answer.volume_mm3 is not None and measured
     return {
         "answer": answer.name,
         "called": int(answer.called),
@@ -101,13 +101,13 @@ def _row(answer: Answer, picture: bool) -> dict[str, Any]:
     }
 
 
-def _told(answer: Answer, picture: bool) -> dict[str, Any]:
+def _told(answer: Answer, measured: bool) -> dict[str, Any]:
     told: dict[str, Any] = {"name": answer.name, "called": answer.called, "chance": answer.chance}
     if answer.by_day:
         told["by_day"] = {f"{day:g}": chance for day, chance in answer.by_day.items()}
     if answer.volume_mm3 is None:
         return told
-    if picture:  # of which nobody knows how large a pixel is
+    if not measured:  # a picture or a radiograph, of which nobody knows how large a pixel is
         return told | {"pixels": sum(part.voxels for part in answer.parts), "parts": len(answer.parts)}
     told |= {"volume_mm3": answer.volume_mm3, "longest_axial_mm": answer.longest_mm, "parts": len(answer.parts)}
     told["largest"] = [

@@ -58,7 +58,8 @@ def entropy(chances: NDArray[np.float32], exclusive: bool) -> NDArray[np.float32
         spread: NDArray[np.float32] = -(p * np.log(p)).sum(axis=0) / np.float32(np.log(len(p)))
         return np.where(summed > 0.5, np.clip(spread, 0, 1), 0).astype(np.float32)  # 0 where nothing was seen
     binary = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
-    return np.clip(binary, 0, 1).max(axis=0).astype(np.float32)
+    unsure: NDArray[np.float32] = np.clip(binary, 0, 1).max(axis=0).astype(np.float32)
+    return unsure
 
 
 def _same(images: NDArray[Any]) -> NDArray[Any]:
