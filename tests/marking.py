@@ -1,4 +1,4 @@
-"""Networks that are one formula, so that what they mark is known: what is darker than -650 HU, or brighter than 650."""
+"""Networks that are one formula, so that what they mark is known: what is darker than -650 HU, or brighter than 260."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ def dark(images: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def bright(images: NDArray[Any]) -> NDArray[np.float32]:
-    return dark(np.float32(0.5) - images.astype(np.float32))  # above a quarter
+    return dark(np.float32(1.15) - images.astype(np.float32))  # above nine tenths of the window
 
 
 def model(study: Study = LUNG, through: Any = dark, **change: Any) -> Model:

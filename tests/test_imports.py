@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "simulations": {"shared_models", "fedclient", "fedserver", "simulations"},
 }
 DATA = ("fedclient/data/", "simulations/phantoms.py")
+RESULTS = "fedclient/predict/"  # which are files in the formats of images
 DOORS: dict[str, tuple[str, ...]] = {
     "flwr": (
         "shared_models/wire.py",
@@ -37,16 +38,18 @@ DOORS: dict[str, tuple[str, ...]] = {
         "fedserver/enrol.py", "fedclient/enrol.py",
     ),
     "dp_accounting": ("shared_models/protect/accounting.py",),
-    "nibabel": DATA,
-    "PIL": DATA,
-    "pydicom": (*DATA, "simulations/fixtures"),
-    "SimpleITK": (), "highdicom": (),  # second opinions in tests, not installed at a hospital
+    "nibabel": (*DATA, RESULTS),
+    "PIL": (*DATA, RESULTS),
+    "pydicom": (*DATA, RESULTS, "simulations/fixtures"),
+    "highdicom": (RESULTS,),
+    "SimpleITK": (),  # a second opinion in tests, not installed at a hospital
+    "onnxruntime": ("shared_models/runtimes.py", "fedclient/predict/model.py"),
     "gdcm": ("fedclient/data/dicom_pixels.py",),
     "torch": (
         "shared_models/nets.py", "shared_models/vgg.py", "shared_models/pretrained.py", "shared_models/tasks/",
         "shared_models/runtimes.py", "shared_models/parity.py", "fedserver/publish/exports.py",
         "fedserver/publish/bundle.py", "shared_models/bundle_steps.py",
-        "fedclient/training/", "fedclient/data/augment.py",
+        "fedclient/training/", "fedclient/data/augment.py", "fedclient/predict/torch_network.py",
         "simulations/bench/",
     ),
     "monai": (

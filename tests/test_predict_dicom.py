@@ -129,8 +129,8 @@ def test_each_nodule_is_a_segment_and_a_measurement_group_of_its_own(tmp_path):
     longest = np.hypot(4 * 0.8, 2 * 0.7)
     along = np.hypot(4 * 0.8 / longest * 0.8, 2 * 0.7 / longest * 0.7)
     assert told[0]["Volume"] == (pytest.approx(30 * voxel_mm3, abs=1e-3), "mm3")
-    assert told[0]["Long Axis"] == (pytest.approx(longest + along, abs=1e-3), "mm")
-    assert told[1]["Long Axis"] == (pytest.approx(0.7, abs=1e-3), "mm")
+    assert told[0]["Long axis"] == (pytest.approx(longest + along, abs=1e-3), "mm")
+    assert told[1]["Long axis"] == (pytest.approx(0.7, abs=1e-3), "mm")
     assert [group.referenced_segment.referenced_segment_numbers for group in groups] == [[1], [2]]
     assert {group.referenced_segment.referenced_sop_instance_uid for group in groups} == {seg.SOPInstanceUID}
     assert groups[0].finding_type.value == "27925004"
