@@ -56,7 +56,6 @@ DOORS: dict[str, tuple[str, ...]] = {
         "shared_models/nets.py", "shared_models/tasks/surfaces.py", "simulations/bench/pipeline.py",
         "fedserver/publish/bundle.py", "shared_models/bundle_steps.py",
     ),
-    "onnxruntime": ("shared_models/runtimes.py",),
 }  # fmt: skip
 FILES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))
 

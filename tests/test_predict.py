@@ -10,12 +10,13 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from fedclient.data.volume import PICTURE_PIXELS, Volume
 from fedclient.predict.blocks import opened
 from fedclient.predict.case import Prediction, painting_order, predict_case
 from fedclient.predict.inputs import Source, Unread, list_inputs
-from fedclient.predict.measure import Measure
+from fedclient.predict.measure import Measure, longest_mm
 from fedclient.predict.outputs import FORMATS, write_case
 from fedclient.predict.run import Done, Failed, predict_all, predict_table
 from fedclient.predict.uncertainty import entropy, variants
@@ -100,6 +101,24 @@ def test_a_diameter_runs_askew_too():
     measure = Measure((1.0, 1.0, 1.0))
     measure.add(np.eye(4, dtype=np.bool_) | np.eye(4, k=1, dtype=np.bool_))
     assert measure.parts[0].longest_mm == pytest.approx(3 * 2**0.5 + 1)  # centres 3 and 3 apart, and one voxel more
+
+
+def test_parts_of_random_marks_are_those_of_scipy_and_their_diameter_that_of_all_pairs():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        marked = rng.random((7, 8, 5)) < rng.uniform(0.2, 0.7)
+        measure = Measure((1.0, 1.0, 1.0))
+        for k in range(5):
+            measure.add(marked[:, :, k])
+        pieces: Any = ndimage.label(marked)[0]
+        assert [part.voxels for part in measure.parts] == sorted(np.bincount(pieces.ravel())[1:].tolist())[::-1]
+        for k in range(5):
+            numbered = measure.numbered(k, marked[:, :, k])
+            assert len(set(zip(numbered.ravel(), pieces[:, :, k].ravel(), strict=True))) == len(np.unique(numbered))
+        at = np.argwhere(marked[:, :, 0]) * (0.7, 1.3)
+        if len(at) > 1:
+            away = np.sqrt(((at[:, None] - at) ** 2).sum(axis=2)).max()
+            assert away + 0.7 - 1e-9 <= longest_mm(marked[:, :, 0], (0.7, 1.3)) <= away + 1.3 + 1e-9
 
 
 def test_parts_that_meet_only_later_are_one_part_under_one_number():

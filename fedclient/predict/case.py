@@ -258,7 +258,7 @@ class _Tally:
         there = slice(-self.seen % self.stride, None, self.stride)
         kept = np.ascontiguousarray(volume.voxels[..., there])
         self.looked.append(replace(volume, voxels=kept))
-        self.examples.append(images[there])
+        self.examples.append(images[there].copy())  # a view would keep all of them
 
     def _inside(self, marked: NDArray[np.bool_], chances: NDArray[np.float32], to: NDArray[np.float64]) -> None:
         """Adds up the probability of what is marked."""

@@ -36,7 +36,7 @@ class Measure:
     spacing_mm: tuple[float, float, float]
     voxels: int = 0
     _planes: int = 0
-    _below: NDArray[np.int32] | None = None  # the numbers of the last plane's pieces
+    _below: tuple[NDArray[np.int32], int] | None = None  # the last plane's pieces, from 1, and how many
     _root: list[int] = field(default_factory=list)
     _size: list[int] = field(default_factory=list)
     _longest: list[float] = field(default_factory=list)
@@ -60,11 +60,20 @@ class Measure:
             for n, box in enumerate(ndimage.find_objects(pieces), start=1):
                 self._longest.append(longest_mm(pieces[box] == n, self.spacing_mm[:2]))
             if self._below is not None:
-                both = (pieces > 0) & (self._below > 0)
-                for pair in np.unique(np.stack([self._below[both] - 1, pieces[both] + begin - 1]), axis=1).T.tolist():
-                    self._join(*pair)
-        self._below = np.where(pieces > 0, pieces + begin, 0).astype(np.int32) if count else None
+                for below, piece in self._touching(pieces, count):
+                    self._join(self._begins[-2] + below - 1, begin + piece - 1)
+        self._below = (pieces, count) if count else None
         self._planes += 1
+
+    def _touching(self, pieces: NDArray[np.int32], count: int) -> list[list[int]]:
+        """Pairs of a piece below and one of this plane that share a pixel."""
+        assert self._below is not None
+        below, many = self._below
+        both = (pieces > 0) & (below > 0)
+        pairs = below[both].astype(np.int64) * (count + 1) + pieces[both]
+        size = (many + 1) * (count + 1)
+        found = np.flatnonzero(np.bincount(pairs, minlength=size)) if size <= pieces.size else np.unique(pairs)
+        return np.stack(np.divmod(found, count + 1), axis=1).tolist()
 
     @property
     def volume_mm3(self) -> float:
@@ -115,12 +124,29 @@ def longest_mm(piece: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> float
     rows = np.flatnonzero(piece.any(axis=1))
     first = piece[rows].argmax(axis=1)
     last = piece.shape[1] - 1 - piece[rows, ::-1].argmax(axis=1)
-    ends = np.unique(np.concatenate([np.stack([rows, first], 1), np.stack([rows, last], 1)]), axis=0) * spacing_mm
-    if len(ends) == 1:
+    corners = _hull(rows.tolist(), first.tolist()) + _hull(rows.tolist(), last.tolist(), -1)
+    ends = np.array(corners, np.float64) * spacing_mm
+    if len(rows) == 1 and first[0] == last[0]:
         return float(min(spacing_mm))
     x, y = ends.T
-    away = (x[:, None] - x) ** 2 + (y[:, None] - y) ** 2  # 3 ms for a lung; scipy's hull takes 0.3 s to import
+    away = (x[:, None] - x) ** 2 + (y[:, None] - y) ** 2
     a, b = np.unravel_index(away.argmax(), away.shape)
     farthest = float(np.sqrt(away[a, b]))
     along = np.abs(ends[a] - ends[b]) / farthest
     return farthest + float(np.linalg.norm(along * spacing_mm))
+
+
+def _hull(rows: list[int], columns: list[int], side: int = 1) -> list[tuple[int, int]]:
+    """The corners of one side of a convex hull (Andrew 1979) of one pixel a row, rows rising; -1 for the other side.
+
+    In place of scipy's, which takes longer to import (0.3 s) than it would save.
+    """
+    found: list[tuple[int, int]] = []
+    for r, c in zip(rows, columns, strict=True):
+        while len(found) > 1:
+            (r0, c0), (r1, c1) = found[-2:]
+            if side * ((r1 - r0) * (c - c0) - (c1 - c0) * (r - r0)) > 0:
+                break
+            found.pop()
+        found.append((r, c))
+    return found
