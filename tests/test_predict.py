@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from fedclient.data.volume import PICTURE_PIXELS, Volume
+from fedclient.predict import case
 from fedclient.predict.blocks import opened
 from fedclient.predict.case import Prediction, painting_order, predict_case
 from fedclient.predict.inputs import Source, Unread, list_inputs
@@ -83,6 +84,19 @@ def test_a_long_series_in_runs_gives_what_it_gives_as_one_volume(direction, tmp_
     assert {name: in_runs.cells[name] for name in counted} == {name: whole.cells[name] for name in counted}
 
 
+def test_what_is_kept_of_a_long_series_does_not_grow_with_it(tmp_path):
+    write_dicom_series(tmp_path, volume(chest_hu((40, 36, 90))))
+    grid, runs = opened(only(tmp_path), LUNG)
+    assert grid is not None
+    tally = case._Tally(model(), grid, False)
+    for run in runs:
+        tally.add(run)
+    held = [*(each.voxels for each in tally.looked), *tally.examples]
+    assert all(each.base is None for each in held)
+    assert sum(each.shape[3] for each in held[: len(tally.looked)]) <= case.LOOKED_AT + 15
+    assert sum(map(len, tally.marks.packed)) < 90 * 40 * 36 / 8  # type: ignore[union-attr]
+
+
 def test_volume_and_diameter_are_those_computed_by_hand():
     measure = Measure((0.5, 2.0, 3.0))
     planes = np.zeros((3, 12, 8), np.bool_)
@@ -138,7 +152,7 @@ def test_a_nifti_mask_lies_on_the_very_grid_of_its_file(tmp_path):
     path = nifti(tmp_path / "a.nii.gz", stored, affine)
     found = predict_case(model(), path)
     write_case(found, "a", tmp_path, ("nifti",))
-    mask: Any = nibabel.load(tmp_path / "a" / "mask.nii.gz")  # type: ignore[attr-defined]
+    mask: Any = nibabel.load(tmp_path / "a" / "mask.nii.gz")
     assert np.allclose(mask.affine, affine)
     assert np.array_equal(np.asarray(mask.dataobj), (stored < DARK_HU).astype(np.uint8))
 
@@ -264,7 +278,7 @@ def test_a_map_of_uncertainty_is_highest_where_the_answer_is_a_half(tmp_path):
     hu[0, 20, 20, 2] = DARK_HU  # a logit of 0
     found = predict_case(model(), volume(hu), uncertainty=True)
     write_case(found, "a", tmp_path, ("nifti", "json"))
-    image: Any = nibabel.load(tmp_path / "a" / "uncertainty.nii.gz")  # type: ignore[attr-defined]
+    image: Any = nibabel.load(tmp_path / "a" / "uncertainty.nii.gz")
     assert np.unravel_index(image.get_fdata().argmax(), hu.shape[1:]) == (20, 20, 2)
     assert image.get_fdata()[20, 20, 2] == pytest.approx(1)
     told = json.loads((tmp_path / "a" / "result.json").read_bytes())["uncertainty"]

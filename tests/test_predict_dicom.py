@@ -38,6 +38,11 @@ def written(folder: Path, hu: Any, study: Study = LUNG, through: Any = None, **h
     return folder / "case", found
 
 
+def content(path: Path) -> Any:
+    """What a report says, as highdicom parses it by its template."""
+    return srread(path).content
+
+
 def source_volume(folder: Path) -> hd.Volume:
     """By highdicom's own reader."""
     return hd.get_volume_from_series([dcmread(path) for path in sorted(folder.iterdir())])
@@ -97,7 +102,7 @@ def test_a_segmentation_says_what_it_shows_and_which_release_drew_it(tmp_path):
         "39607008",
         "SCT",
     )
-    algorithm = described.algorithm_identification
+    algorithm: Any = described.algorithm_identification
     assert (algorithm.name, algorithm.version, algorithm.parameters["release_sha256"]) == ("dark", "1.0", "d" * 64)
     assert described.algorithm_type.value == "AUTOMATIC"
     assert "not for diagnosis" in seg.SeriesDescription
@@ -122,7 +127,7 @@ def test_each_nodule_is_a_segment_and_a_measurement_group_of_its_own(tmp_path):
     assert [seg.get_segment_description(n).segment_label for n in (1, 2)] == ["nodule 1", "nodule 2"]
     voxels = seg.get_volume().array
     assert [int(voxels[..., n].sum()) for n in (0, 1)] == [30, 1]
-    groups = srread(folder / "report.dcm").content.get_volumetric_roi_measurement_groups()
+    groups = content(folder / "report.dcm").get_volumetric_roi_measurement_groups()
     assert [group.tracking_identifier for group in groups] == ["nodule 1", "nodule 2"]
     told = [{m.name.meaning: (m.value, m.unit.value) for m in group.get_measurements()} for group in groups]
     voxel_mm3 = 0.8 * 0.7 * 2.5
@@ -142,7 +147,7 @@ def test_where_nothing_is_marked_the_results_say_so(tmp_path):
     folder, found = written(tmp_path, hu, NODULES, bright)
     assert not found.answers[0].called
     assert not hd.seg.segread(folder / "segmentation.dcm").pixel_array.any()
-    (group,) = srread(folder / "report.dcm").content.get_volumetric_roi_measurement_groups()
+    (group,) = content(folder / "report.dcm").get_volumetric_roi_measurement_groups()
     assert [(m.name.meaning, m.value) for m in group.get_measurements()] == [("Volume", 0)]
 
 

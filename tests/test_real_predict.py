@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import highdicom as hd
 import numpy as np
@@ -61,10 +62,15 @@ def test_a_segmentation_of_a_real_series_has_its_geometry_and_every_voxel(result
     assert not found.array[~seen].any()
 
 
+def content(path: Path) -> Any:
+    """What a report says, as highdicom parses it by its template."""
+    return srread(path).content
+
+
 def test_a_report_of_a_real_series_measures_what_the_segmentation_holds(results):
     _, case = results
     seg = hd.seg.segread(case / "segmentation.dcm")
-    (group,) = srread(case / "report.dcm").content.get_volumetric_roi_measurement_groups()
+    (group,) = content(case / "report.dcm").get_volumetric_roi_measurement_groups()
     told = {measurement.name.meaning: measurement.value for measurement in group.get_measurements()}
     geometry = seg.get_volume_geometry()
     assert geometry is not None

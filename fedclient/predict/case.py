@@ -256,9 +256,9 @@ class _Tally:
             self.examples.append(images)
             return
         there = slice(-self.seen % self.stride, None, self.stride)
-        kept = np.ascontiguousarray(volume.voxels[..., there])
-        self.looked.append(replace(volume, voxels=kept))
-        self.examples.append(images[there].copy())  # a view would keep all of them
+        # copies, also of none: a view would keep the whole run
+        self.looked.append(replace(volume, voxels=volume.voxels[..., there].copy()))
+        self.examples.append(images[there].copy())
 
     def _inside(self, marked: NDArray[np.bool_], chances: NDArray[np.float32], to: NDArray[np.float64]) -> None:
         """Adds up the probability of what is marked."""

@@ -5,6 +5,7 @@ highdicom makes it from runs of slices that are put together, so that a thousand
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import highdicom as hd
 import numpy as np
@@ -30,7 +31,7 @@ def segmentation(prediction: Prediction, headers: Headers, segments: Sequence[Se
     Viewers have had trouble with files that leave them out.
     """
     described = [_described(n, each, prediction) for n, each in enumerate(segments, start=1)]
-    uids = {"series_instance_uid": hd.UID(), "sop_instance_uid": hd.UID()}
+    uids: dict[str, Any] = {"series_instance_uid": hd.UID(), "sop_instance_uid": hd.UID()}
     grid = prediction.grid
     found = frames(segment_planes(prediction, segments, slice_order(grid)), grid)
     if len(headers.slices) == 1:
@@ -68,7 +69,7 @@ def _piece(
     slices: Sequence[Dataset],
     pixels: NDArray[np.bool_],
     described: Sequence[SegmentDescription],
-    uids: dict[str, hd.UID],
+    uids: dict[str, Any],
     places: tuple[hd.PixelMeasuresSequence, hd.PlaneOrientationSequence, list[hd.PlanePositionSequence]] | None = None,
 ) -> Segmentation:
     """From bool[slices, segments, rows, columns]."""

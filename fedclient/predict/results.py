@@ -134,7 +134,8 @@ def _nifti(prediction: Prediction, path: Path, planes: Iterable[NDArray[np.uint8
         whole = whole[tuple(slice(None, None, flip) for flip in turn.flips)]
         shape = (whole.shape[0], whole.shape[1], whole.shape[2])
         planes = (whole[:, :, k] for k in range(shape[2]))
-    header: Any = nibabel.Nifti1Header()
+    make: Any = nibabel.Nifti1Header  # has no types
+    header = make()
     header.set_data_dtype(np.uint8)
     header.set_data_shape(shape)
     header.set_sform(affine, code="scanner")

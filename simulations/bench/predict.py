@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -113,18 +114,18 @@ def speed(release: Release, threads: int, repeats: int) -> bool:
     images: NDArray[np.float32] = np.random.default_rng(0).random((PLANES, 1, 256, 256)).astype(np.float32)
     ways: dict[str, tuple[Model, int]] = {"onnxruntime": (default, default.planes)}
     ways |= {f"PyTorch, {batch} at once": (eager, batch) for batch in BATCHES}
-    alone = fastest({name: (lambda m=m, b=b: m.through(images[:b])) for name, (m, b) in ways.items()}, repeats)
+    alone = fastest({name: partial(m.through, images[:b]) for name, (m, b) in ways.items()}, repeats)
     alone = {name: seconds / ways[name][1] for name, seconds in alone.items()}
     quick = min((name for name in alone if name != "onnxruntime"), key=lambda name: alone[name])
     volume = chest(PLANES)
     paths = {name: replace(ways[name][0], planes=ways[name][1]) for name in ("onnxruntime", quick, AS_EVALUATED)}
-    whole = fastest({name: (lambda m=m: predict_case(m, volume)) for name, m in paths.items()}, repeats)
+    whole = fastest({name: partial(predict_case, m, volume) for name, m in paths.items()}, repeats)
     for name, seconds in alone.items():
         path = f", whole path {PLANES / whole[name]:6.2f} slices of 512 x 512" if name in whole else ""
         print(f"  {name:24} network alone {1 / seconds:6.2f} images{path} per CPU second")
     print(
-        f"  onnxruntime over PyTorch at its fastest ({quick}): network alone {alone[quick] / alone['onnxruntime']:.2f}, "
-        f"whole path {whole[quick] / whole['onnxruntime']:.2f}"
+        f"  onnxruntime over PyTorch at its fastest ({quick}): network alone "
+        f"{alone[quick] / alone['onnxruntime']:.2f}, whole path {whole[quick] / whole['onnxruntime']:.2f}"
     )
     ratio = whole[AS_EVALUATED] / whole["onnxruntime"]
     print(f"  the default path over eager PyTorch as evaluation runs it: {ratio:.2f}")
@@ -146,9 +147,12 @@ def same_masks(default: Model, eager: Model, volume: Volume) -> bool:
     threshold = study.evaluate.threshold
     apart = (ours > threshold) != (theirs > threshold)
     near = np.abs(ours - threshold) < TOLERANCE
-    print(f"  masks of both engines differ at {int(apart.sum())} of {apart.size} voxels, {int((apart & ~near).sum())} of "
-          f"them farther than {TOLERANCE:g} from the threshold ({int(near.sum())} voxels are nearer)")  # fmt: skip
-    return not (apart & ~near).any()
+    far = int((apart & ~near).sum())
+    print(
+        f"  masks of both engines differ at {int(apart.sum())} of {apart.size} voxels, {far} of them farther than "
+        f"{TOLERANCE:g} from the threshold ({int(near.sum())} voxels are nearer)"
+    )
+    return far == 0
 
 
 def command(release: Path, images: Path, out: Path, threads: int) -> tuple[float, float, float]:
