@@ -351,9 +351,9 @@ def test_channels_of_a_case_are_found_by_the_ends_of_their_names(tmp_path):
     study = replace(
         LUNG, channels=("t1", "flair"), modality="mr", preprocess=Preprocess((48, 48), "crop_pad", "zscore")
     )
-    for case in ("a", "b"):
+    for who in ("a", "b"):
         for end in ("flair", "0000"):
-            nifti(tmp_path / f"{case}_{end}.nii.gz", chest_hu()[0].astype(np.int16))
+            nifti(tmp_path / f"{who}_{end}.nii.gz", chest_hu()[0].astype(np.int16))
     found = sources(tmp_path, study=study)
     first = model(study, lambda images: images[:, :1].astype(np.float32))
     assert len(found) == 2
