@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,14 @@ def test_channels_of_a_case_are_found_by_the_ends_of_their_names(tmp_path):
     assert len(found) == 2
     assert all(isinstance(each, Source) and len(each.files) == 2 for each in found)
     assert predict_case(first, found[0]).grid.shape == (40, 36, 5)  # type: ignore[arg-type]
+
+
+def test_a_pipe_is_not_waited_for_and_what_is_not_there_is_said(tmp_path):
+    os.mkfifo(tmp_path / "pipe.nii")
+    nifti(tmp_path / "a.nii", chest_hu()[0].astype(np.int16))
+    found = list_inputs([tmp_path, tmp_path / "pipe.nii", tmp_path / "gone.nii"], LUNG)
+    assert [type(each) for each in found.found] == [Source, Unread, Unread]
+    assert found.passed["no file"] == 1
 
 
 def test_two_files_of_one_name_in_two_folders_do_not_share_results(tmp_path):

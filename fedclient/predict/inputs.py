@@ -76,6 +76,8 @@ def list_inputs(paths: Sequence[Path], study: Study) -> Inputs:
         try:
             if path.is_dir():
                 _folder(path, given, study, inputs)
+            elif not path.is_file():  # a pipe would be waited for without end
+                raise ImageUnreadable("there is no such file or folder.", "FILE_MISSING")
             elif format_of(path) == "dicom":
                 lone.append((given, path))
             elif len(study.channels) > 1:
@@ -123,6 +125,8 @@ def _folder(folder: Path, given: int, study: Study, inputs: Inputs) -> None:
     for path in files_below(root, ignored):
         if path.name.startswith("."):
             ignored["hidden"] += 1
+        elif not path.is_file():
+            ignored["no file"] += 1
         elif suffix(path) == ".dcm" or _is_dicom(path):
             dicoms.append(path)
         elif suffix(path) in IMAGES:
