@@ -276,6 +276,15 @@ def divergences(a: Profile, b: Profile) -> dict[str, float]:
     return {name: divergence(a.counts[name], b.counts[name]) for name in a.counts}
 
 
+def by_chance(a: Counts, b: Counts) -> float:
+    """The divergence that two samples of one distribution are expected to have: of chi-square, as in the population
+    stability index (Yurdakul & Naranjo 2020, section 3), over the cells that any case lies in; at most 1."""
+    cells = sum(x + y > 0 for x, y in zip(a, b, strict=True))
+    if not sum(a) or not sum(b):
+        return 1.0
+    return min(1.0, (cells - 1) * (1 / sum(a) + 1 / sum(b)) / (8 * np.log(2)))
+
+
 def nearest(profile: Profile, profiles: Sequence[Profile]) -> int:
     """Which of `profiles` is most like `profile`: the least mean divergence."""
     return int(np.argmin([np.mean(list(divergences(profile, each).values())) for each in profiles]))

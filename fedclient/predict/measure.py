@@ -73,7 +73,8 @@ class Measure:
         pairs = below[both].astype(np.int64) * (count + 1) + pieces[both]
         size = (many + 1) * (count + 1)
         found = np.flatnonzero(np.bincount(pairs, minlength=size)) if size <= pieces.size else np.unique(pairs)
-        return np.stack(np.divmod(found, count + 1), axis=1).tolist()
+        named: list[list[int]] = np.stack(np.divmod(found, count + 1), axis=1).tolist()
+        return named
 
     @property
     def volume_mm3(self) -> float:
