@@ -92,8 +92,10 @@ def _dicom(
     elif "seg" in formats:
         from fedclient.predict.dicom_seg import segmentation
 
-        made = segmentation(prediction, headers, segments)
-        _save(made, folder / "segmentation.dcm")
+        drawn = segmentation(prediction, headers, segments)
+        with replacing(folder / "segmentation.dcm") as file:
+            drawn.save(file)
+        made = drawn.head
         written.append("segmentation.dcm")
     if "sr" in formats:
         from fedclient.predict.dicom_sr import report
