@@ -11,6 +11,7 @@ runs/ID/plan-proof.json          the coordinator's signature of that plan, in a 
 runs/ID/fingerprint.json         the sum of those statistics
 runs/ID/without.json             sites that are not asked in this run, where there are any
 runs/ID/retrained.json           which run it goes on from, where it does
+runs/ID/reference.json           what the sites' patients and the answers on them are like, for a release to carry
 runs/ID/spool/SITE.safetensors   updates of the round in progress, where the strategy needs them all at once
 """
 
@@ -91,6 +92,10 @@ class RunFolder:
     @property
     def plan(self) -> Path:
         return self.path / "plan.json"
+
+    @property
+    def reference(self) -> Path:
+        return self.path / "reference.json"
 
 
 class Mean(Protocol):

@@ -34,12 +34,14 @@ from fedserver.courier import Courier, Parcel
 from fedserver.optimizers import optimizer_of
 from fedserver.records import Records
 from shared_models import study as study_file
+from shared_models.drift import Profile, reference
+from shared_models.drift import doubted as doubted_profile
 from shared_models.errors import FederationError, RoundPaused, StateInvalid, UpdateRejected, WeightsInvalid
-from shared_models.files import append_json, read_lines, write_json
-from shared_models.parse import plain
-from shared_models.plan import Fingerprint, derive, doubted
+from shared_models.files import append_json, canonical_json, read_lines, write_atomic, write_json
+from shared_models.parse import parse_json, plain
+from shared_models.plan import Fingerprint, Plan, derive, doubted
 from shared_models.plan import total as merged
-from shared_models.planned import PURPOSE, constraints, statement
+from shared_models.planned import PURPOSE, constraints, planned, statement
 from shared_models.scores import Score, doubted_scores, row_of
 from shared_models.scores import total as scored_together
 from shared_models.study import Study
@@ -255,6 +257,7 @@ def final_evaluation(setting: Setting, table: Table, state: State, schema: Schem
     if not study.evaluate.every or any(line.get("final") for line in read_lines(setting.folder.metrics)):
         return
     replies: dict[str, Reply] = {}
+    profiles: dict[str, Profile] = {}
 
     def keep(site: str, reply: Reply, message: Message, asked: Expected, late: bool) -> None:
         if reply.kind != "evaluation" or late:
@@ -262,11 +265,16 @@ def final_evaluation(setting: Setting, table: Table, state: State, schema: Schem
         _check_scores(study, site, reply)
         replies[site] = reply
 
+        if reply.profile is not None:
+            profiles[site] = doubted_profile(reply.profile, _trained(study, table.plan), site)
+
     expected = Expected(state.run, state.round, state.study_sha256, state.weights_sha256, schema)
     order = _order("evaluate", table, state, state.round, "test")
     parcel = setting.courier.publish(setting.folder.weights(state.round), state.weights_sha256)
     converse(setting, table, order, parcel, setting.presence().sites, expected, keep, quorum=1)
     setting.courier.retire(state.weights_sha256)
+    if profiles:
+        write_atomic(setting.folder.reference, canonical_json(reference(list(profiles.values()))))
     whole = {name: _together(name, replies.values()) for name in study.task.answers}
     append_json(
         setting.folder.metrics,
@@ -279,6 +287,11 @@ def final_evaluation(setting: Setting, table: Table, state: State, schema: Schem
             "left_out": {s: {"state": a.state, "reason": a.reason} for s, a in table.seats.items() if s not in replies},
         },
     )
+
+
+def _trained(study: Study, plan: str | None) -> Study:
+    """The study with the plan in it that its sites have made."""
+    return study if plan is None else planned(study, parse_json(Plan, plan, "plan"))
 
 
 def gather(setting: Setting, table: Table, state: State) -> Presence:

@@ -58,12 +58,12 @@ def watched(profiles: Sequence[Profile], cases: Sequence[Cells], words: Sequence
             bag[k, f, : len(profile.counts[name])] = profile.counts[name]
     at = np.array([[cells[name] for name in names] for cells in cases], np.intp).reshape(len(cases), len(names))
     ties = rng("drift", *words).random((WINDOW, len(names)))
-    bets = [_Bets(width, bag.shape[:2]) for width in WIDTHS]
+    bets = _Bets(bag.shape[:2])
     most, alarm = 1.0, None
     told = np.ones(bag.shape[:2])
     for t in range(len(cases)):
         ranks = _ranks(bag, at[t], ties[t])
-        told = np.mean([each.won(ranks, t) for each in bets], axis=0)
+        told = bets.won(ranks, t)
         wealth = float(told.mean(axis=1).min())
         most = max(most, wealth)
         if wealth >= ALARM:
@@ -87,23 +87,24 @@ def _ranks(bag: NDArray[np.float64], at: NDArray[np.intp], ties: NDArray[np.floa
 
 class _Bets:
     """Wealth of those who bet by a histogram of the ranks since each start, with one count in every cell to begin
-    with (Laplace's rule)."""
+    with (Laplace's rule); for every start, width, profile and feature."""
 
-    def __init__(self, width: int, shape: tuple[int, ...]) -> None:
-        self.width = width
-        self.counts = np.ones((len(STARTS), *shape, width))
-        self.log = np.zeros((len(STARTS), *shape))
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.starts = np.array(STARTS)
+        self.widths = np.array(WIDTHS).reshape(-1, 1, 1)
+        self.counts = np.ones((len(STARTS), len(WIDTHS), *shape, max(WIDTHS)))
+        self.log = np.zeros((len(STARTS), len(WIDTHS), *shape))
 
     def won(self, ranks: NDArray[np.float64], t: int) -> NDArray[np.float64]:
-        """Mean wealth over the starts, [profiles, features], once the ranks of case `t` are known."""
-        cell = np.minimum((ranks * self.width).astype(np.intp), self.width - 1)[..., None]
-        for n, start in enumerate(STARTS):
-            if t < start:
-                continue
-            held = np.take_along_axis(self.counts[n], cell, axis=2)
-            self.log[n] += np.log(self.width * held[..., 0] / (t - start + self.width))
-            np.put_along_axis(self.counts[n], cell, held + 1, axis=2)
-        return np.exp(np.minimum(self.log, 600.0)).mean(axis=0)
+        """Mean wealth over starts and widths, [profiles, features], once the ranks of case `t` are known."""
+        begun = int((self.starts <= t).sum())
+        since = (t - self.starts[:begun]).reshape(-1, 1, 1, 1)
+        cell = np.minimum((ranks * self.widths).astype(np.intp), self.widths - 1)
+        at = np.broadcast_to(cell[None, ..., None], (begun, *cell.shape, 1))
+        held = np.take_along_axis(self.counts[:begun], at, axis=4)
+        self.log[:begun] += np.log(self.widths * held[..., 0] / (since + self.widths))
+        np.put_along_axis(self.counts[:begun], at, held + 1, axis=4)
+        return np.exp(np.minimum(self.log, 600.0)).mean(axis=(0, 1))
 
 
 def windows(profiles: Sequence[Profile], cases: Sequence[Cells], digest: str) -> list[Window]:

@@ -22,7 +22,7 @@ from scipy import ndimage
 from shared_models.errors import OrderRefused, StateInvalid, UpdateRejected
 from shared_models.files import canonical_json
 from shared_models.parse import STRICT, parse, plain
-from shared_models.study import Study
+from shared_models.study import Study, Task
 
 Counts: TypeAlias = tuple[int, ...]
 Cells: TypeAlias = Mapping[str, int]  # feature -> the cell that one case lies in
@@ -36,7 +36,7 @@ LARGER_MM3 = 4.0  # a lesion is a connected piece of at least so much; single vo
 
 SPACING_MM = 0.1 * 2 ** (np.arange(29) / 4)  # edges of the cells, in quarters of an octave: 0.1 to 12.8 mm
 LENGTH = 2 ** (np.arange(25) / 2)
-HU = np.r_[-1024:512:32, 512:3073:256].astype(np.float64)
+HU = np.r_[-1024:512:16, 512:3073:256].astype(np.float64)
 GREY = np.r_[0.0, 2 ** (np.arange(33) / 2)]
 WINDOWED = np.arange(1, 40) / 40
 STANDARDISED = np.arange(-20, 21) / 4
@@ -112,6 +112,22 @@ def cells_of(
     return {name: int(np.searchsorted(edges, values[name], side="right")) for name, edges in grids(study).items()}
 
 
+def answered(task: Task, chances: NDArray[Any], marked: NDArray[np.bool_] | None = None) -> list[float]:
+    """For each answer of the task one probability of the case, as `cells_of` takes it.
+
+    Args:
+        chances: float32[outputs, I, J, K] of a segmentation, else float32[N, outputs] of the examples of the case.
+        marked: bool[answers, I, J, K] of a segmentation.
+    """
+    if marked is not None:
+        first = len(chances) - len(marked)  # a softmax has the background as well
+        pairs = zip(chances[first:], marked, strict=True)
+        return [float(chance[on].mean(dtype=np.float64)) if on.any() else 0.0 for chance, on in pairs]
+    if task.kind == "prognosis":  # that the event comes within the last interval
+        return [float(1 - np.prod(1 - chances.astype(np.float64), axis=1).mean())]
+    return [float(chance) for chance in chances.mean(axis=0, dtype=np.float64)]
+
+
 def lesions(marked: NDArray[np.bool_], spacing_mm: Sequence[float]) -> int:
     """Connected pieces (by faces) of at least `LARGER_MM3`; where that is less than a voxel, of one."""
     pieces, count = ndimage.label(marked)
@@ -131,10 +147,12 @@ def _quantiles(values: NDArray[np.float32]) -> list[float]:
 
 
 def _texture(images: NDArray[Any]) -> float:
-    """Mean step between neighbours along the columns: noise, sharpness, and blur of a resampled image."""
-    several = images[:: max(1, images.size // MOST_VOXELS)] if images.shape[0] > 1 else images
-    steps = np.abs(np.diff(several.astype(np.float32, copy=False), axis=3))
-    return float(steps.mean(dtype=np.float64)) if steps.size else 0.0
+    """The middle step between neighbours along the columns, clipped ones and padding left out: noise, sharpness, and
+    the blur of a resampled image, and little of its edges."""
+    several = images[:: max(1, images.size // MOST_VOXELS)].astype(np.float32, copy=False)
+    inside = (several > several.min()) & (several < several.max())
+    steps = np.abs(np.diff(several, axis=3))[inside[:, :, :, 1:] & inside[:, :, :, :-1]]
+    return float(np.median(steps)) if steps.size else 0.0
 
 
 def profile_of(study: Study, cases: Iterable[Cells]) -> Profile:

@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from pydantic import Field
 
 from shared_models.audit import Head
+from shared_models.drift import Profile
 from shared_models.errors import FederationError, WeightsInvalid
 from shared_models.files import canonical_json
 from shared_models.parse import STRICT, Count, RunId, Sha256, SiteName, parse_json, plain
@@ -100,6 +101,7 @@ class Reply:
         train_cases, test_cases: how many cases the site holds for each.
         plan_sha256: of the plan that the work followed.
         fingerprint: what the site's training cases add to the plan.
+        profile: what cases kept out of training and the answers on them are like, where the study asks for it.
         head: of the site's audit log; none in a simulation.
     """
 
@@ -127,6 +129,7 @@ class Reply:
     blob: BlobRef | None = None
     plan_sha256: Sha256 | None = None
     fingerprint: Fingerprint | None = None
+    profile: Profile | None = None
     head: Head | None = None
 
 
