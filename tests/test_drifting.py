@@ -64,7 +64,7 @@ def test_a_case_lies_in_the_cells_that_its_numbers_say():
     marked = np.zeros((1, 10, 12, 4), bool)
     marked[0, 0, :6] = True  # 24 of 480 voxels, one piece
     marked[0, 9, 11, 3] = True  # and one of 1 mm3, too small for a lesion
-    images = np.tile([0.0, 0.1, 0.6, 1.0, 0.5, 0.0], (1, 1, 8, 4)).astype(np.float32)
+    images = np.tile([0.0, 0.11, 0.65, 1.0, 0.5, 0.0], (1, 1, 8, 4)).astype(np.float32)
     found = cells_of(STUDY, voxels, (1, 1, 1), images, [0.97], marked)
 
     def says(name):
@@ -74,7 +74,7 @@ def test_a_case_lies_in_the_cells_that_its_numbers_say():
     assert (says("size.rows"), says("size.planes")) == ("8 to 11.3", "4 to 5.66")
     assert (says("raw.p10"), says("raw.p50"), says("raw.p90")) == ("-800 to -784", "-800 to -784", "32 to 48")
     assert (says("input.p10"), says("input.p50"), says("input.p90")) == ("below 0.025", "0.3 to 0.325", "from 0.975")
-    assert says("input.texture") == "0.5 to 0.595"  # of steps between neither darkest nor brightest: 0.1 to 0.6
+    assert says("input.texture") == "0.5 to 0.595"  # of steps between neither darkest nor brightest: 0.11 to 0.65
     assert says("share.lung") == "0.0442 to 0.0625"  # 25 / 480 = 0.052
     assert says("lesions.lung") == "0.5 to 1.5"
     assert says("chance.lung") == "from 0.95"
@@ -124,10 +124,7 @@ def test_counts_that_no_cases_can_have_are_refused():
 def test_a_reference_names_no_site_and_its_order_tells_none():
     one, two = (profile_of(STUDY, [dict.fromkeys(grids(STUDY), at)] * 12) for at in (0, 1))
     assert reference([one, two]) == reference([two, one])
-    assert (
-        set(read_reference(reference([one, two]), STUDY, "r")) == {0, 1}
-        or len(read_reference(reference([one, two]), STUDY, "r")) == 2
-    )
+    assert sorted(read_reference(reference([one, two]), STUDY, "r"), key=lambda p: p.counts["input.p10"]) == [two, one]
     assert read_reference(None, STUDY, "r") == ()
     with pytest.raises(StateInvalid, match="of another study"):
         read_reference(reference([toy([[0, 0]])]), STUDY, "r")
@@ -146,9 +143,9 @@ def test_a_case_beyond_all_that_was_seen_is_named_by_its_features():
 
 def test_of_windows_without_a_drift_at_most_one_in_a_hundred_is_an_alarm():
     rng = np.random.default_rng(7)
-    alarms = [watched([toy(drawn(rng, 30))], cells(drawn(rng, WINDOW)), (n,)).alarm for n in range(100)]
-    # 1 is expected at the most; 5 or more would come once in 270 times (Poisson)
-    assert sum(alarm is not None for alarm in alarms) < 5
+    alarms = [watched([toy(drawn(rng, 30))], cells(drawn(rng, WINDOW)), (n,)).alarm for n in range(60)]
+    # 0.6 are expected at the most; 4 or more would come once in 290 times (Poisson)
+    assert sum(alarm is not None for alarm in alarms) < 4
 
 
 @pytest.mark.parametrize(("shift", "by"), [(3.0, 25), (1.5, 60)])
