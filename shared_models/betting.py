@@ -104,7 +104,8 @@ class _Bets:
         held = np.take_along_axis(self.counts[:begun], at, axis=4)
         self.log[:begun] += np.log(self.widths * held[..., 0] / (since + self.widths))
         np.put_along_axis(self.counts[:begun], at, held + 1, axis=4)
-        return np.exp(np.minimum(self.log, 600.0)).mean(axis=(0, 1))
+        wealth: NDArray[np.float64] = np.exp(np.minimum(self.log, 600.0)).mean(axis=(0, 1))
+        return wealth
 
 
 def windows(profiles: Sequence[Profile], cases: Sequence[Cells], digest: str) -> list[Window]:

@@ -21,10 +21,11 @@ from scipy import ndimage
 
 from shared_models.errors import OrderRefused, StateInvalid, UpdateRejected
 from shared_models.files import canonical_json
-from shared_models.parse import STRICT, parse, plain
+from shared_models.parse import STRICT, Sha256, SiteName, parse, plain
 from shared_models.study import Study, Task
 
 Counts: TypeAlias = tuple[int, ...]
+Edges: TypeAlias = NDArray[np.floating[Any]]
 Cells: TypeAlias = Mapping[str, int]  # feature -> the cell that one case lies in
 
 MOST_CASES = 2**20
@@ -68,10 +69,22 @@ class Profile:
                 raise ValueError(f"`{name}` does not count each of {self.cases} cases once")
 
 
-def grids(study: Study) -> dict[str, NDArray[np.float64]]:
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a site adds to a monitoring round: the profile of its latest cases under a release, by its digest."""
+
+    __pydantic_config__ = STRICT
+    site: SiteName
+    release: Sha256
+    profile: Profile
+
+
+def grids(study: Study) -> dict[str, Edges]:
     """Each feature of a study's cases with the inner edges of its cells, which are one more than edges."""
-    inside = WINDOWED if study.preprocess.intensity == "window" else STANDARDISED
-    found = {f"spacing.{axis}": SPACING_MM for axis in AXES} | {f"size.{axis}": LENGTH for axis in AXES}
+    inside: Edges = WINDOWED if study.preprocess.intensity == "window" else STANDARDISED
+    found: dict[str, Edges] = {f"spacing.{axis}": SPACING_MM for axis in AXES} | {
+        f"size.{axis}": LENGTH for axis in AXES
+    }
     found |= {f"raw.p{q}": HU if study.modality == "ct" else GREY for q in QUANTILES}
     found |= {f"input.p{q}": inside for q in QUANTILES} | {"input.texture": TEXTURE}
     for name in study.task.answers:

@@ -32,6 +32,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "shared_models/surface_counts.py", "shared_models/scores.py", "shared_models/survival_counts.py",
         "shared_models/release_facts.py", "shared_models/provenance.py", "fedserver/registry.py",
         "fedserver/publish/card.py",
+        "fedclient/serving/settings.py",
     ),
     "cryptography": (
         "shared_models/identity.py", "shared_models/protect/prg.py", "shared_models/protect/masking.py",

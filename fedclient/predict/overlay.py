@@ -21,7 +21,7 @@ SHARE = 0.35  # of the colour inside what is marked
 def overlay(prediction: Prediction) -> NDArray[np.uint8]:
     """uint8[rows, columns, 3]: the plane in which most is marked, alone and under the marks, and words below."""
     grid, key = prediction.grid, prediction.key
-    grey = _grey(shown(key.voxels, grid), prediction)
+    grey = grey_of(shown(key.voxels, grid), prediction)
     marked: NDArray[np.bool_] | None = None
     if prediction.marks is not None:
         marked = shown(prediction.marks[key.k], grid)
@@ -38,7 +38,7 @@ def overlay(prediction: Prediction) -> NDArray[np.uint8]:
     return _lettered(both, _words(prediction))
 
 
-def _grey(plane: NDArray[np.float32], prediction: Prediction) -> NDArray[np.uint8]:
+def grey_of(plane: NDArray[np.float32], prediction: Prediction) -> NDArray[np.uint8]:
     study = prediction.model.study
     if study.modality == "ct" and not prediction.grid.picture:
         low, high = study.preprocess.window_hu if study.preprocess.intensity == "window" else SOFT_HU

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from fedclient.serving.logs import where
 from shared_models.errors import FederationError
 from shared_models.files import private_folder, read_json, write_json
 
@@ -245,7 +246,7 @@ class Jobs:
         except FederationError as error:
             job = replace(job, state="failed", error=("WORKER_FAILED", str(error)))
         except Exception as error:  # a fault of ours must not end the service; its words might quote a file
-            log.error("a case failed in the service itself: %s", type(error).__name__)
+            log.error("a case failed in the service itself: %s", where(error))
             job = replace(job, state="failed", error=("INTERNAL", "a fault of the service; its log says where."))
         shutil.rmtree(folder / "in", ignore_errors=True)
         self.room.count()

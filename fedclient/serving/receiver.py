@@ -133,7 +133,7 @@ class Receiver:
                 raise OSError("a unit longer than any that is agreed on")
             return read(size)
 
-        socket.recv = recv  # type: ignore[method-assign]
+        socket.recv = recv  # type: ignore[assignment,method-assign]
 
     def _counted(self, event: evt.Event) -> None:
         """Cuts an association whose message grows over what is taken."""
@@ -185,7 +185,7 @@ def session_of(association: Any) -> str:
 class LaterHandshake(ssl.SSLContext):
     """Shakes hands in the thread of the connection, not in the one that accepts: who says nothing keeps nobody out."""
 
-    def wrap_socket(self, sock: Any, *args: Any, **words: Any) -> ssl.SSLSocket:  # type: ignore[override]
+    def wrap_socket(self, sock: Any, *args: Any, **words: Any) -> ssl.SSLSocket:
         sock.settimeout(STALL_S)
         return super().wrap_socket(sock, *args, **(words | {"do_handshake_on_connect": False}))
 

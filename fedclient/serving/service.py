@@ -20,7 +20,6 @@ from fedclient.serving.warm import Warm
 from fedclient.serving.web import Parts, application
 from shared_models.errors import ProcessFailed, StateInvalid
 from shared_models.files import private_folder, write_atomic
-from shared_models.supervise import only_one
 
 TICK_S = 1.0
 MOST_CONNECTIONS = 64  # beyond it 503
@@ -148,8 +147,3 @@ def token_of(site: Path) -> str:
     if len(token) < 32:
         raise StateInvalid(f"{path}: holds no token of 32 letters or more. Delete it; a new one is made.")
     return token
-
-
-def alone(site: Path) -> object:
-    """Keeps a second service out of the same folder for as long as the answer is held."""
-    return only_one(site / "serve", "serve-model")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from fedclient.predict.blocks import opened
 from fedclient.predict.case import Prediction
 from fedclient.predict.inputs import Source
-from fedclient.predict.overlay import COLOURS, grey
+from fedclient.predict.overlay import COLOURS, grey_of
 from fedclient.predict.results import write_png
 from fedclient.predict.views import pixel_mm, shown
 
@@ -33,7 +33,7 @@ def write_view(prediction: Prediction, source: Source, folder: Path) -> list[dic
 def _plane(prediction: Prediction, voxels: NDArray[np.float32], k: int, folder: Path) -> dict[str, Any]:
     grid = prediction.grid
     name = folder.name
-    picture = grey(shown(voxels, grid), prediction)
+    picture = grey_of(shown(voxels, grid), prediction)
     step = max(1, -(-max(picture.shape) // MOST_EDGE))
     write_png(folder / f"plane-{k}.png", picture[::step, ::step])
     high, wide = picture.shape[0] * pixel_mm(grid)[0], picture.shape[1] * pixel_mm(grid)[1]

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from fedclient.predict.case import Prediction, predict_case
 from fedclient.predict.inputs import Source, Unread, list_inputs
 from fedclient.predict.model import Model, load_model
 from fedclient.predict.outputs import write_case
+from fedclient.serving.logs import own_lines_only, where
 from fedclient.serving.view import colours, write_view
 from shared_models.errors import FederationError, ImageUnreadable
 from shared_models.release import Trust, open_release
@@ -90,12 +90,6 @@ def rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def where(error: BaseException) -> str:
-    """Kind and place of an error, and nothing of its words."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
-
-
 def serve(model: Model, site: Path, orders: TextIO, answers: TextIO) -> None:
     """Answers orders until there are no more."""
     for line in orders:
@@ -118,12 +112,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     asked = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    own_lines_only()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     try:
         trust = Trust(tuple(path.read_bytes() for path in asked.authority), asked.research)
-        release = open_release(asked.release, trust, scratch=asked.site / "serve" / "releases")
+        release = open_release(asked.release, trust)
         model = load_model(release, asked.device, asked.threads)
     except FederationError as error:
         answers.write(json.dumps({"error": str(error)}) + "\n")
@@ -138,6 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     }  # fmt: skip
     answers.write(json.dumps({"model": facts}) + "\n")
     answers.flush()
+    own_lines_only(silent=True)
     serve(model, asked.site, sys.stdin, answers)
 
 
