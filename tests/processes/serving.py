@@ -107,10 +107,8 @@ def until(done: Callable[[], Any], what: str, seconds: float = PATIENCE_S) -> No
 def missing(*tools: str) -> str:
     """Why a test that needs Debian's tools is skipped; empty where they are there."""
     packages = {"storescu": "dcmtk", "storescp": "dcmtk", "Orthanc": "orthanc orthanc-dicomweb", "chromium": "chromium"}
-    lacking = {packages[tool] for tool in tools if shutil.which(tool) is None}
-    return (
-        f"needs Debian's {', '.join(sorted(lacking))}: apt-get install {' '.join(sorted(lacking))}" if lacking else ""
-    )
+    lacking = sorted({packages[tool] for tool in tools if shutil.which(tool) is None})
+    return f"needs packages of Debian: apt-get install {' '.join(lacking)}" if lacking else ""
 
 
 def storescu(port: int, files: Sequence[Path], calling: str = "STORESCU", called: str = "FEDIMAGING") -> int:

@@ -1,6 +1,7 @@
-"""A released model among real DICOM peers: DCMTK sends a real series and gets its result, Orthanc keeps and returns it."""
+"""A released model among real DICOM peers: DCMTK sends a real series and gets its result; so does Orthanc, twice."""
 
 import hashlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import highdicom
@@ -94,25 +95,24 @@ def test_orthanc_sends_by_c_store_and_gets_the_result_by_c_store(tmp_path, relea
 
 @pytest.mark.skipif(bool(missing("Orthanc")), reason=missing("Orthanc"))
 def test_orthanc_gets_the_result_by_stow_and_gives_it_by_wado(tmp_path, release):
-    with orthanc(tmp_path / "orthanc", free_port()) as pacs:
-        with served(tmp_path / "s", release, "--return-to", f"{pacs.url}/dicom-web") as here:
-            body, boundary = b"", "of-the-test"
-            for file in FILES:
-                body += (
-                    f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode() + file.read_bytes() + b"\r\n"
-                )
-            kind = f'multipart/related; type="application/dicom"; boundary={boundary}'
-            stored = httpx.post(
-                f"{here.url}/dicom-web/studies", content=body + f"--{boundary}--\r\n".encode(),
-                headers={"content-type": kind}, timeout=120,
-            )  # fmt: skip
-            assert stored.status_code == 200, stored.text
-            assert len(stored.json()["00081199"]["Value"]) == 6
-            until(lambda: [job["returned"] for job in here.jobs()] == ["sent"], "the result is returned")
-            (result,) = here.get("/dicom-web/series?Modality=SEG")
-            study, series = (result[tag]["Value"][0] for tag in ("0020000D", "0020000E"))
-            of_us = wado(here.url + "/dicom-web", study, series, tmp_path / "ours.dcm")
-            of_orthanc = wado(pacs.url + "/dicom-web", study, series, tmp_path / "theirs.dcm")
+    with ExitStack() as stack:
+        pacs = stack.enter_context(orthanc(tmp_path / "orthanc", free_port()))
+        here = stack.enter_context(served(tmp_path / "s", release, "--return-to", f"{pacs.url}/dicom-web"))
+        body, boundary = b"", "of-the-test"
+        for file in FILES:
+            body += f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode() + file.read_bytes() + b"\r\n"
+        kind = f'multipart/related; type="application/dicom"; boundary={boundary}'
+        stored = httpx.post(
+            f"{here.url}/dicom-web/studies", content=body + f"--{boundary}--\r\n".encode(),
+            headers={"content-type": kind}, timeout=120,
+        )  # fmt: skip
+        assert stored.status_code == 200, stored.text
+        assert len(stored.json()["00081199"]["Value"]) == 6
+        until(lambda: [job["returned"] for job in here.jobs()] == ["sent"], "the result is returned")
+        (result,) = here.get("/dicom-web/series?Modality=SEG")
+        study, series = (result[tag]["Value"][0] for tag in ("0020000D", "0020000E"))
+        of_us = wado(here.url + "/dicom-web", study, series, tmp_path / "ours.dcm")
+        of_orthanc = wado(pacs.url + "/dicom-web", study, series, tmp_path / "theirs.dcm")
     check_segmentation(of_us)
     check_segmentation(of_orthanc)
     pixels = [hashlib.sha256(pydicom.dcmread(path).PixelData).hexdigest() for path in (of_us, of_orthanc)]
