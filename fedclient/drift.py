@@ -13,6 +13,7 @@ from shared_models.drift import (
     Cells,
     Profile,
     bounds_text,
+    by_chance,
     check_cells,
     divergences,
     grids,
@@ -61,12 +62,13 @@ class Difference:
     """One feature of the latest cases beside the profile that they are most like.
 
     Attributes:
-        divergence: Jensen-Shannon, 0 to 1.
+        divergence: Jensen-Shannon, 0 to 1; `chance`: what as many cases of one distribution would show.
         here, there: the cell in which the middle case lies, in words.
     """
 
     feature: str
     divergence: float
+    chance: float
     here: str
     there: str
 
@@ -121,7 +123,13 @@ def _differences(study: Study, here: Profile, profiles: Sequence[Profile]) -> tu
     there = profiles[nearest(here, profiles)]
     apart = divergences(here, there)
     return tuple(
-        Difference(name, apart[name], _middle(study, here, name), _middle(study, there, name))
+        Difference(
+            name,
+            apart[name],
+            by_chance(here.counts[name], there.counts[name]),
+            _middle(study, here, name),
+            _middle(study, there, name),
+        )
         for name in sorted(apart, key=lambda each: (-apart[each], each))
     )
 

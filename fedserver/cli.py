@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedserver.audit_commands import audit
+from fedserver.monitor import monitor
 from fedserver.release_commands import (
     release,
     release_approve,
@@ -235,7 +236,7 @@ def status(federation: Folder = HERE, as_json: AsJson = False) -> None:
         console.print(status_table(facts))
 
 
-for command in (releases, release, release_approve, release_retire, release_key, withdraw, retrain):
+for command in (releases, release, release_approve, release_retire, release_key, withdraw, retrain, monitor):
     app.command()(command)
 app.add_typer(audit, name="audit")
 

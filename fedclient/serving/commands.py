@@ -212,9 +212,9 @@ def _tell(found: "Drift", release: "Release") -> None:
             continue
         names = ", ".join(name for name, wealth in window.features[:3] if wealth > 1)
         console.print(f"[bold red]{cases}: a drift[/], told after {window.alarm} cases: {names}", highlight=False)
-    table = Table("feature", "divergence", "here", "there", box=None)
+    table = Table("feature", "divergence", "by chance", "here", "there", box=None)
     for each in found.differences[:SHOWN]:
-        table.add_row(each.feature, f"{each.divergence:.2f}", each.here, each.there)
+        table.add_row(each.feature, f"{each.divergence:.2f}", f"{each.chance:.2f}", each.here, each.there)
     console.print(table)
     if found.alarm:
         console.print("Look at scanners, protocols and referrals since then; check answers by hand before you go on.")

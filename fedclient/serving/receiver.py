@@ -175,6 +175,10 @@ class Receiver:
     def _closed(self, event: evt.Event) -> None:
         with self._lock:
             self._bytes.pop(id(event.assoc), None)
+        half = getattr(event.assoc.dimse.message, "_data_set_file", None)  # of a message that never ended
+        if half is not None:
+            half.close()
+            Path(half.name).unlink(missing_ok=True)
         self.intake.closed(session_of(event.assoc))
 
 
