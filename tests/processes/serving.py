@@ -20,7 +20,7 @@ from simulations.demo import free_port
 from tests.releases import made_release
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 180.0  # on a machine that is busy with other tests
+PATIENCE_S = 300.0  # on a machine that is busy with other tests
 SEG, SR, SC = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.7"
 LUNG_CT = (
     "LIDC-IDRI-0001_z-0110.00.dcm", "LIDC-IDRI-0001_z-0112.50.dcm", "LIDC-IDRI-0001_z-0115.00.dcm",
