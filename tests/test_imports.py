@@ -41,7 +41,12 @@ DOORS: dict[str, tuple[str, ...]] = {
     "dp_accounting": ("shared_models/protect/accounting.py",),
     "nibabel": (*DATA, RESULTS),
     "PIL": (*DATA, RESULTS),
-    "pydicom": (*DATA, RESULTS, "simulations/fixtures"),
+    "pydicom": (
+        *DATA, RESULTS, "simulations/fixtures", "fedclient/serving/intake.py", "fedclient/serving/receiver.py",
+        "fedclient/serving/back.py",
+    ),
+    "pynetdicom": ("fedclient/serving/receiver.py", "fedclient/serving/back.py"),
+    "fastapi": ("fedclient/serving/web.py", "fedclient/serving/dicomweb.py"),
     "highdicom": (RESULTS,),
     "SimpleITK": (),  # a second opinion in tests, not installed at a hospital
     "onnxruntime": ("shared_models/runtimes.py", "fedclient/predict/model.py"),

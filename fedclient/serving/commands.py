@@ -77,6 +77,7 @@ def serve_model(
     from fedclient.serving.logs import own_lines_only
     from fedclient.serving.service import Service
     from fedclient.serving.warm import python
+    from fedclient.verify import trust_in
     from shared_models.supervise import only_one
 
     given = {
@@ -90,9 +91,8 @@ def serve_model(
     with only_one(site / "serve"):
         arguments = [str(_unpacked(release, site)), "--site", str(site), "--device", device.value]
         arguments += ["--threads", str(threads), *(["--research"] if research else [])]
-        pinned = authority or site / "keys" / "ca.pem"
-        if pinned.exists() or authority:
-            arguments += ["--authority", str(pinned)]
+        if trust_in(site, authority, research).authorities:
+            arguments += ["--authority", str(authority or site / "keys" / "ca.pem")]
         service = Service(site, serve, python("fedclient.serving.worker", *arguments))
         try:
             service.start()
@@ -185,11 +185,10 @@ def drift(
 
 
 def _opened(release: Path, site: Path, authority: Path | None, research: bool, scratch: Path) -> "Release":
-    from shared_models.release import Trust, open_release
+    from fedclient.verify import trust_in
+    from shared_models.release import open_release
 
-    pinned = authority or site / "keys" / "ca.pem"
-    certificates = (pinned.read_bytes(),) if authority or pinned.exists() else ()
-    return open_release(release, Trust(certificates, research), scratch=scratch)
+    return open_release(release, trust_in(site, authority, research), scratch=scratch)
 
 
 def _tell(found: "Drift", release: "Release") -> None:
