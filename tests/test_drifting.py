@@ -1,8 +1,9 @@
 """Drift: counts that add up, bets with few false alarms, a shifted phantom site that is told and one that is not."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedclient import drift as log
+from fedclient.egress import sent
+from fedclient.monitoring import exported
+from fedclient.policy import Policy
+from fedclient.site import Data, SiteFile, site_toml
+from fedserver.monitor import merged
 from shared_models.betting import ALARM, WINDOW, watched
 from shared_models.drift import (
+    Observed,
     Profile,
     bounds_text,
+    by_chance,
     cells_of,
     divergence,
     doubted,
@@ -28,8 +36,11 @@ from shared_models.drift import (
     released,
 )
 from shared_models.errors import OrderRefused, StateInvalid, UpdateRejected
+from shared_models.files import write_atomic
+from shared_models.identity import new_site_keys, save_secret
+from shared_models.parse import parse_json
 from shared_models.preprocess import preprocess
-from shared_models.study import load_study
+from shared_models.study import Study, load_study
 from simulations.phantoms import grow
 from simulations.scanner import SITES, Site, acquire
 
@@ -282,3 +293,79 @@ def test_without_a_reference_the_first_cases_are_the_reference(tmp_path):
         log.note(tmp_path, STUDY, "ab" * 32, cells_)
     late = log.told(tmp_path, STUDY, "ab" * 32, None)
     assert (late.against, late.alarm, late.windows[0][0]) == ("first cases", True, WINDOW + 1)
+
+
+# ---- a monitoring round ----
+
+
+@dataclass(frozen=True)
+class Released:
+    """What is needed of a release."""
+
+    name: str
+    version: str
+    digest: str
+    study: Study
+    fingerprint: dict[str, Any] | None
+
+
+def released_with(profiles) -> Any:
+    return Released("lung", "1", "ab" * 32, STUDY, reference(profiles) if profiles else None)
+
+
+def site_folder(folder, smallest_count=11):
+    """A hospital that has joined, as far as its log goes."""
+    file = SiteFile("north", "host:1", "f", Data(str(folder)), policy=Policy(smallest_count=smallest_count))
+    write_atomic(folder / "site.toml", site_toml(file).encode())
+    save_secret(folder / "keys" / "identity.key", new_site_keys().identity)
+    return folder
+
+
+def test_a_site_adds_its_counts_to_a_round_and_its_log_says_so(tmp_path):
+    rng = np.random.default_rng(3)
+    here, release = site_folder(tmp_path / "site"), released_with([profile_of(STUDY, spread(rng, 2))])
+    for cells_ in spread(rng, 2)[:20]:
+        log.note(here, STUDY, release.digest, cells_)
+    assert exported(here, release, tmp_path / "north.json") == 20
+    content = (tmp_path / "north.json").read_bytes()
+    (line,) = sent(here)
+    assert (line["kind"], line["bytes"], line["release"]) == ("histograms", len(content), release.digest)
+    observed = parse_json(Observed, content, "north.json")
+    assert (observed.site, observed.profile.cases) == ("north", 20)
+
+
+def test_counts_of_too_few_cases_do_not_leave(tmp_path):
+    rng = np.random.default_rng(4)
+    here, release = site_folder(tmp_path / "site"), released_with([])
+    for cells_ in spread(rng, 2)[:10]:
+        log.note(here, STUDY, release.digest, cells_)
+    with pytest.raises(OrderRefused, match="fewer than 11"):
+        exported(here, release, tmp_path / "north.json")
+    assert not (tmp_path / "north.json").exists()
+    assert sent(here) == []
+
+
+def test_the_coordinator_merges_counts_and_sees_which_site_is_far(tmp_path):
+    rng = np.random.default_rng(5)
+    release = released_with([profile_of(STUDY, spread(rng, 2)), profile_of(STUDY, spread(rng, 12))])
+    like = Observed("north", release.digest, profile_of(STUDY, spread(rng, 12)))
+    unlike = Observed("south", release.digest, profile_of(STUDY, spread(rng, 6)))
+    found = merged(release, [unlike, like])
+    assert found.sites == {"north": 240, "south": 240}
+    assert abs(found.of_sites["north"]) < 0.02
+    assert found.of_sites["south"] > 0.5
+    assert found.apart["input.p50"][0] > 5 * found.apart["input.p50"][1]
+    other = replace(like, release="cd" * 32)
+    for wrong, words in (([like, like], "one file of each"), ([other], "another release"), ([], "one file of each")):
+        with pytest.raises(StateInvalid, match=words):
+            merged(release, wrong)
+    with pytest.raises(StateInvalid, match="no reference"):
+        merged(released_with([]), [like])
+
+
+def test_what_chance_alone_does_to_the_divergence_is_said():
+    rng = np.random.default_rng(6)
+    drawn_ = [rng.multinomial(60, np.ones(8) / 8) for _ in range(400)]
+    pairs = [(tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(drawn_[::2], drawn_[1::2], strict=True)]
+    assert by_chance(*pairs[0]) == pytest.approx(7 * (2 / 60) / (8 * np.log(2)))
+    assert np.mean([divergence(*pair) for pair in pairs]) == pytest.approx(by_chance(*pairs[0]), rel=0.1)

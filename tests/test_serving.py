@@ -3,6 +3,8 @@
 import asyncio
 import json
 import shutil
+import socket
+import ssl
 import threading
 import time
 from contextlib import contextmanager
@@ -19,13 +21,15 @@ from fedclient.serving.guard import guarded
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
 from fedclient.serving.multipart import BodyRefused, parts_of
-from fedclient.serving.receiver import Receiver
+from fedclient.serving.receiver import Receiver, server_context
+from fedclient.serving.service import listener
 from fedclient.serving.settings import Destination, Serve, destination, is_local
 from fedclient.serving.warm import Warm, python
 from fedclient.serving.web import Parts, application, safe_name
 from fedclient.site import Data, SiteFile, site_toml
 from shared_models.errors import ImageUnreadable, ProcessFailed, StudyInvalid
 from shared_models.files import write_json
+from shared_models.identity import issue_server, new_authority
 from shared_models.parse import parse
 from simulations.fixtures.dicom import write_dicom_series
 from simulations.fixtures.sown import person
@@ -235,6 +239,19 @@ def test_a_case_that_the_worker_dies_of_fails_alone(tmp_path):
         assert "PATIENT" not in str(jobs.find(odd))
 
 
+def test_a_case_under_way_when_the_service_ends_is_gone_on_with(tmp_path):
+    def say(folder):
+        jobs.stop(0)
+        raise ProcessFailed("the predicting process ended over this case.")
+
+    with queue(tmp_path, Told(say)) as (jobs, _):
+        job = put(jobs)
+        until(lambda: not jobs._thread.is_alive())
+        assert (jobs.place(job) / "in" / "a.dcm").exists()
+    with queue(tmp_path, Told()) as (again, _):
+        until(lambda: again.find(job).state == "done")
+
+
 def test_what_cannot_be_read_fails_by_its_code(tmp_path):
     unread = [{"code": "SERIES_GAP", "why": "slices are missing."}]
     with queue(tmp_path, Told(lambda _: {"images": [], "unread": unread})) as (jobs, _):
@@ -372,17 +389,54 @@ def test_the_receiver_takes_images_of_peers_on_the_list_and_nothing_else(tmp_pat
         until(lambda: list(intake.quarantine.iterdir()) == [])
 
 
-def send(port, calling, files, called="FEDIMAGING", context=CTImageStorage):
+def send(port, calling, files, called="FEDIMAGING", context=CTImageStorage, tls=None):
     """Status of each file; None where there is no association, or no answer."""
     entity = AE(ae_title=calling)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
     entity.add_requested_context(context, ExplicitVRLittleEndian)
-    link = entity.associate("127.0.0.1", port, ae_title=called)
+    link = entity.associate("127.0.0.1", port, ae_title=called, tls_args=tls and (tls, "localhost"))
     if not link.is_established:
         return None
     status = [link.send_c_store(pydicom.dcmread(path)).get("Status") for path in files]
     link.release()
     return status
+
+
+def keys(folder: Path) -> dict[str, str]:
+    """Files of an authority, and of a machine's certificate and key."""
+    authority = new_authority("hospital")
+    server = issue_server(authority, ["127.0.0.1", "localhost"])
+    files = {"tls_ca": authority.certificate, "tls_certificate": server.certificate, "tls_key": server.key}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return {name: str(folder / name) for name in files}
+
+
+def test_over_tls_a_peer_shows_a_certificate_and_one_that_says_nothing_keeps_nobody_out(tmp_path, series):
+    files = keys(tmp_path)
+    serve = Serve(dicom_port=0, allow=("PACS",), **files)
+    with queue(tmp_path, Told()) as (jobs, room):
+        receiver = Receiver(serve, Intake(tmp_path / "serve", jobs, room, 60.0), room, server_context(serve))
+        receiver.start()
+        silent = socket.create_connection(("127.0.0.1", receiver.port), timeout=10)
+        try:
+            context = ssl.create_default_context(cafile=files["tls_ca"])
+            assert send(receiver.port, "PACS", series[:1], tls=context) is None
+            context.load_cert_chain(files["tls_certificate"], files["tls_key"])
+            assert send(receiver.port, "PACS", series[:1], tls=context) == [0]
+        finally:
+            silent.close()
+            receiver.stop()
+
+
+def test_pages_over_tls_take_no_version_before_1_2(tmp_path):
+    serve = Serve(host="0.0.0.0", port=0, **keys(tmp_path))
+    assert not serve.local
+    config = listener(guarded(None, token="x", local=False, most_bytes=1), serve)
+    assert config.is_ssl
+    assert config.ssl.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert config.ssl.verify_mode == ssl.CERT_NONE  # people show the token
+    assert listener(guarded(None, token=None, local=True, most_bytes=1), Serve()).ssl is None
 
 
 # ---- the way back ----

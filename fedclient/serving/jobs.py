@@ -248,6 +248,8 @@ class Jobs:
         except Exception as error:  # a fault of ours must not end the service; its words might quote a file
             log.error("a case failed in the service itself: %s", where(error))
             job = replace(job, state="failed", error=("INTERNAL", "a fault of the service; its log says where."))
+        if self._stop and job.state == "failed":
+            return  # the service ends, and has taken the worker from this case: the next start goes on with it
         shutil.rmtree(folder / "in", ignore_errors=True)
         self.room.count()
         if job.state == "done" and self.done is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from fedclient.serving.back import Back
+from fedclient.serving.guard import Asgi
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Job, Jobs, Room
 from fedclient.serving.receiver import Receiver, server_context
@@ -70,16 +71,7 @@ class Service:
             self.jobs, self.intake, room, self.warm, int(serve.most_mib * MIB), self.token, serve.local,
             self.back is not None,
         )  # fmt: skip
-        config = uvicorn.Config(
-            application(parts), host=serve.host, port=serve.port, loop="asyncio", http="httptools", ws="none",
-            lifespan="off", access_log=False, log_level="error", server_header=False, proxy_headers=False,
-            limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=3,
-        )  # fmt: skip
-        if serve.tls_key:
-            config.ssl_certfile = serve.tls_certificate
-            config.load()
-            config.ssl = server_context(serve, mutual=False)
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(listener(application(parts), serve))
         if serve.allow:
             self.receiver = Receiver(serve, self.intake, room, server_context(serve))
             self.receiver.start()
@@ -147,3 +139,17 @@ def token_of(site: Path) -> str:
     if len(token) < 32:
         raise StateInvalid(f"{path}: holds no token of 32 letters or more. Delete it; a new one is made.")
     return token
+
+
+def listener(app: Asgi, serve: Serve) -> uvicorn.Config:
+    """How the pages are listened for; over TLS from 1.2 on where there is a key."""
+    config = uvicorn.Config(
+        app, host=serve.host, port=serve.port, loop="asyncio", http="httptools", ws="none", lifespan="off",
+        interface="asgi3", access_log=False, log_level="error", server_header=False, proxy_headers=False,
+        limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=3,
+        ssl_certfile=serve.tls_certificate or None, ssl_keyfile=serve.tls_key or None,
+    )  # fmt: skip
+    config.load()
+    if serve.tls_key:
+        config.ssl = server_context(serve, mutual=False)  # uvicorn's own would take what OpenSSL takes
+    return config
