@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
+from math import log
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -82,9 +83,8 @@ class Observed:
 def grids(study: Study) -> dict[str, Edges]:
     """Each feature of a study's cases with the inner edges of its cells, which are one more than edges."""
     inside: Edges = WINDOWED if study.preprocess.intensity == "window" else STANDARDISED
-    found: dict[str, Edges] = {f"spacing.{axis}": SPACING_MM for axis in AXES} | {
-        f"size.{axis}": LENGTH for axis in AXES
-    }
+    found: dict[str, Edges] = {}
+    found |= {f"spacing.{axis}": SPACING_MM for axis in AXES} | {f"size.{axis}": LENGTH for axis in AXES}
     found |= {f"raw.p{q}": HU if study.modality == "ct" else GREY for q in QUANTILES}
     found |= {f"input.p{q}": inside for q in QUANTILES} | {"input.texture": TEXTURE}
     for name in study.task.answers:
@@ -282,7 +282,7 @@ def by_chance(a: Counts, b: Counts) -> float:
     cells = sum(x + y > 0 for x, y in zip(a, b, strict=True))
     if not sum(a) or not sum(b):
         return 1.0
-    return min(1.0, (cells - 1) * (1 / sum(a) + 1 / sum(b)) / (8 * np.log(2)))
+    return min(1.0, (cells - 1) * (1 / sum(a) + 1 / sum(b)) / (8 * log(2)))
 
 
 def nearest(profile: Profile, profiles: Sequence[Profile]) -> int:

@@ -29,7 +29,7 @@ from fedclient.serving.web import Parts, application, safe_name
 from fedclient.site import Data, SiteFile, site_toml
 from shared_models.errors import ImageUnreadable, ProcessFailed, StudyInvalid
 from shared_models.files import write_json
-from shared_models.identity import issue_server, new_authority
+from shared_models.identity import issue_server, issue_site, new_authority, new_tls_key, request_certificate
 from shared_models.parse import parse
 from simulations.fixtures.dicom import write_dicom_series
 from simulations.fixtures.sown import person
@@ -407,11 +407,16 @@ def keys(folder: Path) -> dict[str, str]:
     authority = new_authority("hospital")
     server = issue_server(authority, ["127.0.0.1", "localhost"])
     files = {"tls_ca": authority.certificate, "tls_certificate": server.certificate, "tls_key": server.key}
+    key = new_tls_key()
+    files |= {"peer_key": key, "peer": issue_site(authority, request_certificate("pacs", key), "pacs")}
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    return {name: str(folder / name) for name in files}
+    return {name: str(folder / name) for name in files if name.startswith("tls")}
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
 def test_over_tls_a_peer_shows_a_certificate_and_one_that_says_nothing_keeps_nobody_out(tmp_path, series):
     files = keys(tmp_path)
     serve = Serve(dicom_port=0, allow=("PACS",), **files)
@@ -422,7 +427,7 @@ def test_over_tls_a_peer_shows_a_certificate_and_one_that_says_nothing_keeps_nob
         try:
             context = ssl.create_default_context(cafile=files["tls_ca"])
             assert send(receiver.port, "PACS", series[:1], tls=context) is None
-            context.load_cert_chain(files["tls_certificate"], files["tls_key"])
+            context.load_cert_chain(tmp_path / "peer", tmp_path / "peer_key")
             assert send(receiver.port, "PACS", series[:1], tls=context) == [0]
         finally:
             silent.close()

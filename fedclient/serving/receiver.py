@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from pydicom.uid import AllTransferSyntaxes
 from pynetdicom import AE, AllStoragePresentationContexts, _config, evt
@@ -66,6 +67,7 @@ class Receiver:
         self._server: ThreadedAssociationServer | None = None
         self._lock = threading.Lock()
         self._bytes: dict[int, int] = {}  # of an association's message under way
+        self._links: WeakSet[Any] = WeakSet()
 
     @property
     def port(self) -> int:
@@ -115,6 +117,9 @@ class Receiver:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
+        with self._lock:
+            for link in self._links:
+                link.close()  # of peers that never said anything
 
     def _permitted(self, association: Any) -> bool:
         title, address = str(association.requestor.ae_title).strip(), association.requestor.address
@@ -127,6 +132,8 @@ class Receiver:
             return
         socket.socket.settimeout(STALL_S)
         read = socket.recv
+        with self._lock:
+            self._links.add(socket.socket)
 
         def recv(size: int) -> bytearray:
             if size > MOST_PDU:
