@@ -13,6 +13,9 @@ from rich.markup import escape
 
 from fedclient.approval import approve, audit, awaiting, policy, refuse, sent, show, studies, withdraw
 from fedclient.gate.commands import card, check, waive
+from fedclient.predict.commands import predict
+from fedclient.serving.commands import drift, serve_model
+from fedclient.verify import verify
 from shared_models.cli import guarded, print_json
 from shared_models.errors import EnrolmentFailed
 from shared_models.files import write_atomic
@@ -127,7 +130,7 @@ def renew(site: Folder = Path("site"), as_json: AsJson = False) -> None:
 app.command()(check)
 app.command()(waive)
 app.command()(card)
-for command in (policy, studies, show, approve, refuse, withdraw, sent):
+for command in (policy, studies, show, approve, refuse, withdraw, sent, verify, predict, serve_model, drift):
     app.command()(command)
 app.add_typer(audit, name="audit")
 

@@ -42,7 +42,7 @@ MAY_LEAVE: dict[str, set[str]] = {
         "own_scores",
         "blob",
     },
-    "evaluation": {"scored", "scores", "own_scores", "validation", "seconds"},
+    "evaluation": {"scored", "scores", "own_scores", "validation", "profile", "seconds"},
     "refusal": {"refusal", "refusal_keys"},
     "ready": set(),
     "advert": {"advert"},
@@ -121,6 +121,8 @@ def _check(reply: Reply, order: Order, site: Site) -> None:
         refuse(f"scores of {len(strange)} labels that the study does not have")
     if any(_distribution_of(score) < site.smallest_count for _, score in scores):
         refuse(f"a distribution of fewer than {site.smallest_count} cases")
+    if reply.profile is not None and reply.profile.cases < site.smallest_count:
+        refuse(f"a profile of fewer than {site.smallest_count} cases")
 
 
 def _distribution_of(score: Score) -> float:

@@ -91,6 +91,12 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
             f"of {', '.join(study.task.answers)}: number of cases and sums of {NAMES[measure_of(study.task)]} over "
             f"them, and how they are distributed if there are {site.smallest_count} or more."
         )
+    if study.evaluate.reference:
+        yield (
+            "At the end, for those who use the model to tell a drift by: how many validation and test cases have which "
+            "voxel size, size, grey values and answers, on coarse grids, if there are "
+            f"{site.smallest_count} cases or more. Users of the release see it, without this site's name."
+        )
 
 
 def _shortened(study: Study) -> Iterator[str]:

@@ -15,6 +15,7 @@ from pydantic import Field
 from fedclient.data.quota import GIB, QUOTA_GIB
 from fedclient.data.where import Where
 from fedclient.policy import Policy
+from fedclient.serving.settings import Serve
 from shared_models.errors import StateInvalid
 from shared_models.files import read_json, write_atomic
 from shared_models.parse import STRICT, parse, plain, read_toml
@@ -102,6 +103,7 @@ class SiteFile:
     policy: Policy = field(default_factory=Policy)
     cache: Cache = field(default_factory=Cache)
     privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
+    serve: Serve = field(default_factory=Serve)
 
 
 def _always() -> None:

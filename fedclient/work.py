@@ -12,6 +12,7 @@ from fedclient.memory import memory_folder, own_path, recall, remember
 from fedclient.site import Site
 from fedclient.spending import check_budget, check_order, reserved
 from shared_models.control import without_control
+from shared_models.drift import Profile
 from shared_models.errors import OrderRefused
 from shared_models.identity import stated
 from shared_models.parse import parse_json
@@ -81,6 +82,15 @@ class Rememberer(Learner, Protocol):
         Args:
             tuned: trained once more, by itself, as the study says.
         """
+        ...
+
+
+@runtime_checkable
+class Profiler(Learner, Protocol):
+    """A learner that can count what cases are like and what a model answers on them."""
+
+    def profile(self, site: Site, study: Study, weights: Arrays) -> Profile | None:
+        """Of the validation and test cases of the site; None where they are too few to be told of."""
         ...
 
 
@@ -209,6 +219,7 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
     if order.kind == "evaluate":
         if study.task.kind == "classification" and order.evaluate == "test":
             reply = replace(reply, validation=learner.score(site, study, without_control(weights), "val"))
+        reply = replace(reply, profile=_profile(order, study, weights, site, learner))
         return Answer(replace(reply, kind="evaluation", seconds=time.monotonic() - began))
     spending = reserved(order, study, site, patients) if private else None
     folder = memory_folder(site, order.run, order.study_sha256)
@@ -236,6 +247,13 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         return Answer(done, sent)
     done = replace(done, examples=learned.examples, losses=learned.losses, variance=learned.variance)
     return Answer(replace(done, seconds=time.monotonic() - began), sent)
+
+
+def _profile(order: Order, study: Study, weights: Arrays, site: Site, learner: Learner) -> Profile | None:
+    """What the final evaluation counts for drift, where the study wants it and there are cases enough to tell it."""
+    if not study.evaluate.reference or order.evaluate != "test" or not isinstance(learner, Profiler):
+        return None
+    return learner.profile(site, study, without_control(weights))
 
 
 def own_model(order: Order, study: Study, weights: Arrays, site: Site, learner: Learner) -> Arrays | None:

@@ -1,12 +1,13 @@
 """The coordinator as Flower sees it: one ServerApp, a shell around `fedserver.rounds`."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedserver.checkpoint import RunFolder
+from fedserver.checkpoint import RunFolder, excluded
 from fedserver.cohort import Presence
 from fedserver.conversation import Setting
 from fedserver.courier import Beside
@@ -28,11 +29,12 @@ def main(grid: Grid, context: Context) -> None:
     """Carries out the run that the dispatcher names, from its last finished round."""
     federation = open_federation(Path(str(context.run_config["federation"])))
     run = RunFolder(federation.runs / str(context.run_config["run"]))
+    without = excluded(run)
     carry_out(
         Setting(
             grid,
             run,
-            presence=lambda: presence(grid, federation),
+            presence=lambda: presence(grid, federation, without),
             courier=Beside(federation.blobs / "out", federation.blobs / "in"),
             poll_s=0.15,
             sign=lambda purpose, content: proof(federation, purpose, content),
@@ -60,13 +62,16 @@ def proof(federation: Federation, purpose: str, content: bytes) -> Proof:
     return Proof(by.certificate.decode(), sign(by.key, purpose, content).hex())
 
 
-def presence(grid: Grid, federation: Federation) -> Presence:
-    """Which enrolled sites are online: by the node that the gateway saw behind each site's certificate."""
+def presence(grid: Grid, federation: Federation, without: Collection[str] = ()) -> Presence:
+    """Which enrolled sites are online: by the node that the gateway saw behind each site's certificate.
+
+    Sites of `without` are not asked in this run, as if they were not there.
+    """
     online = {node.node_id for node in grid.get_nodes() if node.status == "online"}
     nodes: dict[str, int] = {}
     away: dict[str, str] = {}
     for site in list_sites(federation.state):
-        if site.state == "revoked":
+        if site.state == "revoked" or site.name in without:
             continue
         if site.flower_node_id in online and site.flower_node_id is not None:
             nodes[site.name] = site.flower_node_id

@@ -9,6 +9,9 @@ runs/ID/progress.json            the round in progress and whom it waits for
 runs/ID/plan.json                canonical JSON of the plan, where it is derived from the sites' statistics
 runs/ID/plan-proof.json          the coordinator's signature of that plan, in a deployment
 runs/ID/fingerprint.json         the sum of those statistics
+runs/ID/without.json             sites that are not asked in this run, where there are any
+runs/ID/retrained.json           which run it goes on from, where it does
+runs/ID/reference.json           what the sites' patients and the answers on them are like, for a release to carry
 runs/ID/spool/SITE.safetensors   updates of the round in progress, where the strategy needs them all at once
 runs/ID/sum/                     the secure sum of the round in progress (fedserver/secure_round.py)
 """
@@ -47,6 +50,8 @@ from shared_models.weights import (
     save,
     save_arrays,
 )
+
+WITHOUT = "without.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,10 @@ class RunFolder:
     @property
     def plan(self) -> Path:
         return self.path / "plan.json"
+
+    @property
+    def reference(self) -> Path:
+        return self.path / "reference.json"
 
 
 class Mean(Protocol):
@@ -196,6 +205,12 @@ def read_state(folder: RunFolder) -> State:
     if state.weights_sha256 != NO_WEIGHTS and not folder.weights(state.round).exists():
         raise StateInvalid(f"{folder.weights(state.round)}: is missing. Restore the folder from its backup.")
     return state
+
+
+def excluded(folder: RunFolder) -> tuple[str, ...]:
+    """Sites that are not asked in a run."""
+    path = folder.path / WITHOUT
+    return tuple(read_json(path)["sites"]) if path.exists() else ()
 
 
 def finish_round(

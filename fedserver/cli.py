@@ -10,6 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedserver.audit_commands import audit
+from fedserver.monitor import monitor
+from fedserver.release_commands import (
+    release,
+    release_approve,
+    release_key,
+    release_retire,
+    releases,
+    retrain,
+    withdraw,
+)
 from shared_models.cli import guarded, print_json
 from shared_models.errors import ProcessFailed, StateInvalid
 from shared_models.files import read_json
@@ -226,6 +236,8 @@ def status(federation: Folder = HERE, as_json: AsJson = False) -> None:
         console.print(status_table(facts))
 
 
+for command in (releases, release, release_approve, release_retire, release_key, withdraw, retrain, monitor):
+    app.command()(command)
 app.add_typer(audit, name="audit")
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from shared_models.errors import EnrolmentFailed, FederationError, StateInvalid
 from shared_models.files import canonical_json, write_atomic
 from shared_models.identity import (
     SITE_DAYS,
+    SITE_NAME,
     Credential,
     check_site_name,
     issue_server,
@@ -78,6 +79,7 @@ class Federation:
         address: `host:port` that the hospitals dial.
         max_blob_bytes: largest file that a site may upload.
         certificate_days: for which a site's certificate is good; its node renews it when a third of that is left.
+        approvals, approvers: how many of whom must approve a release before a hospital opens it: name -> Ed25519 key.
     """
 
     folder: Path
@@ -85,6 +87,8 @@ class Federation:
     address: str
     max_blob_bytes: int
     certificate_days: float
+    approvals: int = 0
+    approvers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ca_certificate(self) -> Path:
@@ -192,11 +196,13 @@ def open_federation(folder: Path) -> Federation:
     if not path.is_file():
         raise StateInvalid(f"{folder}: holds no federation. Make one with `fedserver init`, or check the path.")
     table = read_toml(path)
+    approvals, approvers = _approvers(table.pop("release", {}), path)
     kinds: dict[str, type] = {"name": str, "address": str, "max_blob_bytes": int, "certificate_days": float}
     wrong = sorted(set(table) ^ set(kinds)) or [key for key, kind in kinds.items() if type(table[key]) is not kind]
     if wrong:
         raise StateInvalid(f"{path}: {', '.join(wrong)}: expected exactly {', '.join(kinds)}. Mend it.")
-    federation = Federation(folder, *(table[key] for key in kinds))
+    made = Federation(folder, *(table[key] for key in kinds))
+    federation = replace(made, approvals=approvals, approvers=approvers)
     if federation.max_blob_bytes <= 0:
         raise StateInvalid(f"{path}: max_blob_bytes is {federation.max_blob_bytes}; allowed: above 0. Mend it.")
     if not 0 < federation.certificate_days <= MOST_DAYS:
@@ -209,6 +215,23 @@ def open_federation(folder: Path) -> Federation:
         load_secret(key)
     check_state(federation.state)
     return federation
+
+
+def _approvers(table: Any, path: Path) -> tuple[int, dict[str, str]]:
+    """`[release]`: approvals = 2, and [release.approvers] with a line NAME = "KEY" of `fedserver release-key`."""
+    if not isinstance(table, dict) or set(table) - {"approvals", "approvers"}:
+        raise StateInvalid(f"{path}: [release]: expected approvals and [release.approvers]. Mend it.")
+    count, keys = table.get("approvals", 0), table.get("approvers", {})
+    if not isinstance(keys, dict) or type(count) is not int or not 0 <= count <= len(keys):
+        raise StateInvalid(
+            f"{path}: [release]: approvals is {count!r}; allowed: 0 to the number of approvers. Mend it."
+        )
+    for name, key in keys.items():
+        if not SITE_NAME.fullmatch(name) or not isinstance(key, str) or not re.fullmatch(r"[0-9a-f]{64}", key):
+            raise StateInvalid(f"{path}: [release.approvers]: {name!r} has no key. `fedserver release-key` makes one.")
+    if len(set(keys.values())) < len(keys):
+        raise StateInvalid(f"{path}: [release.approvers]: two names have one key. Each approver makes a key.")
+    return count, keys
 
 
 def ca_fingerprint(federation: Federation) -> str:

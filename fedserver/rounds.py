@@ -25,12 +25,14 @@ from fedserver.optimizers import optimizer_of
 from fedserver.secure_round import secure_evaluation, secure_round
 from shared_models import study as study_file
 from shared_models.class_counts import ClassCounts, calibrated_error, temperature
+from shared_models.drift import Profile, reference
+from shared_models.drift import doubted as doubted_profile
 from shared_models.errors import StateInvalid, UpdateRejected, WeightsInvalid
-from shared_models.files import append_json, read_lines, write_json
-from shared_models.parse import plain
-from shared_models.plan import Fingerprint, derive, doubted
+from shared_models.files import append_json, canonical_json, read_lines, write_atomic, write_json
+from shared_models.parse import parse_json, plain
+from shared_models.plan import Fingerprint, Plan, derive, doubted
 from shared_models.plan import total as merged
-from shared_models.planned import PURPOSE, constraints, statement
+from shared_models.planned import PURPOSE, constraints, planned, statement
 from shared_models.protect.stages import incoming, on_the_wire
 from shared_models.scores import Score, doubted_scores, row_of
 from shared_models.scores import total as scored_together
@@ -163,18 +165,23 @@ def final_evaluation(setting: Setting, table: Table, state: State, schema: Schem
     if study.protect.secure_aggregation is not None:
         return secure_evaluation(setting, table, state)
     replies: dict[str, Reply] = {}
+    profiles: dict[str, Profile] = {}
 
     def keep(site: str, reply: Reply, message: Message, asked: Expected, late: bool) -> None:
         if reply.kind != "evaluation" or late:
             raise UpdateRejected("MESSAGE_INVALID", f"site {site!r}: answered an evaluation with {reply.kind!r}.")
         _check_scores(study, site, reply)
         replies[site] = reply
+        if reply.profile is not None:
+            profiles[site] = doubted_profile(reply.profile, _trained(study, table.plan), site)
 
     expected = Expected(state.run, state.round, state.study_sha256, state.weights_sha256, schema)
     order = order_of("evaluate", table, state, state.round, "test")
     parcel = setting.courier.publish(setting.folder.weights(state.round), state.weights_sha256)
     converse(setting, table, order, parcel, setting.presence().sites, expected, keep, quorum=1)
     setting.courier.retire(state.weights_sha256)
+    if profiles:
+        write_atomic(setting.folder.reference, canonical_json(reference(list(profiles.values()))))
     whole = {name: _together(name, replies.values()) for name in study.task.answers}
     append_json(
         setting.folder.metrics,
@@ -204,6 +211,11 @@ def calibration(study: Study, test: Mapping[str, Score | None], replies: Iterabl
         found[label] = {name: round(v, 6) if isfinite(v) else None for name, v in figures.items()}
         found[label]["cases"] = told.cases
     return {"calibration": found} if found else {}
+
+
+def _trained(study: Study, plan: str | None) -> Study:
+    """The study with the plan in it that its sites have made."""
+    return study if plan is None else planned(study, parse_json(Plan, plan, "plan"))
 
 
 def _check_scores(study: Study, site: str, reply: Reply) -> None:

@@ -13,6 +13,7 @@
   - TransferFailed        a blob that could not be brought over whole
   - ProcessFailed         a process of ours that could not be started or kept alive
   - StateInvalid          a federation, site or run folder that is not what it should be
+  - ReleaseInvalid        a release that is not whole, not as it was signed, or of nobody who is trusted here
 """
 
 
@@ -108,3 +109,15 @@ class ProcessFailed(FederationError):
 
 class StateInvalid(FederationError):
     """A federation, site or run folder that is not what it should be."""
+
+
+class ReleaseInvalid(FederationError):
+    """A release that is not whole, not as it was signed, or of nobody who is trusted here.
+
+    Attributes:
+        file: the member of the release that is wrong, with `/` between folders; empty where it is the whole.
+    """
+
+    def __init__(self, message: str, file: str = "") -> None:
+        super().__init__(message)
+        self.file = file

@@ -45,6 +45,19 @@ class Tree:
         size = self.size if size is None else size
         return self._subproof(older, 0, size, True) if 0 < older < size else []
 
+    def inclusion(self, index: int, size: int | None = None) -> list[bytes]:
+        """PATH(index, D[size]) of RFC 6962 section 2.1.1: the hashes beside the way from a leaf to the root."""
+        size = self.size if size is None else size
+        return self._path(index, 0, size)
+
+    def _path(self, index: int, begin: int, end: int) -> list[bytes]:
+        if end - begin == 1:
+            return []
+        split = begin + _split(end - begin)
+        if index < split:
+            return [*self._path(index, begin, split), self._hash(split, end)]
+        return [*self._path(index, split, end), self._hash(begin, split)]
+
     def _hash(self, begin: int, end: int) -> bytes:
         """Of leaves `begin` to `end`; `begin` is a multiple of the power of two that splits the range above it."""
         count = end - begin
@@ -67,6 +80,24 @@ class Tree:
 def _split(count: int) -> int:
     """The largest power of two below `count`."""
     return 1 << ((count - 1).bit_length() - 1)
+
+
+def holds(line: bytes, index: int, size: int, root: bytes, path: Sequence[bytes]) -> bool:
+    """Whether `path` shows that leaf `index` of the list of `size` leaves is `line` (RFC 9162, 2.1.3.2)."""
+    if not 0 <= index < size:
+        return False
+    found, at, last = leaf_hash(line), index, size - 1
+    for part in path:
+        if last == 0:
+            return False
+        if at & 1 or at == last:
+            found = node_hash(part, found)
+            while not at & 1 and at:
+                at, last = at >> 1, last >> 1
+        else:
+            found = node_hash(found, part)
+        at, last = at >> 1, last >> 1
+    return last == 0 and found == root
 
 
 def grew(older: int, older_root: bytes, size: int, root: bytes, proof: Sequence[bytes]) -> bool:

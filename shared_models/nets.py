@@ -32,7 +32,7 @@ def unet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
         in_channels=in_channels,
         out_channels=out_channels,
         features=model.features,
-        norm=_norm_words(model),
+        norm=norm_words(model),
         dropout=model.dropout,
     )
     return net
@@ -53,7 +53,7 @@ def dynunet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
         upsample_kernel_size=[level.stride for level in levels[1:]],
         filters=[level.features for level in levels],
         dropout=model.dropout or None,
-        norm_name=_norm_words(model),
+        norm_name=norm_words(model),
         deep_supervision=model.supervised > 0,
         deep_supr_num=max(1, model.supervised),
     )
@@ -68,7 +68,7 @@ def _forget(net: nn.Module, given: Any, answer: Any) -> None:
     heads[:] = [torch.zeros(1)] * len(heads)
 
 
-def _norm_words(model: Model) -> tuple[str, dict[str, Any]]:
+def norm_words(model: Model) -> tuple[str, dict[str, Any]]:
     """The norm layers of a network, in MONAI's words."""
     return (model.norm, {"affine": True} | ({"num_groups": model.groups} if model.norm == "group" else {}))
 

@@ -5,16 +5,19 @@ and padding are one separable gather (10 times faster than a general affine), an
 plane by plane, so that what it works on stays in the processor's cache; no copy of the volume is made on the way.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from scipy.sparse import csr_array
 
-from shared_models.study import Preprocess
+if TYPE_CHECKING:  # a released MONAI bundle carries a copy of this file, and not of the package
+    from shared_models.study import Preprocess
 
 Plane = NDArray[np.float32]
 

@@ -175,6 +175,8 @@ class Evaluate:
         overlap: share of its edge by which patches overlap that are moved over an image; only with preprocess.fit =
             "patches", where 0.5 is taken if nothing is said.
         publish_sites: a site's own page may name the other sites; else it shows them all together alone.
+        reference: at the end, each site counts what its validation and test patients and the answers on them are like
+            (shared_models/drift.py), so that whoever uses the release can tell a drift.
     """
 
     __pydantic_config__ = STRICT
@@ -182,6 +184,7 @@ class Evaluate:
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     overlap: Annotated[float, Field(ge=0, le=0.9)] | None = None
     publish_sites: bool = False
+    reference: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +308,8 @@ class Study:
             raise ValueError('task.covariates are for model.name = "mlp", which sees a table and no image')
         if self.preprocess.fit == "patches" and not pixelwise:
             raise ValueError(f'preprocess.fit = "patches" is for a segmentation or detection, this is a {task.kind}')
+        if self.evaluate.reference and (self.table_only or not self.evaluate.every):
+            raise ValueError("evaluate.reference counts images at the final evaluation; it needs both")
         if self.table_only and (self.augment != Augment() or self.channels):
             raise ValueError('augment and channels are for images; model.name = "mlp" sees none')
 

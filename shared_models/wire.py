@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from pydantic import Field
 
 from shared_models.audit import Head
+from shared_models.drift import Profile
 from shared_models.errors import FederationError, WeightsInvalid
 from shared_models.files import canonical_json
 from shared_models.parse import STRICT, Count, RunId, Sha256, SiteName, parse_json, plain
@@ -119,6 +120,7 @@ class Reply:
         train_cases, test_cases: how many cases the site holds for each.
         plan_sha256: of the plan that the work followed.
         fingerprint: what the site's training cases add to the plan.
+        profile: what cases kept out of training and the answers on them are like, where the study asks for it.
         head: of the site's audit log; none in a simulation.
         advert, sealed, confirmation, revealed: what a site says in the steps of a secure sum; its vector is a blob. Of
             an update that is to be summed securely a site says `ready`, and nothing else.
@@ -152,6 +154,7 @@ class Reply:
     blob: BlobRef | None = None
     plan_sha256: Sha256 | None = None
     fingerprint: Fingerprint | None = None
+    profile: Profile | None = None
     head: Head | None = None
     advert: Advert | None = None
     sealed: Sealed | None = None

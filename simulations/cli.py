@@ -285,5 +285,25 @@ def phantom(
     print(folder)
 
 
+@app.command()
+@guarded
+def release(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of `fedsim run` (its --out), or a run folder in it.")],
+    out: Annotated[Path, typer.Option(help="Folder to write it to, as NAME-VERSION.")] = Path(),
+    version: Annotated[str, typer.Option(help="Of the release.")] = "1",
+    single_file: Annotated[bool, typer.Option("--single-file", help="One file in the place of a folder.")] = False,
+    words: Annotated[
+        Path | None, typer.Option(help="TOML for the model card: intended_use, limits, populations, licence, ...")
+    ] = None,
+) -> None:
+    """Makes a research release of a run: ONNX, TorchScript, MONAI bundle, card; marked as of no federation."""
+    from fedserver.publish.card import read_words
+    from simulations.release import research_release  # imports torch
+
+    path, manifest = research_release(run_dir, out, version, read_words(words), single_file)
+    print(f"{path}\ndigest {manifest.digest}")
+    console.print("A research release: no federation stands behind it. `fedclient verify --research` opens it.")
+
+
 if __name__ == "__main__":
     app()

@@ -184,7 +184,7 @@ def plain_study(study: Study) -> Study:
         strategy=Strategy(),
         personal=Personal(keep=("norm",) if study.model.norm == "batch" else ()),
         rounds=replace(study.rounds, quorum=1, cohort=1.0),
-        evaluate=replace(study.evaluate, every=0),
+        evaluate=replace(study.evaluate, every=0, reference=False),
         protect=replace(study.protect, secure_aggregation=None),
     )
 
@@ -197,7 +197,7 @@ def left_out_jobs(study: Study, nodes: Mapping[str, NodeConfig]) -> list[Job]:
     """
     if len(nodes) < 2:
         raise StudyInvalid(f"study {study.name!r}: --leave-one-out needs at least 2 sites, there is {len(nodes)}.")
-    plain = replace(study, evaluate=replace(study.evaluate, every=0))
+    plain = replace(study, evaluate=replace(study.evaluate, every=0, reference=False))
     return [
         federation(f"without-{site}", plain, {s: config for s, config in nodes.items() if s != site}) for site in nodes
     ]

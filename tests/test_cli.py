@@ -31,10 +31,10 @@ COMMANDS: dict[str, typer.Typer] = {
     "fedsim": simulations.cli.app,
 }
 SUBCOMMANDS = {
-    "fedserver": ["init", "serve", "invite", "revoke", "renew", "run", "stop", "status", "audit"],
+    "fedserver": ["init", "serve", "invite", "revoke", "renew", "run", "stop", "status", "audit", "monitor"],
     "fedclient": [
         "join", "rejoin", "renew", "check", "waive", "card", "policy", "studies", "show", "approve", "refuse",
-        "withdraw", "sent", "audit", "start", "status", "budget", "ledger",
+        "withdraw", "sent", "audit", "start", "status", "budget", "ledger", "serve-model", "drift",
     ],
     "fedsim": ["run", "compare", "settings", "studies", "privacy", "tables", "demo", "phantom"],
 }  # fmt: skip

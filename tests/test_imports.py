@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "simulations": {"shared_models", "fedclient", "fedserver", "simulations"},
 }
 DATA = ("fedclient/data/", "simulations/phantoms.py")
+RESULTS = "fedclient/predict/"  # which are files in the formats of images
 DOORS: dict[str, tuple[str, ...]] = {
     "flwr": (
         "shared_models/wire.py",
@@ -32,23 +33,38 @@ DOORS: dict[str, tuple[str, ...]] = {
         "shared_models/task_table.py", "shared_models/model_table.py", "shared_models/class_counts.py",
         "shared_models/surface_counts.py", "shared_models/scores.py", "shared_models/survival_counts.py",
         "shared_models/detection_counts.py",
+        "shared_models/release_facts.py", "shared_models/provenance.py", "fedserver/registry.py",
+        "fedserver/publish/card.py",
+        "fedclient/serving/settings.py",
     ),
     "cryptography": (
         "shared_models/identity.py", "shared_models/protect/prg.py", "shared_models/protect/masking.py",
         "fedserver/enrol.py", "fedclient/enrol.py",
     ),
     "dp_accounting": ("shared_models/protect/accounting.py",),
-    "nibabel": DATA,
-    "PIL": DATA,
-    "pydicom": (*DATA, "simulations/fixtures"),
-    "SimpleITK": (), "highdicom": (),  # second opinions in tests, not installed at a hospital
+    "nibabel": (*DATA, RESULTS),
+    "PIL": (*DATA, RESULTS),
+    "pydicom": (
+        *DATA, RESULTS, "simulations/fixtures", "fedclient/serving/intake.py", "fedclient/serving/receiver.py",
+        "fedclient/serving/back.py",
+    ),
+    "pynetdicom": ("fedclient/serving/receiver.py", "fedclient/serving/back.py"),
+    "fastapi": ("fedclient/serving/web.py", "fedclient/serving/dicomweb.py"),
+    "highdicom": (RESULTS,),
+    "SimpleITK": (),  # a second opinion in tests, not installed at a hospital
+    "onnxruntime": ("shared_models/runtimes.py", "fedclient/predict/model.py"),
     "gdcm": ("fedclient/data/dicom_pixels.py",),
     "torch": (
         "shared_models/nets.py", "shared_models/vgg.py", "shared_models/pretrained.py", "shared_models/tasks/",
-        "fedclient/training/", "fedclient/data/augment.py",
+        "shared_models/runtimes.py", "shared_models/parity.py", "fedserver/publish/exports.py",
+        "fedserver/publish/bundle.py", "shared_models/bundle_steps.py",
+        "fedclient/training/", "fedclient/data/augment.py", "fedclient/predict/torch_network.py",
         "simulations/bench/",
     ),
-    "monai": ("shared_models/nets.py", "shared_models/tasks/surfaces.py", "simulations/bench/pipeline.py"),
+    "monai": (
+        "shared_models/nets.py", "shared_models/tasks/surfaces.py", "simulations/bench/pipeline.py",
+        "fedserver/publish/bundle.py", "shared_models/bundle_steps.py",
+    ),
 }  # fmt: skip
 FILES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))
 

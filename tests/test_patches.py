@@ -16,7 +16,8 @@ import fedclient.data.dataset as dataset
 from fedclient.data.dataset import DataSet, prepare
 from fedclient.data.manifest import read_manifest
 from fedclient.training.evaluate import evaluate
-from fedclient.training.windows import begins, logits, weights
+from fedclient.training.windows import logits
+from fedclient.windows import begins, weights
 from shared_models.preprocess import plan_geometry, preprocess, preprocess_labels, restore
 from shared_models.study import Evaluate, Model, Preprocess, Study, Task, Train
 from shared_models.tasks.chosen import functions_of

@@ -1,7 +1,7 @@
 """Which series a folder holds: headers only, and no trust in names, DICOMDIR or instance numbers."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -56,21 +56,30 @@ class _Head:
 
 
 def find_series(folder: Path) -> Found:
-    """The image series below a folder.
+    """The image series below a folder, as `series_among` has them.
+
+    Raises:
+        ImageUnreadable: PATH_ESCAPE, for a link out of the folder.
+    """
+    ignored: Counter[str] = Counter()
+    return series_among(files_below(folder.resolve(), ignored), ignored)
+
+
+def series_among(paths: Iterable[Path], ignored: Counter[str]) -> Found:
+    """The image series among files.
 
     Files belong together that share series, patient, modality, kind and type of image, rows, columns, orientation and
     pixel size. Where several acquisitions, echoes, time points or b-values of such a group cover the same part of the
     patient, each is a series of its own; where they follow one another, as in step-and-shoot CT, they are one. About
     0.4 ms a file.
 
-    Raises:
-        ImageUnreadable: PATH_ESCAPE, for a link out of the folder.
+    Args:
+        ignored: what was passed over so far, which is counted on.
     """
     groups: dict[tuple[str, ...], list[_Head]] = {}
     objects: list[Path] = []
     unreadable: list[Path] = []
-    ignored: Counter[str] = Counter()
-    for path in files_below(folder.resolve(), ignored):
+    for path in paths:
         try:
             data = _head(path)
         except ImageUnreadable:

@@ -160,6 +160,18 @@ def _without_labels(case: Case) -> Finding:
     return finding("LABEL_MISSING", "it has no labels and takes no part.", case=case.key, row=case.row)
 
 
+def oddities(case: Case, volume: Volume, needs: Needs, picture: bool) -> Iterator[Finding]:
+    """What is odd about an image for a study, by header, grid and grey values; labels and identifiers left aside.
+
+    Args:
+        volume: may hold some of the planes, on the grid of all.
+    """
+    ct = volume.modality == "CT" or (volume.modality is None and needs.modality == "ct" and not picture)
+    yield from _of_geometry(case, volume, needs, picture)
+    yield from _of_kind(case, volume, needs, picture)
+    yield from _of_levels(case, volume, needs, ct)
+
+
 def _members(files: tuple[Path, ...]) -> list[Path]:
     """The files themselves, where a case names the folder of its series."""
     if len(files) == 1 and files[0].is_dir():

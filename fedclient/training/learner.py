@@ -20,10 +20,12 @@ from fedclient.training.evaluate import evaluate
 from fedclient.training.local_round import Start, train_round
 from fedclient.training.personal import LOCAL, own_weights, part, staying
 from fedclient.training.private import patients_of, train_privately
+from fedclient.training.profile import site_profile
 from fedclient.training.trainer import fit, scheduled
 from fedclient.work import Holding, Learned
 from shared_models import nets
 from shared_models.control import without_control
+from shared_models.drift import Profile
 from shared_models.errors import OrderRefused
 from shared_models.scores import Score
 from shared_models.seeds import rng, seed_of
@@ -105,6 +107,16 @@ class ImageLearner:
         nets.load_arrays(net, weights)
         task, cases = functions_of(study.task, site.labelled), data_set(site, study, split)
         return evaluate(net.to(device), cases, study, task, device, site.smallest_count)
+
+    def profile(self, site: Site, study: Study, weights: Arrays) -> Profile | None:
+        kept = [case for case in _cases(site) if case.split != "train"]
+        if len(kept) < site.smallest_count:
+            return None
+        device = device_of(site)
+        settle(site, study, 0)
+        net = nets.network(study)
+        nets.load_arrays(net, weights)
+        return site_profile(net.to(device), kept, study, device, _told("profile", site))
 
     def holding(self, site: Site, study: Study) -> Holding:
         cases = [case for case in _cases(site) if has_truth(case, study.task)]

@@ -93,6 +93,10 @@ def check_secure(study: "Study") -> None:
             'plan = "federated" needs each site\'s histograms by themselves; give plan, model and preprocess',
         ),
         (
+            study.evaluate.reference,
+            "evaluate.reference must be false: it keeps what each site counts apart, and a secure sum shows their sum",
+        ),
+        (
             study.model.norm == "batch",
             'model.norm must be "group" or "instance": batch norm counts its batches in whole numbers, which a sum of '
             "clipped fractions cannot carry",

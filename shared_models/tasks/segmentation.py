@@ -19,6 +19,7 @@ from shared_models.metrics import IGNORE, counts, dice
 from shared_models.scores import Score
 from shared_models.study import Task
 from shared_models.surface_counts import SurfaceCounts
+from shared_models.tasks.decide import predicted_of as predicted_of
 from shared_models.tasks.functions import CaseAnswer, Loss, TaskFunctions, deeply
 from shared_models.tasks.surfaces import CaseSurface, case_surface, surface_counts
 
@@ -161,14 +162,6 @@ def loss_of(task: Task, labelled: Sequence[str] = ()) -> Loss:
         return loss(logits[:, list(answers)], masks, lambda masks, _: region_targets(masks, tuple(known)))
 
     return over_answers
-
-
-def predicted_of(task: Task, chances: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
-    """What is marked, bool[N, answers, *size]: above the threshold, or the most probable of a softmax."""
-    if not task.exclusive:
-        return np.asarray(chances > threshold)
-    most = chances.argmax(axis=1)
-    return np.stack([most == k for k in range(1, chances.shape[1])], axis=1)
 
 
 def truth_of(task: Task, masks: NDArray[Any]) -> Iterable[NDArray[np.bool_]]:

@@ -1,0 +1,55 @@
+"""The overlay as a DICOM secondary capture, in a series of its own in the study of its source."""
+
+import highdicom as hd
+import numpy as np
+from highdicom.sc import SCImage
+from numpy.typing import NDArray
+from pydicom import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+from fedclient.predict.case import Prediction
+from fedclient.predict.headers import Headers
+from fedclient.predict.maker import NOTICE, SOFTWARE, made_by
+from shared_models.errors import ImageUnreadable
+
+SERIES = 9103
+
+
+def capture(prediction: Prediction, headers: Headers, picture: NDArray[np.uint8]) -> Dataset:
+    """From uint8[rows, columns, 3]; it refers to the slice that it shows."""
+    with made_by(prediction):
+        made: Dataset = SCImage.from_ref_dataset(
+            ref_dataset=headers.first,
+            pixel_array=picture,
+            photometric_interpretation="RGB",
+            bits_allocated=8,
+            coordinate_system="PATIENT",
+            patient_orientation=("L", "P"),
+            series_instance_uid=hd.UID(),
+            series_number=SERIES,
+            sop_instance_uid=hd.UID(),
+            instance_number=1,
+            manufacturer="fedimaging",
+            manufacturer_model_name="fedclient predict",
+            software_versions=SOFTWARE,
+            series_description=f"AI result, {NOTICE}",
+            transfer_syntax_uid=ExplicitVRLittleEndian,
+        )
+        made.BurnedInAnnotation = "NO"  # words, but none that says who the patient is
+        made.Laterality = ""  # type 2C: asked for where no body part is said
+        made.DerivationDescription = f"overlay by {prediction.model.stamp}, {NOTICE}"
+        shown = _shown(prediction, headers)
+        reference = Dataset()
+        reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = shown.SOPClassUID, shown.SOPInstanceUID
+        made.SourceImageSequence = [reference]
+    return made
+
+
+def _shown(prediction: Prediction, headers: Headers) -> Dataset:
+    grid = prediction.grid
+    if len(headers.slices) == grid.shape[2] and grid.slices_along_k and grid.voxel_of_pixel is not None:
+        k = prediction.key.k
+        return headers.slices[k if grid.voxel_of_pixel[2, 2] > 0 else len(headers.slices) - 1 - k]
+    if not headers.slices:
+        raise ImageUnreadable("DICOM: a source without slices.", "DICOM_UNREADABLE")
+    return headers.slices[0]

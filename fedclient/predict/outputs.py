@@ -1,0 +1,115 @@
+"""The results of one case in a folder of its own, which is there whole or not at all."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedclient.predict.case import Prediction
+from shared_models.errors import StateInvalid
+from shared_models.files import private_folder, replacing, write_json
+
+if TYPE_CHECKING:  # a second of imports, for DICOM alone
+    from pydicom import Dataset
+
+FORMATS = ("seg", "sr", "sc", "nifti", "json", "csv")
+
+
+def write_case(
+    prediction: Prediction, name: str, out: Path, formats: Sequence[str], *, overwrite: bool = False
+) -> tuple[list[str], dict[str, str]]:
+    """Writes `out/name/`; returns the names of its files, and of what was asked for and cannot be made why not.
+
+    Raises:
+        StateInvalid: the folder is there, and `overwrite` is not said.
+        ImageUnreadable: a DICOM header that cannot bear results.
+    """
+    folder, part = out / name, out / f".{name}.part"
+    if folder.exists() and not overwrite:
+        raise StateInvalid(f"{folder}: there are results already. Give another folder with -o, or --overwrite.")
+    shutil.rmtree(part, ignore_errors=True)
+    private_folder(part)
+    try:
+        written, missing = _written(prediction, part, formats)
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return written, missing
+
+
+def _written(prediction: Prediction, folder: Path, formats: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    from fedclient.predict.results import facts, write_map, write_mask
+
+    written: list[str] = []
+    missing: dict[str, str] = {}
+    if {"seg", "sr", "sc"} & set(formats):
+        _dicom(prediction, folder, formats, written, missing)
+    ending = "png" if prediction.grid.picture else "nii.gz"
+    if "nifti" in formats:
+        if prediction.marks is None:
+            missing["nifti"] = f"a {prediction.model.study.task.kind} marks no voxels"
+        else:
+            write_mask(prediction, folder / f"mask.{ending}")
+            written.append(f"mask.{ending}")
+            if prediction.uncertainty is not None and prediction.uncertainty.planes is not None:
+                write_map(prediction, folder / f"uncertainty.{ending}")
+                written.append(f"uncertainty.{ending}")
+    if "json" in formats:
+        told = facts(prediction) | {"files": [*written, "result.json"], "not_written": missing}
+        write_json(folder / "result.json", told)
+        written.append("result.json")
+    return written, missing
+
+
+def _dicom(
+    prediction: Prediction, folder: Path, formats: Sequence[str], written: list[str], missing: dict[str, str]
+) -> None:
+    source = prediction.source
+    if source is None or source.series is None:
+        missing.update(dict.fromkeys([name for name in ("seg", "sr") if name in formats], "the input is no DICOM"))
+        if "sc" in formats:
+            from fedclient.predict.overlay import overlay
+            from fedclient.predict.results import write_png
+
+            write_png(folder / "overlay.png", overlay(prediction))
+            written.append("overlay.png")
+        return
+    from fedclient.predict.headers import read_headers
+    from fedclient.predict.segments import segments_of
+
+    headers = read_headers(source)
+    segments = segments_of(prediction) if prediction.marks is not None else ()
+    made: Dataset | None = None
+    if prediction.marks is None:
+        if "seg" in formats:
+            missing["seg"] = f"a {prediction.model.study.task.kind} marks no voxels"
+    elif not headers.in_space:
+        if "seg" in formats:
+            missing["seg"] = "the image lies in no frame of reference, as radiographs do; see the mask"
+    elif "seg" in formats:
+        from fedclient.predict.dicom_seg import segmentation
+
+        drawn = segmentation(prediction, headers, segments)
+        with replacing(folder / "segmentation.dcm") as file:
+            drawn.save(file)
+        made = drawn.head
+        written.append("segmentation.dcm")
+    if "sr" in formats:
+        from fedclient.predict.dicom_sr import report
+
+        _save(report(prediction, headers, segments, made), folder / "report.dcm")
+        written.append("report.dcm")
+    if "sc" in formats:
+        from fedclient.predict.dicom_sc import capture
+        from fedclient.predict.overlay import overlay
+
+        _save(capture(prediction, headers, overlay(prediction)), folder / "overlay.dcm")
+        written.append("overlay.dcm")
+
+
+def _save(data: "Dataset", path: Path) -> None:
+    with replacing(path) as file:
+        data.save_as(file, enforce_file_format=True)

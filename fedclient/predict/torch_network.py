@@ -1,0 +1,39 @@
+"""The network of a release in PyTorch, for a GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedclient.predict.model import Through
+from shared_models import nets
+from shared_models.errors import WeightsInvalid
+from shared_models.study import Study
+from shared_models.weights import load
+
+
+def network_on(study: Study, weights: Path, device: str, threads: int) -> tuple[Through, str]:
+    """The network in float32 (without TF32, so that its masks are those of a CPU), and its engine in words.
+
+    Raises:
+        WeightsInvalid: other weights than the study's, or a device that PyTorch does not see.
+    """
+    where = torch.device(device)
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise WeightsInvalid(f"{device}: PyTorch sees {torch.cuda.device_count()} GPUs here. Use --device cpu.")
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    net = nets.network(study)
+    nets.load_arrays(net, load(weights, "model.safetensors of the release"))
+    net.to(where).eval()
+
+    def through(images: NDArray[Any]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            found: torch.Tensor = net(torch.from_numpy(np.ascontiguousarray(images)).to(where).float())
+            return found.float().cpu().numpy()
+
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {threads} threads"
+    return through, f"PyTorch {torch.__version__}, {name}"

@@ -1,0 +1,163 @@
+"""Results on their way back to PACS, where that is switched on: C-STORE or STOW-RS, until they are there."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import httpx
+from pydicom import dcmread
+from pynetdicom import AE
+
+from fedclient.serving.jobs import Job, Jobs
+from fedclient.serving.settings import Destination
+from shared_models.errors import FederationError
+
+FIRST_S, LONGEST_S, GIVE_UP_S = 5.0, 600.0, 86400.0
+STALL_S = 60.0
+
+log = logging.getLogger("fedclient.serving")
+
+
+class NotTaken(FederationError):
+    """The destination did not take a result."""
+
+
+class Back:
+    """One thread that returns results, oldest first."""
+
+    def __init__(
+        self,
+        to: Destination,
+        jobs: Callable[[], Jobs],
+        ae_title: str,
+        send: Callable[[Destination, Sequence[Path], str], None] | None = None,
+        first_s: float = FIRST_S,
+    ) -> None:
+        self.to, self.jobs, self.ae_title, self.first_s = to, jobs, ae_title, first_s
+        self.send = send or send_all
+        self._change = threading.Condition()
+        self._due: dict[str, tuple[float, float, float]] = {}  # job -> due, wait after, since
+        self._stop = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, job: Job) -> None:
+        with self._change:
+            now = time.monotonic()
+            self._due[job.id] = (now, self.first_s, now)
+            self._change.notify_all()
+
+    def start(self) -> None:
+        for job in self.jobs().all():
+            if job.returned == "waiting":
+                self.add(job)
+        self._thread = threading.Thread(target=self._run, name="back", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        with self._change:
+            self._stop = True
+            self._change.notify_all()
+        if self._thread is not None:
+            self._thread.join(5.0)
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                if self._stop:
+                    return
+                now = time.monotonic()
+                due = sorted((at, job) for job, (at, _, _) in self._due.items())
+                if not due or due[0][0] > now:
+                    self._change.wait(due[0][0] - now if due else None)
+                    continue
+                _, job_id = due[0]
+            self._one(job_id)
+
+    def _one(self, job_id: str) -> None:
+        job = self.jobs().find(job_id)
+        _, wait_s, since = self._due[job_id]
+        if job is not None:
+            files = dicom_results(self.jobs().place(job_id), job)
+            try:
+                self.send(self.to, files, self.ae_title)
+                self.jobs().mark_returned(job_id, "sent")
+                log.info("job %s: %d results returned", job_id[:8], len(files))
+            except (FederationError, OSError, httpx.HTTPError) as error:
+                now = time.monotonic()
+                if now - since < GIVE_UP_S:
+                    log.warning("job %s: not returned yet (%s); again in %.0f s", job_id[:8], _words(error), wait_s)
+                    with self._change:
+                        self._due[job_id] = (now + wait_s, min(2 * wait_s, LONGEST_S), since)
+                    return
+                self.jobs().mark_returned(job_id, "failed")
+                log.error("job %s: its results could not be returned within a day", job_id[:8])
+        with self._change:
+            self._due.pop(job_id, None)
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, NotTaken) else type(error).__name__
+
+
+def dicom_results(folder: Path, job: Job) -> list[Path]:
+    """The DICOM files among the results of a job."""
+    images = (job.answer or {}).get("images", [])
+    return [folder / "out" / each["file"] for image in images for each in image["files"] if each["kind"] == "dicom"]
+
+
+def send_all(to: Destination, files: Sequence[Path], ae_title: str) -> None:
+    """All of `files`, or NotTaken."""
+    if not files:
+        return
+    (stow if to.kind == "web" else store)(to, files, ae_title)
+
+
+def store(to: Destination, files: Sequence[Path], ae_title: str) -> None:
+    """C-STORE.
+
+    Raises:
+        NotTaken: no association, or a status that is no success.
+    """
+    entity = AE(ae_title=ae_title)
+    entity.network_timeout = entity.dimse_timeout = entity.acse_timeout = entity.connection_timeout = STALL_S
+    datasets = [dcmread(path) for path in files]
+    for sop_class, syntax in sorted({(d.SOPClassUID, d.file_meta.TransferSyntaxUID) for d in datasets}):
+        entity.add_requested_context(sop_class, syntax)
+    association = entity.associate(to.host, to.port, ae_title=to.ae_title)
+    if not association.is_established:
+        raise NotTaken(f"{to}: no association. Does it know the AE title {ae_title}?")
+    try:
+        for data in datasets:
+            try:
+                status = association.send_c_store(data)
+            except ValueError:  # no context was accepted for this class
+                raise NotTaken(f"{to}: takes no objects of one of the classes of the results") from None
+            if "Status" not in status or (status.Status != 0 and status.Status & 0xF000 != 0xB000):
+                raise NotTaken(f"{to}: status 0x{status.get('Status', 0):04X}")
+    finally:
+        association.release()
+
+
+def stow(to: Destination, files: Sequence[Path], ae_title: str) -> None:
+    """STOW-RS (PS3.18 section 10.5), with the hospital's own CAs and proxies as the environment has them.
+
+    Raises:
+        NotTaken: an answer that is no success.
+    """
+    boundary = "fedimaging-results"
+    parts = [
+        f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode() + path.read_bytes() + b"\r\n"
+        for path in files
+    ]
+    headers = {
+        "content-type": f'multipart/related; type="application/dicom"; boundary={boundary}',
+        "accept": "application/dicom+json",
+    }
+    with httpx.Client(timeout=STALL_S) as client:
+        answer = client.post(
+            f"{to.url}/studies", content=b"".join(parts) + f"--{boundary}--\r\n".encode(), headers=headers
+        )
+    if answer.status_code != 200:
+        raise NotTaken(f"{to.url}: HTTP status {answer.status_code}")

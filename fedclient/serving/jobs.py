@@ -1,0 +1,307 @@
+"""Cases that wait for the model, are answered, and are forgotten: folders on disk, one worker, a queue with an end.
+
+    serve/jobs/<id>/in/         what was received; gone once it is predicted on
+    serve/jobs/<id>/out/        results
+    serve/jobs/<id>/job.json    where it stands; written last
+
+A process that is killed goes on with what was waiting.
+"""
+
+import logging
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from fedclient.serving.logs import where
+from shared_models.errors import FederationError
+from shared_models.files import private_folder, read_json, write_json
+
+State = Literal["receiving", "waiting", "running", "done", "failed"]
+MOST_TRIES = 2  # of a case during which the worker, or this process, died
+SWEEP_S = 60.0
+
+log = logging.getLogger("fedclient.serving")
+
+
+class Overloaded(FederationError):
+    """There is no room for another case now."""
+
+
+class Worker(Protocol):
+    """Whoever predicts on a folder: `fedclient.serving.warm.Warm` in the service."""
+
+    def ask(self, folder: Path, view: bool) -> Mapping[str, Any]:
+        """What came of the files in `folder`/in, with results in `folder`/out; where a `view` is wanted, pictures too.
+
+        Raises:
+            FederationError: the worker died, or took too long.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One case, or what came together in one upload.
+
+    Attributes:
+        via: `page`, `dicom` or `stow`.
+        came_s: seconds since the epoch.
+        answer: what the worker said.
+        error: code and words for whoever sent it, which name no file and no patient.
+        returned: to PACS: `off`, `waiting`, `sent` or `failed`.
+    """
+
+    id: str
+    via: str
+    came_s: float
+    state: State = "receiving"
+    tries: int = 0
+    answer: Mapping[str, Any] | None = None
+    error: tuple[str, str] | None = None
+    returned: Literal["off", "waiting", "sent", "failed"] = "off"
+
+
+class Room:
+    """How many bytes the files of the service take up, against their quota."""
+
+    def __init__(self, folder: Path, quota_bytes: int) -> None:
+        self.folder, self.quota_bytes = folder, quota_bytes
+        self._lock = threading.Lock()
+        self.used_bytes = 0
+        self.count()
+
+    def count(self) -> None:
+        """Looks at what is there."""
+        found = 0
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    found += Path(folder, name).stat().st_size
+        with self._lock:
+            self.used_bytes = found
+
+    def take(self, size_bytes: int) -> None:
+        """Raises Overloaded where so many bytes more do not fit into the quota, or onto the disk."""
+        with self._lock:
+            if self.used_bytes + size_bytes > self.quota_bytes:
+                raise Overloaded("the quota for received files is used up. Try again later.")
+            if shutil.disk_usage(self.folder).free < size_bytes + 2**28:
+                raise Overloaded("the disk is nearly full. Try again later.")
+            self.used_bytes += size_bytes
+
+    def give(self, size_bytes: int) -> None:
+        with self._lock:
+            self.used_bytes = max(0, self.used_bytes - size_bytes)
+
+
+class Jobs:
+    """The queue and its one thread.
+
+    Args:
+        done: called with each job that is done and is to be returned.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        worker: Worker,
+        room: Room,
+        most: int,
+        keep_s: float,
+        done: Callable[[Job], None] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.folder, self.worker, self.room, self.most, self.keep_s = folder, worker, room, most, keep_s
+        self.done, self.clock = done, clock
+        private_folder(folder)
+        self._known: dict[str, Job] = {}
+        self._queue: deque[str] = deque()
+        self._change = threading.Condition()
+        self._stop = False
+        self._thread: threading.Thread | None = None
+        self._recover()
+
+    # ---- what others ask ----
+
+    @property
+    def full(self) -> bool:
+        with self._change:
+            return len(self._queue) >= self.most
+
+    @property
+    def waiting(self) -> int:
+        with self._change:
+            return len(self._queue)
+
+    def ahead(self, job_id: str) -> int:
+        """How many cases come before a waiting job."""
+        with self._change:
+            return self._queue.index(job_id) if job_id in self._queue else 0
+
+    def find(self, job_id: str) -> Job | None:
+        with self._change:
+            return self._known.get(job_id)
+
+    def all(self) -> list[Job]:
+        with self._change:
+            return sorted(self._known.values(), key=lambda job: job.came_s)
+
+    def place(self, job_id: str) -> Path:
+        return self.folder / job_id
+
+    def begin(self, via: str) -> Job:
+        """A job whose files are still to come, into `place(id)`/in.
+
+        Raises:
+            Overloaded: as many wait as may.
+        """
+        if self.full:
+            raise Overloaded("as many cases wait as this machine takes. Try again in a minute.")
+        job = Job(secrets.token_hex(16), via, self.clock())
+        private_folder(self.place(job.id) / "in")
+        with self._change:
+            self._known[job.id] = job
+        return job
+
+    def submit(self, job: Job, admitted: bool = False) -> None:
+        """Puts a job, whose files are there, into the queue.
+
+        Args:
+            admitted: it was let in already, and whoever sent it has gone.
+
+        Raises:
+            Overloaded: others were faster.
+        """
+        with self._change:
+            if len(self._queue) >= self.most and not admitted:
+                raise Overloaded("as many cases wait as this machine takes. Try again in a minute.")
+            self._set(replace(job, state="waiting"))
+            self._queue.append(job.id)
+            self._change.notify_all()
+
+    def forget(self, job_id: str) -> bool:
+        """Deletes a job with all its files; False where it is being worked on or unknown."""
+        with self._change:
+            job = self._known.get(job_id)
+            if job is None or job.state == "running":
+                return False
+            del self._known[job_id]
+            with suppress(ValueError):
+                self._queue.remove(job_id)
+        shutil.rmtree(self.place(job_id), ignore_errors=True)
+        self.room.count()
+        return True
+
+    def mark_returned(self, job_id: str, returned: Literal["sent", "failed"]) -> None:
+        with self._change:
+            if job_id in self._known:
+                self._set(replace(self._known[job_id], returned=returned))
+
+    # ---- the thread ----
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+        self._thread.start()
+
+    def stop(self, wait_s: float = 5.0) -> None:
+        with self._change:
+            self._stop = True
+            self._change.notify_all()
+        if self._thread is not None:
+            self._thread.join(wait_s)
+
+    def _run(self) -> None:
+        swept = 0.0
+        while True:
+            with self._change:
+                if not self._queue and not self._stop:
+                    self._change.wait(SWEEP_S / 4)
+                if self._stop:
+                    return
+                job = self._known[self._queue.popleft()] if self._queue else None
+            if job is not None:
+                self._work(job)
+            if time.monotonic() - swept > SWEEP_S:
+                self.sweep()
+                swept = time.monotonic()
+
+    def _work(self, job: Job) -> None:
+        """One case, whatever it does to the worker; the thread outlives it."""
+        job = replace(job, state="running", tries=job.tries + 1)
+        with self._change:
+            self._set(job)
+        folder = self.place(job.id)
+        try:
+            answer = self.worker.ask(folder, job.via == "page")
+            job = _answered(job, answer)
+        except FederationError as error:
+            job = replace(job, state="failed", error=("WORKER_FAILED", str(error)))
+        except Exception as error:  # a fault of ours must not end the service; its words might quote a file
+            log.error("a case failed in the service itself: %s", where(error))
+            job = replace(job, state="failed", error=("INTERNAL", "a fault of the service; its log says where."))
+        if self._stop and job.state == "failed":
+            return  # the service ends, and has taken the worker from this case: the next start goes on with it
+        shutil.rmtree(folder / "in", ignore_errors=True)
+        self.room.count()
+        if job.state == "done" and self.done is not None:
+            job = replace(job, returned="waiting")
+        with self._change:
+            self._set(job)
+        log.info("job %s: %s%s", job.id[:8], job.state, f", {job.error[0]}" if job.error else "")
+        if job.returned == "waiting" and self.done is not None:
+            self.done(job)
+
+    def sweep(self) -> None:
+        """Deletes what has been kept long enough, and uploads that never ended."""
+        before = self.clock() - self.keep_s
+        for job in self.all():
+            if job.came_s < before and job.state != "running":
+                self.forget(job.id)
+
+    def _set(self, job: Job) -> None:
+        """Under the lock."""
+        self._known[job.id] = job
+        write_json(self.place(job.id) / "job.json", asdict(job))
+
+    def _recover(self) -> None:
+        """Goes on with what a process before this one left: uploads that never ended are deleted."""
+        for folder in sorted(self.folder.iterdir()):
+            job = _read(folder / "job.json")
+            if job is None or job.state == "receiving" or not re.fullmatch("[0-9a-f]{32}", folder.name):
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            if job.state == "running" and job.tries >= MOST_TRIES:
+                words = "this case has ended the service before, and is not tried again."
+                job = replace(job, state="failed", error=("WORKER_FAILED", words))
+                shutil.rmtree(folder / "in", ignore_errors=True)
+            if job.state in ("waiting", "running"):
+                job = replace(job, state="waiting")
+                self._queue.append(job.id)
+            self._set(job)
+        self.room.count()
+
+
+def _answered(job: Job, answer: Mapping[str, Any]) -> Job:
+    if answer.get("images"):
+        return replace(job, state="done", answer=answer)
+    unread = answer.get("unread") or [{"code": "FILE_MISSING", "why": "nothing that can be read was sent."}]
+    return replace(job, state="failed", answer=answer, error=(unread[0]["code"], unread[0]["why"]))
+
+
+def _read(path: Path) -> Job | None:
+    try:
+        facts = read_json(path)
+        if facts["error"] is not None:
+            facts["error"] = tuple(facts["error"])
+        return Job(**facts)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

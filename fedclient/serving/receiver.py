@@ -1,0 +1,214 @@
+"""The DICOM receiver: C-ECHO, and C-STORE of images from peers on a list. It decodes no image.
+
+pynetdicom 3.0 has no bound to the length of a message, waits for a TLS handshake in the thread that accepts, and logs
+what peers send; here messages are bounded and written to disk as they come, and its log is off.
+"""
+
+import logging
+import ssl
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from pydicom.uid import AllTransferSyntaxes
+from pynetdicom import AE, AllStoragePresentationContexts, _config, evt
+from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
+from pynetdicom.transport import ThreadedAssociationServer
+
+from fedclient.serving.intake import Intake
+from fedclient.serving.jobs import Overloaded, Room
+from fedclient.serving.settings import Serve
+from shared_models.errors import FederationError, ImageUnreadable, ProcessFailed
+
+SUCCESS, NOT_AUTHORISED, OUT_OF_RESOURCES, NOT_AN_IMAGE, CANNOT_UNDERSTAND = 0x0000, 0x0124, 0xA700, 0xA900, 0xC000
+MOST_PDU = 1 << 20  # of one protocol data unit; peers are told 64 KiB
+SAID_PDU = 1 << 16
+MOST_ASSOCIATIONS = 16
+STALL_S = 60.0
+
+log = logging.getLogger("fedclient.serving")
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """A peer by its AE title, and by its address where one is given."""
+
+    ae_title: str
+    address: str = ""
+
+
+def allowed(peers: Sequence[str]) -> tuple[Allowed, ...]:
+    """From `AE` and `AE@address`."""
+    split = (peer.partition("@") for peer in peers)
+    return tuple(Allowed(title.strip(), address) for title, _, address in split)
+
+
+def image_contexts() -> list[str]:
+    """The storage classes of images, as UIDs; objects that are none cannot even be offered."""
+    return [
+        str(context.abstract_syntax)
+        for context in AllStoragePresentationContexts
+        if context.abstract_syntax is not None and "Image Storage" in context.abstract_syntax.name
+    ]
+
+
+class Receiver:
+    """A DICOM peer that takes images of those who are allowed."""
+
+    def __init__(self, serve: Serve, intake: Intake, room: Room, context: ssl.SSLContext | None = None) -> None:
+        self.serve, self.intake, self.room, self.context = serve, intake, room, context
+        self.peers = allowed(serve.allow)
+        self.most_bytes = int(serve.most_mib * 2**20)
+        self._server: ThreadedAssociationServer | None = None
+        self._lock = threading.Lock()
+        self._bytes: dict[int, int] = {}  # of an association's message under way
+        self._links: WeakSet[Any] = WeakSet()
+
+    @property
+    def port(self) -> int:
+        assert self._server is not None
+        return int(self._server.server_address[1])
+
+    def start(self) -> None:
+        """Listens, in threads of its own.
+
+        Raises:
+            ProcessFailed: the port is taken, or may not be used.
+        """
+        logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)  # it logs UIDs and what headers hold
+        _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
+        _config.STORE_RECV_CHUNKED_DATASET = True
+        tempfile.tempdir = str(self.intake.quarantine)  # where it writes what comes
+        entity = AE(ae_title=self.serve.ae_title)
+        entity.require_called_aet = True
+        entity.require_calling_aet = sorted({peer.ae_title for peer in self.peers})
+        entity.maximum_pdu_size = SAID_PDU
+        entity.maximum_associations = MOST_ASSOCIATIONS
+        entity.network_timeout = entity.dimse_timeout = STALL_S
+        entity.acse_timeout = STALL_S / 2
+        entity.add_supported_context(Verification)
+        for uid in image_contexts():
+            entity.add_supported_context(uid, [*AllTransferSyntaxes])
+        handlers: list[Any] = [
+            (evt.EVT_CONN_OPEN, self._bounded),
+            (evt.EVT_DATA_RECV, self._counted),
+            (evt.EVT_C_STORE, self._stored),
+            (evt.EVT_C_ECHO, lambda event: SUCCESS if self._permitted(event.assoc) else NOT_AUTHORISED),
+            (evt.EVT_CONN_CLOSE, self._closed),
+        ]
+        try:
+            self._server = entity.start_server(
+                (self.serve.dicom_host, self.serve.dicom_port), block=False, ssl_context=self.context,
+                evt_handlers=handlers,
+            )  # fmt: skip
+        except OSError as error:
+            raise ProcessFailed(
+                f"DICOM receiver: port {self.serve.dicom_port} of {self.serve.dicom_host} cannot be used "
+                f"({error.strerror}). Choose another with --dicom-port."
+            ) from None
+
+    def stop(self) -> None:
+        tempfile.tempdir = None
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+        with self._lock:
+            for link in self._links:
+                link.close()  # of peers that never said anything
+
+    def _permitted(self, association: Any) -> bool:
+        title, address = str(association.requestor.ae_title).strip(), association.requestor.address
+        return any(peer.ae_title == title and peer.address in ("", address) for peer in self.peers)
+
+    def _bounded(self, event: evt.Event) -> None:
+        """No peer may make this process hold a unit of gigabytes, or a thread wait for ever."""
+        socket = event.assoc.dul.socket
+        if socket is None or socket.socket is None:
+            return
+        socket.socket.settimeout(STALL_S)
+        read = socket.recv
+        with self._lock:
+            self._links.add(socket.socket)
+
+        def recv(size: int) -> bytearray:
+            if size > MOST_PDU:
+                raise OSError("a unit longer than any that is agreed on")
+            return read(size)
+
+        socket.recv = recv  # type: ignore[assignment,method-assign]
+
+    def _counted(self, event: evt.Event) -> None:
+        """Cuts an association whose message grows over what is taken."""
+        key = id(event.assoc)
+        with self._lock:
+            self._bytes[key] = self._bytes.get(key, 0) + len(event.data)
+            too_much = self._bytes[key] > self.most_bytes
+        if too_much:
+            log.warning("a DICOM peer sent an object of more than %d MiB and was cut off", self.most_bytes >> 20)
+            event.assoc.abort()
+
+    def _stored(self, event: evt.Event) -> int:
+        """What a peer hears of one object."""
+        path = Path(event.dataset_path)
+        with self._lock:
+            self._bytes[id(event.assoc)] = 0
+        try:
+            if not self._permitted(event.assoc):
+                return NOT_AUTHORISED
+            size_bytes = path.stat().st_size
+            self.room.take(size_bytes)
+            try:
+                self.intake.place(path, "dicom", session_of(event.assoc))
+            except FederationError:
+                self.room.give(size_bytes)
+                raise
+        except Overloaded:
+            return OUT_OF_RESOURCES
+        except ImageUnreadable as error:
+            log.warning("a DICOM object was refused: %s", error.code)
+            return NOT_AN_IMAGE if error.code == "MODALITY_MISMATCH" else CANNOT_UNDERSTAND
+        except OSError:
+            return OUT_OF_RESOURCES
+        finally:
+            with suppress(FileNotFoundError):
+                path.unlink()
+        return SUCCESS
+
+    def _closed(self, event: evt.Event) -> None:
+        with self._lock:
+            self._bytes.pop(id(event.assoc), None)
+        half = getattr(event.assoc.dimse.message, "_data_set_file", None)  # of a message that never ended
+        if half is not None:
+            half.close()
+            Path(half.name).unlink(missing_ok=True)
+        self.intake.closed(session_of(event.assoc))
+
+
+def session_of(association: Any) -> str:
+    return f"dicom-{id(association)}"
+
+
+class LaterHandshake(ssl.SSLContext):
+    """Shakes hands in the thread of the connection, not in the one that accepts: who says nothing keeps nobody out."""
+
+    def wrap_socket(self, sock: Any, *args: Any, **words: Any) -> ssl.SSLSocket:
+        sock.settimeout(STALL_S)
+        return super().wrap_socket(sock, *args, **(words | {"do_handshake_on_connect": False}))
+
+
+def server_context(serve: Serve, mutual: bool = True) -> ssl.SSLContext | None:
+    """TLS from 1.2 on; for peers, with client certificates where a CA is named. None where no key is."""
+    if not serve.tls_key:
+        return None
+    context = (LaterHandshake if mutual else ssl.SSLContext)(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(serve.tls_certificate, serve.tls_key)
+    if serve.tls_ca and mutual:
+        context.load_verify_locations(serve.tls_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context

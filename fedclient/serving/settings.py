@@ -1,0 +1,122 @@
+"""`[serve]` of site.toml: where `fedclient serve-model` listens, whom it hears, how much it takes, whom it answers."""
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shared_models.errors import StudyInvalid
+from shared_models.parse import STRICT
+
+AET = r"[A-Za-z0-9][A-Za-z0-9_ .-]{0,15}"
+Port = Annotated[int, Field(ge=0, le=65535)]
+Peer = Annotated[str, Field(pattern=rf"^{AET}(@[^@\s]+)?$")]
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """`[serve]`; options of the command go before it.
+
+    Attributes:
+        host, port: of the pages, the REST interface and DICOMweb. Beyond this machine they need TLS, and ask for the
+            token in `secrets/serve-token`.
+        dicom_host, dicom_port: of the DICOM receiver.
+        ae_title: of the receiver; who calls another name is refused.
+        allow: who may send: `AE` or `AE@address`. None named: there is no receiver.
+        return_to: where results go: `AE@host:port` (C-STORE) or the URL of a DICOMweb service (STOW-RS); empty:
+            nowhere.
+        quiet_s: a series is whole when nobody who sent of it is connected and nothing more has come for so long.
+        quota_gib: that files received and results may take up together.
+        most_mib: of one upload, or of one DICOM object.
+        queue: cases that wait; one more is answered with 503, or as out of resources.
+        time_limit_s: for one case.
+        keep_hours: results are deleted after so long; what was received is as soon as it is predicted on.
+        tls_certificate, tls_key: PEM files, of pages and receiver alike.
+        tls_ca: PEM file; DICOM peers must show a certificate of it.
+    """
+
+    __pydantic_config__ = STRICT
+    host: str = "127.0.0.1"
+    port: Port = 8484
+    dicom_host: str = "127.0.0.1"
+    dicom_port: Port = 11112
+    ae_title: Annotated[str, Field(pattern=f"^{AET}$")] = "FEDIMAGING"
+    allow: Annotated[tuple[Peer, ...], Field(max_length=100)] = ()
+    return_to: str = ""
+    quiet_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    quota_gib: Annotated[float, Field(gt=0, le=1e6)] = 20.0
+    most_mib: Annotated[float, Field(gt=0, le=65536)] = 2048.0
+    queue: Annotated[int, Field(ge=1, le=10_000)] = 16
+    time_limit_s: Annotated[float, Field(gt=0, le=86400)] = 1800.0
+    keep_hours: Annotated[float, Field(gt=0, le=8760)] = 24.0
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
+
+    def __post_init__(self) -> None:
+        if self.return_to:
+            destination(self.return_to)
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ValueError("tls_certificate and tls_key come together")
+        if self.tls_ca and not self.tls_key:
+            raise ValueError("tls_ca is for TLS, which needs tls_certificate and tls_key")
+        if not is_local(self.host) and not self.tls_key:
+            raise ValueError(
+                f"host is {self.host!r}, beyond this machine: give tls_certificate and tls_key, or keep 127.0.0.1 "
+                f"behind a proxy of the hospital's own"
+            )
+
+    @property
+    def local(self) -> bool:
+        """Whether the pages are for this machine alone."""
+        return is_local(self.host)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where results go: a DICOM peer by its AE title, or a DICOMweb service by its URL."""
+
+    kind: Literal["dicom", "web"]
+    host: str
+    port: int
+    ae_title: str = ""
+    url: str = ""
+
+    def __str__(self) -> str:
+        return self.url or f"{self.ae_title}@{self.host}:{self.port}"
+
+
+def destination(text: str) -> Destination:
+    """`AE@host:port`, or the URL of a DICOMweb service.
+
+    Raises:
+        ValueError: neither.
+    """
+    if re.fullmatch(r"https?://[^\s@]+", text):
+        return Destination("web", "", 0, url=text.rstrip("/"))
+    found = re.fullmatch(rf"({AET})@([^\s@:]+|\[[0-9a-fA-F:]+\]):(\d{{1,5}})", text)
+    if found is None or not 0 < int(found[3]) < 65536:
+        raise ValueError(f"return_to is {text!r}; allowed is AE@host:port, or the URL of a DICOMweb service")
+    return Destination("dicom", found[2].strip("[]"), int(found[3]), found[1].strip())
+
+
+def is_local(host: str) -> bool:
+    """Whether an address reaches this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_files(serve: Serve) -> None:
+    """Raises StudyInvalid for a file of TLS that is not there."""
+    for key in ("tls_certificate", "tls_key", "tls_ca"):
+        name = getattr(serve, key)
+        if name and not Path(name).is_file():
+            raise StudyInvalid(f"[serve] {key}: {name} is not there. Give the path of a PEM file.")

@@ -1,0 +1,140 @@
+"""The predicting process: opens a release, and answers one folder of received files after the other.
+
+    python -m fedclient.serving.worker RELEASE --site FOLDER [--authority FILE]... [--research] [--device cpu]
+
+JSON lines on standard input and output. Whatever is wrong with a file is told by its code; a fault of this package is
+told by where it happened, because words of other packages may quote a header.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from fedclient.drift import note
+from fedclient.predict.case import Prediction, predict_case
+from fedclient.predict.inputs import Source, Unread, list_inputs
+from fedclient.predict.model import Model, load_model
+from fedclient.predict.outputs import write_case
+from fedclient.serving.logs import own_lines_only, where
+from fedclient.serving.view import colours, write_view
+from shared_models.errors import FederationError, ImageUnreadable
+from shared_models.release import Trust, open_release
+
+FORMATS = ("seg", "sr", "sc", "nifti", "json")
+MOST_IMAGES = 64  # of one case
+KIND = {".dcm": "dicom", ".png": "picture", ".json": "facts"}
+
+log = logging.getLogger("fedclient.serving")
+
+
+def answered(model: Model, folder: Path, site: Path, view: bool) -> dict[str, Any]:
+    """What the files in `folder`/in come to; results lie in `folder`/out."""
+    images: list[dict[str, Any]] = []
+    unread: list[dict[str, str]] = []
+    try:
+        found = list_inputs([folder / "in"], model.study).found
+    except ImageUnreadable as error:
+        found = []
+        unread.append({"code": error.code, "why": str(error)})
+    for n, each in enumerate(found[:MOST_IMAGES]):
+        if isinstance(each, Unread):
+            unread.append({"code": each.code, "why": each.why})
+            continue
+        try:
+            images.append(_one(model, each, f"image-{n + 1}", folder / "out", view))
+        except FederationError as error:
+            unread.append({"code": getattr(error, "code", "CASE_UNREADABLE"), "why": str(error)})
+            continue
+        note(site, model.study, model.digest, images[-1].pop("cells"))
+    if len(found) > MOST_IMAGES:
+        unread.append({"code": "INPUT_TOO_LARGE", "why": f"more than {MOST_IMAGES} images were sent at once."})
+    return {"images": images, "unread": unread}
+
+
+def _one(model: Model, source: Source, name: str, out: Path, view: bool) -> dict[str, Any]:
+    prediction = predict_case(model, source)
+    written, missing = write_case(prediction, name, out, FORMATS, overwrite=True)
+    planes = write_view(prediction, source, out / name) if view else []
+    return {
+        "name": name,
+        "answers": [_told(each) for each in _facts(prediction)],
+        "doubts": [asdict(doubt) for doubt in prediction.doubts],
+        "seconds": round(prediction.seconds, 3),
+        "files": [{"file": f"{name}/{file}", "kind": KIND.get(Path(file).suffix, "mask")} for file in written],
+        "missing": missing,
+        "planes": planes,
+        "cells": dict(prediction.cells),
+    }
+
+
+def _facts(prediction: Prediction) -> list[dict[str, Any]]:
+    from fedclient.predict.results import facts
+
+    found: list[dict[str, Any]] = facts(prediction)["answers"]
+    return found
+
+
+def _told(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """An answer without the list of its parts, which is in result.json."""
+    return {key: value for key, value in answer.items() if key != "largest"}
+
+
+def rss_bytes() -> int:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def serve(model: Model, site: Path, orders: TextIO, answers: TextIO) -> None:
+    """Answers orders until there are no more."""
+    for line in orders:
+        order = json.loads(line)
+        try:
+            said = answered(model, Path(order["folder"]), site, bool(order.get("view")))
+        except Exception as error:  # a fault of ours, or of a library over a hostile file: the next case may be sound
+            log.error("a case failed: %s", where(error))
+            said = {"images": [], "unread": [{"code": "INTERNAL", "why": f"a fault over this case ({where(error)})."}]}
+        answers.write(json.dumps(said | {"rss_bytes": rss_bytes()}) + "\n")
+        answers.flush()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fedclient.serving.worker", description=__doc__)
+    parser.add_argument("release", type=Path)
+    parser.add_argument("--site", type=Path, required=True)
+    parser.add_argument("--authority", type=Path, action="append", default=[])
+    parser.add_argument("--research", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0)
+    asked = parser.parse_args(arguments)
+    own_lines_only()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    try:
+        trust = Trust(tuple(path.read_bytes() for path in asked.authority), asked.research)
+        release = open_release(asked.release, trust)
+        model = load_model(release, asked.device, asked.threads)
+    except FederationError as error:
+        answers.write(json.dumps({"error": str(error)}) + "\n")
+        answers.flush()
+        sys.exit(1)
+    facts = {
+        "name": model.name, "version": model.version, "sha256": model.digest, "engine": model.engine,
+        "study": model.study.name, "title": model.study.title, "task": model.study.task.kind,
+        "answers": list(model.study.task.answers), "modality": model.study.modality,
+        "channels": list(model.study.channels), "reference": bool(model.fingerprint),
+        "colours": colours(len(model.study.task.answers)),
+    }  # fmt: skip
+    answers.write(json.dumps({"model": facts}) + "\n")
+    answers.flush()
+    own_lines_only(silent=True)
+    serve(model, asked.site, sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

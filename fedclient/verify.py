@@ -1,0 +1,114 @@
+"""`fedclient verify`: is a release whole, whose is it, what does its evidence show; nothing in it is run unasked."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from shared_models.cli import guarded, print_json
+from shared_models.errors import ReleaseInvalid
+from shared_models.evidence import LOG
+from shared_models.files import read_lines
+from shared_models.release import Release, Trust, open_release
+
+console = Console(soft_wrap=True)
+Authority = Annotated[
+    Path | None, typer.Option(help="Certificate of a federation's authority (ca.pem); default: the one of --site.")
+]
+Research = Annotated[bool, typer.Option("--research", help="Take releases of `fedsim release` too: of nobody known.")]
+
+
+def trust_in(site: Path, authority: Path | None, research: bool) -> Trust:
+    """The authority that this site pinned when it joined, or the one of a file.
+
+    Raises:
+        ReleaseInvalid: neither is there, and research releases are not asked for.
+    """
+    pinned = site / "keys" / "ca.pem"
+    if authority is not None:
+        return Trust((authority.read_bytes(),), research)
+    if pinned.exists():
+        return Trust((pinned.read_bytes(),), research)
+    if research:
+        return Trust((), True)
+    raise ReleaseInvalid(
+        f"{pinned}: is missing, so nothing says whom to trust. Give the folder of this site with --site, or the "
+        "certificate of a federation's authority with --authority FILE."
+    )
+
+
+@guarded
+def verify(
+    release: Annotated[Path, typer.Argument(help="Folder of a release, or its .fedrelease file.")],
+    authority: Authority = None,
+    research: Research = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Also run all forms of the network on the made-up cases of the release.")
+    ] = False,
+    site: Annotated[Path, typer.Option("--site", envvar="FEDCLIENT_SITE", help="Folder of this node.")] = Path("site"),
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Checks a release offline: every byte, the signature, the approvals, the evidence; names what is wrong."""
+    from shared_models.provenance import against_kept, check_provenance
+
+    trust = trust_in(site, authority, research)
+    with tempfile.TemporaryDirectory(prefix="fedclient-verify-") as scratch:
+        opened = open_release(release, trust, scratch=Path(scratch))
+        shown = [*check_provenance(opened, trust.authorities), *against_kept(opened, kept_heads(site))]
+        figures = _run(opened) if run else None
+    facts = facts_of(opened)
+    if as_json:
+        print_json({**facts, "shown": shown, "parity": figures})
+        return
+    console.print(f"[bold]{opened.name}[/] version {opened.version}: {facts['words']}", highlight=False)
+    for words in shown:
+        console.print(f"  {words}", highlight=False, markup=False)
+    for name, figure in (figures or {}).items():
+        console.print(f"  {name} answers as the network does, within {figure['logits']:.2g}", highlight=False)
+    console.print(f"digest {opened.digest}", highlight=False)
+
+
+def kept_heads(site: Path) -> list[dict[str, Any]]:
+    """Heads of other parties' logs that this site has written into its own."""
+    lines = read_lines(site / LOG) if (site / LOG).exists() else []
+    return [line["facts"] for line in lines if line["event"] == "witnessed"]
+
+
+def facts_of(opened: Release) -> dict[str, Any]:
+    """What is told of a release that was opened."""
+    manifest, origin = opened.manifest, opened.manifest.origin
+    whose = (
+        f"signed by the coordinator of {origin.federation!r}"
+        if origin.kind == "federation"
+        else "a RESEARCH release, whole and of nobody who is known; never for patients"
+    )
+    return {
+        "name": opened.name,
+        "version": opened.version,
+        "digest": opened.digest,
+        "kind": origin.kind,
+        "federation": origin.federation,
+        "run": origin.run,
+        "round": origin.round,
+        "sites": dict(origin.sites),
+        "files": len(manifest.files),
+        "approvals": manifest.approvals,
+        "words": f"all {len(manifest.files)} files are as they were signed; {whose}",
+    }
+
+
+def _run(opened: Release) -> dict[str, dict[str, float]]:
+    """Every form of the network on the stored cases, against what was stored."""
+    from shared_models.parity import compared, stored_cases  # imports torch
+    from shared_models.release import ONNX, TORCHSCRIPT, WEIGHTS
+    from shared_models.runtimes import network_of, onnx_runner, torch_runner, torchscript_runner
+
+    cases, wanted = stored_cases(opened.folder, opened.study)
+    forms = {
+        WEIGHTS: torch_runner(network_of(opened.study, opened.weights)),
+        ONNX: onnx_runner(opened.onnx),
+        TORCHSCRIPT: torchscript_runner(opened.folder / TORCHSCRIPT),
+    }
+    return compared(opened.study, cases, wanted, forms)

@@ -1,0 +1,236 @@
+"""What a release's evidence proves: that the coordinator's audit log holds what the manifest says of its making.
+
+    evidence/audit.json        lines of the log about the run, each with its place in the tree, and the signed tree head
+    evidence/roster.json       the signed roster as the release was made
+    evidence/study.json        the study as the hospitals approved it
+    evidence/plan.json         the plan that its sites' counts gave, where the study asks for one
+    evidence/environment.json  every installed package with its version
+    evidence/cards/SITE.json   data cards that were handed in
+
+A hospital that keeps heads of the coordinator's log (`fedclient audit verify`) can tell whether it is the same log.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from shared_models.audit import HEAD, LINE
+from shared_models.errors import FederationError, ReleaseInvalid
+from shared_models.files import canonical_json
+from shared_models.identity import verify, vouched
+from shared_models.merkle import holds
+from shared_models.parse import STRICT, Count, Sha256, parse_json
+from shared_models.plan import Plan
+from shared_models.planned import planned
+from shared_models.release import MOST_JSON, SIGNATURE, STUDY, WEIGHTS, Release, entry_of
+from shared_models.release_facts import Signature64, Signed
+from shared_models.roster import checked, read_signed
+from shared_models.study import canonical, from_json
+from shared_models.study import sha256 as study_sha256
+
+AUDIT, ROSTER, APPROVED = "evidence/audit.json", "evidence/roster.json", "evidence/study.json"
+PLAN, ENVIRONMENT, CARDS = "evidence/plan.json", "evidence/environment.json", "evidence/cards"
+EVENTS = ("run-queued", "run-retrained", "run-opened", "plan-made", "round-closed", "run-finished")
+PLAIN = ("reply-counted",)  # of these only late ones tell what `round-closed` does not
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One line of a log, and the way from it to the root (hexadecimal)."""
+
+    __pydantic_config__ = STRICT
+    index: Count
+    line: Annotated[str, Field(max_length=1 << 20)]
+    path: Annotated[tuple[Sha256, ...], Field(max_length=64)]
+
+
+@dataclass(frozen=True, slots=True)
+class Extract:
+    """evidence/audit.json: the head of a log, signed by the coordinator, and some of its lines."""
+
+    __pydantic_config__ = STRICT
+    log: Sha256
+    size: Count
+    root: Sha256
+    time: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+    signature: Signature64
+    leaves: Annotated[tuple[Leaf, ...], Field(max_length=100_000)]
+
+    @property
+    def statement(self) -> bytes:
+        return canonical_json({"log": self.log, "size": self.size, "root": self.root, "time": self.time})
+
+
+def wanted(line: Mapping[str, Any], runs: Mapping[str, int | None]) -> bool:
+    """Whether a line of the log belongs into the evidence of a release of these runs (run -> last round taken)."""
+    facts, event = line["facts"], line["event"]
+    run = facts.get("run")
+    if run not in runs or (event not in EVENTS and not (event in PLAIN and facts.get("why") == "late")):
+        return False
+    most = runs[run]
+    return most is None or (event != "run-finished" and int(facts.get("round", 0)) <= most)
+
+
+def check_provenance(release: Release, authorities: tuple[bytes, ...]) -> list[str]:
+    """What the evidence of an opened release shows, a sentence for each thing.
+
+    Raises:
+        ReleaseInvalid: naming the file that contradicts the manifest.
+    """
+    origin, shown = release.manifest.origin, list[str]()
+    shown += _check_study(release)
+    if not release.study.train.scaffold and release.manifest.files[WEIGHTS].sha256 != origin.weights_sha256:
+        raise ReleaseInvalid(f"{WEIGHTS}: is not what round {origin.round} of {origin.run} ended with.", WEIGHTS)
+    _check_digest(release, ENVIRONMENT, origin.environment_sha256)
+    for site, digest in origin.data_cards.items():
+        _check_digest(release, f"{CARDS}/{site}.json", digest)
+    if origin.data_cards:
+        shown.append(f"data cards of {len(origin.data_cards)} sites are those that the manifest names")
+    if origin.kind == "simulation":
+        return [*shown, "it was made in a simulation: no log, no roster and no hospital stands behind it"]
+    certificate, authority = _signer(release, authorities)
+    shown.append(_check_roster(release, authority))
+    try:
+        return [*shown, *_check_audit(release, vouched(authority, certificate) or b"")]
+    except (KeyError, TypeError, AttributeError) as error:  # signed, and yet not what our log writes
+        raise ReleaseInvalid(f"{AUDIT}: a line of the log lacks {error}. Update the package.", AUDIT) from None
+
+
+def against_kept(release: Release, heads: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the release's log is to a site that keeps heads of its coordinator's (`witnessed` lines).
+
+    Raises:
+        ReleaseInvalid: two logs are told, of the same coordinator.
+    """
+    if AUDIT not in release.manifest.files:
+        return []
+    extract = parse_json(Extract, _bytes(release, AUDIT), AUDIT, ReleaseInvalid)
+    same = [head for head in heads if head["log"] == extract.log]
+    if any(head["size"] == extract.size and head["root"] != extract.root for head in same):
+        raise ReleaseInvalid(
+            f"{AUDIT}: the coordinator's log had another root over {extract.size} lines when this site saw it: two "
+            "histories are told. Ask the coordinator by telephone.",
+            AUDIT,
+        )
+    return [f"the log is the one of which this site keeps {len(same)} heads"] if same else []
+
+
+def _signer(release: Release, authorities: tuple[bytes, ...]) -> tuple[bytes, bytes]:
+    """The certificate of who signed the release, and that of the authority that vouches for it."""
+    signed = parse_json(Signed, _bytes(release, SIGNATURE), SIGNATURE, ReleaseInvalid)
+    certificate = signed.signer.encode()
+    by = [ca for ca in authorities if vouched(ca, certificate) is not None]
+    if not by:
+        raise ReleaseInvalid(f"{SIGNATURE}: nobody who is trusted here vouches for it.", SIGNATURE)
+    return certificate, by[0]
+
+
+def _check_study(release: Release) -> list[str]:
+    """study.json follows from what the hospitals approved, and from the plan where there is one."""
+    origin = release.manifest.origin
+    _check_digest(release, APPROVED, origin.study_sha256)
+    if origin.plan_sha256 is not None:
+        _check_digest(release, PLAN, origin.plan_sha256)
+    try:
+        approved = from_json(_bytes(release, APPROVED), APPROVED)
+        if origin.plan_sha256 is not None:
+            approved = planned(approved, parse_json(Plan, _bytes(release, PLAN), PLAN, ReleaseInvalid))
+    except ReleaseInvalid:
+        raise
+    except FederationError as error:
+        raise ReleaseInvalid(f"{APPROVED}: {error}", APPROVED) from None
+    if canonical(approved) != canonical(release.study):
+        raise ReleaseInvalid(f"{STUDY}: does not follow from the study that the hospitals approved.", STUDY)
+    plan = " and the plan of its sites' counts" if origin.plan_sha256 else ""
+    return [f"the study is the one that was approved ({study_sha256(approved)[:12]}){plan}"]
+
+
+def _check_roster(release: Release, authority: bytes) -> str:
+    origin = release.manifest.origin
+    try:
+        roster = checked(read_signed(_bytes(release, ROSTER), ROSTER), authority)
+    except ReleaseInvalid:
+        raise
+    except FederationError as error:
+        raise ReleaseInvalid(f"{ROSTER}: {error}", ROSTER) from None
+    if (roster.epoch, roster.sha256) != (origin.roster_epoch, origin.roster_sha256):
+        raise ReleaseInvalid(f"{ROSTER}: is another epoch than the manifest names.", ROSTER)
+    left = sorted(origin.sites.keys() - roster.sites.keys())
+    gone = f"; no longer in it: {', '.join(left)}" if left else ""
+    return f"the roster of epoch {roster.epoch} is signed and has {len(roster.sites)} sites{gone}"
+
+
+def _check_audit(release: Release, key: bytes) -> list[str]:
+    """Every line is signed and in the tree of the signed head, and none contradicts the manifest."""
+    origin = release.manifest.origin
+    extract = parse_json(Extract, _bytes(release, AUDIT), AUDIT, ReleaseInvalid)
+    if not verify(key, bytes.fromhex(extract.signature), HEAD, extract.statement):
+        raise ReleaseInvalid(f"{AUDIT}: its head is not signed by who signed the release.", AUDIT)
+    lines = list(_lines(extract, key))
+    own = [line for line in lines if line["facts"]["run"] == origin.run]
+    opened = [line["facts"]["study"] for line in lines if line["event"] == "run-opened"]
+    plans = [line["facts"]["plan"] for line in own if line["event"] == "plan-made"]
+    closed = {line["facts"]["round"]: line["facts"]["weights"] for line in own if line["event"] == "round-closed"}
+    ended = [line["facts"]["weights"] for line in own if line["event"] == "run-finished"]
+    if set(opened) - {origin.study_sha256} or not opened:
+        raise ReleaseInvalid(f"{AUDIT}: the log knows the run by another study than the manifest.", AUDIT)
+    if plans and plans[-1] != origin.plan_sha256:
+        raise ReleaseInvalid(f"{AUDIT}: the log knows another plan than the manifest.", AUDIT)
+    last = closed.get(origin.round, ended[-1] if ended else None)
+    if last != origin.weights_sha256:
+        raise ReleaseInvalid(f"{AUDIT}: the log knows other weights of round {origin.round}.", AUDIT)
+    counted: Counter[str] = Counter()
+    for line in lines:
+        facts = line["facts"]
+        counted.update(facts["counted"] if line["event"] == "round-closed" else ())
+        counted.update([facts["site"]] if line["event"] in PLAIN else ())
+    if more := sorted(site for site, rounds in counted.items() if rounds > origin.sites.get(site, 0)):
+        raise ReleaseInvalid(f"{AUDIT}: the log counts {more[0]!r} more often than the manifest does.", AUDIT)
+    rounds = len({(line["facts"]["run"], line["facts"]["round"]) for line in lines if line["event"] == "round-closed"})
+    return [
+        f"{len(lines)} lines of the coordinator's log are signed and in its tree of {extract.size} lines "
+        f"(root {extract.root[:16]}); {rounds} rounds closed, the last with the weights of this release"
+    ]
+
+
+def _lines(extract: Extract, key: bytes) -> Iterator[dict[str, Any]]:
+    root = bytes.fromhex(extract.root)
+    for leaf in extract.leaves:
+        text = leaf.line.encode()
+        line = parse_json(dict[str, Any], text, AUDIT, ReleaseInvalid)
+        body = {name: value for name, value in line.items() if name != "sign"}
+        try:
+            signature = bytes.fromhex(line["sign"])
+            sound = isinstance(line["facts"], dict) and isinstance(line["event"], str) and canonical_json(line) == text
+        except (KeyError, ValueError, TypeError):
+            sound, signature = False, b""
+        if not sound or not verify(key, signature, LINE, canonical_json(body)):
+            raise ReleaseInvalid(f"{AUDIT}: line {leaf.index + 1} of the log is not as it was signed.", AUDIT)
+        if not holds(text, leaf.index, extract.size, root, [bytes.fromhex(part) for part in leaf.path]):
+            raise ReleaseInvalid(f"{AUDIT}: line {leaf.index + 1} is not in the tree of the signed head.", AUDIT)
+        yield line
+
+
+def _check_digest(release: Release, name: str, wanted_sha256: str | None) -> None:
+    if wanted_sha256 is None:
+        return
+    entry = release.manifest.files.get(name)
+    if entry is None or entry.sha256 != wanted_sha256:
+        raise ReleaseInvalid(f"{name}: is not the one that the manifest names.", name)
+
+
+def _bytes(release: Release, name: str) -> bytes:
+    """A file of the release, compared once more: time has passed since it was opened."""
+    path = release.folder / name
+    entry = release.manifest.files.get(name)
+    if name != SIGNATURE and (entry is None or entry.bytes > MOST_JSON or entry_of(path) != entry):
+        raise ReleaseInvalid(f"{name}: is missing, or was changed. Get the release again.", name)
+    return path.read_bytes()
+
+
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,81 @@
+"""A released network in each form that it has: arrays in, logits out."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from shared_models import nets
+from shared_models.errors import ReleaseInvalid, WeightsInvalid
+from shared_models.study import Study
+from shared_models.weights import load
+
+Runner: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # [N, C, *spatial] -> [N, L, ...]
+INPUT, OUTPUT = "image", "logits"  # names in the ONNX graph
+TABLE = "table"  # name of the input that is no image
+
+
+def input_name(study: Study) -> str:
+    return TABLE if study.table_only else INPUT
+
+
+def network_of(study: Study, weights: Path) -> nn.Module:
+    """The study's network with the tensors of a safetensors file, ready to predict.
+
+    Raises:
+        WeightsInvalid: tensors of another network, or not finite.
+    """
+    net = nets.network(study)
+    nets.load_arrays(net, load(weights))
+    return net.eval()
+
+
+def torch_runner(net: nn.Module) -> Runner:
+    def run(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            answer: NDArray[np.float32] = net(torch.from_numpy(np.ascontiguousarray(inputs))).numpy()
+        return answer
+
+    return run
+
+
+def onnx_runner(path: Path, threads: int = 0) -> Runner:
+    """By onnxruntime on the CPU; 0 threads are as many as there are cores."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base
+        raise ReleaseInvalid(
+            f"{path}: onnxruntime cannot read it ({type(error).__name__}). Make the release again.", path.name
+        ) from error
+    name = session.get_inputs()[0].name
+
+    def run(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(session.run([OUTPUT], {name: inputs})[0], np.float32)
+
+    return run
+
+
+def torchscript_runner(path: Path) -> Runner:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is what MONAI Deploy and Label load
+        return torch_runner(torch.jit.load(str(path), map_location="cpu").eval())  # type: ignore[no-untyped-call]
+
+
+def state_dict_runner(study: Study, path: Path) -> Runner:
+    """A file of torch.save, of which tensors alone are read."""
+    net = nets.network(study)
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsInvalid(f"{path}: holds other tensors than the study's network. Make it again.") from error
+    return torch_runner(net.eval())

@@ -1,0 +1,110 @@
+"""Debian's Chromium, without a window, driven by its DevTools protocol."""
+
+import base64
+import itertools
+import json
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from websockets.sync.client import ClientConnection, connect
+
+from tests.processes.serving import until
+
+
+class Browser:
+    """One page.
+
+    Attributes:
+        requests: every address that it asked for.
+    """
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket = socket
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self._numbers = itertools.count(1)
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """A method of the protocol, and its result."""
+        number = next(self._numbers)
+        self.socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
+        while True:
+            said = json.loads(self.socket.recv(timeout=120))
+            self._hear(said)
+            if said.get("id") == number:
+                assert "error" not in said, said["error"]
+                return dict(said["result"])
+
+    def _hear(self, said: dict[str, Any]) -> None:
+        if said.get("method") == "Network.requestWillBeSent":
+            self.requests.append(said["params"]["request"]["url"])
+        if said.get("method") == "Runtime.exceptionThrown":
+            self.complaints.append(said["params"]["exceptionDetails"]["text"])
+        if said.get("method") == "Log.entryAdded" and said["params"]["entry"]["level"] == "error":
+            self.complaints.append(said["params"]["entry"]["text"])
+
+    def value(self, expression: str) -> Any:
+        """Of a line of JavaScript in the page."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def open(self, url: str, width: int = 1280, height: int = 900) -> None:
+        for domain in ("Page", "Runtime", "Network", "DOM", "Log"):
+            self.call(f"{domain}.enable")
+        self.size(width, height)
+        self.call("Page.navigate", url=url)
+        until(lambda: self.value("document.readyState") == "complete", "the page is there")
+
+    def size(self, width: int, height: int = 900) -> None:
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+
+    def choose(self, selector: str, files: Sequence[Path]) -> None:
+        """Files in a file input, as a person chooses them."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in files])
+
+    def press(self, key: str, code: int) -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def screenshot(self, to: Path) -> None:
+        """The whole page, not only what the window shows."""
+        content = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
+        to.write_bytes(base64.b64decode(content))
+
+
+@contextmanager
+def chromium(folder: Path) -> Iterator[Browser]:
+    """Starts it with a profile of its own, and ends it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen(
+        [
+            "chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+            "--disable-background-networking", "--remote-debugging-port=0", f"--user-data-dir={folder / 'profile'}",
+            "about:blank",
+        ],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        said = folder / "profile" / "DevToolsActivePort"
+        until(lambda: said.exists() and len(said.read_text().splitlines()) == 2, "Chromium listens")
+        port = said.read_text().splitlines()[0]
+        pages: list[dict[str, Any]] = []
+        while not pages:
+            listed = httpx.get(f"http://127.0.0.1:{port}/json", timeout=60).json()
+            pages = [each for each in listed if each["type"] == "page"]
+            time.sleep(0.1)
+        with connect(pages[0]["webSocketDebuggerUrl"], max_size=2**28, open_timeout=60) as socket:
+            yield Browser(socket)
+    finally:
+        process.terminate()
+        process.wait(30)

@@ -1,0 +1,237 @@
+"""Results as DICOM, read back by highdicom and pydicom: on the slices of the source, coded, and called no diagnosis."""
+
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import highdicom as hd
+import numpy as np
+import pytest
+from highdicom.sr import srread
+from pydicom import dcmread
+from pydicom.uid import ExplicitVRLittleEndian
+
+from fedclient.data.dicom import read_series
+from fedclient.data.seg import read_seg
+from fedclient.data.volume import Volume
+from fedclient.predict.case import Prediction, predict_case
+from fedclient.predict.outputs import write_case
+from shared_models.study import Preprocess, Study, Task
+from simulations.fixtures.dicom import write_dicom_series
+from tests.dicoms import NAME, without, write_series
+from tests.marking import DARK_HU, LUNG, NODULES, bright, chest_hu, model
+
+AFFINE = np.diag([0.8, 0.7, 2.5, 1.0])
+DICOM = ("seg", "sr", "sc")
+SAGITTAL = (0.0, 1.0, 0.0, 0.0, 0.0, -1.0)
+
+
+def written(folder: Path, hu: Any, study: Study = LUNG, through: Any = None, **how: Any) -> tuple[Path, Prediction]:
+    """The folder of the results of a series of `hu`."""
+    write_dicom_series(folder / "ct", Volume(hu, AFFINE.copy(), "CT"), **how)
+    made = model(study) if through is None else model(study, through)
+    found = predict_case(made, folder / "ct")
+    files, _ = write_case(found, "case", folder, DICOM)
+    assert files == ["segmentation.dcm", "report.dcm", "overlay.dcm"]
+    return folder / "case", found
+
+
+def content(path: Path) -> Any:
+    """What a report says, as highdicom parses it by its template."""
+    return srread(path).content
+
+
+def source_volume(folder: Path) -> hd.Volume:
+    """By highdicom's own reader."""
+    return hd.get_volume_from_series([dcmread(path) for path in sorted(folder.iterdir())])
+
+
+@pytest.mark.parametrize(
+    ("directions", "planes"), [((1, 1, 1), 5), ((-1, 1, -1), 5), ((1, -1, 1), 37), ((-1, -1, -1), 37)]
+)
+def test_a_segmentation_lies_on_the_very_slices_of_its_source(directions, planes, tmp_path):
+    hu = chest_hu((40, 36, planes))
+    folder, _ = written(tmp_path, hu, directions=directions)
+    seg, source = hd.seg.segread(folder / "segmentation.dcm"), source_volume(tmp_path / "ct")
+    found = seg.get_volume(combine_segments=True)
+    assert np.allclose(found.affine, source.affine, atol=1e-4)
+    assert found.array.shape == source.array.shape
+    assert np.array_equal(found.array, (source.array < DARK_HU).astype(np.uint8))
+    first = dcmread(next((tmp_path / "ct").iterdir()))
+    assert seg.FrameOfReferenceUID == first.FrameOfReferenceUID
+    assert seg.StudyInstanceUID == first.StudyInstanceUID
+    assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == first.SeriesInstanceUID
+    referred = {each.ReferencedSOPInstanceUID for each in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+    assert referred == {dcmread(path).SOPInstanceUID for path in (tmp_path / "ct").iterdir()}
+
+
+def test_each_slice_has_the_frame_that_was_drawn_on_it(tmp_path):
+    folder, _ = written(tmp_path, chest_hu((40, 36, 37)), shuffled=True)
+    seg = hd.seg.segread(folder / "segmentation.dcm")
+    slices = [dcmread(path) for path in (tmp_path / "ct").iterdir()]
+    frames = seg.get_pixels_by_source_instance([each.SOPInstanceUID for each in slices], combine_segments=True)
+    for each, frame in zip(slices, frames, strict=True):
+        assert np.array_equal(frame > 0, each.pixel_array - 1024.0 < DARK_HU)
+
+
+def test_our_own_reader_finds_what_was_marked(tmp_path):
+    folder, found = written(tmp_path, chest_hu())
+    volume = read_series(sorted((tmp_path / "ct").iterdir()))
+    assert np.array_equal(read_seg(folder / "segmentation.dcm", volume, {"lung": 1}), found.mask)
+
+
+def test_slices_across_another_axis_get_their_frames_too(tmp_path):
+    write_series(tmp_path / "ct", cosines=SAGITTAL)
+    found = predict_case(model(), tmp_path / "ct")
+    assert not found.grid.slices_along_k
+    write_case(found, "case", tmp_path, ("seg",))
+    seg, source = hd.seg.segread(tmp_path / "case/segmentation.dcm"), source_volume(tmp_path / "ct")
+    assert np.array_equal(seg.get_volume(combine_segments=True).array > 0, source.array < DARK_HU)
+    assert 0 < found.mask.mean() < 1
+
+
+def test_a_segmentation_says_what_it_shows_and_which_release_drew_it(tmp_path):
+    folder, _ = written(tmp_path, chest_hu())
+    seg = hd.seg.segread(folder / "segmentation.dcm")
+    assert seg.file_meta.TransferSyntaxUID == ExplicitVRLittleEndian
+    assert (seg.SegmentationType, seg.Modality, seg.NumberOfFrames) == ("BINARY", "SEG", 5)
+    described = seg.get_segment_description(1)
+    assert (described.segmented_property_type.value, described.segmented_property_type.scheme_designator) == (
+        "39607008",
+        "SCT",
+    )
+    algorithm: Any = described.algorithm_identification
+    assert (algorithm.name, algorithm.version, algorithm.parameters["release_sha256"]) == ("dark", "1.0", "d" * 64)
+    assert described.algorithm_type.value == "AUTOMATIC"
+    assert "not for diagnosis" in seg.SeriesDescription
+
+
+def test_a_label_that_is_in_no_table_is_named_in_a_scheme_of_our_own(tmp_path):
+    folder, _ = written(tmp_path, chest_hu(), replace(LUNG, task=Task(labels=("widget",))))
+    kind = hd.seg.segread(folder / "segmentation.dcm").get_segment_description(1).segmented_property_type
+    assert (kind.value, kind.scheme_designator, kind.meaning) == ("widget", "99FEDIMAGING", "widget")
+
+
+def nodules() -> Any:
+    hu = np.full((1, 40, 36, 5), 40.0, np.float32)
+    hu[0, 4:9, 6:9, 1:3] = 800  # 5 x 3 x 2 voxels
+    hu[0, 20, 20, 4] = 800
+    return hu
+
+
+def test_each_nodule_is_a_segment_and_a_measurement_group_of_its_own(tmp_path):
+    folder, _ = written(tmp_path, nodules(), NODULES, bright)
+    seg = hd.seg.segread(folder / "segmentation.dcm")
+    assert [seg.get_segment_description(n).segment_label for n in (1, 2)] == ["nodule 1", "nodule 2"]
+    voxels = seg.get_volume().array
+    assert [int(voxels[..., n].sum()) for n in (0, 1)] == [30, 1]
+    groups = content(folder / "report.dcm").get_volumetric_roi_measurement_groups()
+    assert [group.tracking_identifier for group in groups] == ["nodule 1", "nodule 2"]
+    told = [{m.name.meaning: (m.value, m.unit.value) for m in group.get_measurements()} for group in groups]
+    voxel_mm3 = 0.8 * 0.7 * 2.5
+    longest = np.hypot(4 * 0.8, 2 * 0.7)
+    along = np.hypot(4 * 0.8 / longest * 0.8, 2 * 0.7 / longest * 0.7)
+    assert told[0]["Volume"] == (pytest.approx(30 * voxel_mm3, abs=1e-3), "mm3")
+    assert told[0]["Long axis"] == (pytest.approx(longest + along, abs=1e-3), "mm")
+    assert told[1]["Long axis"] == (pytest.approx(0.7, abs=1e-3), "mm")
+    assert [group.referenced_segment.referenced_segment_numbers for group in groups] == [[1], [2]]
+    assert {group.referenced_segment.referenced_sop_instance_uid for group in groups} == {seg.SOPInstanceUID}
+    assert groups[0].finding_type.value == "27925004"
+
+
+def test_where_nothing_is_marked_the_results_say_so(tmp_path):
+    hu = np.full((1, 40, 36, 5), 40.0, np.float32)
+    hu[0, :3] = -900
+    folder, found = written(tmp_path, hu, NODULES, bright)
+    assert not found.answers[0].called
+    assert not hd.seg.segread(folder / "segmentation.dcm").pixel_array.any()
+    (group,) = content(folder / "report.dcm").get_volumetric_roi_measurement_groups()
+    assert [(m.name.meaning, m.value) for m in group.get_measurements()] == [("Volume", 0)]
+
+
+def test_a_report_refers_to_the_slices_and_is_neither_verified_nor_final(tmp_path):
+    folder, _ = written(tmp_path, chest_hu())
+    report = dcmread(folder / "report.dcm")
+    (study,) = report.CurrentRequestedProcedureEvidenceSequence
+    referred = {
+        each.ReferencedSOPInstanceUID
+        for series in study.ReferencedSeriesSequence
+        for each in series.ReferencedSOPSequence
+    }
+    assert {dcmread(path).SOPInstanceUID for path in (tmp_path / "ct").iterdir()} <= referred
+    assert dcmread(folder / "segmentation.dcm").SOPInstanceUID in referred
+    assert report.VerificationFlag == "UNVERIFIED"
+    assert report.ContentTemplateSequence[0].TemplateIdentifier == "1500"
+
+
+def test_a_capture_shows_the_marks_and_burnt_in_words(tmp_path):
+    folder, found = written(tmp_path, chest_hu())
+    capture = dcmread(folder / "overlay.dcm")
+    assert (capture.SOPClassUID.name, capture.PhotometricInterpretation) == ("Secondary Capture Image Storage", "RGB")
+    assert "not for diagnosis" in capture.SeriesDescription
+    pixels = capture.pixel_array
+    half = 512 * 40 * 8 // (512 * 36 * 7)  # of which only that it is there matters: the words are below both panels
+    assert half >= 1
+    words = pixels[-40:]
+    assert (words.max(axis=2) > 200).sum() > 500
+    orange = (pixels.astype(int) == (230, 159, 0)).all(axis=2)
+    assert orange.any()
+    shown = [dcmread(path) for path in (tmp_path / "ct").iterdir()]
+    referred = capture.SourceImageSequence[0].ReferencedSOPInstanceUID
+    (most,) = [each for each in shown if each.SOPInstanceUID == referred]
+    assert np.isclose(float(most.ImagePositionPatient[2]), AFFINE[2, 2] * found.key.k)
+
+
+def test_results_carry_the_patient_and_the_study_and_their_messages_do_not(tmp_path):
+    write_series(tmp_path / "ct")
+    found = predict_case(model(), tmp_path / "ct")
+    write_case(found, "case", tmp_path, DICOM)
+    for path in (tmp_path / "case").iterdir():
+        assert str(dcmread(path).PatientName) == NAME
+    assert NAME not in repr(found)
+
+
+def test_a_header_without_what_dicom_asks_for_still_bears_results(tmp_path):
+    bare = [without(keyword) for keyword in ("StudyInstanceUID",)]
+    write_series(tmp_path / "ct", edit=lambda k, data: [edit(k, data) for edit in bare])
+    found = predict_case(model(), tmp_path / "ct")
+    with pytest.raises(Exception, match="does not bear a result"):
+        write_case(found, "case", tmp_path, DICOM)
+    assert not (tmp_path / "case").exists()
+    write_case(found, "case", tmp_path, ("nifti",))
+
+
+def test_slices_in_two_frames_of_reference_are_refused(tmp_path):
+    write_series(tmp_path / "ct")
+    found = predict_case(model(), tmp_path / "ct")
+    data = dcmread(next((tmp_path / "ct").iterdir()))
+    data.FrameOfReferenceUID = "1.2.3"
+    data.save_as(found.source.files[0])  # type: ignore[union-attr]
+    with pytest.raises(Exception, match="more than one frame of reference"):
+        write_case(found, "case", tmp_path, ("seg",))
+
+
+def test_a_radiograph_gets_report_and_capture_and_no_segmentation(tmp_path):
+    def film(k: int, data: Any) -> None:
+        data.Modality, data.SOPClassUID = "DX", "1.2.840.10008.5.1.4.1.1.1.1"
+        for keyword in ("ImageOrientationPatient", "ImagePositionPatient", "FrameOfReferenceUID"):
+            delattr(data, keyword)
+
+    write_series(tmp_path / "dx", slices=1, edit=film)
+    study = replace(LUNG, modality="xray", preprocess=Preprocess((32, 32), "crop_pad", "percentile"))
+    found = predict_case(model(study), tmp_path / "dx")
+    files, missing = write_case(found, "case", tmp_path, DICOM)
+    assert files == ["report.dcm", "overlay.dcm"]
+    assert "no frame of reference" in missing["seg"]
+
+
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dciodvfy is not installed (Debian: dicom3tools)")
+@pytest.mark.parametrize("planes", [1, 5, 37])
+def test_a_validator_finds_no_error(planes, tmp_path):
+    folder, _ = written(tmp_path, chest_hu((40, 36, planes)))
+    for path in folder.iterdir():
+        found = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, check=False)
+        errors = [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("Error")]
+        assert not errors, (path.name, errors)

@@ -1,0 +1,104 @@
+"""Prediction by a real release: both engines alike, a cold start without PyTorch, and the command as people type it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fedclient.cli import app
+from fedclient.data.volume import Volume
+from fedclient.predict.case import predict_case
+from fedclient.predict.model import load_model
+from shared_models.errors import WeightsInvalid
+from shared_models.preprocess import preprocess, restore
+from shared_models.release import Release, open_release
+from shared_models.study import Evaluate
+from shared_models.tasks.decide import chances_of
+from tests.dicoms import NAME, write_series
+from tests.marking import chest_hu
+from tests.releases import made_release
+
+AFFINE = np.diag([0.8, 0.7, 2.5, 1.0])
+
+
+def nifti(path: Path, values: Any) -> Path:
+    image: Any = nibabel.Nifti1Image(values, AFFINE)
+    image.set_sform(AFFINE, code="scanner")
+    nibabel.save(image, path)
+    return path
+
+
+def authority(release: Release, folder: Path) -> str:
+    """The certificate whom the release is from, as a file."""
+    signature = json.loads((release.folder / "signature.json").read_bytes())
+    (folder / "ca.pem").write_text(signature["authority"])
+    return str(folder / "ca.pem")
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Release:
+    folder, trust = made_release(tmp_path_factory.mktemp("release"))
+    return open_release(folder, trust)
+
+
+def test_both_engines_mark_the_same_voxels(release):
+    hu = chest_hu((50, 44, 3))
+    engines = [load_model(release, threads=1), load_model(release, threads=1, engine="torch")]
+    examples = preprocess(hu, (0.8, 0.7, 2.5), release.study.preprocess)
+    chances = np.unique(restore(chances_of(release.study.task, engines[0].through(examples.images)), examples.geometry))
+    middle = chances[len(chances) // 4 : 3 * len(chances) // 4]
+    widest = int(np.diff(middle).argmax())  # made-up weights say nearly the same everywhere
+    study = replace(release.study, evaluate=Evaluate(threshold=float(middle[widest : widest + 2].mean())))
+    ours, theirs = (predict_case(replace(m, study=study), Volume(hu, AFFINE, "CT")).mask for m in engines)
+    assert 0.01 < ours.mean() < 0.99
+    assert np.array_equal(ours, theirs)
+
+
+def test_a_device_that_is_not_there_is_refused(release):
+    with pytest.raises(WeightsInvalid, match="PyTorch sees 0 GPUs"):
+        load_model(release, device="cuda:7")
+
+
+def test_a_cpu_needs_no_pytorch(release, tmp_path):
+    path = nifti(tmp_path / "a.nii", chest_hu()[0].astype(np.int16))
+    told = (
+        "import sys; from fedclient.cli import app\n"
+        f"try: app(['predict', {str(release.folder)!r}, {str(path)!r}, '-o', {str(tmp_path / 'out')!r}, "
+        f"'--authority', {authority(release, tmp_path)!r}])\n"
+        "except SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.strip().endswith("0 False"), ran.stdout + ran.stderr
+
+
+def test_a_temperature_below_zero_is_refused(release):
+    spoilt = replace(release, calibration={"lung": -1.0})
+    with pytest.raises(Exception, match="temperature"):
+        load_model(spoilt, threads=1)
+
+
+def test_the_command_exits_with_1_if_any_case_failed_and_names_no_patient(release, tmp_path):
+    data, out = tmp_path / NAME, tmp_path / "out"
+    data.mkdir()
+    write_series(data / "good")
+    (data / "bad.nii.gz").write_bytes(b"no image")
+    words = ["predict", str(release.folder), str(data), "-o", str(out), "--authority", authority(release, tmp_path)]
+    ran = CliRunner().invoke(app, [*words, "--format", "seg,json,csv", "--json", "--threads", "1"])
+    assert ran.exit_code == 1, ran.output
+    told = json.loads(ran.stdout)
+    assert (len(told["predicted"]), len(told["failed"])) == (1, 1)
+    assert NAME not in ran.output
+    assert not any(NAME in str(path.relative_to(tmp_path)) for path in out.rglob("*"))
+    assert {path.name for path in out.glob("series-*/*")} == {"segmentation.dcm", "result.json"}
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 1
+    assert "--overwrite" in again.output
+    strange = CliRunner().invoke(app, [*words[:4], str(tmp_path / "new"), *words[5:], "--format", "seg,pdf"])
+    assert "'pdf': is none of seg" in strange.output

@@ -1,0 +1,383 @@
+"""From a run to a release that a hospital verifies, who must approve it, and what becomes of it when a site leaves."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fedclient.cli import app as fedclient
+from fedclient.policy import Policy
+from fedserver import registry
+from fedserver.app import presence
+from fedserver.checkpoint import RunFolder, excluded, read_state
+from fedserver.cli import app as fedserver
+from fedserver.cohort import Presence
+from fedserver.enrol import open_federation, signer
+from fedserver.publish.card import Words
+from fedserver.state import Run, add_run, find_run, find_site
+from fedserver.withdrawal import begin_from, copy_until, retrain, withdraw
+from shared_models.errors import ReleaseInvalid, StateInvalid
+from shared_models.evidence import LOG
+from shared_models.files import canonical_json, read_json, read_lines, write_atomic, write_json
+from shared_models.identity import identity_public_key, new_site_keys, save_secret
+from shared_models.merkle import Tree, holds
+from shared_models.nets import initial_weights
+from shared_models.parse import parse_json, plain
+from shared_models.plan import Plan
+from shared_models.plan import sha256 as plan_sha256
+from shared_models.provenance import AUDIT, ENVIRONMENT, ROSTER, against_kept, check_provenance
+from shared_models.release import MANIFEST, Manifest, Trust, open_release, seal
+from shared_models.study import Model, Study, canonical, sha256
+from simulations.release import research_release
+from tests.edge import running_edge
+from tests.hospitals import Hospitals
+from tests.releases import tiny_study
+
+STUDY = tiny_study(rounds={"count": 3, "quorum": 2, "deadline_s": 300, "gather_s": 0, "pause_s": 300})
+INSIDE = Policy(approval="inside-policy")
+
+
+@pytest.fixture(scope="module")
+def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
+    """Two sites from round 1 on, a third from round 3: real rounds over a real gateway; the learner is a toy."""
+    folder = tmp_path_factory.mktemp("registry")
+    with running_edge(folder / "federation") as edge:
+        made = Hospitals(edge, folder / "sites")
+        for name in ("east", "north", "south"):
+            made.join(name, INSIDE)
+        queued(made, "lung", STUDY)
+        made.run(STUDY, "lung", weights=initial_weights(STUDY), presence=lambda: joining(made))
+        yield made
+
+
+def queued(made: Hospitals, run: str, study: Study) -> None:
+    federation = made.edge.federation
+    add_run(federation.state, Run(run, study.name, sha256(study), "finished", None, 1.0, 1.0, ""))
+
+
+def joining(made: Hospitals) -> Presence:
+    """East is there once round 2 is finished."""
+    finished = read_state(RunFolder(made.edge.federation.runs / "lung")).round
+    numbered = dict(enumerate(sorted(made.sites), start=1))
+    return Presence({name: number for number, name in numbered.items() if name != "east" or finished >= 2})
+
+
+@pytest.fixture(scope="module")
+def entry(hospitals: Hospitals) -> registry.Entry:
+    return registry.register(hospitals.edge.federation, RunFolder(hospitals.edge.federation.runs / "lung"))
+
+
+@pytest.fixture
+def trust(hospitals: Hospitals) -> Trust:
+    return registry.trust_of(hospitals.edge.federation)
+
+
+@pytest.fixture
+def copy(hospitals: Hospitals, entry: registry.Entry, tmp_path: Path) -> Path:
+    """The release, outside the registry, for a test to spoil."""
+    return registry.export_release(hospitals.edge.federation, entry, tmp_path / "out", single_file=False)
+
+
+def typed(app: Any, *words: str, code: int = 0) -> str:
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def test_a_run_becomes_a_release_that_a_hospital_verifies_by_what_it_pinned_at_join(hospitals, entry, tmp_path):
+    folder, site = str(hospitals.edge.federation.folder), str(hospitals.sites["north"])
+    typed(
+        fedserver, "release", "lung", "--version", "1", "--out", str(tmp_path), "--single-file", "--federation", folder
+    )
+    path = tmp_path / "tiny-lung-1.fedrelease"
+    told = json.loads(typed(fedclient, "verify", str(path), "--site", site, "--run", "--json"))
+    assert told["digest"] == entry.digest
+    assert told["sites"] == {"east": 1, "north": 3, "south": 3}
+    assert max(form["probability"] for form in told["parity"].values()) < 1e-4
+    assert any("3 rounds closed" in words for words in told["shown"])
+    assert any("of which this site keeps" in words for words in told["shown"])
+
+
+def test_a_changed_file_makes_verify_fail_and_name_it(hospitals, copy):
+    content = (copy / "card.html").read_bytes()
+    (copy / "card.html").write_bytes(content.replace(b"Not for diagnosis", b"Fit for diagnosis"))
+    said = typed(fedclient, "verify", str(copy), "--site", str(hospitals.sites["north"]), code=1)
+    assert "card.html" in said
+    assert "changed" in said
+
+
+def test_verify_asks_for_an_authority_where_none_is_pinned(copy, tmp_path):
+    said = typed(fedclient, "verify", str(copy), "--site", str(tmp_path / "nowhere"), code=1)
+    assert "--authority" in said
+
+
+def test_the_lines_of_the_log_are_about_the_run_and_prove_their_place(hospitals, copy, trust):
+    extract = json.loads((copy / AUDIT).read_bytes())
+    lines = [json.loads(leaf["line"]) for leaf in extract["leaves"]]
+    assert {line["facts"]["run"] for line in lines} == {"lung"}
+    assert [line["event"] for line in lines] == ["run-opened", *["round-closed"] * 3, "run-finished"]
+    check_provenance(open_release(copy, trust), trust.authorities)
+
+
+def spoilt(copy: Path, hospitals: Hospitals, name: str, change: Any) -> ReleaseInvalid:
+    """A coordinator that signs evidence which is not so."""
+    facts = json.loads((copy / name).read_bytes())
+    change(facts)
+    (copy / name).write_text(json.dumps(facts, sort_keys=True, separators=(",", ":")))
+    return contradiction(copy, hospitals)
+
+
+def contradiction(copy: Path, hospitals: Hospitals, **origin: Any) -> ReleaseInvalid:
+    federation = hospitals.edge.federation
+    authority = federation.ca_certificate.read_bytes()
+    manifest = parse_json(Manifest, (copy / MANIFEST).read_bytes(), MANIFEST)
+    seal(copy, replace(manifest, origin=replace(manifest.origin, **origin)), signer(federation), authority)
+    with pytest.raises(ReleaseInvalid) as found:
+        check_provenance(open_release(copy, Trust((authority,))), (authority,))
+    return found.value
+
+
+def test_a_line_that_was_edited_moved_or_cut_from_the_tree_is_found(copy, hospitals, tmp_path):
+    def edit(facts: Any) -> None:
+        line = json.loads(facts["leaves"][1]["line"])
+        line["facts"]["counted"] = ["north"]
+        facts["leaves"][1]["line"] = json.dumps(line, sort_keys=True, separators=(",", ":"))
+
+    def move(facts: Any) -> None:
+        facts["leaves"][1]["index"] += 1
+
+    def regrow(facts: Any) -> None:
+        facts["size"] -= 1
+
+    for n, (change, words) in enumerate([(edit, "not as it was signed"), (move, "not in the tree"), (regrow, "head")]):
+        fresh = Path(shutil.copytree(copy, tmp_path / str(n)))
+        found = spoilt(fresh, hospitals, AUDIT, change)
+        assert found.file == AUDIT
+        assert words in str(found)
+
+
+def test_a_log_that_is_another_than_the_site_has_seen_is_told(copy, trust):
+    opened, extract = open_release(copy, trust), json.loads((copy / AUDIT).read_bytes())
+    seen = {"log": extract["log"], "size": extract["size"], "root": extract["root"]}
+    assert against_kept(opened, [seen]) == ["the log is the one of which this site keeps 1 heads"]
+    assert against_kept(opened, [seen | {"log": "0" * 64}]) == []
+    with pytest.raises(ReleaseInvalid, match="two histories"):
+        against_kept(opened, [seen | {"root": "0" * 64}])
+
+
+def test_a_manifest_that_says_otherwise_than_the_log_is_refused(copy, hospitals):
+    assert "more often" in str(contradiction(copy, hospitals, sites={"north": 3, "south": 3}))
+    assert "model.safetensors" in str(contradiction(copy, hospitals, weights_sha256="a" * 64))
+
+
+def test_another_roster_or_environment_than_the_manifest_names_is_refused(copy, hospitals):
+    assert contradiction(copy, hospitals, roster_epoch=1).file == ROSTER
+    assert contradiction(copy, hospitals, environment_sha256="a" * 64).file == ENVIRONMENT
+
+
+def test_nothing_is_released_on_a_log_that_is_not_whole(hospitals, tmp_path):
+    federation = replace(hospitals.edge.federation, folder=tmp_path / "federation")
+    shutil.copytree(hospitals.edge.federation.folder, federation.folder)
+    lines = (federation.folder / LOG).read_bytes().split(b"\n")
+    (federation.folder / LOG).write_bytes(b"\n".join([*lines[:3], *lines[4:]]))
+    with pytest.raises(StateInvalid, match=r"line 4 .*Nothing is released"):
+        registry.register(federation, RunFolder(federation.runs / "lung"))
+
+
+def test_a_version_is_taken_once_and_an_earlier_round_is_released_as_not_tested(hospitals, entry):
+    federation = hospitals.edge.federation
+    run = RunFolder(federation.runs / "lung")
+    with pytest.raises(StateInvalid, match="is there already"):
+        registry.register(federation, run, version="1")
+    second = registry.register(federation, run, round_number=2)
+    assert (second.version, second.round, second.sites) == ("2", 2, {"north": 2, "south": 2})
+    card = json.loads((registry.folder_of(federation, second.digest) / "release/card.json").read_text())
+    assert "It was not scored on test patients." in card["limits"]
+
+
+def test_a_run_whose_sites_keep_layers_has_no_model_to_release(hospitals):
+    federation = hospitals.edge.federation
+    study = replace(STUDY, name="kept", personal=replace(STUDY.personal, keep=("norm",)))
+    like_lung(hospitals, federation.runs / "kept", study)
+    with pytest.raises(StateInvalid, match="keep their norm layers"):
+        registry.register(federation, RunFolder(federation.runs / "kept"))
+
+
+def test_stages_go_from_candidate_over_approved_to_retired_and_stand_in_the_log(hospitals, entry):
+    federation = hospitals.edge.federation
+    folder = str(federation.folder)
+    assert entry.stage == "candidate"
+    typed(fedserver, "release-approve", "tiny-lung-1", "--federation", folder)
+    assert registry.find_release(federation, "tiny-lung-1").stage == "approved"
+    typed(fedserver, "release-retire", entry.digest[:8], "--reason", "a better one is there", "--federation", folder)
+    rows = json.loads(typed(fedserver, "releases", "--json", "--federation", folder))
+    assert next(row for row in rows if row["digest"] == entry.digest)["stage"] == "retired"
+    events = [
+        line["event"] for line in read_lines(federation.folder / LOG) if line["facts"].get("digest") == entry.digest
+    ]
+    assert events == ["release-made", "release-approved", "release-retired"]
+
+
+def test_a_release_that_needs_approvers_opens_after_the_last_of_them(hospitals, tmp_path):
+    federation = hospitals.edge.federation
+    keys = {name: tmp_path / name for name in ("ada", "bob")}
+    for path in keys.values():
+        save_secret(path, new_site_keys().identity)
+    public = {name: identity_public_key(path.read_bytes()).hex() for name, path in keys.items()}
+    asking = replace(federation, approvals=2, approvers=public)
+    made = registry.register(asking, RunFolder(federation.runs / "lung"), version="asked")
+    with pytest.raises(StateInvalid, match="none of them"):
+        registry.approve_release(asking, made.label)
+    with pytest.raises(StateInvalid, match="none of them"):
+        registry.approve_release(asking, made.label, "ada", keys["bob"].read_bytes())
+    assert registry.approve_release(asking, made.label, "ada", keys["ada"].read_bytes()).stage == "candidate"
+    with pytest.raises(ReleaseInvalid, match="1 of 2"):
+        open_release(registry.folder_of(asking, made.digest) / "release", registry.trust_of(asking))
+    assert registry.approve_release(asking, made.label, "bob", keys["bob"].read_bytes()).stage == "approved"
+    path = registry.export_release(asking, made, tmp_path / "out", single_file=False)
+    assert open_release(path, registry.trust_of(asking)).version == "asked"
+
+
+def test_the_rules_of_approval_stand_in_federation_toml_and_are_doubted(hospitals, tmp_path):
+    folder = Path(shutil.copytree(hospitals.edge.federation.folder, tmp_path / "federation"))
+    before = (folder / "federation.toml").read_text()
+    (folder / "federation.toml").write_text(
+        f'{before}[release]\napprovals = 1\n[release.approvers]\nada = "{"a" * 64}"\n'
+    )
+    assert open_federation(folder).approvers == {"ada": "a" * 64}
+    for wrong in (
+        "[release]\napprovals = 1\n",
+        '[release]\napprovals = 1\n[release.approvers]\nada = "short"\n',
+        f'[release]\napprovals = 2\n[release.approvers]\nada = "{"a" * 64}"\nbob = "{"a" * 64}"\n',
+        "[release]\nmore = 1\n",
+    ):
+        (folder / "federation.toml").write_text(before + wrong)
+        with pytest.raises(StateInvalid, match="release"):
+            open_federation(folder)
+
+
+# Withdrawal
+
+
+def test_training_again_goes_on_from_the_round_before_a_site_was_first_counted(hospitals):
+    run = RunFolder(hospitals.edge.federation.runs / "lung")
+    assert begin_from(run, ["east"], None) == (2, "east was first counted in round 3, so it goes on from round 2")
+    assert begin_from(run, ["north"], None)[0] == 0
+    assert begin_from(run, ["east", "north"], None)[0] == 0
+    with pytest.raises(StateInvalid, match="never counted"):
+        begin_from(run, ["west"], None)
+
+
+def like_lung(hospitals: Hospitals, to: Path, study: Study, plan: Plan | None = None) -> RunFolder:
+    """The run's folder as that of another study would be, with or without a plan."""
+    shutil.copytree(hospitals.edge.federation.runs / "lung", to)
+    write_atomic(to / "study.json", canonical(study))
+    changed: dict[str, Any] = {"run": to.name, "study_sha256": sha256(study)}
+    if plan is not None:
+        write_atomic(to / "plan.json", canonical_json(plain(plan)))
+        changed |= {"plan_sha256": plan_sha256(plan)}
+    write_json(to / "state.json", read_json(to / "state.json") | changed)
+    return RunFolder(to)
+
+
+def test_a_run_whose_sites_remember_it_begins_from_the_start(hospitals, tmp_path):
+    study = replace(STUDY, train=replace(STUDY.train, moon_mu=1.0))
+    number, why = begin_from(like_lung(hospitals, tmp_path / "run", study), ["east"], None)
+    assert number == 0
+    assert "remember" in why
+
+
+def test_a_plan_that_holds_counts_of_the_site_is_made_anew_from_the_start(hospitals, tmp_path):
+    study = replace(STUDY, plan="federated", model=Model())
+    plan = Plan("0" * 64, 9, 2, None, (32, 32, 1), (32, 32), ((1, 1), (2, 2), (2, 2)), ((3, 3),) * 3, (8, 16, 32), 4,
+                (-1000.0, 400.0), 0.0, 1.0, False)  # fmt: skip
+    run = like_lung(hospitals, tmp_path / "run", study, plan)
+    assert begin_from(run, ["east"], ["north", "south"])[0] == 2
+    for planners in (["east", "north"], None):  # it was counted, or nobody knows who was
+        number, why = begin_from(run, ["east"], planners)
+        assert (number, "new plan" in why) == (0, True)
+    anew = copy_until(run, 0, tmp_path / "anew", ["east"])
+    assert read_state(anew).plan_sha256 is None
+    assert not anew.plan.exists()
+
+
+def test_a_run_of_a_simulation_becomes_a_research_release(hospitals, tmp_path):
+    shutil.copytree(hospitals.edge.federation.runs / "lung", tmp_path / "out" / "seed-0" / "federated")
+    path, manifest = research_release(tmp_path / "out", tmp_path, "1", Words(), single_file=True)
+    assert path == tmp_path / "tiny-lung-1.fedrelease"
+    told = json.loads(typed(fedclient, "verify", str(path), "--research", "--site", str(tmp_path), "--json"))
+    assert (told["kind"], told["digest"]) == ("simulation", manifest.digest)
+    said = typed(fedclient, "verify", str(path), "--site", str(hospitals.sites["north"]), code=1)
+    assert "--research" in said
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_site_leaves_its_releases_are_named_and_the_run_is_trained_again_without_it(hospitals, entry):
+    federation = hospitals.edge.federation
+    gone = withdraw(federation, "east", "its board has decided so", retire=False)
+    assert {e.version: e.sites.get("east") for e in gone.releases} | {"1": 1} == {
+        e.version: 1 for e in registry.list_releases(federation) if e.round == 3
+    }
+    assert gone.runs == {"lung": 3}
+    found = find_site(federation.state, "east")
+    assert found is not None
+    assert found.state == "revoked"
+
+    made = retrain(federation, "lung", ["east"])
+    assert (made.id, made.round) == ("lung-without", 2)
+    queued_run = find_run(federation.state, made.id)
+    assert queued_run is not None
+    assert queued_run.state == "queued"
+    assert excluded(made.folder) == ("east",)
+    del hospitals.sites["east"]
+    state, run = hospitals.run(STUDY, made.id)
+    assert (state.round, state.cohort) == (3, ("north", "south"))
+    assert state.counted == {"north": 3, "south": 3}
+
+    again = registry.register(federation, run)
+    assert again.sites == {"north": 3, "south": 3}
+    opened = open_release(registry.folder_of(federation, again.digest) / "release", registry.trust_of(federation))
+    assert [(parent.kind, parent.name) for parent in opened.manifest.origin.parents] == [("run", "lung")]
+    shown = check_provenance(opened, registry.trust_of(federation).authorities)
+    assert any("3 rounds closed" in words for words in shown)
+    assert again not in registry.containing(federation, "east")
+
+
+def test_a_site_that_is_left_out_of_a_run_is_not_asked_in_it(hospitals):
+    class Grid:
+        def get_nodes(self) -> list[Any]:
+            return []
+
+    federation = hospitals.edge.federation
+    assert "north" in presence(Grid(), federation).sites  # type: ignore[arg-type]
+    assert "north" not in presence(Grid(), federation, ("north",)).sites  # type: ignore[arg-type]
+
+
+def test_a_damaged_checkpoint_is_not_trained_on(hospitals, tmp_path):
+    federation = hospitals.edge.federation
+    path = RunFolder(federation.runs / "lung").weights(2)
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(StateInvalid, match="not as it was written"):
+            retrain(federation, "lung", ["east"], "damaged")
+    finally:
+        path.write_bytes(content)
+    assert not (federation.runs / "damaged").exists()
+
+
+@pytest.mark.parametrize("size", range(1, 18))
+def test_each_line_of_a_list_is_proved_to_be_in_it_at_its_place_and_no_other(size):
+    tree, lines = Tree(), [f"line {n}".encode() for n in range(size)]
+    for line in lines:
+        tree.append(line)
+    for index, line in enumerate(lines):
+        path = tree.inclusion(index)
+        assert holds(line, index, size, tree.root(), path)
+        assert not holds(line + b"!", index, size, tree.root(), path)
+        assert not any(holds(line, other, size, tree.root(), path) for other in range(size) if other != index)

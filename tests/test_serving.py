@@ -1,0 +1,650 @@
+"""The parts of the service: what is let in, who is answered, the queue, series that become whole, the way back."""
+
+import asyncio
+import json
+import shutil
+import socket
+import ssl
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pydicom
+import pytest
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
+from pynetdicom import AE
+
+from fedclient.serving.back import Back, NotTaken
+from fedclient.serving.guard import guarded
+from fedclient.serving.intake import Intake
+from fedclient.serving.jobs import Jobs, Overloaded, Room
+from fedclient.serving.multipart import BodyRefused, parts_of
+from fedclient.serving.receiver import Receiver, server_context
+from fedclient.serving.service import listener
+from fedclient.serving.settings import Destination, Serve, destination, is_local
+from fedclient.serving.warm import Warm, python
+from fedclient.serving.web import Parts, application, safe_name
+from fedclient.site import Data, SiteFile, site_toml
+from shared_models.errors import ImageUnreadable, ProcessFailed, StudyInvalid
+from shared_models.files import write_json
+from shared_models.identity import issue_server, issue_site, new_authority, new_tls_key, request_certificate
+from shared_models.parse import parse
+from simulations.fixtures.dicom import write_dicom_series
+from simulations.fixtures.sown import person
+
+SEG_FILE = Path(pydicom.__file__).parent / "data" / "test_files" / "liver_1frame.dcm"
+
+
+class Told:
+    """A worker that says what a test wants, when it wants."""
+
+    def __init__(self, say=None) -> None:
+        self.say = say or (lambda folder: {"images": [image()], "unread": []})
+        self.go = threading.Event()
+        self.go.set()
+        self.seen: list[list[str]] = []
+
+    def ask(self, folder: Path, view: bool):
+        assert self.go.wait(10)
+        self.seen.append(sorted(path.name for path in (folder / "in").iterdir()))
+        return self.say(folder)
+
+
+def image(*files: str):
+    return {"name": "image-1", "answers": [], "doubts": [], "planes": [], "missing": {}, "seconds": 0.1,
+            "files": [{"file": f"image-1/{name}", "kind": "dicom"} for name in files]}  # fmt: skip
+
+
+@contextmanager
+def queue(folder: Path, worker, most=3, keep_s=3600.0, done=None, clock=time.time, started=True):
+    (folder / "serve").mkdir(parents=True, exist_ok=True)
+    room = Room(folder / "serve", 1 << 24)
+    jobs = Jobs(folder / "serve" / "jobs", worker, room, most, keep_s, done, clock)
+    if started:
+        jobs.start()
+    try:
+        yield jobs, room
+    finally:
+        if isinstance(worker, Told):
+            worker.go.set()
+        jobs.stop()
+
+
+def put(jobs: Jobs, name="a.dcm"):
+    job = jobs.begin("page")
+    (jobs.place(job.id) / "in" / name).write_bytes(b"x")
+    jobs.submit(job)
+    return job.id
+
+
+def until(done, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# ---- settings ----
+
+
+def test_by_default_everything_is_for_this_machine_and_nobody_may_send_and_nothing_is_returned():
+    serve = Serve()
+    assert (serve.host, serve.dicom_host, serve.allow, serve.return_to) == ("127.0.0.1", "127.0.0.1", (), "")
+    assert serve.local
+
+
+def test_a_site_file_with_a_serve_table_is_read_and_one_without_it_too():
+    file = SiteFile("north", "host:1", "f", Data("/d"), serve=Serve(allow=("PACS@10.0.0.7",), queue=4))
+    import tomllib
+
+    assert parse(SiteFile, tomllib.loads(site_toml(file)), "site.toml") == file
+    older = {k: v for k, v in tomllib.loads(site_toml(file)).items() if k != "serve"}
+    assert parse(SiteFile, older, "site.toml").serve == Serve()
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"host": "0.0.0.0"}, "beyond this machine"),
+        ({"return_to": "PACS"}, "AE@host:port"),
+        ({"return_to": "PACS@host:0"}, "AE@host:port"),
+        ({"tls_key": "k.pem"}, "come together"),
+        ({"tls_ca": "ca.pem"}, "for TLS"),
+        ({"allow": ["much too long a title"]}, "allow"),
+    ],
+)
+def test_settings_that_would_be_unsafe_or_mean_nothing_are_refused(table, words):
+    with pytest.raises(StudyInvalid, match=words):
+        parse(Serve, table, "serve")
+
+
+def test_a_destination_is_a_peer_or_a_url():
+    assert destination("PACS@10.0.0.7:104") == Destination("dicom", "10.0.0.7", 104, "PACS")
+    assert destination("PACS@[::1]:104").host == "::1"
+    assert destination("https://pacs/dicom-web/").url == "https://pacs/dicom-web"
+    assert is_local("::1")
+    assert not is_local("pacs.example.org")
+
+
+# ---- bodies ----
+
+
+def taken(folder: Path, body: bytes, kind="multipart/form-data; boundary=x", most=1000, quota=1 << 20, piece=7):
+    async def blocks():
+        for at in range(0, len(body), piece):
+            yield body[at : at + piece]
+
+    folder.mkdir(exist_ok=True)
+    room = Room(folder, quota)
+    wanted = kind.partition(";")[0] if kind.startswith("multipart/") else "multipart/form-data"
+    found = asyncio.run(
+        parts_of(blocks(), kind, wanted, most, room, lambda number, name: folder / safe_name(number, name))
+    )
+    return found, room
+
+
+TWO = (
+    b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.PNG"\r\n\r\none\r\n--x\r\n'
+    b'Content-Disposition: form-data; name="files"; filename="../../b"\r\nContent-Type: image/png\r\n\r\n\r\nt\r\n--x--'
+)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_parts_come_to_disk_as_they_were_sent_however_they_are_cut(tmp_path, piece):
+    found, room = taken(tmp_path / "in", TWO + b"\r\n", piece=piece)
+    assert [(part.path.name, part.path.read_bytes(), part.content_type) for part in found] == [
+        ("000001.png", b"one", ""),
+        ("000002", b"\r\nt", "image/png"),
+    ]
+    assert room.used_bytes == 6
+
+
+@pytest.mark.parametrize(
+    ("body", "more", "status"),
+    [
+        (TWO[:60], {}, 400),
+        (b"nothing of it", {}, 400),
+        (TWO, {"most": 100}, 413),
+        (TWO, {"kind": "multipart/form-data"}, 415),
+        (TWO, {"kind": "text/plain; boundary=x"}, 415),
+        (b"--x\r\nA: " + b"y" * 9000 + b"\r\n\r\n\r\n--x--", {"most": 10_000}, 400),
+        (b"--x--\r\n", {}, 400),
+    ],
+)
+def test_a_body_that_is_refused_leaves_nothing_behind(tmp_path, body, more, status):
+    with pytest.raises(BodyRefused) as refused:
+        taken(tmp_path / "in", body, **more)
+    assert refused.value.status == status
+    assert list((tmp_path / "in").iterdir()) == []
+
+
+def test_a_body_beyond_the_quota_is_put_off(tmp_path):
+    with pytest.raises(Overloaded, match="quota"):
+        taken(tmp_path / "in", TWO, quota=4)
+    assert list((tmp_path / "in").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("scan.nii.gz", "000007.nii.gz"), ("Doe^John.dcm", "000007.dcm"), ("C:\\x\\y.mhd", "y.mhd"),
+        ("../y.raw", "y.raw"), ("we ird.mhd", "000007.mhd"), ("a.exe.very-long", "000007"), ("", "000007"),
+    ],
+)  # fmt: skip
+def test_an_uploaded_file_keeps_its_name_only_where_another_file_needs_it(name, kept):
+    assert safe_name(7, name) == kept
+
+
+# ---- the queue ----
+
+
+def test_cases_are_answered_in_turn_and_what_was_received_is_deleted(tmp_path):
+    worker = Told()
+    with queue(tmp_path, worker) as (jobs, _):
+        ids = [put(jobs, f"{n}.dcm") for n in range(3)]
+        until(lambda: all(jobs.find(each).state == "done" for each in ids))
+        assert worker.seen == [["0.dcm"], ["1.dcm"], ["2.dcm"]]
+        assert not any((jobs.place(each) / "in").exists() for each in ids)
+
+
+def test_one_case_more_than_may_wait_is_put_off(tmp_path):
+    worker = Told()
+    worker.go.clear()
+    with queue(tmp_path, worker, most=2) as (jobs, _):
+        first = put(jobs)
+        until(lambda: jobs.find(first).state == "running")
+        put(jobs)
+        last = put(jobs)
+        assert jobs.full
+        assert jobs.ahead(last) == 1
+        with pytest.raises(Overloaded):
+            jobs.begin("page")
+
+
+def test_a_case_that_the_worker_dies_of_fails_alone(tmp_path):
+    def say(folder):
+        if (folder / "in" / "bad.dcm").exists():
+            raise ProcessFailed("the predicting process ended over this case.")
+        if (folder / "in" / "odd.dcm").exists():
+            raise RuntimeError("PATIENT^NAME")
+        return {"images": [image()], "unread": []}
+
+    with queue(tmp_path, Told(say)) as (jobs, _):
+        bad, odd, good = put(jobs, "bad.dcm"), put(jobs, "odd.dcm"), put(jobs)
+        until(lambda: jobs.find(good).state == "done")
+        assert jobs.find(bad).error == ("WORKER_FAILED", "the predicting process ended over this case.")
+        assert jobs.find(odd).error[0] == "INTERNAL"
+        assert "PATIENT" not in str(jobs.find(odd))
+
+
+def test_a_case_under_way_when_the_service_ends_is_gone_on_with(tmp_path):
+    def say(folder):
+        jobs.stop(0)
+        raise ProcessFailed("the predicting process ended over this case.")
+
+    with queue(tmp_path, Told(say)) as (jobs, _):
+        job = put(jobs)
+        until(lambda: not jobs._thread.is_alive())
+        assert (jobs.place(job) / "in" / "a.dcm").exists()
+    with queue(tmp_path, Told()) as (again, _):
+        until(lambda: again.find(job).state == "done")
+
+
+def test_what_cannot_be_read_fails_by_its_code(tmp_path):
+    unread = [{"code": "SERIES_GAP", "why": "slices are missing."}]
+    with queue(tmp_path, Told(lambda _: {"images": [], "unread": unread})) as (jobs, _):
+        job = put(jobs)
+        until(lambda: jobs.find(job).state == "failed")
+        assert jobs.find(job).error == ("SERIES_GAP", "slices are missing.")
+
+
+def test_a_process_goes_on_with_what_waited_when_the_last_one_was_killed(tmp_path):
+    with queue(tmp_path, Told(), started=False) as (jobs, _):
+        waiting = put(jobs)
+        begun = jobs.begin("page").id
+        twice = put(jobs)
+        facts = json.loads((jobs.place(twice) / "job.json").read_text())
+        write_json(jobs.place(twice) / "job.json", facts | {"state": "running", "tries": 2})
+    with queue(tmp_path, Told()) as (jobs, _):
+        until(lambda: jobs.find(waiting).state == "done")
+        assert jobs.find(begun) is None
+        assert jobs.find(twice).error[0] == "WORKER_FAILED"  # it ended the service twice
+
+
+def test_results_are_deleted_when_their_time_is_over_or_when_asked(tmp_path):
+    now = [1000.0]
+    with queue(tmp_path, Told(), keep_s=100, clock=lambda: now[0]) as (jobs, room):
+        old, new = put(jobs), put(jobs)
+        until(lambda: jobs.find(new).state == "done")
+        assert jobs.forget(new)
+        assert not jobs.place(new).exists()
+        now[0] += 101
+        jobs.sweep()
+        assert jobs.find(old) is None
+        assert room.used_bytes == 0
+        assert not jobs.forget(old)
+
+
+# ---- series ----
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("series")
+    return write_dicom_series(folder, person(0).volume).paths[:4]
+
+
+class Hands:
+    """An intake whose clock a test moves."""
+
+    def __init__(self, jobs: Jobs, room: Room, folder: Path) -> None:
+        self.now = 0.0
+        self.intake = Intake(folder / "serve", jobs, room, quiet_s=5.0, clock=lambda: self.now)
+
+    def give(self, path: Path, session: str):
+        file = self.intake.new_file()
+        shutil.copyfile(path, file)
+        return self.intake.place(file, "dicom", session)
+
+
+def test_a_series_is_whole_when_its_connections_are_closed_and_it_has_been_quiet(tmp_path, series):
+    worker = Told()
+    with queue(tmp_path, worker) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for path in series[:3]:
+            hands.give(path, "one")
+        hands.give(series[3], "two")
+        hands.give(series[3], "two")  # again
+        hands.now = 100
+        assert hands.intake.hand_on() == 0
+        hands.intake.closed("one")
+        assert hands.intake.hand_on() == 0
+        hands.intake.closed("two")
+        hands.now = 4.0  # of a clock that has only just moved since the last object
+        assert hands.intake.hand_on() == 0
+        hands.now = 5.0
+        assert hands.intake.hand_on() == 1
+        until(lambda: worker.seen)
+        assert len(worker.seen[0]) == 4
+        assert hands.intake.under_way == 0
+
+
+def test_what_is_no_image_or_no_dicom_does_not_get_out_of_quarantine(tmp_path, series):
+    with queue(tmp_path, Told()) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        with pytest.raises(ImageUnreadable) as seg:
+            hands.give(SEG_FILE, "one")
+        assert seg.value.code == "MODALITY_MISMATCH"
+        (tmp_path / "text").write_bytes(b"no dicom" * 100)
+        with pytest.raises(ImageUnreadable):
+            hands.give(tmp_path / "text", "one")
+        nameless = pydicom.dcmread(series[0])
+        nameless.SeriesInstanceUID = "../../etc"
+        nameless.save_as(tmp_path / "nameless.dcm")
+        with pytest.raises(ImageUnreadable, match="SeriesInstanceUID"):
+            hands.give(tmp_path / "nameless.dcm", "one")
+        assert list((tmp_path / "serve" / "series").iterdir()) == []
+
+
+def test_a_new_series_is_put_off_while_too_many_wait_and_one_under_way_is_finished(tmp_path, series):
+    with queue(tmp_path, Told(), most=1, started=False) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        hands.give(series[0], "one")
+        put(jobs)
+        hands.give(series[1], "one")
+        other = pydicom.dcmread(series[2])
+        other.SeriesInstanceUID = "1.2.3"
+        other.save_as(tmp_path / "other.dcm")
+        with pytest.raises(Overloaded):
+            hands.give(tmp_path / "other.dcm", "one")
+
+
+# ---- the receiver ----
+
+
+def test_the_receiver_takes_images_of_peers_on_the_list_and_nothing_else(tmp_path, series):
+    worker = Told()
+    serve = Serve(dicom_port=0, allow=("PACS@127.0.0.1", "FAR@10.9.8.7"), most_mib=0.5, quiet_s=0)
+    with queue(tmp_path, worker) as (jobs, room):
+        intake = Intake(tmp_path / "serve", jobs, room, serve.quiet_s)
+        receiver = Receiver(serve, intake, room)
+        receiver.start()
+        try:
+            assert send(receiver.port, "PACS", series) == [0, 0, 0, 0]
+            assert send(receiver.port, "STRANGER", series) is None
+            assert send(receiver.port, "PACS", series, called="ANOTHER") is None
+            assert send(receiver.port, "FAR", series[:1]) == [0x0124]  # the right name from the wrong place
+            assert send(receiver.port, "PACS", [SEG_FILE], context=SegmentationStorage) is None
+            large = pydicom.dcmread(series[0])
+            large.add_new(0x00091010, "OB", b"\0" * (1 << 20))
+            large.save_as(tmp_path / "large.dcm")
+            assert send(receiver.port, "PACS", [tmp_path / "large.dcm"]) == [None]  # cut off
+            until(lambda: intake.under_way == 0 or (intake.hand_on() >= 0 and intake.under_way == 0))
+        finally:
+            receiver.stop()
+        until(lambda: worker.seen)
+        assert len(worker.seen[0]) == 4
+        until(lambda: list(intake.quarantine.iterdir()) == [])
+
+
+def send(port, calling, files, called="FEDIMAGING", context=CTImageStorage, tls=None):
+    """Status of each file; None where there is no association, or no answer."""
+    entity = AE(ae_title=calling)
+    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
+    entity.add_requested_context(context, ExplicitVRLittleEndian)
+    link = entity.associate("127.0.0.1", port, ae_title=called, tls_args=tls and (tls, "localhost"))
+    if not link.is_established:
+        return None
+    status = [link.send_c_store(pydicom.dcmread(path)).get("Status") for path in files]
+    link.release()
+    return status
+
+
+def keys(folder: Path) -> dict[str, str]:
+    """Files of an authority, and of a machine's certificate and key."""
+    authority = new_authority("hospital")
+    server = issue_server(authority, ["127.0.0.1", "localhost"])
+    files = {"tls_ca": authority.certificate, "tls_certificate": server.certificate, "tls_key": server.key}
+    key = new_tls_key()
+    files |= {"peer_key": key, "peer": issue_site(authority, request_certificate("pacs", key), "pacs")}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return {name: str(folder / name) for name in files if name.startswith("tls")}
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+def test_over_tls_a_peer_shows_a_certificate_and_one_that_says_nothing_keeps_nobody_out(tmp_path, series):
+    files = keys(tmp_path)
+    serve = Serve(dicom_port=0, allow=("PACS",), **files)
+    with queue(tmp_path, Told()) as (jobs, room):
+        receiver = Receiver(serve, Intake(tmp_path / "serve", jobs, room, 60.0), room, server_context(serve))
+        receiver.start()
+        silent = socket.create_connection(("127.0.0.1", receiver.port), timeout=10)
+        try:
+            context = ssl.create_default_context(cafile=files["tls_ca"])
+            assert send(receiver.port, "PACS", series[:1], tls=context) is None
+            context.load_cert_chain(tmp_path / "peer", tmp_path / "peer_key")
+            assert send(receiver.port, "PACS", series[:1], tls=context) == [0]
+        finally:
+            silent.close()
+            receiver.stop()
+
+
+def test_pages_over_tls_take_no_version_before_1_2(tmp_path):
+    serve = Serve(host="0.0.0.0", port=0, **keys(tmp_path))
+    assert not serve.local
+    config = listener(guarded(None, token="x", local=False, most_bytes=1), serve)
+    assert config.is_ssl
+    assert config.ssl.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert config.ssl.verify_mode == ssl.CERT_NONE  # people show the token
+    assert listener(guarded(None, token=None, local=True, most_bytes=1), Serve()).ssl is None
+
+
+# ---- the way back ----
+
+
+def test_results_are_sent_again_until_they_are_taken(tmp_path):
+    tries = []
+
+    def sending(to, files, ae_title):
+        tries.append([path.name for path in files])
+        if len(tries) < 3:
+            raise NotTaken("busy")
+
+    back = Back(destination("PACS@h:1"), lambda: jobs, "US", sending, first_s=0.01)
+    with queue(tmp_path, Told(lambda _: {"images": [image("seg.dcm", "sr.dcm")], "unread": []}), done=back.add) as (
+        jobs,
+        _,
+    ):
+        back.start()
+        job = put(jobs)
+        until(lambda: jobs.find(job).returned == "sent")
+        back.stop()
+    assert tries == [["seg.dcm", "sr.dcm"]] * 3
+
+
+# ---- the process ----
+
+CHILD = """
+import json, sys, time
+print(json.dumps({"model": {"name": "m"}}), flush=True)
+for line in sys.stdin:
+    what = json.loads(line)["folder"]
+    if what == "die": sys.exit(1)
+    if what == "sleep": time.sleep(60)
+    print(json.dumps({"images": [], "rss_bytes": 10**12 if what == "grow" else 10}), flush=True)
+"""
+
+
+def test_a_process_that_dies_hangs_or_grows_is_replaced(tmp_path):
+    (tmp_path / "child.py").write_text(CHILD)
+    warm = Warm([*python("x")[:1], str(tmp_path / "child.py")], time_limit_s=2.0)
+    assert warm.start() == {"name": "m"}
+    for what, words in (("die", "ended over this case"), ("sleep", "took too long")):
+        with pytest.raises(ProcessFailed, match=words):
+            warm.ask(Path(what), False)
+        assert warm.ask(Path("well"), False) == {"images": [], "rss_bytes": 10}
+    assert warm.ask(Path("grow"), False)["rss_bytes"] == 10**12
+    assert warm.ask(Path("well"), False)["rss_bytes"] == 10
+    warm.stop()
+
+
+# ---- the web ----
+
+
+@contextmanager
+def web(folder: Path, worker, most_bytes=1 << 20, token=None, local=True):
+    with queue(folder, worker) as (jobs, room):
+        intake = Intake(folder / "serve", jobs, room, 0.0)
+        warm = Warm(["true"], 1.0)
+        warm.model = {"name": "m", "version": "1"}
+        app = application(Parts(jobs, intake, room, warm, most_bytes, token, local, returns=False))
+
+        def ask(method, path, host="localhost", **more):
+            async def go():
+                transport = httpx.ASGITransport(app=app)
+                async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+                    return await client.request(method, path, **more)
+
+            return asyncio.run(go())
+
+        yield ask, jobs, intake
+
+
+def test_a_file_is_uploaded_asked_after_fetched_and_deleted(tmp_path):
+    def say(folder):
+        (folder / "out" / "image-1").mkdir(parents=True)
+        (folder / "out" / "image-1" / "seg.dcm").write_bytes(b"result")
+        (folder / "out" / "image-1" / "private").write_bytes(b"not told of")
+        return {"images": [image("seg.dcm")], "unread": []}
+
+    with web(tmp_path, Told(say)) as (ask, _jobs, _):
+        answer = ask("POST", "/api/jobs", files=[("files", ("x.dcm", b"content"))])
+        assert answer.status_code == 202
+        job = answer.json()["id"]
+        until(lambda: ask("GET", f"/api/jobs/{job}").json()["state"] == "done")
+        assert ask("GET", f"/api/jobs/{job}").json()["notice"] == "not for diagnosis"
+        assert ask("GET", f"/api/jobs/{job}/files/image-1/seg.dcm").content == b"result"
+        for other in ("image-1/private", "../job.json", "image-1/../../job.json", "%2e%2e/job.json"):
+            assert ask("GET", f"/api/jobs/{job}/files/{other}").status_code == 404
+        assert ask("DELETE", f"/api/jobs/{job}").status_code == 204
+        assert ask("GET", f"/api/jobs/{job}").status_code == 404
+
+
+def test_overload_is_answered_503_and_says_when_to_come_again(tmp_path):
+    worker = Told()
+    worker.go.clear()
+    with web(tmp_path, worker) as (ask, jobs, _):
+        running = put(jobs)
+        until(lambda: jobs.find(running).state == "running")
+        for _ in range(3):
+            put(jobs)
+        answer = ask("POST", "/api/jobs", files=[("files", ("x.dcm", b"content"))])
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "30"
+        assert len(jobs.all()) == 4
+
+
+def test_the_interface_is_described_in_openapi(tmp_path):
+    with web(tmp_path, Told()) as (ask, _, _):
+        described = ask("GET", "/api/openapi.json").json()
+    assert {"/api/jobs", "/api/jobs/{job_id}", "/api/health", "/dicom-web/studies"} <= described["paths"].keys()
+    upload = described["paths"]["/api/jobs"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert upload["properties"]["files"]["items"] == {"type": "string", "format": "binary"}
+
+
+def test_beyond_this_machine_everything_but_the_page_itself_asks_for_the_token(tmp_path):
+    with web(tmp_path, Told(), token="s3cret" * 6, local=False) as (ask, _, _):
+        shown = {"authorization": "Bearer " + "s3cret" * 6}
+        for path in ("/", "/page.js", "/page.css", "/api/health"):
+            assert ask("GET", path, host="model.example").status_code == 200
+        for path in ("/api/openapi.json", "/dicom-web/instances", f"/api/jobs/{'0' * 32}"):
+            assert ask("GET", path, host="model.example").status_code == 401
+            assert ask("GET", path, host="model.example", headers={"authorization": "Bearer x"}).status_code == 401
+            assert ask("GET", path, host="model.example", headers=shown).status_code in (200, 404)
+
+
+def test_on_this_machine_no_other_name_and_no_other_sites_script_gets_in(tmp_path):
+    with web(tmp_path, Told()) as (ask, _, _):
+        assert ask("GET", "/api/health", host="127.0.0.1:8484").status_code == 200
+        assert ask("GET", "/api/health", host="rebound.example").status_code == 421
+        own = {"origin": "http://localhost"}
+        files = [("files", ("x.dcm", b"content"))]
+        assert ask("POST", "/api/jobs", files=files, headers=own).status_code == 202
+        assert ask("POST", "/api/jobs", files=files, headers={"origin": "http://evil"}).status_code == 403
+        assert ask("POST", "/api/jobs", content=b"", headers={"content-length": "9" * 12}).status_code == 413
+
+
+def test_the_page_asks_nobody_else_for_anything():
+    folder = Path(__file__).parents[1] / "fedclient" / "serving" / "page"
+    for path in folder.iterdir():
+        assert "http://" not in path.read_text(), path.name
+        assert "https://" not in path.read_text(), path.name
+    assert "Not for diagnosis" in (folder / "page.html").read_text()
+
+
+def test_the_guard_lets_through_what_is_no_request():
+    heard = []
+
+    async def app(scope, receive, send):
+        heard.append(scope["type"])
+
+    asyncio.run(guarded(app, token=None, local=True, most_bytes=1)({"type": "lifespan"}, None, None))
+    assert heard == ["lifespan"]
+
+
+def stowed(objects):
+    body = b"".join(b"--x\r\nContent-Type: application/dicom\r\n\r\n" + each + b"\r\n" for each in objects)
+    return body + b"--x--\r\n", {"content-type": 'multipart/related; type="application/dicom"; boundary=x'}
+
+
+def test_stow_says_of_each_object_whether_it_was_taken(tmp_path, series):
+    worker = Told()
+    with web(tmp_path, worker) as (ask, _jobs, intake):
+        body, headers = stowed([path.read_bytes() for path in series])
+        whole = ask("POST", "/dicom-web/studies", content=body, headers=headers)
+        assert whole.status_code == 200
+        assert len(whole.json()["00081199"]["Value"]) == 4
+        assert intake.hand_on() == 1
+        until(lambda: worker.seen)
+        body, headers = stowed([series[0].read_bytes(), b"no dicom at all"])
+        half = ask("POST", "/dicom-web/studies", content=body, headers=headers)
+        assert half.status_code == 202
+        assert half.json()["00081198"]["Value"] == [{"00081197": {"vr": "US", "Value": [0xC000]}}]
+        body, headers = stowed([SEG_FILE.read_bytes()])
+        none = ask("POST", "/dicom-web/studies", content=body, headers=headers)
+        assert none.status_code == 409
+        assert none.json()["00081198"]["Value"] == [{"00081197": {"vr": "US", "Value": [0xA900]}}]
+        body, headers = stowed([series[0].read_bytes()])
+        assert ask("POST", "/dicom-web/studies/1.2.3", content=body, headers=headers).status_code == 409
+
+
+def test_results_are_found_and_retrieved_by_their_uids(tmp_path):
+    def say(folder):
+        (folder / "out" / "image-1").mkdir(parents=True)
+        shutil.copyfile(SEG_FILE, folder / "out" / "image-1" / "seg.dcm")
+        return {"images": [image("seg.dcm")], "unread": []}
+
+    header = pydicom.dcmread(SEG_FILE, stop_before_pixels=True)
+    study, series_uid, instance = header.StudyInstanceUID, header.SeriesInstanceUID, header.SOPInstanceUID
+    with web(tmp_path, Told(say)) as (ask, jobs, _):
+        job = put(jobs)
+        until(lambda: jobs.find(job).state == "done")
+        (found,) = ask("GET", "/dicom-web/instances").json()
+        assert found["00080018"] == {"vr": "UI", "Value": [instance]}
+        assert len(ask("GET", f"/dicom-web/studies/{study}/series?Modality=SEG").json()) == 1
+        assert ask("GET", "/dicom-web/series?Modality=CT").json() == []
+        assert ask("GET", "/dicom-web/studies?limit=0").json() == []
+        assert ask("GET", "/dicom-web/studies?PatientName=x").status_code == 400
+        path = f"/dicom-web/studies/{study}/series/{series_uid}/instances/{instance}"
+        retrieved = ask("GET", path)
+        assert SEG_FILE.read_bytes() in retrieved.content
+        assert retrieved.headers["content-type"].startswith('multipart/related; type="application/dicom"')
+        (told,) = ask("GET", path + "/metadata").json()
+        assert told["0020000E"]["Value"] == [series_uid]
+        assert "7FE00010" not in told
+        assert ask("GET", "/dicom-web/studies/1.2.3").status_code == 404
