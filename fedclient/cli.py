@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedclient.approval import approve, audit, awaiting, policy, refuse, sent, show, studies, withdraw
+from fedclient.explain_command import explain, worklist
 from fedclient.gate.commands import card, check, waive
 from shared_models.cli import guarded, print_json
 from shared_models.errors import EnrolmentFailed
@@ -127,6 +128,8 @@ def renew(site: Folder = Path("site"), as_json: AsJson = False) -> None:
 app.command()(check)
 app.command()(waive)
 app.command()(card)
+app.command()(explain)
+app.command()(worklist)
 for command in (policy, studies, show, approve, refuse, withdraw, sent):
     app.command()(command)
 app.add_typer(audit, name="audit")

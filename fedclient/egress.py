@@ -19,6 +19,7 @@ from shared_models.class_counts import ClassCounts
 from shared_models.detection_counts import DetectionCounts
 from shared_models.errors import FederationError, OrderRefused
 from shared_models.files import read_lines
+from shared_models.restored_counts import RestoredCounts
 from shared_models.scores import Score
 from shared_models.survival_counts import SurvivalCounts
 from shared_models.weights import Arrays, difference, schema_of
@@ -117,6 +118,8 @@ def _distribution_of(score: Score) -> float:
         told = [(score.cases, (score.predicted_micro, score.at_risk, score.came))]
     elif isinstance(score, DetectionCounts):
         told = [(score.told_scans, (score.hits, score.false))]
+    elif isinstance(score, RestoredCounts):
+        told = []
     else:
         told = [(score.cases, (score.histogram,))]
         if score.surface is not None:

@@ -117,6 +117,7 @@ class Site:
         manifest_sites: the rows of the manifest that are this site's; none named are all of a manifest of one site.
         salt: secret of the site that case keys and splits are derived with.
         apart, pooled, chosen: of a simulation; see `Where.name`, `Where.pooled` and `Where.chosen`.
+        hidden: of a simulation; keys of training cases that take part as if nobody had labelled them.
         processes: that prepare images side by side.
         quota_bytes: the most that the cache may take up.
         deployed: tensors travel as blobs, and finished work is kept for an order that comes again.
@@ -145,6 +146,7 @@ class Site:
     quota_bytes: int = int(QUOTA_GIB * GIB)
     labelled: tuple[str, ...] = ()
     privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
+    hidden: frozenset[str] = frozenset()
 
     @property
     def where(self) -> Where:
@@ -257,6 +259,7 @@ def open_site(node_config: Mapping[str, object]) -> Site:
         apart=where.name,
         pooled=tuple(_where(each) for each in json.loads(str(node_config.get("pooled", "[]")))),
         chosen=_chosen(node_config),
+        hidden=_hidden(node_config),
     )
 
 
@@ -265,6 +268,13 @@ def _chosen(node_config: Mapping[str, object]) -> frozenset[str] | None:
     if not node_config.get("chosen"):
         return None
     return frozenset(read_json(Path(str(node_config["chosen"])))["sites"][node_config["part"]])
+
+
+def _hidden(node_config: Mapping[str, object]) -> frozenset[str]:
+    """The keys of cases whose labels a simulation hides."""
+    if not node_config.get("hidden"):
+        return frozenset()
+    return frozenset(read_json(Path(str(node_config["hidden"])))["hidden"])
 
 
 def _where(node_config: Mapping[str, object]) -> Where:

@@ -13,6 +13,7 @@
   - TransferFailed        a blob that could not be brought over whole
   - ProcessFailed         a process of ours that could not be started or kept alive
   - StateInvalid          a federation, site or run folder that is not what it should be
+  - ExplanationFailed     an answer of a network that cannot be explained
 """
 
 
@@ -108,3 +109,7 @@ class ProcessFailed(FederationError):
 
 class StateInvalid(FederationError):
     """A federation, site or run folder that is not what it should be."""
+
+
+class ExplanationFailed(FederationError):
+    """An answer of a network that cannot be explained."""

@@ -24,6 +24,8 @@ from shared_models.strategy import NotNegative, Positive, check_strategy
 from shared_models.strategy import Personal as Personal
 from shared_models.strategy import Strategy as Strategy
 from shared_models.task_table import Task as Task
+from shared_models.unlabelled_table import Unlabelled as Unlabelled
+from shared_models.unlabelled_table import check_unlabelled
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -93,6 +95,11 @@ class Augment:
     brightness: NotNegative = 0.0
     noise: NotNegative = 0.0
     flip_left_right: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is switched on."""
+        return self != Augment()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +213,8 @@ class Transfer:
         freeze: how many blocks stay as they are.
         rate_decay: learning rate of a block as a share of the next one's.
         head_rounds: how many first rounds train the head alone.
+        fresh_head: the last layer begins from the seed, as where the file is of a network that was asked for something
+            else (a reconstruction).
     """
 
     __pydantic_config__ = STRICT
@@ -213,10 +222,13 @@ class Transfer:
     freeze: Annotated[int, Field(ge=0, le=1000)] = 0
     rate_decay: Share = 1.0
     head_rounds: Annotated[int, Field(ge=0, le=10_000)] = 0
+    fresh_head: bool = False
 
     def __post_init__(self) -> None:
-        if not self.sha256 and (self.freeze or self.rate_decay != 1.0 or self.head_rounds):
-            raise ValueError("freeze, rate_decay and head_rounds are for weights from a file; name its sha256")
+        if not self.sha256 and (self.freeze or self.rate_decay != 1.0 or self.head_rounds or self.fresh_head):
+            raise ValueError(
+                "freeze, rate_decay, head_rounds and fresh_head are for weights from a file; name its sha256"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +259,7 @@ class Study:
     preprocess: Preprocess = field(default_factory=Preprocess)
     augment: Augment = field(default_factory=Augment)
     train: Train = field(default_factory=Train)
+    unlabelled: Unlabelled = field(default_factory=Unlabelled)
     rounds: Rounds = field(default_factory=Rounds)
     strategy: Strategy = field(default_factory=Strategy)
     personal: Personal = field(default_factory=Personal)
@@ -259,6 +272,7 @@ class Study:
         check_strategy(self)
         self._check_task()
         check_private(self)
+        check_unlabelled(self)
         if self.plan == "federated":
             return  # the tables below are the plan's to set
         if self.table_only:
@@ -290,7 +304,7 @@ class Study:
             raise ValueError('transfer is for a network that the study names, plan = "federated" makes one')
         if self.plan == "federated" and task.kind != "segmentation":
             raise ValueError(f'plan = "federated" is for kind = "segmentation", the task is a {task.kind}')
-        pixelwise = task.kind in ("segmentation", "detection")
+        pixelwise = task.kind in ("segmentation", "detection", "reconstruction")
         if pixelwise != (name in PIXELWISE) and self.plan == "given":
             fitting = PIXELWISE if pixelwise else ENCODERS
             if not (task.kind == "prognosis" and name == "mlp"):
@@ -299,8 +313,13 @@ class Study:
             raise ValueError('model.name = "mlp" sees a table: it needs task.kind = "prognosis" and task.covariates')
         if task.covariates and name != "mlp":
             raise ValueError('task.covariates are for model.name = "mlp", which sees a table and no image')
-        if self.preprocess.fit == "patches" and not pixelwise:
+        if self.preprocess.fit == "patches" and task.kind not in ("segmentation", "detection"):
             raise ValueError(f'preprocess.fit = "patches" is for a segmentation or detection, this is a {task.kind}')
+        if task.kind == "reconstruction" and (self.protect.privacy is not None or self.model.supervised):
+            raise ValueError(
+                "[protect.privacy] and model.supervised are for tasks with labels; a reconstruction hides parts of "
+                "whole batches"
+            )
         if self.table_only and (self.augment != Augment() or self.channels):
             raise ValueError('augment and channels are for images; model.name = "mlp" sees none')
 

@@ -27,9 +27,11 @@ DOORS: dict[str, tuple[str, ...]] = {
         "shared_models/roster.py",
         "shared_models/invite.py", "fedclient/site.py", "fedclient/ledger.py", "shared_models/protect/context.py",
         "shared_models/protect/messages.py", "shared_models/protect/accounting.py", "shared_models/protect/privacy.py",
-        "shared_models/task_table.py", "shared_models/model_table.py", "shared_models/class_counts.py",
+        "shared_models/task_table.py", "shared_models/model_table.py", "shared_models/unlabelled_table.py",
+        "shared_models/class_counts.py",
         "shared_models/surface_counts.py", "shared_models/scores.py", "shared_models/survival_counts.py",
         "shared_models/detection_counts.py",
+        "shared_models/restored_counts.py",
     ),
     "cryptography": (
         "shared_models/identity.py", "shared_models/protect/prg.py", "shared_models/protect/masking.py",
@@ -46,7 +48,8 @@ DOORS: dict[str, tuple[str, ...]] = {
         "fedclient/training/", "fedclient/data/augment.py",
         "simulations/bench/",
     ),
-    "monai": ("shared_models/nets.py", "shared_models/tasks/surfaces.py", "simulations/bench/pipeline.py"),
+    "monai": ("shared_models/nets.py", "shared_models/tasks/surfaces.py", "fedclient/training/maps.py",
+              "simulations/bench/pipeline.py"),
 }  # fmt: skip
 FILES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))
 
