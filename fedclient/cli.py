@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedclient.approval import approve, audit, awaiting, policy, refuse, sent, show, studies, withdraw
+from fedclient.explain_command import explain, worklist
 from fedclient.gate.commands import card, check, waive
 from fedclient.predict.commands import predict
 from fedclient.serving.commands import drift, serve_model
@@ -130,6 +131,8 @@ def renew(site: Folder = Path("site"), as_json: AsJson = False) -> None:
 app.command()(check)
 app.command()(waive)
 app.command()(card)
+app.command()(explain)
+app.command()(worklist)
 for command in (policy, studies, show, approve, refuse, withdraw, sent, verify, predict, serve_model, drift):
     app.command()(command)
 app.add_typer(audit, name="audit")

@@ -20,6 +20,7 @@ from shared_models.detection_counts import DetectionCounts
 from shared_models.errors import FederationError, OrderRefused
 from shared_models.files import read_lines
 from shared_models.protect.stages import on_the_wire
+from shared_models.restored_counts import RestoredCounts
 from shared_models.scores import Score
 from shared_models.study import Study
 from shared_models.survival_counts import SurvivalCounts
@@ -135,6 +136,8 @@ def _distribution_of(score: Score) -> float:
         told = [(score.cases, (score.predicted_micro, score.at_risk, score.came))]
     elif isinstance(score, DetectionCounts):
         told = [(score.told_scans, (score.hits, score.false))]
+    elif isinstance(score, RestoredCounts):
+        told = []
     else:
         told = [(score.cases, (score.histogram,))]
         if score.surface is not None:

@@ -53,6 +53,9 @@ def _sees(site: Site, study: Study) -> Iterator[str]:
         f"{count['train']} labelled cases for training, {count['val']} for validation after rounds, "
         f"{count['test']} for the test after the last."
     )
+    if study.task.kind == "reconstruction" or study.unlabelled.method != "none":
+        without = sum(case.split == "train" and case.label is None for case in cases)
+        yield f"It learns from images without labels as well: {without} more cases for training."
 
 
 def _leaves(site: Site, study: Study) -> Iterator[str]:

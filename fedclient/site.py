@@ -119,6 +119,7 @@ class Site:
         manifest_sites: the rows of the manifest that are this site's; none named are all of a manifest of one site.
         salt: secret of the site that case keys and splits are derived with.
         apart, pooled, chosen: of a simulation; see `Where.name`, `Where.pooled` and `Where.chosen`.
+        hidden: of a simulation; keys of training cases that take part as if nobody had labelled them.
         processes: that prepare images side by side.
         quota_bytes: the most that the cache may take up.
         deployed: tensors travel as blobs, and finished work is kept for an order that comes again.
@@ -149,6 +150,7 @@ class Site:
     labelled: tuple[str, ...] = ()
     privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
     simulated_sums: Path | None = None
+    hidden: frozenset[str] = frozenset()
 
     @property
     def sums(self) -> Path:
@@ -267,6 +269,7 @@ def open_site(node_config: Mapping[str, object]) -> Site:
         pooled=tuple(_where(each) for each in json.loads(str(node_config.get("pooled", "[]")))),
         chosen=_chosen(node_config),
         simulated_sums=Path(str(node_config["sums"])) if "sums" in node_config else None,
+        hidden=_hidden(node_config),
     )
 
 
@@ -275,6 +278,13 @@ def _chosen(node_config: Mapping[str, object]) -> frozenset[str] | None:
     if not node_config.get("chosen"):
         return None
     return frozenset(read_json(Path(str(node_config["chosen"])))["sites"][node_config["part"]])
+
+
+def _hidden(node_config: Mapping[str, object]) -> frozenset[str]:
+    """The keys of cases whose labels a simulation hides."""
+    if not node_config.get("hidden"):
+        return frozenset()
+    return frozenset(read_json(Path(str(node_config["hidden"])))["hidden"])
 
 
 def _where(node_config: Mapping[str, object]) -> Where:

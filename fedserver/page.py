@@ -30,6 +30,7 @@ COLUMNS = {  # headline measure -> figures beside it in the table of the final t
     "c_index": {"brier": "Brier", "events": "events"},
     "cpm": {"at_1": "at 1 false a scan", "sensitivity": "of all marks", "false_per_scan": "false a scan",
             "off_mm": "diameter off, mm", "lesions": "lesions"},
+    "restored": {"error": "error left"},
 }  # fmt: skip
 TOLD = {
     "auroc": "AUROC is the share of pairs of a case that shows the class and one that does not which the score orders "
@@ -41,6 +42,8 @@ TOLD = {
     "cpm": "CPM is the mean sensitivity at 1/8, 1/4, 1/2, 1, 2, 4 and 8 false marks a scan by LUNA16's rules: a mark "
     "within a lesion's radius finds it, further marks in it and those in irrelevant findings count nothing, and scans "
     "without lesions count in the false marks.",
+    "restored": "The share restored says how much less the hidden parts of images are off than if the mean of what is "
+    "seen were filled in: 1 is perfect, 0 is no better than that.",
 }
 MOST_SPANS = 6  # kinds of absence that are spelt out for one site
 

@@ -40,6 +40,7 @@ _LOSSES = {
     "bce": "binary cross-entropy", "dice_bce": "soft Dice and binary cross-entropy", "ce": "cross-entropy",
     "dice_ce": "soft Dice and cross-entropy", "focal": "the focal loss", "tversky": "the Tversky index",
     "hazard": "the likelihood of discrete time", "centre": "the focal loss of centres and the extents of lesions",
+    "masked_l1": "the absolute error where it is hidden",
 }  # fmt: skip
 
 
@@ -112,7 +113,8 @@ def in_words(study: Study) -> str:
     amount = f"{train.local_steps} batches" if train.local_steps else f"local epochs: {train.local_epochs}"
     loss = _LOSSES[task.loss]
     does = {
-        "segmentation": "marks", "classification": "tells apart", "prognosis": "foretells", "detection": "finds"
+        "segmentation": "marks", "classification": "tells apart", "prognosis": "foretells", "detection": "finds",
+        "reconstruction": "restores hidden parts of the",
     }[task.kind]  # fmt: skip
     pull = f", with a pull towards the received weights of {train.proximal_mu:g} (FedProx)" if train.proximal_mu else ""
     share = {

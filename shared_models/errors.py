@@ -14,6 +14,7 @@
   - ProcessFailed         a process of ours that could not be started or kept alive
   - StateInvalid          a federation, site or run folder that is not what it should be
   - ReleaseInvalid        a release that is not whole, not as it was signed, or of nobody who is trusted here
+  - ExplanationFailed     an answer of a network that cannot be explained
 """
 
 
@@ -121,3 +122,7 @@ class ReleaseInvalid(FederationError):
     def __init__(self, message: str, file: str = "") -> None:
         super().__init__(message)
         self.file = file
+
+
+class ExplanationFailed(FederationError):
+    """An answer of a network that cannot be explained."""

@@ -173,7 +173,8 @@ def network(study: Study) -> nn.Module:
         torch.default_generator.manual_seed(seed_of(study.seed, study.name, "initial weights"))
         inputs = len(study.task.covariates) if study.table_only else max(1, len(study.channels))
         extents = study.model.spatial_dims if study.task.kind == "detection" else 0
-        net = MAKERS[study.model.name](study.model, inputs, study.task.outputs + extents)
+        outputs = inputs if study.task.kind == "reconstruction" else study.task.outputs + extents
+        net = MAKERS[study.model.name](study.model, inputs, outputs)
     if study.model.norm != "batch":
         _without_batch_norm(net, study.model)
     if study.task.kind == "detection":

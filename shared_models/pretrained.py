@@ -70,7 +70,11 @@ def first_weights(study: Study, file: Path | None) -> tuple[Arrays, str]:
         raise StudyInvalid(f"{file}: there is no such file. Check the path of --weights.")
     if (found := file_sha256(file)) != wanted:
         raise StudyInvalid(f"{file}: its SHA-256 is {found}, the study wants {wanted}. Give the file that it names.")
-    adopted = adopt(read_tensors(file), nets.initial_weights(study))
+    tensors, initial = read_tensors(file), nets.initial_weights(study)
+    if study.transfer.fresh_head:
+        head = nets.head_names(nets.network(study))
+        tensors = {name: array for name, array in tensors.items() if _name(name, initial) not in head}
+    adopted = adopt(tensors, initial)
     if not adopted.loaded:
         raise StudyInvalid(f"{file}: holds no tensor of {study.model.name}. Choose the network that it was made for.")
     return adopted.weights, adopted.in_words()

@@ -7,19 +7,32 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field
 
-from shared_models import class_counts, detection_counts, metrics, survival_counts
+from shared_models import class_counts, detection_counts, metrics, restored_counts, survival_counts
 from shared_models.class_counts import ClassCounts
 from shared_models.detection_counts import DetectionCounts
 from shared_models.errors import UpdateRejected
 from shared_models.metrics import DiceCounts
+from shared_models.restored_counts import RestoredCounts
 from shared_models.survival_counts import SurvivalCounts
 from shared_models.task_table import Task
 
-Score: TypeAlias = DiceCounts | ClassCounts | SurvivalCounts | DetectionCounts
+Score: TypeAlias = DiceCounts | ClassCounts | SurvivalCounts | DetectionCounts | RestoredCounts
 AnyScore: TypeAlias = Annotated[Score, Field(discriminator="measure")]  # as a message holds it
 
-NAMES = {"dice": "Dice", "auroc": "AUROC", "c_index": "C-index", "cpm": "CPM"}  # headline measure -> its name
-MEASURE_OF = {"segmentation": "dice", "classification": "auroc", "prognosis": "c_index", "detection": "cpm"}
+NAMES = {  # headline measure -> its name
+    "dice": "Dice",
+    "auroc": "AUROC",
+    "c_index": "C-index",
+    "cpm": "CPM",
+    "restored": "share restored",
+}
+MEASURE_OF = {
+    "segmentation": "dice",
+    "classification": "auroc",
+    "prognosis": "c_index",
+    "detection": "cpm",
+    "reconstruction": "restored",
+}
 
 
 def measure_of(task: Task) -> str:
@@ -39,7 +52,7 @@ def doubted_scores(score: Score, task: Task, site: str) -> Score:
         taken, wanted = None if score.surface is None else score.surface.tolerance_mm, task.tolerance_mm
     elif isinstance(score, ClassCounts):
         taken, wanted = score.specificity, task.specificity
-    elif isinstance(score, DetectionCounts):
+    elif isinstance(score, DetectionCounts | RestoredCounts):
         taken = wanted = None
     else:
         taken, wanted = len(score.square_micro), len(task.intervals_days)
@@ -64,6 +77,8 @@ def merge(a: Score, b: Score) -> Score:
         return survival_counts.merge(a, b)
     if isinstance(a, DetectionCounts) and isinstance(b, DetectionCounts):
         return detection_counts.merge(a, b)
+    if isinstance(a, RestoredCounts) and isinstance(b, RestoredCounts):
+        return restored_counts.merge(a, b)
     raise ValueError(f"{NAMES[a.measure]} and {NAMES[b.measure]} do not add up")
 
 
@@ -79,6 +94,8 @@ def row_of(score: Score) -> dict[str, Any]:
         return metrics.as_row(score)
     if isinstance(score, DetectionCounts):
         return detection_counts.as_row(score)
+    if isinstance(score, RestoredCounts):
+        return restored_counts.as_row(score)
     return class_counts.as_row(score) if isinstance(score, ClassCounts) else survival_counts.as_row(score)
 
 

@@ -26,6 +26,8 @@ from shared_models.strategy import NotNegative, Positive, check_strategy
 from shared_models.strategy import Personal as Personal
 from shared_models.strategy import Strategy as Strategy
 from shared_models.task_table import Task as Task
+from shared_models.unlabelled_table import Unlabelled as Unlabelled
+from shared_models.unlabelled_table import check_unlabelled
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -95,6 +97,11 @@ class Augment:
     brightness: NotNegative = 0.0
     noise: NotNegative = 0.0
     flip_left_right: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is switched on."""
+        return self != Augment()
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +218,8 @@ class Transfer:
         freeze: how many blocks stay as they are.
         rate_decay: learning rate of a block as a share of the next one's.
         head_rounds: how many first rounds train the head alone.
+        fresh_head: the last layer begins from the seed, as where the file is of a network that was asked for something
+            else (a reconstruction).
     """
 
     __pydantic_config__ = STRICT
@@ -218,10 +227,13 @@ class Transfer:
     freeze: Annotated[int, Field(ge=0, le=1000)] = 0
     rate_decay: Share = 1.0
     head_rounds: Annotated[int, Field(ge=0, le=10_000)] = 0
+    fresh_head: bool = False
 
     def __post_init__(self) -> None:
-        if not self.sha256 and (self.freeze or self.rate_decay != 1.0 or self.head_rounds):
-            raise ValueError("freeze, rate_decay and head_rounds are for weights from a file; name its sha256")
+        if not self.sha256 and (self.freeze or self.rate_decay != 1.0 or self.head_rounds or self.fresh_head):
+            raise ValueError(
+                "freeze, rate_decay, head_rounds and fresh_head are for weights from a file; name its sha256"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +264,7 @@ class Study:
     preprocess: Preprocess = field(default_factory=Preprocess)
     augment: Augment = field(default_factory=Augment)
     train: Train = field(default_factory=Train)
+    unlabelled: Unlabelled = field(default_factory=Unlabelled)
     rounds: Rounds = field(default_factory=Rounds)
     strategy: Strategy = field(default_factory=Strategy)
     personal: Personal = field(default_factory=Personal)
@@ -266,6 +279,7 @@ class Study:
         check_private(self)
         check_secure(self)
         check_stages(self)
+        check_unlabelled(self)
         if self.plan == "federated":
             return  # the tables below are the plan's to set
         if self.table_only:
@@ -297,7 +311,7 @@ class Study:
             raise ValueError('transfer is for a network that the study names, plan = "federated" makes one')
         if self.plan == "federated" and task.kind != "segmentation":
             raise ValueError(f'plan = "federated" is for kind = "segmentation", the task is a {task.kind}')
-        pixelwise = task.kind in ("segmentation", "detection")
+        pixelwise = task.kind in ("segmentation", "detection", "reconstruction")
         if pixelwise != (name in PIXELWISE) and self.plan == "given":
             fitting = PIXELWISE if pixelwise else ENCODERS
             if not (task.kind == "prognosis" and name == "mlp"):
@@ -306,10 +320,17 @@ class Study:
             raise ValueError('model.name = "mlp" sees a table: it needs task.kind = "prognosis" and task.covariates')
         if task.covariates and name != "mlp":
             raise ValueError('task.covariates are for model.name = "mlp", which sees a table and no image')
-        if self.preprocess.fit == "patches" and not pixelwise:
+        if self.preprocess.fit == "patches" and task.kind not in ("segmentation", "detection"):
             raise ValueError(f'preprocess.fit = "patches" is for a segmentation or detection, this is a {task.kind}')
         if self.evaluate.reference and (self.table_only or not self.evaluate.every):
             raise ValueError("evaluate.reference counts images at the final evaluation; it needs both")
+        if self.evaluate.reference and task.kind in ("detection", "reconstruction"):
+            raise ValueError(f"evaluate.reference has no grids for the answers of a {task.kind}")
+        if task.kind == "reconstruction" and (self.protect.privacy is not None or self.model.supervised):
+            raise ValueError(
+                "[protect.privacy] and model.supervised are for tasks with labels; a reconstruction hides parts of "
+                "whole batches"
+            )
         if self.table_only and (self.augment != Augment() or self.channels):
             raise ValueError('augment and channels are for images; model.name = "mlp" sees none')
 

@@ -18,12 +18,14 @@ LOSSES = {
     "classification": ("bce", "ce"),
     "prognosis": ("hazard",),
     "detection": ("centre",),
+    "reconstruction": ("masked_l1",),
 }
 OF_KIND = {  # the keys that a kind of task reads beside kind, labels and loss
     "segmentation": {"regions", "focal_gamma", "tversky_beta", "tolerance_mm"},
     "classification": {"class_weights", "column", "none", "specificity"},
     "prognosis": {"intervals_days", "time_column", "event_column", "covariates"},
     "detection": set[str](),
+    "reconstruction": {"mask_share", "mask_size"},
 }
 
 
@@ -51,15 +53,17 @@ class Task:
     """`[task]`: what the network answers.
 
     Attributes:
-        kind: `segmentation` of voxels, `classification` of images, `prognosis`: when an event comes, or `detection`:
-            where lesions are and how large.
-        labels: names of what is marked or told apart; mask value k is labels[k - 1]. Prognosis has one, the event.
-            Detection with `lesion` as its only label finds whatever a site has marked, under any name.
+        kind: `segmentation` of voxels, `classification` of images, `prognosis`: when an event comes, `detection`: where
+            lesions are and how large, or `reconstruction` of hidden parts of images, which needs no label and whose
+            weights begin another study.
+        labels: names of what is marked or told apart; mask value k is labels[k - 1]. Prognosis has one, the event, and
+            reconstruction one, what is restored. Detection with `lesion` as its only label finds whatever a site has
+            marked, under any name.
         loss: segmentation: `bce` binary cross-entropy, `dice_bce` soft Dice plus that in equal parts, `focal`,
             `tversky` (a sigmoid for each label), `ce`, `dice_ce` (a softmax over the labels and the background).
             Classification: `bce` where an image may show several labels or none, `ce` where it shows exactly one.
             Prognosis: `hazard`, the likelihood of discrete time. Detection: `centre`, the penalty-reduced focal loss of
-            centres and the L1 of extents (Zhou et al. 2019).
+            centres and the L1 of extents (Zhou et al. 2019). Reconstruction: `masked_l1`.
         regions: segmentation: what is answered instead of the labels, each a union of some of them.
         focal_gamma: how much less an easy voxel counts (Lin et al. 2017, equation 4).
         tversky_beta: weight of missed voxels, against 1 - beta of false ones (Salehi et al. 2017, equation 3).
@@ -71,12 +75,13 @@ class Task:
         intervals_days: ends of the intervals in which the event may come; who is followed for longer is censored then.
         time_column, event_column: of the case's table: days followed, and 1 where the event came then.
         covariates: columns that model `mlp` sees instead of an image.
+        mask_share, mask_size: of a reconstruction: which share of an image is hidden, in squares of so many pixels.
     """
 
     __pydantic_config__ = STRICT
-    kind: Literal["segmentation", "classification", "prognosis", "detection"] = "segmentation"
+    kind: Literal["segmentation", "classification", "prognosis", "detection", "reconstruction"] = "segmentation"
     labels: Annotated[tuple[Name, ...], Field(min_length=1, max_length=32)] = ("lung",)
-    loss: Literal["bce", "dice_bce", "ce", "dice_ce", "focal", "tversky", "hazard", "centre"] = "bce"
+    loss: Literal["bce", "dice_bce", "ce", "dice_ce", "focal", "tversky", "hazard", "centre", "masked_l1"] = "bce"
     regions: Annotated[tuple[Region, ...], Field(max_length=32)] = ()
     focal_gamma: Annotated[float, Field(ge=0, le=10)] = 2.0
     tversky_beta: Annotated[float, Field(gt=0, lt=1)] = 0.7
@@ -89,6 +94,8 @@ class Task:
     time_column: Column = "time"
     event_column: Column = "event"
     covariates: Annotated[tuple[Covariate, ...], Field(max_length=512)] = ()
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    mask_size: Annotated[int, Field(ge=2, le=64)] = 16
 
     def __post_init__(self) -> None:
         if len(set(self.labels)) < len(self.labels):
@@ -106,6 +113,8 @@ class Task:
             self._classifies()
         elif self.kind == "prognosis":
             self._foretells()
+        elif self.kind == "reconstruction":
+            self._restores()
 
     def _segments(self) -> None:
         if self.focal_gamma != 2.0 and self.loss != "focal":
@@ -138,6 +147,10 @@ class Task:
         columns = [covariate.column for covariate in self.covariates]
         if len(set(columns)) < len(columns):
             raise ValueError("covariates must differ from each other")
+
+    def _restores(self) -> None:
+        if len(self.labels) != 1:
+            raise ValueError(f"labels of a reconstruction is what is restored, there are {len(self.labels)}")
 
     @property
     def answers(self) -> tuple[str, ...]:

@@ -39,6 +39,9 @@ def run(
     ] = "natural",
     shift: Annotated[str, typer.Option(help="What sites of the phantom differ in: both, image or label.")] = "both",
     test_labels: Annotated[str, typer.Option(help="The phantom's test labels: site or truth.")] = "site",
+    labelled: Annotated[
+        float, typer.Option(help="Share of each site's training patients whose labels are used.")
+    ] = 1.0,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions, from the study's seed on.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder for results; runs in it go on where they were.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for many GPUs or machines.")] = "local",
@@ -67,7 +70,7 @@ def run(
     folder = out or Path("runs") / loaded.name
     how = simulation.machine(engine, workers, threads, device)
     with watching(console, folder, loaded.rounds.count) as say:
-        options = SiteOptions(data or [], layout, sites, partition, shift, test_labels)
+        options = SiteOptions(data or [], layout, sites, partition, shift, test_labels, labelled)
         nodes = sites_of(loaded, folder, options, how, CACHE / "phantom", say)
         try:
             results = simulation.simulate(loaded, nodes, folder, how, seeds, compare, say, leave_one_out, weights)
@@ -107,6 +110,9 @@ def compare(
     ] = "natural",
     shift: Annotated[str, typer.Option(help="What sites of the phantom differ in: both, image or label.")] = "both",
     test_labels: Annotated[str, typer.Option(help="The phantom's test labels: site or truth.")] = "site",
+    labelled: Annotated[
+        float, typer.Option(help="Share of each site's training patients whose labels are used.")
+    ] = 1.0,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions, from each study's seed on.")] = 1,
     leave_one_out: Annotated[bool, typer.Option(help="Train each setting without each site in turn too.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for results; what is done there is not done again.")] = Path(
@@ -132,7 +138,7 @@ def compare(
         sets=sets or [],
         files=settings or [],
         data=data or [],
-        options=SiteOptions([], layout, sites, partition, shift, test_labels),
+        options=SiteOptions([], layout, sites, partition, shift, test_labels, labelled),
         seeds=seeds,
         leave_one_out=leave_one_out,
         out=out,
@@ -150,6 +156,54 @@ def compare(
         print_json(results)
         return
     print(compare_run.told(results))
+
+
+@app.command()
+@guarded
+def explain(
+    run: Annotated[Path, typer.Argument(help="Folder of `fedsim run`, or of one run in it.")],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="The data of its sites, as for `fedsim run`; without it, the phantom.")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="How data is laid out; auto finds it.")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for pictures; RUN/explained.")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    cases: Annotated[int | None, typer.Option(min=1, help="Of each site, at most: 4; for --check all.")] = None,
+    answer: Annotated[str, typer.Option(help="Which of the study's labels or regions; the first.")] = "",
+    method: Annotated[
+        list[str] | None, typer.Option(help="grad-cam, occlusion or smooth-grad; repeated, each of them.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Last rounds that say how sure an answer is.")] = 1,
+    check: Annotated[
+        bool, typer.Option("--check", help="Ask whether the maps may be believed; exits with 1 if not.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Draws what moved a run's answers on its sites' cases; or checks such maps against what is known to be there."""
+    from fedclient.explain_command import methods_named, tell
+    from fedclient.training.explaining import Wanted
+    from simulations import explaining
+    from simulations import run as simulation
+    from simulations.site_options import SiteOptions, sites_of
+
+    model, methods = explaining.run_at(run), methods_named(method)
+    folder, how = out or run / "explained", simulation.machine("local", 0, 1, "auto")
+    nodes = sites_of(model.study, folder, SiteOptions(data or [], layout), how, CACHE / "phantom", console.print)
+    if check:
+        which = explaining.Which(split, cases or 10**9)
+        checked = explaining.check_explanations(model, nodes, which, answer, methods, folder)
+        if as_json:
+            print_json([each.plain() for each in checked])
+        else:
+            print(explaining.in_words(checked))
+        raise typer.Exit(0 if all(each.passed for each in checked) else 1)
+    wanted, which = Wanted(answer, methods), explaining.Which(split, cases or 4)
+    told = explaining.explain_sites(model, nodes, which, wanted, folder, rounds)
+    if as_json:
+        print_json(told)
+        return
+    for name, results in told.items():
+        tell(results, folder / name)
 
 
 @app.command()

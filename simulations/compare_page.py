@@ -31,6 +31,7 @@ CALIBRATION = {  # headline measure -> what of a row tells of calibration
     "auroc": {"brier": "Brier", "ece": "calibration error"},
     "c_index": {"brier": "Brier"},
     "cpm": {},
+    "restored": {},
 }
 
 

@@ -66,7 +66,7 @@ def carry_out_request(asked: Request, how: Machine, cache: Path, say: Say, round
             )
         todo.append(Asked(study, nodes))
     results = compare(todo, settings, asked.seeds, asked.out, how, say, rounds, asked.leave_one_out)
-    results |= {key: getattr(asked.options, key) for key in ("partition", "shift", "test_labels")}
+    results |= {key: getattr(asked.options, key) for key in ("partition", "shift", "test_labels", "labelled")}
     results["files"] = write_all(results, asked.out)
     return results
 

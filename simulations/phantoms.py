@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 from zlib import crc32
@@ -123,28 +124,35 @@ def phantom(
     if (folder / "manifest.csv").exists():
         return folder
     everyone = [(name, n) for name in site_names(plan) for n in range(plan.train + plan.val + plan.test)]
-    missing = [who for who in everyone if not _record(folder, *who).exists()]
-    for written, _ in enumerate(_write(folder, plan, missing, processes)):
+    missing = [who for who in everyone if not record_of(folder, *who).exists()]
+    draw = partial(write_patient, folder, plan)
+    for written, _ in enumerate(drawn(draw, folder, missing, processes)):
         if progress:
             progress(len(everyone) - len(missing) + written, len(everyone))
-    records = [read_json(_record(folder, *who)) for who in everyone]
-    write_atomic(folder / "nodules.csv", _table(NODULES, [row for r in records for row in r["nodules"]]))
-    write_atomic(folder / "manifest.csv", _table(MANIFEST, [r["patient"] for r in records]))  # last: now it is whole
+    records = [read_json(record_of(folder, *who)) for who in everyone]
+    write_atomic(folder / "nodules.csv", table(NODULES, [row for r in records for row in r["nodules"]]))
+    write_atomic(folder / "manifest.csv", table(MANIFEST, [r["patient"] for r in records]))  # last: now it is whole
     return folder
 
 
-def _write(folder: Path, plan: PhantomPlan, missing: Sequence[tuple[str, int]], processes: int) -> Iterator[None]:
-    """Writes patients in any order; yields once before the first and once after each."""
+def drawn(
+    draw: Callable[[str, int], None], folder: Path, missing: Sequence[tuple[str, int]], processes: int
+) -> Iterator[None]:
+    """Calls `draw` for each (site, patient) in any order; yields once before the first and once after each.
+
+    Raises:
+        ProcessFailed: one of the processes died.
+    """
     yield
     if processes <= 1 or len(missing) < 2:
         for who in missing:
-            write_patient(folder, plan, *who)
+            draw(*who)
             yield
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(missing)), spawn, initializer=_leave_ctrl_c_to_the_caller) as pool:
         try:
-            for future in as_completed([pool.submit(write_patient, folder, plan, *who) for who in missing]):
+            for future in as_completed([pool.submit(draw, *who) for who in missing]):
                 future.result()
                 yield
         except BrokenProcessPool as error:
@@ -162,7 +170,7 @@ def _leave_ctrl_c_to_the_caller() -> None:
 
 def write_patient(folder: Path, plan: PhantomPlan, name: str, number: int) -> None:
     """Draws one patient and writes image, label, truth, and last the record that says they are whole."""
-    record = _record(folder, name, number)
+    record = record_of(folder, name, number)
     if record.exists():  # by another process, meanwhile
         return
     site = site_of(name, plan)
@@ -184,7 +192,7 @@ def write_patient(folder: Path, plan: PhantomPlan, name: str, number: int) -> No
     write_json(record, {"patient": row, "nodules": nodules})
 
 
-def _record(folder: Path, name: str, number: int) -> Path:
+def record_of(folder: Path, name: str, number: int) -> Path:
     return folder / "patients" / f"{name}-{number + 1:04d}.json"
 
 
@@ -197,7 +205,7 @@ def nifti(voxels: NDArray[Any], affine_ras: NDArray[np.float64]) -> bytes:
     return gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue().encode()
@@ -214,13 +222,25 @@ def draw_patient(rng: np.random.Generator, site: Site, plan: PhantomPlan) -> tup
 
 
 def draw_nodules(
-    rng: np.random.Generator, body: Body, points: Field, planes_mm: NDArray[np.float64], mean: float
+    rng: np.random.Generator,
+    body: Body,
+    points: Field,
+    planes_mm: NDArray[np.float64],
+    mean: float,
+    between_mm: tuple[float, float] | None = None,
 ) -> tuple[Nodule, ...]:
-    """Nodules wholly inside the lungs and apart from each other, each met by one of the planes at least."""
+    """Nodules wholly inside the lungs and apart from each other, each met by one of the planes at least.
+
+    Args:
+        between_mm: diameters are drawn evenly from here, instead of as screening finds them.
+    """
     found: list[Nodule] = []
     count = int(rng.poisson(mean))
     for _ in range(count):
-        diameter_mm = float(np.clip(rng.lognormal(2.1, 0.5), 4, 30))
+        if between_mm is None:
+            diameter_mm = float(np.clip(rng.lognormal(2.1, 0.5), 4, 30))
+        else:
+            diameter_mm = float(rng.uniform(*between_mm))
         kind = str(rng.choice(KINDS, p=(0.62, 0.14, 0.16, 0.08)))
         rough = kind != "calcified" and rng.uniform() < 0.35
         spiculation = float(rng.uniform(0.15, 0.4)) if rough else 0.0

@@ -45,6 +45,7 @@ from simulations.at_once import at_once
 from simulations.engine import NodeConfig, run_local
 from simulations.phantoms import PhantomPlan, Shift, TestLabels, phantom
 from simulations.sources import config_of, pooled, sites_at
+from simulations.vois import RegionPlan, regions
 
 Engine = Literal["local", "ray"]
 SHOWN = 5  # findings in one message
@@ -101,15 +102,24 @@ def data_folders(
         if (shift, test_labels) != ("both", "site"):
             raise StudyInvalid("--shift and --test-labels are for the phantom, and --data was given. Leave one out.")
         return data
+
+    def told(done: int, of: int) -> None:
+        say(f"phantom: {done} of {of}")
+
+    if study.modality == "ct" and study.task.kind == "classification" and study.task.labels == ("nodule",):
+        if (shift, test_labels) != ("both", "site"):
+            raise StudyInvalid("--shift and --test-labels are for the phantom of lungs, this study is of nodules.")
+        return [regions(cache, RegionPlan(sites or 3), processes=2, progress=told)]
     drawn = {"segmentation": (("lung",),), "detection": (("nodule",), ("lesion",))}
     if study.modality != "ct" or study.task.labels not in drawn.get(study.task.kind, ()):
         raise StudyInvalid(
-            f"study {study.name!r}: the built-in phantom holds lungs to segment and nodules to detect, on CT only. "
-            f"Give --data DIR with a manifest.csv, or another known layout."
+            f"study {study.name!r}: the built-in phantom holds lungs to segment, nodules to detect, and regions with a "
+            f"nodule or without to tell apart, on CT only. Give --data DIR with a manifest.csv, or another known "
+            f"layout."
         )
     kinds = cast(Shift, shift), cast(TestLabels, test_labels)  # which the plan checks
     plan = replace(phantom_plan(study, sites), shift=kinds[0], test_labels=kinds[1])
-    return [phantom(cache, plan, processes=2, progress=lambda n, of: say(f"phantom: {n} of {of}"))]
+    return [phantom(cache, plan, processes=2, progress=told)]
 
 
 def phantom_plan(study: Study, sites: int | None = None) -> PhantomPlan:
@@ -153,7 +163,8 @@ def jobs(study: Study, nodes: Mapping[str, NodeConfig], compare: bool) -> list[J
     else:
         together = replace(alone, train=replace(alone.train, local_steps=steps * len(nodes) if steps else None))
     listed.append(Job("pooled", together, {"pooled": {**pooled([*nodes.values()]), "site": "pooled"}}))
-    return listed + [Job(f"local-{site}", alone, {site: config}) for site, config in nodes.items()]
+    able = {site: config for site, config in nodes.items() if has_labels(study, config)}
+    return listed + [Job(f"local-{site}", alone, {site: config}) for site, config in able.items()]
 
 
 def federation(name: str, study: Study, nodes: Mapping[str, NodeConfig]) -> Job:
@@ -235,7 +246,9 @@ def side_by_side(todo: Sequence[Job], folder: Path, how: Machine, say: Say) -> d
 
 def _inputs(job: Job) -> dict[str, Any]:
     """What a run folder's results follow from, so that an edited study or other data are not answered with old ones."""
+    files = {str(config["hidden"]) for config in job.nodes.values() if config.get("hidden")}
     return {
+        **({"hidden": read_json(Path(files.pop()))["hidden"]} if files else {}),
         "study_sha256": sha256(job.study),
         "sites": {site: str(config["manifest-site"]) for site, config in job.nodes.items()},
         "cases_sha256": {site: _cases_sha256(config) for site, config in job.nodes.items()},
@@ -243,10 +256,15 @@ def _inputs(job: Job) -> dict[str, Any]:
 
 
 def check_cases(study: Study, name: str, config: NodeConfig, splits: Sequence[str] = ("train", "test")) -> None:
-    """Raises ManifestInvalid where a site has no labelled case of one of the splits."""
+    """Raises ManifestInvalid where a site has no labelled case of one of the splits.
+
+    For training a study that learns from unlabelled cases needs no label.
+    """
     site = open_site(config)
     listing = list_cases(site.where, site.salt)
-    labelled: Counter[str] = Counter(case.split for case in listing.cases if has_truth(case, study.task))
+    bare = {"train"} if study.unlabelled.method != "none" else set[str]()
+    used = [case for case in listing.cases if has_truth(case, study.task) or case.split in bare]
+    labelled: Counter[str] = Counter(case.split for case in used)
     lacking = [f"to {split} on" for split in splits if not labelled[split]]
     if lacking:
         raise ManifestInvalid(
@@ -274,6 +292,15 @@ def check_sites(study: Study, nodes: Mapping[str, NodeConfig]) -> set[str]:
     if not tested and refused is not None:
         raise refused
     return tested
+
+
+def has_labels(study: Study, config: NodeConfig) -> bool:
+    """Whether a site has a label to train on; without any it can learn with others, not alone."""
+    if study.unlabelled.method == "none":
+        return True  # which `check_cases` has seen to
+    site = open_site(config)
+    cases = list_cases(site.where, site.salt).cases
+    return any(c.split == "train" and has_truth(c, study.task) and c.key not in site.hidden for c in cases)
 
 
 def _cases_sha256(config: NodeConfig) -> str:

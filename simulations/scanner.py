@@ -99,6 +99,7 @@ class Scan:
 
     Attributes:
         hu: int16[I, J, K]; mask (the site's own label), truth (exact): uint8[I, J, K], 1 is lung.
+        lesion: uint8[I, J, K], 1 in a nodule, exact.
         affine_ras: float64[4, 4]; voxel index -> mm, RAS+.
         nodules: their centres now in LPS mm of the scanner: the frame of `affine_ras`, x and y the other way.
     """
@@ -106,6 +107,7 @@ class Scan:
     hu: NDArray[np.int16]
     mask: NDArray[np.uint8]
     truth: NDArray[np.uint8]
+    lesion: NDArray[np.uint8]
     affine_ras: NDArray[np.float64]
     nodules: tuple[Nodule, ...]
 
@@ -124,7 +126,7 @@ def acquire(body: Body, site: Site, planes_mm: NDArray[np.float64], size: int, r
     unseen = np.hypot(x, y) > site.fov_mm / 2
     loud = (0.6 + 0.4 * np.exp(-(dx * dx + dy * dy) / 120**2)) * (site.noise_hu * _attenuation(body))
     hu = np.empty((len(planes_mm), size, size), np.int16)
-    mask, truth = np.empty(hu.shape, np.uint8), np.empty(hu.shape, np.uint8)
+    mask, truth, lesion = (np.empty(hu.shape, np.uint8) for _ in range(3))
     for k, plane in enumerate(planes_mm):
         clean, middle = _slab(body, pixels, float(plane), site)
         clean = gaussian_filter(np.where(clean < -990, np.maximum(clean, couch), clean), site.psf_mm / 2.355 / px)
@@ -136,6 +138,7 @@ def acquire(body: Body, site: Site, planes_mm: NDArray[np.float64], size: int, r
         hu[k] = np.clip(np.rint(image), -3024, 3071)
         mask[k] = annotate(site.style, middle, clean, px) & ~unseen
         truth[k] = (middle.lung_mm < 0) & ~unseen
+        lesion[k] = middle.nodule & ~unseen
     step = planes_mm[1] - planes_mm[0] if len(planes_mm) > 1 else site.thickness_mm
     affine = affine_ras(px, float(step), (float(line[0]), float(line[0]), float(planes_mm[0] + shift[2])))
 
@@ -145,7 +148,8 @@ def acquire(body: Body, site: Site, planes_mm: NDArray[np.float64], size: int, r
 
     nodules = tuple(replace(nodule, centre_mm=laid(nodule.centre_mm)) for nodule in body.nodules)
     # planes, rows, columns -> i to the left, j to the back, k to the head
-    return Scan(hu.transpose(2, 1, 0), mask.transpose(2, 1, 0), truth.transpose(2, 1, 0), affine, nodules)
+    mask, truth, lesion = (voxels.transpose(2, 1, 0) for voxels in (mask, truth, lesion))
+    return Scan(hu.transpose(2, 1, 0), mask, truth, lesion, affine, nodules)
 
 
 def affine_ras(pixel_mm: float, step_mm: float, first_lps: Point) -> NDArray[np.float64]:

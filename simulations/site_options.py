@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shared_models.study import Study
 from simulations.engine import NodeConfig
+from simulations.hidden import hidden
 from simulations.partition import partition_named, partitioned
 from simulations.run import Machine, Say, data_folders, node_configs
 
@@ -20,6 +21,7 @@ class SiteOptions:
         sites: how many: of those of the data, or to make up.
         partition: see `partition_named`.
         shift, test_labels: of the phantom, see `PhantomPlan`.
+        labelled: share of each site's training patients whose labels are used.
     """
 
     data: Sequence[Path] = ()
@@ -28,6 +30,7 @@ class SiteOptions:
     partition: str = "natural"
     shift: str = "both"
     test_labels: str = "site"
+    labelled: float = 1.0
 
 
 def sites_of(
@@ -42,4 +45,6 @@ def sites_of(
     natural = options.sites if split.kind == "natural" else None
     sources = data_folders(study, options.data, natural, cache, say, options.shift, options.test_labels)
     nodes = node_configs(folder, sources, how, natural, options.layout)
-    return nodes if split.kind == "natural" else partitioned(study, nodes, split, options.sites or MADE_UP, folder, say)
+    if split.kind != "natural":
+        nodes = partitioned(study, nodes, split, options.sites or MADE_UP, folder, say)
+    return hidden(study, nodes, options.labelled, folder, say)

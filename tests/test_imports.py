@@ -36,6 +36,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "shared_models/release_facts.py", "shared_models/provenance.py", "fedserver/registry.py",
         "fedserver/publish/card.py",
         "fedclient/serving/settings.py",
+        "shared_models/unlabelled_table.py", "shared_models/restored_counts.py",
     ),
     "cryptography": (
         "shared_models/identity.py", "shared_models/protect/prg.py", "shared_models/protect/masking.py",
@@ -62,7 +63,8 @@ DOORS: dict[str, tuple[str, ...]] = {
         "simulations/bench/",
     ),
     "monai": (
-        "shared_models/nets.py", "shared_models/tasks/surfaces.py", "simulations/bench/pipeline.py",
+        "shared_models/nets.py", "shared_models/tasks/surfaces.py", "fedclient/training/maps.py",
+        "simulations/bench/pipeline.py",
         "fedserver/publish/bundle.py", "shared_models/bundle_steps.py",
     ),
 }  # fmt: skip

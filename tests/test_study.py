@@ -22,6 +22,7 @@ from shared_models.study import (
     Task,
     Train,
     Transfer,
+    Unlabelled,
     canonical,
     from_json,
     load_study,
@@ -333,6 +334,11 @@ OF_CLASSES: list[dict[str, Any]] = [
     {}, {"class_weights": (2.0,)}, {"column": "finding"}, {"none": "no-finding"}, {"specificity": 0.95},
     {"labels": ("a", "b"), "loss": "ce"},
 ]  # fmt: skip
+OF_UNLABELLED: list[dict[str, Any]] = [
+    {}, {"weight": 2.0}, {"ramp_rounds": 1}, {"decay": 0.5}, {"mix": True}, {"example_weight": 1.0},
+    {"method": "pseudo"}, {"method": "pseudo", "threshold": 0.9},
+]  # fmt: skip
+OF_HIDDEN: list[dict[str, Any]] = [{}, {"mask_share": 0.5}, {"mask_size": 8}]
 
 
 def test_keys_of_one_kind_of_task_show_in_the_digest_as_well():
@@ -340,10 +346,22 @@ def test_keys_of_one_kind_of_task_show_in_the_digest_as_well():
     classes = Study(name="s", task=Task(kind="classification"), model=Model(name="resnet18"))
     others = [replace(segmentation, task=replace(segmentation.task, **change)) for change in OF_SEGMENTS]
     others += [replace(classes, task=replace(classes.task, **change)) for change in OF_CLASSES]
+    others += [
+        replace(segmentation, augment=Augment(noise=0.1), unlabelled=Unlabelled(**{"method": "mean_teacher", **change}))
+        for change in OF_UNLABELLED
+    ]
+    masked = Task(kind="reconstruction", labels=("image",), loss="masked_l1")
+    others += [replace(segmentation, task=replace(masked, **change)) for change in OF_HIDDEN]
     begun = Transfer(sha256="0" * 64)
     others += [
         replace(segmentation, transfer=t)
-        for t in (begun, replace(begun, freeze=1), replace(begun, rate_decay=0.5), replace(begun, head_rounds=1))
+        for t in (
+            begun,
+            replace(begun, freeze=1),
+            replace(begun, rate_decay=0.5),
+            replace(begun, head_rounds=1),
+            replace(begun, fresh_head=True),
+        )
     ]
     assert len({sha256(other) for other in [segmentation, *others]}) == len(others) + 1
 
@@ -351,7 +369,8 @@ def test_keys_of_one_kind_of_task_show_in_the_digest_as_well():
 ONLY_ONE = {
     *(("task", key) for key in (
         "regions", "focal_gamma", "tversky_beta", "tolerance_mm", "class_weights", "column", "none", "specificity",
-        "intervals_days", "time_column", "event_column", "covariates")),
+        "intervals_days", "time_column", "event_column", "covariates", "mask_share", "mask_size")),
+    *(("unlabelled", f.name) for f in fields(Unlabelled)), ("transfer", "fresh_head"),
     ("model", "head"), ("transfer", "freeze"), ("transfer", "rate_decay"), ("transfer", "head_rounds"),
     ("task", "kind"), ("model", "name"), ("model", "spatial_dims"), ("model", "levels"), ("model", "supervised"),
     ("preprocess", "fit"),
@@ -426,8 +445,8 @@ def test_a_message_does_not_repeat_a_long_value():
 
 
 def test_the_ready_studies_load_and_are_called_what_they_are():
-    assert ready[:5] == ["brats-tumour", "brca-prognosis", "chest-xray", "ct-lesion", "ct-nodule"]
-    assert ready[5:] == [
+    assert ready[:6] == ["brats-tumour", "brca-prognosis", "chest-xray", "chest-xray-masked", "ct-lesion", "ct-nodule"]
+    assert ready[6:] == [
         "hippocampus",
         "lung-ct",
         "lung-ct-private",
@@ -436,6 +455,7 @@ def test_the_ready_studies_load_and_are_called_what_they_are():
         "lung-detect",
         "lung-nodule",
         "nodule-malignancy",
+        "nodule-presence",
     ]
     for name in ready:
         assert load_study(name).name == name

@@ -22,7 +22,7 @@ from fedclient.data.images import is_picture
 from fedclient.data.lesions import lesions_of, of_examples
 from fedclient.data.lesions import places as centres
 from fedclient.data.provenance import MODALITIES, UNKNOWN, Provenance, one_of
-from fedclient.data.truths import covariates_of, read_truth, vector_of
+from fedclient.data.truths import covariates_of, has_truth, read_truth, vector_of
 from shared_models.errors import ImageUnreadable
 from shared_models.files import canonical_json, replacing
 from shared_models.parse import plain
@@ -135,7 +135,7 @@ def _image(case: Case, study: Study) -> tuple[Facts, dict[str, NDArray[Any]]]:
     )
     if places:
         tensors["labelled"] = np.concatenate(places)
-    if study.task.tolerance_mm is not None:
+    if study.task.tolerance_mm is not None and has_truth(case, study.task):
         if is_picture(case.channels[0].files[0]):
             raise ImageUnreadable("PNG and JPEG state no pixel size, so tolerance_mm means nothing. Leave it out")
         tensors["native"] = read_case_labels(case, volume, study.task.labels)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclient.data.cases import Boxes, Case, Marks, Shown, read_case_labels
+from fedclient.data.images import IGNORE
 from fedclient.data.labels import refused
 from fedclient.data.volume import Volume
 from shared_models.preprocess import Geometry, preprocess_labels
@@ -18,6 +19,8 @@ Truth = NDArray[Any]
 
 def has_truth(case: Case, task: Task) -> bool:
     """Whether there is something for the task to learn from; what it is shows as the case is read."""
+    if task.kind == "reconstruction":
+        return bool(case.channels)
     if task.kind == "segmentation":
         return case.label is not None and not isinstance(case.label, Shown | Boxes)
     if task.kind == "detection":
@@ -32,11 +35,17 @@ def has_truth(case: Case, task: Task) -> bool:
 def read_truth(case: Case, volume: Volume, geometry: Geometry, task: Task) -> Truth:
     """The truth of each example of a case: uint8[N, *size] masks, uint8[N, labels] classes, float32[N, 2] follow-up.
 
-    Lesions are read once for the whole image: `fedclient.data.lesions`.
+    Lesions are read once for the whole image: `fedclient.data.lesions`. Of a case that nobody has labelled it is 127
+    everywhere: what no loss and no score looks at.
 
     Raises:
         ImageUnreadable: LABEL_MISSING, LABEL_VALUES and what `read_case_labels` raises.
     """
+    if not has_truth(case, task):
+        of_one = geometry.size if task.kind == "segmentation" else (task.outputs,)
+        return np.full((geometry.examples, *of_one), IGNORE, np.uint8)
+    if task.kind == "reconstruction":  # the image itself, once a part of it is hidden
+        return np.zeros((geometry.examples, 1), np.uint8)
     if task.kind == "segmentation":
         return preprocess_labels(read_case_labels(case, volume, task.labels), geometry)
     return np.tile(vector_of(case, task), (geometry.examples, 1))

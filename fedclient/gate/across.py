@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedclient.data.cases import Case
 from fedclient.data.findings import Finding, Severity, finding
-from fedclient.gate.facts import Facts, Needs, Seen
+from fedclient.gate.facts import Facts, Needs, Seen, takes_part
 from fedclient.gate.pixels import EDGE
 
 FEW_TO_TRAIN = 10  # patients; fewer is a warning
@@ -222,9 +222,9 @@ def _odd_labels(readable: Sequence[tuple[Case, Facts]], needs: Needs) -> Iterato
 
 
 def _too_few(seen: Sequence[Seen], needs: Needs) -> Iterator[Finding]:
-    use = [each for each in seen if needs.labelled(each.case) or not needs.wants_labels]
+    use = [each for each in seen if takes_part(each.case, needs) or not needs.wants_labels]
     patients = {split: len({e.case.patient for e in use if e.case.split == split}) for split in ("train", "test")}
-    labelled = " with labels" if needs.wants_labels else ""
+    labelled = " with labels" if needs.wants_labels and not needs.unlabelled else ""
     for split, count in patients.items():
         if count == 0:
             grave: Severity = "block" if split == "train" else "warn"

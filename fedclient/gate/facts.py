@@ -25,6 +25,7 @@ class Needs:
         spacing_mm: voxel size that images are resampled to, if they are.
         task: that is answered by something else than masks: classes, follow-up, lesions.
         table_only: the network sees a case's table and no image.
+        unlabelled: it learns from training cases without labels too.
     """
 
     modality: str = ""
@@ -33,6 +34,7 @@ class Needs:
     spacing_mm: tuple[float, ...] | None = None
     task: Task | None = None
     table_only: bool = False
+    unlabelled: bool = False
 
     @property
     def wants_labels(self) -> bool:
@@ -57,9 +59,17 @@ def needs_of(study: Study | None) -> Needs:
     if study is None:
         return Needs()
     spacing_mm = None if study.table_only else study.preprocess.spacing_mm
+    unlabelled = study.unlabelled.method != "none"
     if study.task.kind == "segmentation":
-        return Needs(study.modality, study.channels, study.task.labels, spacing_mm)
-    return Needs(study.modality, study.channels, (), spacing_mm, study.task, study.table_only)
+        return Needs(study.modality, study.channels, study.task.labels, spacing_mm, unlabelled=unlabelled)
+    if study.task.kind == "reconstruction":  # it looks at no label
+        return Needs(study.modality, study.channels, (), spacing_mm)
+    return Needs(study.modality, study.channels, (), spacing_mm, study.task, study.table_only, unlabelled)
+
+
+def takes_part(case: Case, needs: Needs) -> bool:
+    """Whether something is learned from the image of a case, or it is scored: with labels, or without for training."""
+    return needs.labelled(case) or (needs.unlabelled and case.split == "train")
 
 
 @dataclass(frozen=True, slots=True)

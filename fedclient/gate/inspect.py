@@ -17,7 +17,7 @@ from fedclient.data.nifti import SHEAR, twofold
 from fedclient.data.pictures import is_coloured
 from fedclient.data.truths import classes_of, covariates_of, follow_up, has_truth
 from fedclient.data.volume import Volume
-from fedclient.gate.facts import Drawn, Facts, Looked, Needs
+from fedclient.gate.facts import Drawn, Facts, Looked, Needs, takes_part
 from fedclient.gate.letters import letters
 from fedclient.gate.pixels import bands, clipped, pixel_seal, projections, sample, sealed, small_picture
 from fedclient.gate.plausible import exchanged, misplaced
@@ -85,7 +85,7 @@ def _looked(case: Case, root: Path, needs: Needs, secret: str, state: str, said:
         elif has_truth(case, needs.task):
             shown = _shown(case, volume, needs.task)
         else:
-            found.append(_without_labels(case))
+            found.append(_without_labels(case, needs))
     except ImageUnreadable as e:
         code = "LABEL_UNREADABLE" if e.code in ("IMAGE_UNREADABLE", "DICOM_UNREADABLE") else e.code
         found.append(_refused(ImageUnreadable(str(e), code), case))
@@ -132,7 +132,7 @@ def _row(case: Case, needs: Needs, secret: str, state: str) -> Looked:
         covariates_of(case, needs.task)
         shown = _shown(case, None, needs.task)
     else:
-        found.append(_without_labels(case))
+        found.append(_without_labels(case, needs))
     facts = Facts(
         modality=None, manufacturer=None, body_part=None, slice_thickness_mm=None, tube_kv=None, lossy=False,
         picture=True, spacing_mm=(1.0, 1.0, 1.0), axes=(1, 1, 1), level_1=0.0, level_50=0.0, level_99=0.0,
@@ -156,8 +156,10 @@ def _shown(case: Case, volume: Volume | None, task: Task) -> tuple[str, ...]:
     return tuple(label for value, label in enumerate(task.labels, start=1) if value in kinds)
 
 
-def _without_labels(case: Case) -> Finding:
-    return finding("LABEL_MISSING", "it has no labels and takes no part.", case=case.key, row=case.row)
+def _without_labels(case: Case, needs: Needs) -> Finding:
+    part = takes_part(case, needs)
+    what = "it has no labels; its image is learned from." if part else "it has no labels and takes no part."
+    return finding("LABEL_MISSING", what, case=case.key, row=case.row, severity="note" if part else None)
 
 
 def oddities(case: Case, volume: Volume, needs: Needs, picture: bool) -> Iterator[Finding]:
@@ -315,7 +317,7 @@ def _labels(case: Case, volume: Volume, needs: Needs) -> tuple[NDArray[np.uint8]
 def _of_labels(case: Case, drawn: dict[str, Drawn], needs: Needs) -> Iterator[Finding]:
     if case.label is None:
         if needs.labels:
-            yield _without_labels(case)
+            yield _without_labels(case, needs)
         return
     if not drawn:
         return

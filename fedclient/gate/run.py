@@ -14,7 +14,7 @@ from fedclient.data.findings import CATALOGUE, Finding, finding
 from fedclient.data.listing import list_cases
 from fedclient.data.manifest import Progress
 from fedclient.gate.across import together, torn_patients
-from fedclient.gate.facts import Looked, Needs, Seen
+from fedclient.gate.facts import Looked, Needs, Seen, takes_part
 from fedclient.gate.inspect import quieter
 from fedclient.gate.pool import PATIENCE_S, Setting, looks
 from fedclient.gate.waivers import Waiver, excluded, read_waivers, sorted_out
@@ -172,4 +172,4 @@ def _here(looked: Looked, case: Case, needs: Needs) -> Looked:
         for found in looked.findings
     )  # fmt: skip
     looked = Looked(looked.state, looked.facts, moved, looked.picture)
-    return quieter(looked) if needs.wants_labels and not needs.labelled(case) else looked
+    return quieter(looked) if needs.wants_labels and not takes_part(case, needs) else looked

@@ -23,7 +23,7 @@ def scored(
     time where answers are as large as images.
     """
     first = task.answers[0]
-    if task.kind == "segmentation":
+    if task.kind in ("segmentation", "reconstruction"):
         each = [functions.scores(iter([case]), threshold, smallest_count) for case in answers]
         if not each:
             return functions.scores(iter(()), threshold, smallest_count), mean_scores([])

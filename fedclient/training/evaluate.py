@@ -13,8 +13,10 @@ from fedclient.training.trainer import autocast
 from fedclient.training.windows import logits
 from shared_models.preprocess import restore
 from shared_models.scores import Score
+from shared_models.seeds import rng
 from shared_models.study import Study
 from shared_models.tasks.functions import CaseAnswer, TaskFunctions
+from shared_models.tasks.reconstruction import hidden
 
 
 def answers(
@@ -28,6 +30,10 @@ def answers(
     net.eval()
     with torch.inference_mode(), autocast(study.train, device):
         for case in cases.by_case():
+            if study.task.kind == "reconstruction":  # the same parts of a case are hidden whenever it is scored
+                seen, truth = hidden(case.images, study.task, rng("hidden", study.name, case.key))
+                yield CaseAnswer(task.chances(logits(net, seen, study, device)).numpy(), truth)
+                continue
             yield _answer(case, task.chances(logits(net, case.images, study, device)).numpy(), task)
 
 

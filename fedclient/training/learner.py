@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,7 @@ from fedclient.training.personal import LOCAL, own_weights, part, staying
 from fedclient.training.private import patients_of, train_privately
 from fedclient.training.profile import site_profile
 from fedclient.training.trainer import fit, scheduled
+from fedclient.training.unlabelled import consistency, nothing, worth
 from fedclient.work import Holding, Learned
 from shared_models import nets
 from shared_models.control import without_control
@@ -31,6 +32,7 @@ from shared_models.scores import Score
 from shared_models.seeds import rng, seed_of
 from shared_models.study import Study
 from shared_models.tasks.chosen import functions_of
+from shared_models.tasks.reconstruction import hidden
 from shared_models.weights import Arrays
 from shared_models.wire import Split
 
@@ -49,13 +51,18 @@ class ImageLearner:
     ) -> tuple[Learned, Arrays]:
         device = device_of(site)
         settle(site, study, seed_of(study.seed, study.name, round_number, site.name, "torch"))
-        cases = data_set(site, study, "train")
+        labelled, unlabelled = to_train_on(site, study)
+        cases = labelled if len(labelled) else unlabelled
         received = without_control(weights)
         net = nets.network(study)
         stay = staying(net, study)
         nets.load_arrays(net, {**received, **part(memory, LOCAL)})
         net.to(device)
         train = scheduled(study.train, round_number, study.rounds.count)
+        if len(unlabelled) and not len(
+            labelled
+        ):  # nothing holds such a site in place before there is an answer to keep
+            train = replace(train, learning_rate=train.learning_rate * study.unlabelled.ramp(round_number))
         if study.protect.privacy is not None:
             people, loss = patients_of(_cases(site), cases), functions_of(study.task, site.labelled).loss
             fitted = train_privately(
@@ -77,9 +84,14 @@ class ImageLearner:
         batches = drawn(site, cases, study, device, rng(*words, "batches"), epochs, steps)
         rates = rates_of(net, study.transfer, round_number)
         start = Start(study, train, device, net, weights, memory, stay, rates)
-        done = train_round(start, batches, functions_of(study.task, site.labelled).loss)
+        task, further = functions_of(study.task, site.labelled), []
+        if len(unlabelled):
+            weight = study.unlabelled.weight * study.unlabelled.ramp(round_number)
+            further.append(consistency(net, unlabelled, study, task, rng(*words, "unlabelled"), weight))
+        done = train_round(start, batches, task.loss if len(labelled) else nothing, further)
         fitted = done.fitted
-        learned = Learned(done.tensors, len(cases), fitted.steps, fitted.losses, str(device), done.variance)
+        examples = worth(len(labelled), len(unlabelled), study, round_number)
+        learned = Learned(done.tensors, examples, fitted.steps, fitted.losses, str(device), done.variance)
         return learned, done.memory
 
     def own(self, site: Site, study: Study, weights: Arrays, memory: Arrays, tuned: bool) -> Arrays | None:
@@ -119,9 +131,9 @@ class ImageLearner:
         return site_profile(net.to(device), kept, study, device, _told("profile", site))
 
     def holding(self, site: Site, study: Study) -> Holding:
-        cases = [case for case in _cases(site) if has_truth(case, study.task)]
-        train = [case for case in cases if case.split == "train"]
-        return Holding(len(train), sum(c.split == "test" for c in cases), len({c.patient for c in train}))
+        labelled, unlabelled = sorted_by_label(site, study)
+        train = [case for case in labelled if case.split == "train"] + unlabelled
+        return Holding(len(train), sum(c.split == "test" for c in labelled), len({c.patient for c in train}))
 
 
 def drawn(
@@ -138,11 +150,12 @@ def drawn(
     On a CPU the thread that prepares them ahead would take from the one that trains.
     """
     ahead = device.type == "cuda"
+    hiding = draw.spawn(1)[0] if study.task.kind == "reconstruction" else None
     for batch in cases.batches(
         study.train.batch_size, draw, epochs=epochs, steps=steps, augment=study.augment, ahead=ahead
     ):
         site.go_on()
-        yield batch
+        yield batch if hiding is None else Batch(*hidden(batch.images, study.task, hiding))
 
 
 def gpus() -> int:
@@ -178,15 +191,48 @@ def settle(site: Site, study: Study, seed: int) -> None:
 
 
 def data_set(site: Site, study: Study, split: str) -> DataSet:
-    """The prepared cases of one split.
+    """The prepared cases of one split that have a label.
 
     Raises:
         OrderRefused: the site has none for training, or they do not fit into its cache.
     """
-    labelled = [case for case in _cases(site) if has_truth(case, study.task)]
+    labelled, unlabelled = sorted_by_label(site, study)
     cases = [case for case in labelled if case.split == split]
     if not cases and split == "train":
         raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Run `fedclient check`.")
+    return _prepared(site, study, cases, split, len(labelled) + len(unlabelled))
+
+
+def to_train_on(site: Site, study: Study) -> tuple[DataSet, DataSet]:
+    """The prepared training cases with a label, and those without, where the study learns from them.
+
+    Raises:
+        OrderRefused: the site has none of either, or they do not fit into its cache.
+    """
+    labelled, unlabelled = sorted_by_label(site, study)
+    if not unlabelled:
+        return data_set(site, study, "train"), DataSet(())
+    cases, in_all = [case for case in labelled if case.split == "train"], len(labelled) + len(unlabelled)
+    without = _prepared(site, study, unlabelled, "train", in_all)
+    return (_prepared(site, study, cases, "train", in_all) if cases else DataSet(())), without
+
+
+def sorted_by_label(site: Site, study: Study) -> tuple[list[Case], list[Case]]:
+    """The cases whose labels the site uses, of all splits; and the training cases without, where the study wants them.
+
+    What a layout has for test and gives no labels of is neither.
+    """
+    labelled: list[Case] = []
+    unlabelled: list[Case] = []
+    for case in _cases(site):
+        if has_truth(case, study.task) and case.key not in site.hidden:
+            labelled.append(case)
+        elif case.split == "train" and study.unlabelled.method != "none":
+            unlabelled.append(case)
+    return labelled, unlabelled
+
+
+def _prepared(site: Site, study: Study, cases: Sequence[Case], split: str, in_all: int) -> DataSet:
     return prepare(
         cases,
         study,
@@ -194,7 +240,7 @@ def data_set(site: Site, study: Study, split: str) -> DataSet:
         _told(split, site),
         quota_bytes=site.quota_bytes,
         processes=site.processes,
-        in_all=len(labelled),
+        in_all=in_all,
     )
 
 

@@ -1,6 +1,6 @@
 """A site's round put together: which pulls, corrections and second models a study asks for, and what is remembered."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,8 +68,8 @@ class Trained:
     variance: float | None
 
 
-def train_round(start: Start, batches: Iterable[Batch], loss_of: Loss) -> Trained:
-    """Trains `start.net` in place on every batch, once, in all the ways that the study combines."""
+def train_round(start: Start, batches: Iterable[Batch], loss_of: Loss, further: Sequence[Pull] = ()) -> Trained:
+    """Trains `start.net` in place on every batch, once, in all the ways that the study combines, and `further` ones."""
     study, train, net, device, memory = start.study, start.train, start.net, start.device, start.memory
     received, control, own = without_control(start.tensors), control_of(start.tensors), _second(start)
     share = torch.tensor(_share(start), dtype=torch.float64)
@@ -86,7 +86,7 @@ def train_round(start: Start, batches: Iterable[Batch], loss_of: Loss) -> Traine
         correct = corrected(start.shared, control, part(memory, CONTROL_OF_SITE), study.train.learning_rate)
     if study.personal.head_epochs:
         only = sorted({n for n, _ in net.named_parameters()} - nets.head_names(net))
-    pulls = _pulls(start)
+    pulls = [*_pulls(start), *further]  # MOON's first: it looks at what the network has just seen
     fitted = fit(
         net, batches, loss_of, train, device, pulls=pulls, correct=correct, only=only, beside=beside, rates=start.rates
     )

@@ -21,6 +21,7 @@ from shared_models.study import Study
 from shared_models.weights import file_sha256, load
 
 REFERENCE = "reference.json"  # in the run's folder: what its sites' patients are like, where the study asks for it
+RELEASED = ("segmentation", "classification", "prognosis")  # tasks whose answers prediction gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,10 @@ def recipe_of(
         raise StateInvalid(
             f"run {run.id!r}: its sites keep their {' and '.join(study.personal.keep)} layers, so what the federation "
             "has is no whole model. Each site's own is at that site."
+        )
+    if study.task.kind not in RELEASED:
+        raise StateInvalid(
+            f"run {run.id!r}: a {study.task.kind} is not released yet; releases answer {', '.join(RELEASED)}."
         )
     check_weights(run, state)
     found = facts(run)

@@ -13,6 +13,7 @@ from shared_models import class_counts, metrics
 from shared_models.class_counts import ClassCounts
 from shared_models.detection_counts import DetectionCounts
 from shared_models.metrics import DiceCounts
+from shared_models.restored_counts import RestoredCounts
 from shared_models.scores import Score
 from shared_models.surface_counts import DISTANCE_MM, SurfaceCounts
 from shared_models.survival_counts import SurvivalCounts
@@ -113,6 +114,8 @@ def _places(task: Task) -> Iterator[tuple[str, Place]]:
         bins, cells = class_counts.BINS, class_counts.CELLS
         sizes, kind = dict.fromkeys(("positive", "negative"), bins), ClassCounts
         sizes |= dict.fromkeys(("cell_cases", "cell_positives", "cell_micro"), cells)
+    elif task.kind == "reconstruction":
+        sizes, kind = {}, RestoredCounts
     elif task.kind == "detection":
         sizes, kind = dict.fromkeys(("hits", "false"), class_counts.BINS), DetectionCounts
     else:
@@ -152,6 +155,8 @@ def _score(task: Task, sums: Mapping[tuple[str, Place], int]) -> Score:
         return ClassCounts(**_withheld(ClassCounts, whole), specificity=task.specificity)
     if task.kind == "prognosis":
         return SurvivalCounts(**_withheld(SurvivalCounts, whole))
+    if task.kind == "reconstruction":
+        return RestoredCounts(**whole)
     if task.kind == "detection":  # scans without any mark have told their histograms too
         return DetectionCounts(**(whole if whole["told_scans"] else _withheld(DetectionCounts, whole)))
     about = None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from shared_models.study import Task
-from shared_models.tasks import classification, detection, prognosis, segmentation
+from shared_models.tasks import classification, detection, prognosis, reconstruction, segmentation
 from shared_models.tasks.functions import TaskFunctions
 
 
@@ -13,4 +13,6 @@ def functions_of(task: Task, labelled: Sequence[str] = ()) -> TaskFunctions:
         return segmentation.functions_of(task, labelled)
     if task.kind == "detection":
         return detection.functions_of(task)
-    return classification.functions_of(task) if task.kind == "classification" else prognosis.functions_of(task)
+    if task.kind == "classification":
+        return classification.functions_of(task)
+    return prognosis.functions_of(task) if task.kind == "prognosis" else reconstruction.functions_of(task)
