@@ -43,7 +43,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torch": (
         "shared_models/nets.py", "shared_models/vgg.py", "shared_models/pretrained.py", "shared_models/tasks/",
         "fedclient/training/", "fedclient/data/augment.py",
-        "simulations/bench/",
+        "simulations/bench/", "simulations/attacks/",  # an attacker inverts and trains networks
     ),
     "monai": ("shared_models/nets.py", "shared_models/tasks/surfaces.py", "simulations/bench/pipeline.py"),
 }  # fmt: skip

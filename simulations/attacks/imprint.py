@@ -43,7 +43,7 @@ NOWHERE = "0" * 64
 
 
 class Imprinted(nn.Module):
-    """`net` behind an imprint layer: `UNITS` units over all pixels, whose sum is laid upon the picture, very faintly."""
+    """`net` behind an imprint layer: `UNITS` units over all pixels, whose sum is laid upon the picture, faintly."""
 
     def __init__(self, net: nn.Module, thresholds: NDArray[np.float64]) -> None:
         super().__init__()
@@ -68,7 +68,8 @@ def recovered(delta: Arrays) -> NDArray[np.float32]:
     bias = np.diff(np.asarray(delta["imprint.bias"], np.float64), append=0.0)
     there = np.abs(bias) > 1e-6 * np.abs(bias).max()
     pictures = weight[there] / bias[there, None]
-    return np.clip(pictures, 0, 1).reshape(-1, EDGE, EDGE).astype(np.float32)
+    clear: NDArray[np.float32] = np.clip(pictures, 0, 1).reshape(-1, EDGE, EDGE).astype(np.float32)
+    return clear
 
 
 def found_of(originals: Sequence[Picture], guesses: NDArray[np.float32]) -> list[tuple[float, Picture]]:
@@ -80,7 +81,7 @@ def found_of(originals: Sequence[Picture], guesses: NDArray[np.float32]) -> list
 def attack(
     study: Study, nodes: Mapping[str, NodeConfig], people: Sequence[Patient], tick: Callable[[], None] = lambda: None
 ) -> Finding:
-    """Reads pictures off a plain update and off a secure sum of three sites, then asks the real client to do the same."""
+    """Reads pictures off a plain update and off a secure sum of three sites, then asks the real client for the like."""
     draw = rng(study.seed, "imprint")
     slices = [picture for patient in people for picture in patient.slices]
     chosen = [slices[n] for n in draw.choice(len(slices), min(3 * BATCH, len(slices)), replace=False)]
@@ -109,9 +110,9 @@ def attack(
     return Finding(
         "imprint",
         "Analytic leak through an imprint layer",
-        f"A coordinator that lies: it puts {UNITS} units before a LeNet ({EDGE}x{EDGE}, {CLASSES} classes); one step of "
-        f"plain SGD on {len(parts[0])} slices (Fowl et al. 2022). Then the same layer before the study's own network, "
-        f"sent to the real client as an order.",
+        f"A coordinator that lies: it puts {UNITS} units before a LeNet ({EDGE}x{EDGE}, {CLASSES} classes); one step "
+        f"of plain SGD on {len(parts[0])} slices (Fowl et al. 2022). Then the same layer before the study's own "
+        f"network, sent to the real client as an order.",
         tuple(rows),
         "Nothing: the client trains no network but the study's, and says so by a code."
         if held

@@ -25,7 +25,7 @@ from shared_models.seeds import rng, seed_of
 from shared_models.study import Study, Train
 from shared_models.weights import Arrays
 from simulations.attacks.finding import Finding, Picture, Row, Strip, judged, psnr
-from simulations.attacks.people import Patient
+from simulations.attacks.people import EXAMPLE, Patient
 from simulations.attacks.sums import mean_of, secure_sum
 
 EDGE, CLASSES = 32, 4
@@ -33,8 +33,8 @@ CONTROL_DB, PROTECTED_DB = 30.0, 15.0
 TOTAL_VARIATION = 1e-4
 RATE = 1.0  # of the step that is attacked
 STEP = Train(local_steps=1, batch_size=1, optimizer="sgd", momentum=0.0, learning_rate=RATE, precision="float32")
-UNPRIVATE = Privacy(noise_multiplier=1.0, sample_rate=1.0)  # what is tried where the study has no privacy of its own
 COHORT = 5
+CLIPPED = "clipping alone (not DP)"
 Tick = Callable[[], None]
 
 
@@ -59,14 +59,22 @@ def batch_of(pictures: Sequence[NDArray[np.float32]], labels: Sequence[int]) -> 
     return Batch(np.stack(pictures)[:, None].astype(np.float32), np.array(labels, np.uint8)[:, None])
 
 
-def delta_of(net: nn.Module, batch: Batch, privacy: Privacy | None = None) -> dict[str, NDArray[np.float32]]:
-    """What a site sends after one local step by the client's own loop; `net` is left as it was."""
+def delta_of(
+    net: nn.Module, batch: Batch, privacy: Privacy | None = None, quiet: bool = False
+) -> dict[str, NDArray[np.float32]]:
+    """What a site sends after one local step by the client's own loop; `net` is left as it was.
+
+    Args:
+        quiet: of private training, clips and leaves the noise out.
+    """
     before = nets.arrays_of(net)
     train = replace(STEP, batch_size=len(batch.images))
     if privacy is None:
         fit(net, [batch], cross_entropy, train, torch.device("cpu"))
     else:
-        fit_private(net, [[batch]], cross_entropy, replace(train, batch_size=1), privacy, Chance())
+        fit_private(
+            net, [[batch]], cross_entropy, replace(train, batch_size=1), privacy, Chance(), np.zeros if quiet else None
+        )
     after = nets.arrays_of(net)
     nets.load_arrays(net, before)
     return {name: after[name] - before[name] for name in before}
@@ -111,7 +119,7 @@ def attack(study: Study, people: Sequence[Patient], iterations: int, tick: Tick 
     labels = [n % CLASSES for n in range(len(pictures))]
     net = victim(seed_of(study.seed, "victim") % 2**31)
     original, mine = pictures[0], labels[:1]
-    privacy = study.protect.privacy or UNPRIVATE
+    privacy = study.protect.privacy or EXAMPLE
 
     def one(delta: Arrays, classes: Sequence[int]) -> tuple[float, Picture]:
         found = inverted(net, delta, classes, iterations, study.seed, tick)
@@ -123,6 +131,7 @@ def attack(study: Study, people: Sequence[Patient], iterations: int, tick: Tick 
     got = {
         "nothing": one(plain[0], mine),
         "differential privacy": one(delta_of(net, batch_of(pictures[:1], mine), privacy), mine),
+        CLIPPED: one(delta_of(net, batch_of(pictures[:1], mine), privacy, quiet=True), mine),
         "secure sum, the masked vector": one(transcript.read_as_plain("site-0"), mine),
         "secure sum, the sum as one picture": one(mean_of(transcript), mine),
         "secure sum, the sum as five pictures": one(mean_of(transcript), labels),
@@ -135,6 +144,8 @@ def attack(study: Study, people: Sequence[Patient], iterations: int, tick: Tick 
         own = study.protect.privacy is not None and name == "differential privacy"
         if name == "nothing":
             rows.append(judged(name, figure, decibels, above=CONTROL_DB, control=True))
+        elif name == CLIPPED:
+            rows.append(Row(name, figure, decibels))
         else:
             rows.append(judged(name, figure, decibels, below=PROTECTED_DB, study=own))
     strip = Strip("One slice, and what the attacker makes of the update", {"original": original} | {
@@ -144,8 +155,8 @@ def attack(study: Study, people: Sequence[Patient], iterations: int, tick: Tick 
     return Finding(
         "inversion",
         "Gradient inversion",
-        f"One local step of plain SGD on one slice of one patient ({EDGE}x{EDGE}), by the client's own loop, in a LeNet "
-        f"with sigmoids; the attacker knows the weights, the learning rate and the class (Geiping et al. 2020, "
+        f"One local step of plain SGD on one slice of one patient ({EDGE}x{EDGE}), by the client's own loop, in a "
+        f"LeNet with sigmoids; the attacker knows the weights, the learning rate and the class (Geiping et al. 2020, "
         f"{iterations} iterations). Differential privacy with {words}; the secure sum is of {len(pictures)} sites, "
         f"by the real protocol.",
         tuple(rows),
@@ -162,12 +173,10 @@ def _largest(deltas: Sequence[Arrays]) -> float:
 def _verdict(study: Study, got: dict[str, tuple[float, Picture]], guessed: float) -> str:
     if study.protect.privacy is not None:
         return (
-            f"From a differentially private update the attacker gets {got['differential privacy'][0]:.1f} dB, no better "
-            f"than a picture that is made up ({guessed:.1f} dB is the mean of all patients)."
+            f"From a differentially private update the attacker gets {got['differential privacy'][0]:.1f} dB, no "
+            f"better than a picture that is made up ({guessed:.1f} dB is the mean of all patients)."
         )
     return (
         f"The study sends plain updates: whoever reads one of a single step has the picture at "
         f"{got['nothing'][0]:.1f} dB. A secure sum or differential privacy takes that away."
     )
-
-

@@ -14,12 +14,14 @@ from fedclient.site import open_site
 from fedclient.training.learner import data_set
 from shared_models.errors import StudyInvalid
 from shared_models.preprocess import Geometry
+from shared_models.protect.privacy import Privacy
 from shared_models.study import Study
 from simulations.engine import NodeConfig
 
 GRID = Geometry((1, 1, 1), (1.0, 1.0, 1.0), (1,), (0.0,), (1.0,))
 SPLITS = ("train", "val", "test")
 MOST_SLICES = 4  # of a patient
+EXAMPLE = Privacy(noise_multiplier=1.46, sample_rate=0.5, delta=1e-3)  # tried where the study has none: epsilon 8
 
 
 @dataclass(frozen=True, slots=True)

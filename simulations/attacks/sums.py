@@ -1,4 +1,4 @@
-"""A secure sum of given updates with the real code of sites and coordinator, and every byte that the coordinator sees."""
+"""A secure sum of given updates by the real code of sites and coordinator, and every byte that the coordinator sees."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from fedserver.secagg import SecureSum, SecureTotal
 from shared_models.identity import identity_public_key, new_site_keys
 from shared_models.protect.context import Context, least_threshold
 from shared_models.protect.messages import Revealed, write
+from shared_models.protect.prg import Masks
 from shared_models.protect.ring import Layout, bytes_of, encoding, unpacked
 from shared_models.roster import Roster
 from shared_models.weights import Arrays, InMemory, schema_of
@@ -42,8 +43,20 @@ class Transcript:
 
     def read_as_plain(self, site: str) -> dict[str, NDArray[np.float64]]:
         """What a site's tensors would be if its vector were not masked."""
-        whole = self.elements(site).view(np.int32).astype(np.float64) / self.context.scale
-        return {n: whole[a:b].reshape(self.layout.schema[n].shape) for n, (a, b) in self.layout.places.items()}
+        return read_elements(self.elements(site), self.context, self.layout)
+
+    def without_masks(self, delta: Arrays) -> dict[str, NDArray[np.float64]]:
+        """What would be read if a site that sends `delta` left its masks out."""
+        told = dict.fromkeys(self.layout.counts, 0)
+        blocks = masked(InMemory(delta), 1, told, self.layout, self.context, Masks([]))
+        sent = np.concatenate([block.copy() for block in blocks])
+        return read_elements(unpacked(sent, self.context.ring_bits)[: self.layout.tail], self.context, self.layout)
+
+
+def read_elements(elements: NDArray[np.uint32], context: Context, layout: Layout) -> dict[str, NDArray[np.float64]]:
+    """Elements of the ring as tensors, each a site's share of the mean."""
+    whole = elements.view(np.int32).astype(np.float64) / context.scale
+    return {n: whole[a:b].reshape(layout.schema[n].shape) for n, (a, b) in layout.places.items()}
 
 
 def secure_sum(
