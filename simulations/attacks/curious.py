@@ -25,6 +25,7 @@ from shared_models.scores import row_of
 from shared_models.study import Study
 from shared_models.wire import Reply, read_reply, tensors_of
 from simulations.attacks.finding import Finding, Row, judged
+from simulations.attacks.people import as_sent, secured
 from simulations.attacks.sums import Transcript, mean_of, secure_sum
 from simulations.engine import NodeConfig, run_local
 
@@ -70,11 +71,11 @@ def attack(study: Study, nodes: Mapping[str, NodeConfig], folder: Path) -> Findi
     rows = (
         judged("nothing: the same vector without its masks", likeness, bare, above=0.999, control=True),
         Row("nothing", "told of each site beside its update", ", ".join(told) or "no number", "no number" * private,
-            not told if private else None, study=True),
+            not told if private else None, study=not secured(study)),
         Row("nothing", "updates of single sites that the run folder keeps", float(kept), "below 1", kept == 0,
-            study=True),
-        judged("secure sum", likeness, masked, below=chance),
-        judged("secure sum, its revealed shares used", likeness, halfway, below=chance),
+            study=not secured(study)),
+        judged("secure sum", likeness, masked, below=chance, study=secured(study)),
+        judged("secure sum, its revealed shares used", likeness, halfway, below=chance, study=secured(study)),
         Row("secure sum", "numbers of one site in its messages", float(numbers_in(transcript)), "below 1",
             numbers_in(transcript) == 0),
         Row("secure sum", "told of all sites together", ", ".join(sorted(transcript.total.counts))),
@@ -82,14 +83,22 @@ def attack(study: Study, nodes: Mapping[str, NodeConfig], folder: Path) -> Findi
     )  # fmt: skip
     what = "the noisy update of each site and nothing else" if private else "each site's update, whole"
     also = "" if private or not told else f", and {', '.join(told)}"
+    if secured(study):
+        verdict = (
+            "Of this study's rounds the coordinator reads the mean and sums over all sites, and of one site nothing."
+        )
+    else:
+        verdict = (
+            f"Of this study's rounds the coordinator reads {what}{also}. Under a secure sum it would read the mean and "
+            f"sums alone."
+        )
     return Finding(
         "curious",
         "A curious coordinator",
         f"One round of the study with {len(nodes)} sites by the real client and server code, all replies kept; then a "
         f"secure sum of the same updates ({len(mean):,} weights), all vectors and messages kept.",
         rows,
-        f"Of this study's rounds the coordinator reads {what}{also}. Under a secure sum it would read the mean and "
-        f"sums alone.",
+        verdict,
         details={"told": told, "clip": clip},
     )
 
@@ -99,7 +108,7 @@ def listened(
 ) -> tuple[RunFolder, dict[str, list[Reply]], dict[str, dict[str, NDArray[Any]]]]:
     """One round of the study: its folder, what each site said, and what it sent."""
     short = replace(
-        study,
+        as_sent(study),
         train=replace(study.train, local_steps=STEPS),
         rounds=replace(study.rounds, count=1, quorum=len(nodes), cohort=1.0),
     )

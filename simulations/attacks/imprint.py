@@ -32,7 +32,7 @@ from shared_models.weights import Arrays, schema_of
 from shared_models.wire import Order, pack, read_reply, write_order
 from simulations.attacks.finding import Finding, Picture, Row, Strip, judged, psnr
 from simulations.attacks.inversion import CLASSES, EDGE, STEP, batch_of, cross_entropy, victim
-from simulations.attacks.people import Patient
+from simulations.attacks.people import Patient, as_sent
 from simulations.attacks.sums import mean_of, secure_sum
 from simulations.engine import NodeConfig, answer, identify
 
@@ -144,6 +144,7 @@ def _step(net: nn.Module, pictures: Sequence[Picture]) -> dict[str, NDArray[Any]
 
 def admission(study: Study, nodes: Mapping[str, NodeConfig]) -> list[tuple[str, str, str]]:
     """What was tried, the code that it must be refused by, and what the real client answers."""
+    study = as_sent(study)
     own = nets.initial_weights(study)
     extra = {"imprint.weight": np.zeros((UNITS, 16), np.float32), "imprint.bias": np.zeros(UNITS, np.float32)}
     name = next(n for n in own if own[n].ndim > 1)

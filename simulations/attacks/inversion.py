@@ -25,7 +25,7 @@ from shared_models.seeds import rng, seed_of
 from shared_models.study import Study, Train
 from shared_models.weights import Arrays
 from simulations.attacks.finding import Finding, Picture, Row, Strip, judged, psnr
-from simulations.attacks.people import EXAMPLE, Patient
+from simulations.attacks.people import EXAMPLE, Patient, secured
 from simulations.attacks.sums import mean_of, secure_sum
 
 EDGE, CLASSES = 32, 4
@@ -34,6 +34,7 @@ TOTAL_VARIATION = 1e-4
 RATE = 1.0  # of the step that is attacked
 STEP = Train(local_steps=1, batch_size=1, optimizer="sgd", momentum=0.0, learning_rate=RATE, precision="float32")
 COHORT = 5
+PRIVATE, SECURE = "differential privacy", "secure sum"
 CLIPPED = "clipping alone (not DP)"
 Tick = Callable[[], None]
 
@@ -130,18 +131,18 @@ def attack(study: Study, people: Sequence[Patient], iterations: int, tick: Tick 
     transcript = secure_sum({f"site-{n}": delta for n, delta in enumerate(plain)}, clip=_largest(plain))
     got = {
         "nothing": one(plain[0], mine),
-        "differential privacy": one(delta_of(net, batch_of(pictures[:1], mine), privacy), mine),
+        PRIVATE: one(delta_of(net, batch_of(pictures[:1], mine), privacy), mine),
         CLIPPED: one(delta_of(net, batch_of(pictures[:1], mine), privacy, quiet=True), mine),
-        "secure sum, the masked vector": one(transcript.read_as_plain("site-0"), mine),
-        "secure sum, the sum as one picture": one(mean_of(transcript), mine),
-        "secure sum, the sum as five pictures": one(mean_of(transcript), labels),
+        f"{SECURE}, the masked vector": one(transcript.read_as_plain("site-0"), mine),
+        f"{SECURE}, the sum as one picture": one(mean_of(transcript), mine),
+        f"{SECURE}, the sum as five pictures": one(mean_of(transcript), labels),
     }
     middle = np.mean([p.slices.mean(0) for p in people], axis=0).astype(np.float32)
     guessed = psnr(original, middle)
     figure = "PSNR, dB"
     rows = [Row("(the mean picture of all patients)", figure, guessed)]
     for name, (decibels, _) in got.items():
-        own = study.protect.privacy is not None and name == "differential privacy"
+        own = (study.protect.privacy is not None and name == PRIVATE) or (secured(study) and name.startswith(SECURE))
         if name == "nothing":
             rows.append(judged(name, figure, decibels, above=CONTROL_DB, control=True))
         elif name == CLIPPED:
@@ -173,8 +174,14 @@ def _largest(deltas: Sequence[Arrays]) -> float:
 def _verdict(study: Study, got: dict[str, tuple[float, Picture]], guessed: float) -> str:
     if study.protect.privacy is not None:
         return (
-            f"From a differentially private update the attacker gets {got['differential privacy'][0]:.1f} dB, no "
+            f"From a differentially private update the attacker gets {got[PRIVATE][0]:.1f} dB, no "
             f"better than a picture that is made up ({guessed:.1f} dB is the mean of all patients)."
+        )
+    if secured(study):
+        best = max(decibels for name, (decibels, _) in got.items() if name.startswith(SECURE))
+        return (
+            f"From a secure sum of {COHORT} sites the attacker gets {best:.1f} dB at best; {guessed:.1f} dB is the "
+            f"mean of all patients, and plain updates of a single step give {got['nothing'][0]:.1f} dB."
         )
     return (
         f"The study sends plain updates: whoever reads one of a single step has the picture at "

@@ -1,7 +1,7 @@
 """Whose pictures are attacked: patients of the study's own data, as its preprocessing has them, made small."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from fedclient.site import open_site
 from fedclient.training.learner import data_set
 from shared_models.errors import StudyInvalid
 from shared_models.preprocess import Geometry
-from shared_models.protect.privacy import Privacy
+from shared_models.protect.privacy import Privacy, Protect
 from shared_models.study import Study
 from simulations.engine import NodeConfig
 
@@ -30,6 +30,16 @@ class Patient:
 
     site: str
     slices: NDArray[np.float32]
+
+
+def as_sent(study: Study) -> Study:
+    """The study with its differential privacy and no other protection: what a site would send, bare."""
+    return replace(study, protect=Protect(privacy=study.protect.privacy))
+
+
+def secured(study: Study) -> bool:
+    """Whether the study's updates are summed securely."""
+    return getattr(study.protect, "secure_aggregation", None) is not None
 
 
 def people_of(study: Study, nodes: Mapping[str, NodeConfig], edge: int, most: int) -> list[Patient]:
