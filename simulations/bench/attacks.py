@@ -3,7 +3,7 @@
     python -m simulations.bench.attacks [STUDY] [--cache DIR] [--out DIR] [--quick]
 
 On a study that is differentially private (`lung-ct-private`) and its phantom of 90 patients. Targets: every control
-succeeds: gradient inversion above 30 dB, most slices read off an imprint layer, LiRA with AUC above 0.8 and 30 % of the
+succeeds: gradient inversion above 30 dB, most slices read off an imprint layer, LiRA with AUC above 0.8 and 10 % of the
 members at 1 % false positives, the noise left out disproves the claimed epsilon. Under differential privacy or a secure
 sum inversion stays below 15 dB; under differential privacy LiRA finds less than half of what it found; the audit never
 proves more than is claimed, and a tenth of it; the site refuses the altered network by name; masked vectors are like no
