@@ -272,6 +272,59 @@ def privacy(
 
 @app.command()
 @guarded
+def attack(
+    study: Annotated[str, typer.Argument(help="A ready study or the path of a study.toml; its images are attacked.")],
+    data: Annotated[list[Path] | None, typer.Option(help="As for `fedsim run`. Without it, the phantom.")] = None,
+    layout: Annotated[str, typer.Option(help="How data is laid out; auto finds it.")] = "auto",
+    sites: Annotated[int | None, typer.Option(min=3, help="How many sites; all of the data, or 3.")] = None,
+    attacks: Annotated[
+        str, typer.Option(help="inversion, imprint, membership, claim, curious, separated by commas; or all.")
+    ] = "all",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer networks, patients and canaries: a first look.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html, report.json and pictures.")] = None,
+    json_to: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures as JSON too; - is standard output.")
+    ] = None,
+) -> None:
+    """Attacks a study as a curious or lying coordinator would, without protection and with it; says what is got.
+
+    Exits with 1 where an attack fails that nothing protects from, or one gets more than a protection allows.
+    """
+    from simulations import run as simulation  # imports the data readers
+    from simulations.attacks import report
+    from simulations.attacks.run import FULL, QUICK, carry_out, chosen
+    from simulations.site_options import SiteOptions, sites_of
+
+    loaded, names = load_study(study), chosen(attacks)
+    folder = out or Path("runs") / f"{loaded.name}-attacks"
+    how = simulation.machine("local", 0, 1, "cpu")
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        running = {name: bars.add_task(name, total=None) for name in names}
+        nodes = sites_of(
+            loaded, folder, SiteOptions(data or [], layout, sites), how, CACHE / "phantom", bars.console.print
+        )
+        findings = carry_out(
+            loaded, nodes, folder, names, QUICK if quick else FULL,
+            lambda name, done, of: bars.update(running[name], completed=done, total=of),
+        )  # fmt: skip
+    written = report.write_all(loaded, findings, folder)
+    if json_to is not None and str(json_to) != "-":
+        write_json(json_to, report.numbers(loaded, findings))
+    if str(json_to) == "-":
+        print_json(report.numbers(loaded, findings))
+    else:
+        Console().print(report.table(loaded, findings))
+        for finding in findings:
+            Console().print(f"[bold]{finding.title}.[/] {finding.verdict}", highlight=False)
+        print("\n".join(f"{kind:24} {path}" for kind, path in written.items()))
+    if any(finding.missed for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+@guarded
 def tables(
     folder: Annotated[Path, typer.Argument(help="Folder with a SITE.csv for each site.")],
     out: Annotated[Path, typer.Argument(help="Folder to write manifest.csv into, for --data of a study of tables.")],

@@ -36,7 +36,7 @@ SUBCOMMANDS = {
         "join", "rejoin", "renew", "check", "waive", "card", "policy", "studies", "show", "approve", "refuse",
         "withdraw", "sent", "audit", "start", "status", "budget", "ledger", "serve-model", "drift",
     ],
-    "fedsim": ["run", "compare", "settings", "studies", "privacy", "tables", "demo", "phantom"],
+    "fedsim": ["run", "compare", "settings", "studies", "privacy", "tables", "demo", "phantom", "attack"],
 }  # fmt: skip
 TINY = """
 name = "tiny"

@@ -60,7 +60,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "shared_models/runtimes.py", "shared_models/parity.py", "fedserver/publish/exports.py",
         "fedserver/publish/bundle.py", "shared_models/bundle_steps.py",
         "fedclient/training/", "fedclient/data/augment.py", "fedclient/predict/torch_network.py",
-        "simulations/bench/",
+        "simulations/bench/", "simulations/attacks/",  # an attacker inverts and trains networks
     ),
     "monai": (
         "shared_models/nets.py", "shared_models/tasks/surfaces.py", "fedclient/training/maps.py",

@@ -29,8 +29,8 @@ from shared_models.preprocess import Geometry
 from shared_models.protect.prg import keystream
 from shared_models.protect.privacy import Privacy
 from shared_models.study import Augment, Train
+from simulations.attacks.claim import audit
 from simulations.audit import Guesses, epsilon_at_least, guesses, p_value
-from simulations.bench.privacy_audit import audit
 
 GRID = Geometry((1, 1, 1), (1.0, 1.0, 1.0), (1,), (0.0,), (1.0,))
 PRIVACY = Privacy(noise_multiplier=1.0, sample_rate=0.5, clip_norm=1.0, examples_per_patient=2)

@@ -1,0 +1,189 @@
+"""A curious coordinator that keeps every byte of a run: what it reads of one site, and what a secure sum leaves.
+
+One round of the study by the real client and server code, every reply recorded as it arrives. Then the same updates
+through a secure sum by the real code of both sides: every masked vector and every message is kept, and what the shares
+that are revealed in the end give away is taken off again.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclient.app import app as installed
+from fedserver.checkpoint import RunFolder, create_run
+from shared_models import nets
+from shared_models.errors import StudyInvalid
+from shared_models.protect.masking import self_mask_key
+from shared_models.protect.prg import Masks
+from shared_models.protect.shamir import combine
+from shared_models.scores import row_of
+from shared_models.study import Study
+from shared_models.wire import Reply, read_reply, tensors_of
+from simulations.attacks.finding import Finding, Row, judged
+from simulations.attacks.people import as_sent, secured
+from simulations.attacks.sums import Transcript, mean_of, secure_sum
+from simulations.engine import NodeConfig, run_local
+
+STEPS = 2  # of the round that is listened to: what is told of it is the same as of a long one
+FEWEST = 3
+
+
+class Listening:
+    """The installed client; keeps every reply that it gives."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def __call__(self, message: Any, context: Any) -> Any:
+        reply = installed(message, context)
+        self.heard.append(reply)
+        return reply
+
+
+def attack(study: Study, nodes: Mapping[str, NodeConfig], folder: Path) -> Finding:
+    """Listens to one round, then to a secure sum of its updates.
+
+    Raises:
+        StudyInvalid: fewer than three sites.
+    """
+    if len(nodes) < FEWEST:
+        raise StudyInvalid(f"study {study.name!r}: a secure sum needs {FEWEST} sites, there are {len(nodes)}.")
+    run, replies, deltas = listened(study, nodes, folder)
+    private = study.protect.privacy is not None
+    told = readable(replies)
+    flat = {site: np.concatenate([delta[n].ravel() for n in sorted(delta)]) for site, delta in deltas.items()}
+    clip = 1.01 * max(float(np.abs(values).max()) for values in flat.values())
+    counts = {site: {"cases": max(of.examples for of in replies[site])} for site in deltas}
+    transcript = secure_sum(deltas, clip, counts=counts)
+    chance = 5 / len(next(iter(flat.values()))) ** 0.5  # five deviations of a correlation of what has none
+    bare = min(alike(flat[site], _flat(transcript.without_masks(deltas[site]))) for site in flat)
+    masked = max(alike(flat[site], _flat(transcript.read_as_plain(site))) for site in flat)
+    halfway = max(alike(flat[site], half_unmasked(transcript, site)) for site in flat)
+    mean: NDArray[np.float64] = np.stack(list(flat.values())).astype(np.float64).mean(0)
+    off = float(np.abs(_flat(mean_of(transcript)) - mean).max())
+    kept = on_disk(run, flat)
+    likeness = "likeness of what is read to one site's update (correlation)"
+    rows = (
+        judged("nothing: the same vector without its masks", likeness, bare, above=0.999, control=True),
+        Row("nothing", "told of each site beside its update", ", ".join(told) or "no number", "no number" * private,
+            not told if private else None, study=not secured(study)),
+        Row("nothing", "updates of single sites that the run folder keeps", float(kept), "below 1", kept == 0,
+            study=not secured(study)),
+        judged("secure sum", likeness, masked, below=chance, study=secured(study)),
+        judged("secure sum, its revealed shares used", likeness, halfway, below=chance, study=secured(study)),
+        Row("secure sum", "numbers of one site in its messages", float(numbers_in(transcript)), "below 1",
+            numbers_in(transcript) == 0),
+        Row("secure sum", "told of all sites together", ", ".join(sorted(transcript.total.counts))),
+        judged("secure sum", "largest difference of the sum from the plain mean", off, below=1e-6),
+    )  # fmt: skip
+    what = "the noisy update of each site and nothing else" if private else "each site's update, whole"
+    also = "" if private or not told else f", and {', '.join(told)}"
+    if secured(study):
+        verdict = (
+            "Of this study's rounds the coordinator reads the mean and sums over all sites, and of one site nothing."
+        )
+    else:
+        verdict = (
+            f"Of this study's rounds the coordinator reads {what}{also}. Under a secure sum it would read the mean and "
+            f"sums alone."
+        )
+    return Finding(
+        "curious",
+        "A curious coordinator",
+        f"One round of the study with {len(nodes)} sites by the real client and server code, all replies kept; then a "
+        f"secure sum of the same updates ({len(mean):,} weights), all vectors and messages kept.",
+        rows,
+        verdict,
+        details={"told": told, "clip": clip},
+    )
+
+
+def listened(
+    study: Study, nodes: Mapping[str, NodeConfig], folder: Path
+) -> tuple[RunFolder, dict[str, list[Reply]], dict[str, dict[str, NDArray[Any]]]]:
+    """One round of the study: its folder, what each site said, and what it sent."""
+    short = replace(
+        as_sent(study),
+        train=replace(study.train, local_steps=STEPS),
+        rounds=replace(study.rounds, count=1, quorum=len(nodes), cohort=1.0),
+    )
+    run = create_run(folder / "listened", "round", short, nets.initial_weights(short))
+    listening: Any = Listening()
+    run_local(run.path, {site: {**config, "work": str(folder)} for site, config in nodes.items()}, app=listening)
+    replies, deltas = dict[str, list[Reply]](), dict[str, dict[str, NDArray[Any]]]()
+    for message in listening.heard:
+        reply = read_reply(message, "a reply")
+        replies.setdefault(reply.site, []).append(reply)
+        tensors = tensors_of(message, "a reply")
+        if tensors:
+            deltas[reply.site] = {n: a for n, a in tensors.items() if a.dtype.kind == "f"}
+    if len(deltas) < len(nodes):
+        refused = sorted({f"{r.site}: {r.refusal}" for of in replies.values() for r in of if r.refusal})
+        raise StudyInvalid(f"study {study.name!r}: not every site trained ({', '.join(refused) or 'see above'}).")
+    return run, replies, deltas
+
+
+def readable(replies: Mapping[str, list[Reply]]) -> list[str]:
+    """Which numbers of a site stand in its replies, in words; of numbers that are the study's none is counted."""
+    every = [reply for of in replies.values() for reply in of]
+    told = {
+        "examples": any(reply.examples for reply in every),
+        "losses": any(reply.losses for reply in every),
+        "scores of its patients": any(row_of(score) for reply in every for score in reply.scores.values()),
+        "seconds": any(reply.seconds for reply in every),
+        "cases": any(reply.train_cases or reply.test_cases for reply in every),
+        "variance of its steps": any(reply.variance for reply in every),
+        "histograms": any(reply.fingerprint for reply in every),
+    }
+    return [name for name, there in told.items() if there]
+
+
+def alike(update: NDArray[Any], read: NDArray[Any]) -> float:
+    """|Pearson correlation| of two vectors; 0 where one does not vary."""
+    one, other = update.astype(np.float64), read.astype(np.float64)
+    one, other = one - one.mean(), other - other.mean()
+    length = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return abs(float(one @ other)) / length if length > 0 else 0.0
+
+
+def half_unmasked(transcript: Transcript, site: str) -> NDArray[np.float64]:
+    """One site's vector without its own mask, as the shares allow that are revealed in the end; pair masks stay."""
+    context = transcript.context
+    shares = {context.place(of.site): bytes.fromhex(of.own_masks[site]) for of in transcript.revealed}
+    chosen = dict(sorted(shares.items())[: context.threshold])
+    elements = transcript.elements(site).copy()
+    Masks([(self_mask_key(combine(chosen), context.digest, site), -1)]).apply(elements)
+    return elements.view(np.int32).astype(np.float64)
+
+
+def numbers_in(transcript: Transcript) -> int:
+    """How many numbers stand in the messages of a secure sum that are no keys, shares or signatures."""
+
+    def count(value: Any) -> int:
+        if isinstance(value, dict):
+            return sum(map(count, value.values()))
+        if isinstance(value, list):
+            return sum(map(count, value))
+        return isinstance(value, int | float)
+
+    return sum(count(json.loads(message)) for message in transcript.messages)
+
+
+def on_disk(run: RunFolder, flat: Mapping[str, NDArray[Any]]) -> int:
+    """Of how many sites the update lies in some file of a run, by a stretch of its bytes."""
+    files = [path.read_bytes() for path in sorted(run.path.rglob("*")) if path.is_file()]
+    found = 0
+    for values in flat.values():
+        at = int(np.abs(values).argmax()) // 8 * 8
+        stretch = values[at : at + 8].astype("<f4").tobytes()
+        found += any(stretch in content for content in files)
+    return found
+
+
+def _flat(tensors: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])

@@ -1,0 +1,234 @@
+"""Attacks: each succeeds where nothing protects, and gets as little as is claimed where something does."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import simulations.cli
+from shared_models import nets
+from shared_models.errors import StudyInvalid
+from shared_models.protect.privacy import Privacy, Protect
+from shared_models.study import Evaluate, Model, Study, canonical, load_study
+from simulations.attacks import claim, curious, imprint, inversion, membership, report
+from simulations.attacks import run as attacks
+from simulations.attacks.finding import Finding, judged, psnr
+from simulations.attacks.people import people_of, small
+from simulations.attacks.sums import mean_of, secure_sum
+from simulations.engine import NodeConfig
+from simulations.phantoms import PhantomPlan, phantom
+from simulations.run import Machine, node_configs
+
+PRIVATE = load_study("lung-ct-private")
+SMALL = Model(features=(4, 4, 4, 4, 4, 4), groups=2)
+TINY = replace(PRIVATE, model=SMALL, train=replace(PRIVATE.train, local_steps=2, batch_size=2))
+PLAIN = replace(TINY, protect=Protect(), evaluate=Evaluate(every=1))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    plan = PhantomPlan(sites=3, train=4, val=1, test=1, slices=2, size=32)
+    return phantom(tmp_path_factory.mktemp("phantom"), plan, processes=1)
+
+
+@pytest.fixture(scope="module")
+def nodes(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, NodeConfig]:
+    return node_configs(tmp_path_factory.mktemp("work"), [data], Machine(device="cpu"), None)
+
+
+@pytest.fixture(scope="module")
+def people(nodes):
+    return people_of(TINY, nodes, inversion.EDGE, 90)
+
+
+def row(finding: Finding, against: str, figure: str = ""):
+    [found] = [r for r in finding.rows if r.against.startswith(against) and figure in r.figure]
+    return found
+
+
+# What is measured
+
+
+def test_psnr_is_in_decibels_of_the_whole_range():
+    assert psnr(np.zeros((4, 4)), np.full((4, 4), 0.1)) == pytest.approx(20.0)
+    assert psnr(np.full(4, 0.5), np.full(4, 0.5)) == 200.0
+    assert psnr(np.ones(4), np.full(4, 7.0)) == 200.0  # what is whiter than white is white
+
+
+def test_slices_of_a_volume_are_its_middle_plane_from_black_to_white():
+    volume = np.zeros((1, 2, 4, 4, 3), np.float16)
+    volume[0, 0, :2, :, 1] = 5.0
+    volume[0, 0, :, :, 2] = 9.0  # another plane
+    volume[0, 1] = 3.0  # another channel
+    assert small(volume, 2).tolist() == [[[1.0, 1.0], [0.0, 0.0]]]
+
+
+def test_all_slices_of_a_person_are_one_patient_and_sites_take_turns(people):
+    assert len(people) == 18
+    assert [p.site for p in people[:4]] == ["east", "north", "south", "east"]
+    assert {p.slices.shape for p in people} == {(2, 32, 32)}
+
+
+def test_the_share_of_members_at_one_percent_false_positives_is_counted_by_hand():
+    outside, inside = np.arange(200.0), np.array([196.5, 198.0, 198.5, 500.0])
+    scores, members = np.concatenate([outside, inside]), np.arange(204) >= 200
+    found = membership.reach(scores, members)
+    assert found.found == 0.75  # above 197, which two of 200 are
+    assert found.auc == pytest.approx((197 + 198.5 + 199 + 200) / 800)
+
+
+def test_the_likelihood_ratio_judges_a_network_by_the_others_alone():
+    members = np.array([[True], [True], [False], [False], [True]])
+    sure = np.array([[5.0], [5.0], [1.0], [1.0], [1.0]])
+    score = membership.likelihood_ratio(sure, members)
+    assert score[4, 0] < 0 < score[0, 0]  # the last is a member that looks like none
+    assert score[2, 0] < 0
+
+
+# Inversion
+
+
+def test_a_plain_step_gives_the_picture_away_and_a_protected_one_does_not(people):
+    found = inversion.attack(TINY, people, 700)
+    assert not found.missed
+    assert row(found, "nothing").value > 30
+    assert row(found, "clipping alone").value > 30  # which nobody calls differential privacy
+    assert row(found, "differential privacy").value < 15
+    assert [r.holds for r in found.rows if r.against.startswith("secure sum")] == [True] * 3
+    assert next(iter(found.strips[0].pictures)) == "original"
+
+
+def test_an_attack_that_fails_without_protection_is_missed(people):
+    found = inversion.attack(TINY, people, 2)
+    assert [r.against for r in found.missed] == ["nothing"]
+
+
+# The imprint layer
+
+
+def test_an_imprint_layer_reads_pictures_off_a_sum_too_and_the_client_refuses_it_by_name(people, nodes):
+    found = imprint.attack(TINY, nodes, people)
+    assert not found.missed
+    assert row(found, "nothing").value >= 6  # of 8
+    assert row(found, "secure sum of").value >= 16  # of 24
+    told = {r.against: r.value for r in found.rows if r.against.startswith("admission")}
+    assert sorted(told.values()) == ["SCHEMA_MISMATCH", "STUDY_MISMATCH", "WEIGHTS_MISMATCH", "WEIGHTS_MISMATCH"]
+
+
+def test_the_same_question_with_the_studys_own_weights_is_answered_by_training(nodes):
+    text = canonical(PLAIN).decode()
+    assert imprint.asked(PLAIN, nodes, nets.initial_weights(PLAIN), text) == "trained"
+
+
+# Membership and the claim
+
+
+def test_members_are_found_by_patient_and_differential_privacy_hides_them(people):
+    found = membership.attack(TINY, people, 11)
+    private = f"differential privacy, epsilon {7.98:.3g}"
+    assert row(found, "nothing", "LiRA: AUC").value > 0.8
+    assert row(found, "nothing", "loss threshold: AUC").value > 0.8
+    assert 0.3 < row(found, private[:20], "LiRA: AUC").value < 0.7
+    assert row(found, "clipping and sampling", "loss threshold: AUC").value > 0.7
+
+
+def test_half_of_the_networks_learn_from_each_patient():
+    assert membership.halves(10, 40, TINY).sum(0).tolist() == [5] * 40
+
+
+def test_the_claim_holds_and_without_its_noise_it_does_not():
+    found = claim.attack(TINY, Privacy(1.0, 0.5), 600)
+    assert not found.missed
+    honest, silent = row(found, "differential privacy"), row(found, "nothing")
+    assert 0 < honest.value <= 2.85 < silent.value
+
+
+def test_as_many_steps_are_audited_as_the_canaries_can_disprove():
+    assert (claim.most_steps(1.0), claim.most_steps(3.0)) == (1, 7)
+
+
+# The curious coordinator
+
+
+def test_a_plain_round_tells_a_site_apart_and_a_secure_sum_does_not(nodes, tmp_path):
+    found = curious.attack(PLAIN, nodes, tmp_path)
+    assert not found.missed
+    assert set(found.details["told"]) >= {"examples", "losses", "scores of its patients", "seconds"}
+    assert row(found, "nothing: the same").value > 0.999
+    assert row(found, "secure sum", "largest difference").value < 1e-6
+    assert row(found, "secure sum", "together").value == "cases, clipped, weight"
+
+
+def test_a_private_round_tells_no_number_of_a_site(nodes, tmp_path):
+    found = curious.attack(TINY, nodes, tmp_path)
+    assert not found.missed
+    assert found.details["told"] == []
+
+
+def test_a_transcript_of_a_secure_sum_holds_the_mean_and_no_update():
+    draw = np.random.default_rng(0)
+    deltas = {f"site-{n}": {"w": draw.standard_normal((50, 40)).astype(np.float32)} for n in range(4)}
+    made = secure_sum(deltas, clip=6.0)
+    mean = np.mean([delta["w"].astype(np.float64) for delta in deltas.values()], axis=0)
+    assert np.abs(mean_of(made)["w"] - mean).max() < 1e-6
+    one = deltas["site-0"]["w"].ravel()
+    assert curious.alike(one, made.read_as_plain("site-0")["w"].ravel()) < 0.12
+    assert curious.alike(one, curious.half_unmasked(made, "site-0")) < 0.12
+    assert curious.alike(one, made.without_masks(deltas["site-0"])["w"].ravel()) > 0.999
+    assert curious.numbers_in(made) == 0
+
+
+def test_two_sites_are_too_few_for_a_secure_sum(nodes, tmp_path):
+    with pytest.raises(StudyInvalid, match="needs 3 sites, there are 2"):
+        curious.attack(TINY, dict(list(nodes.items())[:2]), tmp_path)
+
+
+# The command
+
+
+def attack(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(simulations.cli.app, ["attack", *map(str, words)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout
+
+
+def test_the_command_writes_report_pictures_and_numbers(data, tmp_path):
+    words = ["lung-ct-private", "--data", data, "--attacks", "imprint,claim", "--quick", "--out", tmp_path / "out"]
+    code, out = attack(*words, "--json", "-")
+    assert code == 0
+    told = json.loads(out)
+    assert [found["attack"] for found in told["attacks"]] == ["imprint", "claim"]
+    assert told["holds"] is True
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == told
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "WEIGHTS_MISMATCH" in page
+    assert (tmp_path / "out" / "imprint-1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_fails_when_a_control_fails(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(attacks, "QUICK", attacks.Size(iterations=1, patients=8))
+    code, out = attack("lung-ct-private", "--data", data, "--attacks", "inversion", "--quick", "--out", tmp_path / "o")
+    assert code == 1
+    assert "CONTROL FAILED" in out
+
+
+def test_a_protection_that_is_worse_than_claimed_is_called_so():
+    worse = judged("differential privacy", "PSNR, dB", 16.0, below=15.0)
+    assert report.word(worse) == "[red]WORSE THAN CLAIMED[/]"
+    assert worse.holds is False
+
+
+def test_unknown_attacks_and_studies_without_a_network_or_images_are_refused(nodes, tmp_path):
+    with pytest.raises(StudyInvalid, match="allowed are inversion, imprint, membership, claim, curious"):
+        attacks.chosen("inversion,guessing")
+    assert attacks.chosen("claim, inversion") == ("inversion", "claim")
+    assert attacks.chosen("all") == attacks.ATTACKS
+    with pytest.raises(StudyInvalid, match="has no network yet"):
+        attacks.carry_out(Study(name="s", plan="federated"), nodes, tmp_path, ["claim"], attacks.QUICK)
+    with pytest.raises(StudyInvalid, match="sees tables and no images"):
+        people_of(load_study("brca-prognosis"), nodes, 32, 90)
