@@ -14,6 +14,7 @@ from pydantic import Field
 
 from fedclient.data.quota import GIB, QUOTA_GIB
 from fedclient.data.where import Where
+from fedclient.limits import Limits
 from fedclient.policy import Policy
 from shared_models.errors import StateInvalid
 from shared_models.files import read_json, write_atomic
@@ -102,6 +103,7 @@ class SiteFile:
     policy: Policy = field(default_factory=Policy)
     cache: Cache = field(default_factory=Cache)
     privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
+    limits: Limits = field(default_factory=Limits)
 
 
 def _always() -> None:
@@ -145,6 +147,7 @@ class Site:
     quota_bytes: int = int(QUOTA_GIB * GIB)
     labelled: tuple[str, ...] = ()
     privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def where(self) -> Where:
@@ -240,6 +243,7 @@ def open_site(node_config: Mapping[str, object]) -> Site:
             quota_bytes=int(file.cache.quota_gib * GIB),
             labelled=file.data.labelled,
             privacy=file.privacy,
+            limits=file.limits,
         )
     where = _where(node_config)
     return Site(

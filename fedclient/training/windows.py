@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedclient.training.micro import Room
 from shared_models.study import Study
 
 OVERLAP = 0.5  # share of a window's edge, where the study says nothing
@@ -25,15 +26,16 @@ def logits(net: nn.Module, images: NDArray[Any], study: Study, device: torch.dev
     (Isensee et al. 2021).
     """
     size = study.preprocess.size
-    together = PLANES if len(size) == 2 else study.train.batch_size
+    together, room = PLANES if len(size) == 2 else study.train.batch_size, Room()
     if study.preprocess.fit != "patches" or images.shape[2:] == size:
         parts = np.array_split(images, max(1, math.ceil(len(images) / together)))
-        return torch.cat([_through(net, part, device).cpu() for part in parts])
+        return torch.cat([_through(net, part, device, room).cpu() for part in parts])
     overlap = OVERLAP if study.evaluate.overlap is None else study.evaluate.overlap
     corners = list(product(*map(begins, images.shape[2:], size, [overlap] * len(size))))
     # planes of a case in turn, so that what is added up stays small
     step = max(1, together // len(corners))
-    return torch.cat([_moved(net, images[n : n + step], corners, study, device) for n in range(0, len(images), step)])
+    pieces = [images[n : n + step] for n in range(0, len(images), step)]
+    return torch.cat([_moved(net, piece, corners, study, device, room) for piece in pieces])
 
 
 def begins(whole: int, edge: int, overlap: float) -> list[int]:
@@ -53,7 +55,12 @@ def weights(size: tuple[int, ...]) -> Tensor:
 
 
 def _moved(
-    net: nn.Module, images: NDArray[Any], corners: Sequence[tuple[int, ...]], study: Study, device: torch.device
+    net: nn.Module,
+    images: NDArray[Any],
+    corners: Sequence[tuple[int, ...]],
+    study: Study,
+    device: torch.device,
+    room: Room,
 ) -> Tensor:
     size = study.preprocess.size
     share = weights(size).to(device)
@@ -64,7 +71,7 @@ def _moved(
             tuple(slice(at, at + edge) for at, edge in zip(corner, size, strict=True))
             for corner in corners[begin : begin + together]
         ]
-        found = _through(net, np.concatenate([images[(slice(None), slice(None), *w)] for w in windows]), device)
+        found = _through(net, np.concatenate([images[(slice(None), slice(None), *w)] for w in windows]), device, room)
         if begin == 0:
             total = torch.zeros((len(images), found.shape[1], *images.shape[2:]), device=device)
             seen = torch.zeros(images.shape[2:], device=device)
@@ -74,6 +81,11 @@ def _moved(
     return (total / seen).cpu()
 
 
-def _through(net: nn.Module, images: NDArray[Any], device: torch.device) -> Tensor:
-    answer: Tensor = net(torch.from_numpy(np.ascontiguousarray(images)).to(device).float())
-    return answer.float()
+def _through(net: nn.Module, images: NDArray[Any], device: torch.device, room: Room) -> Tensor:
+    """Answers float32; in smaller parts where memory runs out."""
+
+    def attempt(parts: int) -> Tensor:
+        pieces = torch.from_numpy(np.ascontiguousarray(images)).tensor_split(parts)
+        return torch.cat([net(piece.to(device).float()).float() for piece in pieces])
+
+    return room.within(len(images), attempt, lambda: None)
