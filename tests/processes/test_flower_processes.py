@@ -269,18 +269,22 @@ def test_a_run_whose_process_dies_at_once_fails_with_a_word(deployment: Deployme
     assert "5 times in 120 s after round 0; see logs/run-no-plan.log" in deployment.run("no-plan").message
 
 
-def test_an_error_of_the_app_leaves_the_site_as_a_code_alone(deployment: Deployment) -> None:
+def test_an_error_of_the_app_is_a_code_at_the_coordinator_and_its_text_stands_in_no_file(
+    deployment: Deployment,
+) -> None:
     plan = {"rounds": 99, "sleep_s": 0.0, "sites": len(SITES)}
     write_json(deployment.folder / "runs/error/plan.json", plan)
     write_json(deployment.folder / "runs/error/state.json", {"round": 98})  # the toy raises in round 99
     now = time.time()
     add_run(deployment.folder / "state.db", Run("error", "toy", "0" * 64, "queued", None, now, now, ""))
     log = deployment.sites["north"] / "logs/executor.log"
-    wait("the error", lambda: b"patient 4711" in log.read_bytes())
+    wait("the error", lambda: b'"type": "ValueError"' in log.read_bytes())
+    assert b"the coordinator is told APP_FAILED" in log.read_bytes()
     change_run(deployment.folder / "state.db", "error", time.time(), "stopped")
     wait("its end", lambda: not deployment.run_pids(), 15)
-    for path in deployment.folder.rglob("*"):
-        assert not path.is_file() or b"patient 4711" not in path.read_bytes(), path
+    for folder in (deployment.folder, *deployment.sites.values()):
+        for path in folder.rglob("*"):
+            assert not path.is_file() or b"patient 4711" not in path.read_bytes(), path
 
 
 def test_all_files_belong_to_their_owner_alone_and_flower_keeps_no_archive(deployment: Deployment) -> None:
