@@ -31,10 +31,13 @@ COMMANDS: dict[str, typer.Typer] = {
     "fedsim": simulations.cli.app,
 }
 SUBCOMMANDS = {
-    "fedserver": ["init", "serve", "invite", "revoke", "renew", "run", "stop", "status", "audit"],
+    "fedserver": [
+        "init", "serve", "invite", "revoke", "renew", "run", "stop", "status", "audit", "doctor", "pause", "resume",
+        "logs", "backup", "restore",
+    ],
     "fedclient": [
         "join", "rejoin", "renew", "check", "waive", "card", "policy", "studies", "show", "approve", "refuse",
-        "withdraw", "sent", "audit", "start", "status", "budget", "ledger",
+        "withdraw", "sent", "audit", "start", "status", "budget", "ledger", "doctor", "logs", "page",
     ],
     "fedsim": ["run", "compare", "settings", "studies", "privacy", "tables", "demo", "phantom"],
 }  # fmt: skip
