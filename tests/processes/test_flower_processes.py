@@ -19,8 +19,10 @@ import psutil
 import pytest
 
 from fedclient.enrol import join
+from fedserver.checkpoint import RunFolder
 from fedserver.enrol import init_federation, invite
 from fedserver.link import open_link, run_states
+from fedserver.queue import finished_round, hold_file
 from fedserver.state import Run, add_run, change_run, find_run, list_runs
 from shared_models.files import read_json, read_lines, write_atomic, write_json
 from shared_models.supervise import kept_port, read_status
@@ -260,6 +262,23 @@ def test_a_stopped_run_ends_and_sites_are_free_for_the_next(deployment: Deployme
     assert stopped is not None
     wait("Flower's end", lambda: run_states(open_link(deployment.folder))[stopped].startswith("finished"))
     assert "running" not in {states[run] for run in states if run != stopped}
+
+
+def test_a_run_rests_after_its_round_while_the_next_takes_its_turn_and_then_goes_on(deployment: Deployment) -> None:
+    deployment.queue("rests", rounds=6, sleep_s=1.0)
+    deployment.queue("in-turn", rounds=1)
+    wait("a round", lambda: len(deployment.lines("rests")) >= 1)
+    assert deployment.run("in-turn").state == "queued"
+    folder = RunFolder(deployment.folder / "runs/rests")
+    after = finished_round(folder) + 1
+    write_json(hold_file(folder), {"after": after, "at": time.time()})
+    wait("its rest", lambda: deployment.run("rests").state == "paused")
+    assert after <= len(deployment.lines("rests")) < 6
+    deployment.finish("in-turn")
+    assert deployment.run("rests").state == "paused"
+    change_run(deployment.folder / "state.db", "rests", time.time(), "queued")
+    deployment.finish("rests")
+    deployment.all_rounds_once("rests", 6)
 
 
 def test_a_run_whose_process_dies_at_once_fails_with_a_word(deployment: Deployment) -> None:
