@@ -1,5 +1,6 @@
 # setup: a virtual environment in .venv    demo: a coordinator and three hospitals on this machine
 # test: the tests    check: format, lint, types, tests    bench: the benchmarks, each against its target
+# wheels: a folder to install from without a network, with the digest of each file
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -7,7 +8,7 @@ BIN := .venv/bin
 unit = $(BIN)/python -m pytest -m "not process" -n auto --dist loadfile
 processes = $(BIN)/python -m pytest -m process
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench wheels clean
 
 setup: .venv/installed
 
@@ -44,6 +45,9 @@ bench: setup
 	$(BIN)/python -m simulations.bench.deployed_round
 	$(BIN)/python -m simulations.bench.gate
 	$(BIN)/python -m simulations.bench.audit
+
+wheels: setup
+	PYTHON=$(BIN)/python deploy/wheels.sh wheels
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -1,19 +1,19 @@
 """`fedclient`: a hospital's node, from the invite to training."""
 
 import sys
-import time
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedclient.approval import approve, audit, awaiting, policy, refuse, sent, show, studies, withdraw
+from fedclient.approval import approve, audit, policy, refuse, sent, show, studies, withdraw
 from fedclient.explain_command import explain, worklist
 from fedclient.gate.commands import card, check, waive
+from fedclient.operate import doctor, logs, page, status
 from fedclient.predict.commands import predict
 from fedclient.serving.commands import drift, serve_model
 from fedclient.verify import verify
@@ -140,7 +140,12 @@ app.add_typer(audit, name="audit")
 
 @app.command()
 @guarded
-def start(site: Folder = Path("site")) -> None:
+def start(
+    page: Annotated[
+        int | None, typer.Option("--page", min=1, max=65535, help="Port on loopback of a page, and of /metrics.")
+    ] = None,
+    site: Folder = Path("site"),
+) -> None:
     """Connects to the coordinator and works until Ctrl-C; restarts whatever dies."""
     from fedclient.renewal import check_keys
     from fedclient.site import check_data, read_site_file
@@ -148,52 +153,16 @@ def start(site: Folder = Path("site")) -> None:
     from shared_models.supervise import stop_on_signals
 
     file = read_site_file(site)
-    logs = escape(str(site / "logs"))
+    kept = escape(str(site / "logs"))
     check_data(site, file.data.folder)
     check_keys(site)
-    words = f"[bold]{file.name}[/]: node of {file.federation}, coordinator {file.coordinator}. Logs: {logs}"
+    words = f"[bold]{file.name}[/]: node of {file.federation}, coordinator {file.coordinator}. Logs: {kept}"
     stop = stop_on_signals()
-    supervise(site, stop, begun=lambda: console.print(words), say=lambda it: print(it, flush=True))
+    supervise(site, stop, page=page, begun=lambda: console.print(words), say=lambda it: print(it, flush=True))
 
 
-@app.command()
-@guarded
-def status(site: Folder = Path("site"), as_json: AsJson = False) -> None:
-    """What this node is doing: its processes and the last work done."""
-    from fedclient.renewal import certificate_of, check_keys, expiry_warning, read_roster
-    from fedclient.site import read_site_file
-    from fedclient.welcome import refused_words
-    from shared_models.expiry import date_text
-    from shared_models.supervise import read_status, troubles
-
-    file, running = read_site_file(site), read_status(site)
-    check_keys(site)
-    ends, roster = certificate_of(site).expires_at_s, read_roster(site)
-    warned = [words for words in (refused_words(site), expiry_warning(site, time.time())) if words]
-    work = sorted(str(p.relative_to(site / "runs")) for p in (site / "runs").glob("*/*.json"))
-    facts: dict[str, Any] = {
-        "site": file.name,
-        "coordinator": file.coordinator,
-        "processes": running,
-        "finished_work": work,
-    }
-    facts |= {"certificate_expires_at": ends, "warnings": warned}
-    facts |= {"roster_epoch": None if roster is None else roster.roster.epoch}
-    if as_json:
-        print_json(facts)
-        return
-    alive = "running" if running.get("supervisor") else "stopped; `fedclient start` starts it"
-    console.print(f"[bold]{file.name}[/], coordinator {file.coordinator}: {alive}")
-    for name, child in running.get("children", {}).items():
-        now = child["state"] if running.get("supervisor") else "stopped"  # a killed supervisor wrote no last word
-        console.print(f"  {name}: {now}, restarts {child['restarts']}")
-    print(f"  certificate good until {date_text(ends)}")
-    for words in [*warned, *troubles(running)]:
-        print(f"  {words}")
-    for path in work:
-        console.print(f"  finished {path}")
-    if waiting := awaiting(site):
-        console.print(f"  waiting for a decision here: {waiting}; see `fedclient studies`")
+for command in (doctor, status, logs, page):
+    app.command()(command)
 
 
 @app.command()

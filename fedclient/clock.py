@@ -15,12 +15,25 @@ TIMEOUT_S = 10.0
 
 
 def check_clock(address: str, context: ssl.SSLContext, now: Callable[[], float] = time.time) -> None:
-    """Compares this clock with the `date` of the coordinator's answer, which is in whole seconds.
-
-    A coordinator that cannot be asked is no matter of clocks: nothing is raised then.
+    """Compares this clock with the coordinator's; one that cannot be asked is no matter of clocks.
 
     Raises:
         ProcessFailed: the clocks are surely too far apart.
+    """
+    gap = clock_gap(address, context, now)
+    if gap is not None and too_far(gap):
+        raise ProcessFailed(
+            f"this machine's clock: is {gap_words(gap)} the coordinator's at {address}, and every call would be "
+            "refused. Set both by NTP (`timedatectl set-ntp true`)."
+        )
+
+
+def clock_gap(
+    address: str, context: ssl.SSLContext, now: Callable[[], float] = time.time
+) -> tuple[float, float] | None:
+    """Seconds by which this clock is surely (ahead, behind) of the coordinator's, whose `date` is in whole seconds.
+
+    None where the coordinator cannot be asked.
     """
     before = now()
     try:
@@ -29,11 +42,16 @@ def check_clock(address: str, context: ssl.SSLContext, now: Callable[[], float] 
             date = connection.getresponse().headers["date"]
         after, there = now(), parsedate_to_datetime(date).timestamp()
     except (OSError, http.client.HTTPException, FederationError, TypeError, ValueError):
-        return
-    ahead, behind = before - (there + 1), there - after
-    if ahead > MOST_AHEAD_S or behind > MOST_BEHIND_S:
-        by = f"{ahead:.0f} s ahead of" if ahead > 0 else f"{behind:.0f} s behind"
-        raise ProcessFailed(
-            f"this machine's clock: is {by} the coordinator's at {address}, and every call would be refused. "
-            "Set both by NTP (`timedatectl set-ntp true`)."
-        )
+        return None
+    return before - (there + 1), there - after
+
+
+def too_far(gap: tuple[float, float]) -> bool:
+    """Whether Flower would refuse every call."""
+    return gap[0] > MOST_AHEAD_S or gap[1] > MOST_BEHIND_S
+
+
+def gap_words(gap: tuple[float, float]) -> str:
+    """`12 s ahead of`"""
+    ahead, behind = gap
+    return f"{ahead:.0f} s ahead of" if ahead > behind else f"{behind:.0f} s behind"

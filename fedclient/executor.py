@@ -86,7 +86,7 @@ def run_executor(files: NodeFiles, port: int, app_name: str) -> None:
     """Takes and carries out tasks until SIGTERM."""
     os.umask(0o077)
     os.environ.update(quiet_flower(files.site / "node/flower", os.environ))
-    start_log()
+    start_log(files.data_folders())
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: _stop(ended))
     patch_client()
@@ -227,7 +227,7 @@ def code_of(error: Exception) -> str:
         return error.code
     if isinstance(error, FederationError):
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).upper()
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's
         return "OUT_OF_MEMORY"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "DISK_FULL"

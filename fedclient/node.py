@@ -14,7 +14,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # flwr reads some switches when it is imported: see `quiet_fl
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.3, 2.0  # between two questions for an order; Flower: 3 s
 WAIT_SHARE = 0.03  # the pause is this share of the time since the last order: 50 waiting sites leave the SuperLink idle
 REPLY_POLL_S = 0.05  # between two looks for the answer of the executor; Flower: 0.5 s
+NOTED_S = 5.0  # between two notes that the coordinator has answered
 STRANDED_S = 10.0  # an answer whose executor died while handing it over is given up after this
 NODE_LOST = 5  # flwr.common.constant.ErrorCode.NODE_UNAVAILABLE, on which the coordinator asks again
 EXECUTOR_LOST = 8  # ErrorCode.CLIENT_APP_CRASHED, likewise
@@ -76,6 +77,18 @@ class NodeFiles:
     @property
     def port(self) -> Path:
         return self.site / "node/port"
+
+    @property
+    def contact(self) -> Path:
+        """An empty file whose time is that of the last answer of the coordinator, to about `NOTED_S`."""
+        return self.site / "node/contact"
+
+    def data_folders(self) -> list[str]:
+        """The data folder of site.toml, as it is written and as it is: no log names what lies in it."""
+        with suppress(OSError, tomllib.TOMLDecodeError, KeyError, TypeError):  # what is wrong with it is told later
+            folder = str(tomllib.loads((self.site / "site.toml").read_text())["data"]["folder"])
+            return sorted({folder, str(Path(folder).resolve())}, key=len, reverse=True)
+        return []
 
     def coordinator(self) -> str:
         """`host:port` of site.toml."""
@@ -135,7 +148,7 @@ def run_node(files: NodeFiles, port: int) -> None:
     home = files.site / "node/flower"
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.environ.update(quiet_flower(home, os.environ))
-    start_log()
+    start_log(files.data_folders())
     check_keys(files.site)
     await_welcome(files.site, files.coordinator())
     tls = ClientTls(files.keys)
@@ -272,6 +285,7 @@ def _connection(
         def keep_order() -> "tuple[Message, Any] | None":
             tls.refresh()
             received: tuple[Message, Any] | None = _let_in(files, receive)
+            _note_contact(files)
             if received is not None:
                 pace.last_order = time.monotonic()
                 try:
@@ -304,6 +318,13 @@ def _connection(
         _answer_lost_order(files, send, push_object)
         pull, confirmed = partial(while_running, pull_object), partial(while_running, confirm)
         yield node_id, keep_order, forget_order, known_run, get_fab, pull, push_object, confirmed
+
+
+def _note_contact(files: NodeFiles) -> None:
+    """The coordinator has answered; noted for the status page and the metrics, and not at each of its answers."""
+    with suppress(OSError):  # a full disk
+        if not files.contact.exists() or time.time() - files.contact.stat().st_mtime > NOTED_S:
+            files.contact.touch(0o600)
 
 
 def _let_in(files: NodeFiles, receive: Any) -> Any:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from fedclient.data.quota import GIB, QUOTA_GIB
 from fedclient.data.where import Where
+from fedclient.limits import Limits
 from fedclient.policy import Policy
 from fedclient.serving.settings import Serve
 from shared_models.errors import StateInvalid
@@ -104,6 +105,7 @@ class SiteFile:
     cache: Cache = field(default_factory=Cache)
     privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
     serve: Serve = field(default_factory=Serve)
+    limits: Limits = field(default_factory=Limits)
 
 
 def _always() -> None:
@@ -149,6 +151,7 @@ class Site:
     quota_bytes: int = int(QUOTA_GIB * GIB)
     labelled: tuple[str, ...] = ()
     privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
+    limits: Limits = field(default_factory=Limits)
     simulated_sums: Path | None = None
     hidden: frozenset[str] = frozenset()
 
@@ -251,6 +254,7 @@ def open_site(node_config: Mapping[str, object]) -> Site:
             quota_bytes=int(file.cache.quota_gib * GIB),
             labelled=file.data.labelled,
             privacy=file.privacy,
+            limits=file.limits,
         )
     where = _where(node_config)
     return Site(

@@ -14,12 +14,14 @@ def start(
     site: Path,
     stop: threading.Event,
     app: str = CLIENT_APP,
+    page: int | None = None,
     begun: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Keeps a site in the federation until `stop`.
 
     Args:
+        page: port on loopback of the status page and the figures; None serves none.
         begun: called once the folder is ours.
         say: gets a sentence for each process that dies.
 
@@ -29,15 +31,15 @@ def start(
     site = site.resolve()
     with only_one(site):
         begun()
-        supervise(_children(site, app), stop, site, on_change=tell_deaths(say))
+        supervise(_children(site, app, page), stop, site, on_change=tell_deaths(say))
 
 
-def _children(site: Path, app: str) -> list[Child]:
+def _children(site: Path, app: str, page: int | None) -> list[Child]:
     kept_secret(site / "secrets/superexec")
     port = str(kept_port(site / "node/port"))
     env = quiet_flower(site / "node/flower", os.environ)
     python, logs = (sys.executable, "-m"), site / "logs"
-    return [
+    children = [
         Child("node", [*python, "fedclient.node", str(site), "--port", port], logs / "node.log", env),
         Child(
             "executor",
@@ -46,3 +48,7 @@ def _children(site: Path, app: str) -> list[Child]:
             env,
         ),
     ]
+    if page is not None:
+        command = [*python, "fedclient.status_page", str(site), "--port", str(page)]
+        children.append(Child("page", command, logs / "page.log", env))
+    return children

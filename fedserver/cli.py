@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from fedserver.audit_commands import audit
 from fedserver.monitor import monitor
+from fedserver.operate import backup, doctor, logs, pause, restore, resume
 from fedserver.release_commands import (
     release,
     release_approve,
@@ -68,6 +69,10 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to listen on; the one of the federation's address.")
     ] = None,
+    at_once: Annotated[int, typer.Option(min=1, max=64, help="Runs that are carried out side by side.")] = 1,
+    metrics: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port on loopback where Prometheus may ask for figures.")
+    ] = None,
     federation: Folder = HERE,
 ) -> None:
     """Serves hospitals and carries out queued runs until Ctrl-C; restarts whatever dies."""
@@ -80,7 +85,14 @@ def serve(
     words = f"[bold]{opened.name}[/] listens on {host}:{listening} (mutual TLS). Logs: {logs}"
     stop = stop_on_signals()
     supervise(
-        federation, host, listening, stop, begun=lambda: console.print(words), say=lambda it: print(it, flush=True)
+        federation,
+        host,
+        listening,
+        stop,
+        at_once=at_once,
+        metrics=metrics,
+        begun=lambda: console.print(words),
+        say=lambda it: print(it, flush=True),
     )
 
 
@@ -206,7 +218,7 @@ def stop(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="Name of the run, as `fedserver status` shows it.")],
     federation: Folder = HERE,
 ) -> None:
-    """Stops a run after what it has finished; `fedserver run` with the same study goes on with it."""
+    """Stops a run at once; what it has finished stays, and `fedserver resume` goes on with it."""
     from fedserver.enrol import open_federation, open_log
     from fedserver.state import change_run, find_run
 
@@ -223,12 +235,20 @@ def stop(
 
 @app.command()
 @guarded
-def status(federation: Folder = HERE, as_json: AsJson = False) -> None:
+def status(
+    federation: Folder = HERE,
+    as_json: AsJson = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the layout of --json as JSON Schema.")] = False,
+) -> None:
     """Shows the sites, the runs, and for each run whom it waits for and why."""
     from fedserver.enrol import open_federation
+    from fedserver.overview import overview
+    from fedserver.overview import schema as layout
     from fedserver.show import status_table
-    from fedserver.submit import overview
 
+    if schema:
+        print_json(layout())
+        return
     facts: dict[str, Any] = overview(open_federation(federation))
     if as_json:
         print_json(facts)
@@ -236,7 +256,22 @@ def status(federation: Folder = HERE, as_json: AsJson = False) -> None:
         console.print(status_table(facts))
 
 
-for command in (releases, release, release_approve, release_retire, release_key, withdraw, retrain, monitor):
+for command in (
+    releases,
+    release,
+    release_approve,
+    release_retire,
+    release_key,
+    withdraw,
+    retrain,
+    monitor,
+    doctor,
+    pause,
+    resume,
+    logs,
+    backup,
+    restore,
+):
     app.command()(command)
 app.add_typer(audit, name="audit")
 

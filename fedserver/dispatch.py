@@ -23,7 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from fedserver.checkpoint import RunFolder
 from fedserver.link import Link, open_link, run_states, start_run, stop_run
+from fedserver.queue import AT_ONCE, due, hold_of, unhold
+from fedserver.queue import finished_round as round_of
+from fedserver.queue import words as paused_words
 from fedserver.state import Run, change_run, check_state, find_run, list_runs
 from shared_models.archive import (
     RUN_KEY,
@@ -38,7 +42,7 @@ from shared_models.archive import (
     start_log,
 )
 from shared_models.errors import FederationError, ProcessFailed, RoundPaused, StateInvalid
-from shared_models.files import read_json
+from shared_models.logs import prune
 from shared_models.supervise import Child, end, kept_secret, reap, rotate, spawn, stop_on_signals
 
 if TYPE_CHECKING:  # flwr reads some switches when it is imported: see `quiet_flower`
@@ -58,11 +62,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """What the dispatcher works with."""
+    """What the dispatcher works with.
+
+    Attributes:
+        at_once: runs that are carried out side by side.
+    """
 
     folder: Path
     superlink: str
     app: str
+    at_once: int = AT_ONCE
 
     @property
     def state(self) -> Path:
@@ -81,6 +90,7 @@ class Job:
         stale: Flower runs that have lost their process and are still to be stopped.
         deaths: when its processes died, without a finished round between.
         ending_since: when its process was told to end.
+        resting: a person has paused it; one that lacks its quorum ends by itself.
     """
 
     run_id: str
@@ -92,6 +102,7 @@ class Job:
     deaths: list[float] = field(default_factory=list)
     round: int = 0
     ending_since: float | None = None
+    resting: bool = False
 
 
 def main() -> None:
@@ -99,9 +110,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--superlink", required=True, metavar="127.0.0.1:PORT")
     parser.add_argument("--app", default=SERVER_APP, metavar="MODULE:NAME", help="installed app to run")
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, help="runs that are carried out side by side")
     parser.add_argument("--child", action="store_true", help="be the process of one run; reads a task token from stdin")
     arguments = parser.parse_args()
-    desk = Desk(arguments.folder.resolve(), arguments.superlink, arguments.app)
+    desk = Desk(arguments.folder.resolve(), arguments.superlink, arguments.app, arguments.at_once)
     os.umask(0o077)
     os.environ.update(quiet_flower(desk.folder / "superlink/flower", os.environ))
     start_log()
@@ -137,10 +149,9 @@ def dispatch(desk: Desk, stop: threading.Event) -> None:
 def step(desk: Desk, jobs: dict[str, Job], client: "RuntimeHttpClient") -> None:
     """Looks at each run once and does what is due."""
     runs = {run.id: run for run in list_runs(desk.state)}
-    for run in runs.values():
-        if run.state in ("queued", "running") and run.id not in jobs:
-            stale = [run.flower_run_id] if run.flower_run_id is not None else []
-            jobs[run.id] = Job(run.id, stale=stale, round=finished_round(desk.folder, run.id))
+    for run_id in due(list(runs.values()), jobs, desk.at_once):
+        left = runs[run_id].flower_run_id
+        jobs[run_id] = Job(run_id, stale=[] if left is None else [left], round=finished_round(desk.folder, run_id))
     for job in list(jobs.values()):
         watch(desk, job, runs[job.run_id])
     for job in list(jobs.values()):
@@ -158,6 +169,7 @@ def step(desk: Desk, jobs: dict[str, Job], client: "RuntimeHttpClient") -> None:
 def watch(desk: Desk, job: Job, run: Run) -> None:
     """Ends the process of a stopped run, and settles a run whose process has ended."""
     now = time.monotonic()
+    run = rest(desk, job, run)
     if job.child is None:
         if job.flower_run_id is not None and now - job.started_at > ACQUIRE_S:
             log.warning("run %s: Flower handed out no task for it", job.run_id)
@@ -167,7 +179,7 @@ def watch(desk: Desk, job: Job, run: Run) -> None:
             job.stale.append(job.flower_run_id)
             job.flower_run_id = None
         return
-    if run.state == "stopped" and job.ending_since is None:
+    if (run.state == "stopped" or job.resting) and job.ending_since is None:
         job.ending_since = now
         os.kill(job.child.pid, signal.SIGTERM)
     elif job.ending_since is not None and now - job.ending_since > GRACE_S:
@@ -175,11 +187,26 @@ def watch(desk: Desk, job: Job, run: Run) -> None:
     rotate(desk.folder / f"logs/run-{job.run_id}.log")
     code = reap(job.child)
     if code is not None:
-        job.child, job.ending_since = None, None
+        job.child, job.ending_since, job.resting = None, None, False
         if job.flower_run_id is not None and code != FINISHED:  # then Flower has finished it itself
             job.stale.append(job.flower_run_id)
         job.flower_run_id = None
         settle(desk, job, run, code)
+
+
+def rest(desk: Desk, job: Job, run: Run) -> Run:
+    """Pauses a run once the round is finished that a person has named; the run as it is then."""
+    folder = RunFolder(desk.folder / "runs" / job.run_id)
+    hold = hold_of(folder)
+    if hold is None or run.state not in ("queued", "running"):
+        return run
+    done = finished_round(desk.folder, job.run_id)
+    if done < hold.after:
+        return run
+    unhold(folder)
+    job.resting = True
+    log.info("run %s: paused by a person after round %s", job.run_id, done)
+    return change_run(desk.state, job.run_id, time.time(), "paused", paused_words(job.run_id, done))
 
 
 def settle(desk: Desk, job: Job, run: Run, code: int) -> None:
@@ -210,7 +237,7 @@ def begin(desk: Desk, job: Job) -> None:
     if find_state(desk, job.run_id) not in ("queued", "running"):  # stopped meanwhile
         job.stale.append(flower_run_id)
         return
-    job.flower_run_id, job.started_at = flower_run_id, time.monotonic()
+    job.flower_run_id, job.started_at, job.resting = flower_run_id, time.monotonic(), False
     change_run(desk.state, job.run_id, time.time(), "running", flower_run_id=flower_run_id)
 
 
@@ -228,6 +255,7 @@ def acquire(desk: Desk, jobs: Mapping[str, Job], client: "RuntimeHttpClient") ->
             log.warning("Flower run %s: is none of ours and is stopped", answer.task.run_id)
             stop_run(desk.link(), answer.task.run_id)
             continue
+        prune(desk.folder / "logs")
         child = Child(
             f"run {job.run_id}",
             [
@@ -244,11 +272,8 @@ def acquire(desk: Desk, jobs: Mapping[str, Job], client: "RuntimeHttpClient") ->
 
 
 def finished_round(folder: Path, run_id: str) -> int:
-    """Last finished round of a run; 0 before the first, or when nobody can tell: its process will say why."""
-    try:
-        return int(read_json(folder / "runs" / run_id / "state.json")["round"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+    """Last finished round of a run of the federation in `folder`."""
+    return round_of(RunFolder(folder / "runs" / run_id))
 
 
 def find_state(desk: Desk, run_id: str) -> str:

@@ -33,6 +33,7 @@ from fedserver.lifecycle import renew
 from fedserver.listener import Headers, Refused, Request, application, make_server
 from fedserver.state import Site, list_rosters, remember_node, saw_site
 from fedserver.watch import UnregisterNode, watch
+from shared_models import logs
 from shared_models.archive import quiet_flower
 from shared_models.errors import FederationError, UpdateRejected
 from shared_models.files import canonical_json
@@ -333,7 +334,7 @@ def main() -> None:
     parser.add_argument("--superlink", required=True, metavar="127.0.0.1:PORT")
     arguments = parser.parse_args()
     os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.start()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each call otherwise
     try:
         federation = open_federation(arguments.folder)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from fedserver.queue import AT_ONCE
 from shared_models.archive import LOOPBACK, SERVER_APP, quiet_flower
 from shared_models.errors import ProcessFailed
 from shared_models.supervise import Child, kept_port, kept_secret, only_one, supervise, tell_deaths
@@ -21,12 +22,16 @@ def serve(
     port: int,
     stop: threading.Event,
     app: str = SERVER_APP,
+    at_once: int = AT_ONCE,
+    metrics: int | None = None,
     begun: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Serves a federation until `stop`: hospitals at `host:port`, Flower on a free port of loopback.
 
     Args:
+        at_once: runs that are carried out side by side; the others wait for one to end.
+        metrics: port on loopback that Prometheus may ask; None serves none.
         begun: called once the folder is ours and the port is free.
         say: gets a sentence for each process that dies.
 
@@ -37,7 +42,7 @@ def serve(
     with only_one(folder):
         _await_free(host, port)
         begun()
-        supervise(_children(folder, host, port, app), stop, folder, on_change=tell_deaths(say))
+        supervise(_children(folder, host, port, app, at_once, metrics), stop, folder, on_change=tell_deaths(say))
 
 
 def _await_free(host: str, port: int) -> None:
@@ -58,14 +63,14 @@ def _await_free(host: str, port: int) -> None:
         time.sleep(0.1)
 
 
-def _children(folder: Path, host: str, port: int, app: str) -> list[Child]:
+def _children(folder: Path, host: str, port: int, app: str, at_once: int, metrics: int | None) -> list[Child]:
     for name in ("superexec", "control"):
         kept_secret(folder / "secrets" / name)
     inner = kept_port(folder / "superlink/port")
     superlink = f"{LOOPBACK}:{inner}"
     env = quiet_flower(folder / "superlink/flower", os.environ)
     python, logs = (sys.executable, "-m"), folder / "logs"
-    return [
+    children = [
         Child("link", [*python, "fedserver.link", str(folder), "--port", str(inner)], logs / "link.log", env),
         Child(
             "gateway",
@@ -78,8 +83,15 @@ def _children(folder: Path, host: str, port: int, app: str) -> list[Child]:
         ),
         Child(
             "dispatch",
-            [*python, "fedserver.dispatch", str(folder), "--superlink", superlink, "--app", app],
+            [
+                *(*python, "fedserver.dispatch", str(folder), "--superlink", superlink),
+                *("--app", app, "--at-once", str(at_once)),
+            ],
             logs / "dispatch.log",
             env,
         ),
     ]
+    if metrics is not None:
+        command = [*python, "fedserver.gauges", str(folder), "--port", str(metrics)]
+        children.append(Child("metrics", command, logs / "metrics.log", env))
+    return children

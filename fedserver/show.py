@@ -23,6 +23,7 @@ from rich.text import Text
 from fedserver.checkpoint import RunFolder, read_progress
 from fedserver.comparison import ALL, points_text, spread_of, spread_text, value_text
 from fedserver.page import duration_text
+from shared_models.alarms import day
 from shared_models.expiry import date_text
 from shared_models.scores import NAMES, value_in
 
@@ -364,6 +365,10 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
         waits = [f"{site}: {why}" for site, why in waits_for(progress).items()]
         waits += [f"without {site}: {why}" for site, why in left_out(progress).items()]
         waits += [run["message"]] if run["message"] else []
+        if run.get("queue"):
+            waits.append(f"waits for its turn, {run['queue']}. in the queue" if _is_busy(facts) else "begins soon")
+        if run.get("pausing") is not None:
+            waits.append(f"will pause after round {run['pausing']}" if run["pausing"] else "is about to pause")
         state = "paused" if progress.get("phase") == "paused" else run["state"]
         where = "?" if run["rounds"] is None else f"{progress.get('round', run['finished_rounds'])} of {run['rounds']}"
         row = [*(plain(words) for words in (run["id"], run["study"], state, where)), "\n".join(map(plain, waits))]
@@ -379,7 +384,10 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
         until = "" if ends is None or site["state"] != "active" else date_text(ends)
         row = [plain(words) for words in (site["name"], site["state"], here, until, "" if online else why)]
         sites.add_row(*map(Text, row))
-    troubles = list(facts.get("troubles", []))
+    troubles = [*facts.get("alarms", []), *facts.get("troubles", [])]
+    if last := facts.get("last_refused"):
+        where = f"{last['site']}, run {last['run']} round {last['round']}, {day(last['time'])}"
+        troubles.append(f"Last refused or left out: {where}: {last['why']}")
     if facts.get("served") is False and (facts["runs"] or facts["sites"]):
         troubles.append("Nothing serves this federation: start `fedserver serve`, and runs go on by themselves.")
     return Group(
@@ -387,6 +395,10 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
         runs if facts["runs"] else Text("No run yet: `fedserver run STUDY` starts one.\n"),
         sites if facts["sites"] else Text("No site yet: `fedserver invite SITE` invites one."),
     )
+
+
+def _is_busy(facts: Mapping[str, Any]) -> bool:
+    return any(run["state"] == "running" for run in facts["runs"])
 
 
 def plain(text: str) -> str:

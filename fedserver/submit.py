@@ -1,34 +1,27 @@
-"""From a study to a queued run, and from the state on disk to what `fedserver status` tells; no Flower in here."""
+"""From a study to a queued run, and how a run that is watched has ended; no Flower in here."""
 
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from fedserver.checkpoint import RunFolder, create_run, read_progress, read_state, read_study
+from fedserver.checkpoint import RunFolder, create_run, read_state
 from fedserver.enrol import Federation, open_log
-from fedserver.lifecycle import revoked_words, warnings
+from fedserver.queue import unhold
 from fedserver.state import (
     Run,
-    Site,
     add_run,
     change_run,
     find_run,
-    list_certificates,
-    list_rosters,
     list_runs,
-    list_sites,
 )
-from shared_models.errors import FederationError, StateInvalid
-from shared_models.identity import fingerprint_words
+from shared_models.errors import StateInvalid
 from shared_models.size import size_in_words
 from shared_models.study import Study, sha256
-from shared_models.supervise import read_status, troubles
+from shared_models.supervise import read_status
 from shared_models.weights import schema_of
 
-ONLINE_S = 30.0  # a node is heard of every few seconds, and noted every ten
 UNSERVED_S = 30.0  # a supervisor that was killed is started again by systemd, or by hand
 UNFINISHED = ("queued", "running", "paused", "failed", "stopped")
 
@@ -57,6 +50,7 @@ def submit(federation: Federation, study: Study, name: str | None, new: bool, we
         same = [taken] if taken else []
     if same and not new:
         going_on = same[-1]
+        unhold(RunFolder(federation.runs / going_on.id))
         if going_on.state not in ("queued", "running"):
             change_run(federation.state, going_on.id, now, "queued")
         return Submitted(going_on.id, RunFolder(federation.runs / going_on.id), study.rounds.count)
@@ -98,65 +92,6 @@ def watched(
         return "unserved" if clock() - since >= patience_s else None
 
     return look
-
-
-def overview(federation: Federation) -> dict[str, Any]:
-    """Sites, runs and processes, as `fedserver status --json` prints them."""
-    status = read_status(federation.folder)
-    return {
-        "federation": federation.name,
-        "address": federation.address,
-        "served": status["supervisor"] is not None,
-        "processes": status["children"],
-        "troubles": [*troubles(status), *warnings(federation)],
-        "roster_epoch": list_rosters(federation.state, 0, 0)[0],
-        "sites": [_site(federation, site, time.time()) for site in list_sites(federation.state)],
-        "runs": [_run(federation, run) for run in list_runs(federation.state)],
-    }
-
-
-def _site(federation: Federation, site: Site, now: float) -> dict[str, Any]:
-    online = site.state == "active" and site.seen_at is not None and now - site.seen_at < ONLINE_S
-    if site.state == "revoked":
-        reason = f"{revoked_words(site)}: {site.revoked_reason}"
-    elif site.state != "active" or online:
-        reason = ""
-    elif site.seen_at is None:
-        reason = "has joined and never connected; is `fedclient start` running there?"
-    else:
-        reason = f"last heard of {now - site.seen_at:.0f} s ago"
-    fingerprint = site.certificate_fingerprint
-    certificates = list_certificates(federation.state, site.name)
-    return {
-        "name": site.name,
-        "state": site.state,
-        "online": online,
-        "reason": reason,
-        "joined_at": site.joined_at,
-        "certificate_words": fingerprint_words(fingerprint) if fingerprint else None,
-        "certificate_expires_at": certificates[-1].expires_at if certificates else None,
-        "revoked_at": site.revoked_at,
-        "revoked_reason": site.revoked_reason or None,
-    }
-
-
-def _run(federation: Federation, run: Run) -> dict[str, Any]:
-    folder, told = RunFolder(federation.runs / run.id), run.message
-    finished_rounds, rounds = None, None
-    try:
-        finished_rounds, rounds = read_state(folder).round, read_study(folder).rounds.count
-    except FederationError as e:  # one damaged folder hides no other run
-        told = str(e)
-    return {
-        "id": run.id,
-        "study": run.study_name,
-        "study_sha256": run.study_sha256,
-        "state": run.state,
-        "message": told,
-        "finished_rounds": finished_rounds,
-        "rounds": rounds,
-        "progress": read_progress(folder),
-    }
 
 
 def _checked(name: str) -> str:

@@ -9,13 +9,14 @@ import io
 import logging
 import tomllib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from shared_models import logs
 from shared_models.errors import ProcessFailed
 
 PACKAGE = "fedimaging"
@@ -125,9 +126,9 @@ def patch_client() -> None:
         replace_default(function, "max_time", PULL_S)
 
 
-def start_log() -> None:
-    """Logs to stderr, with the time on each line, once: Flower has a console handler of its own besides the root's."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+def start_log(hidden: Sequence[str] = ()) -> None:
+    """Logs to stderr, once: Flower has a console handler of its own besides the root's. For `hidden`, see logs.py."""
+    logs.start(hidden)
     for name in ("httpx", "alembic", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
     flower = flower_module("flwr.supercore.logger")

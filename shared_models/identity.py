@@ -235,6 +235,27 @@ def read_certificate(certificate: bytes) -> Certificate:
         raise EnrolmentFailed(f"not a certificate ({error}). Ask the coordinator for a new invite.") from error
 
 
+def is_issued_by(certificate: bytes, authority: bytes) -> bool:
+    """Whether `authority` (a CA certificate, PEM) signed `certificate` (DER); times and names are not looked at."""
+    try:
+        shown = x509.load_der_x509_certificate(certificate)
+        shown.verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True
+
+
+def whose(certificate: bytes) -> str:
+    """Who a certificate (DER) says that it is, and who issued it, in words for a person: nothing of it is verified."""
+    try:
+        shown = x509.load_der_x509_certificate(certificate)
+    except ValueError:
+        return "something that is no certificate"
+    subject, issuer = ("".join(c for c in name.rfc4514_string()[:200] if c.isprintable())
+                       for name in (shown.subject, shown.issuer))  # fmt: skip
+    return f"{subject or 'nobody'}, issued by {issuer or 'nobody'}"
+
+
 def fingerprint_words(fingerprint: str) -> str:
     """The first 64 bits of a hexadecimal digest as eight words, to be compared over a telephone."""
     return " ".join(WORDS[byte] for byte in bytes.fromhex(fingerprint)[:8])

@@ -72,6 +72,11 @@ def plain(value: object) -> Any:
     return _adapter(type(value)).dump_python(value, mode="json")
 
 
+def schema_of(kind: Any) -> dict[str, Any]:
+    """The layout of a parsed dataclass as JSON Schema."""
+    return dict(_adapter(kind).json_schema())
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file; a missing or broken file is a StudyInvalid that names the line."""
     try:

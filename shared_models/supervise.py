@@ -26,6 +26,7 @@ from typing import Any, Literal
 from shared_models.errors import ProcessFailed
 from shared_models.files import read_json, write_atomic, write_json
 from shared_models.identity import load_secret
+from shared_models.logs import parsed
 
 POLL_S = 0.2
 LOG_LIMIT_BYTES = 10 * 2**20  # a full log becomes NAME.1, the one before it goes
@@ -153,7 +154,8 @@ def _last_line(log: Path, most_bytes: int = 2000) -> str:
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - most_bytes))
         lines = file.read().decode(errors="replace").strip().splitlines()
-        return "".join(c for c in lines[-1][-500:] if c.isprintable()) if lines else ""
+        last = parsed(log.stem, lines[-1]) if lines else None
+        return "" if last is None else "".join(c for c in last.words[-500:] if c.isprintable())
     return ""
 
 

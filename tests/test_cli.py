@@ -31,10 +31,14 @@ COMMANDS: dict[str, typer.Typer] = {
     "fedsim": simulations.cli.app,
 }
 SUBCOMMANDS = {
-    "fedserver": ["init", "serve", "invite", "revoke", "renew", "run", "stop", "status", "audit", "monitor"],
+    "fedserver": [
+        "init", "serve", "invite", "revoke", "renew", "run", "stop", "status", "audit", "doctor", "pause", "resume",
+        "logs", "backup", "restore", "monitor", "release", "releases", "withdraw", "retrain",
+    ],
     "fedclient": [
         "join", "rejoin", "renew", "check", "waive", "card", "policy", "studies", "show", "approve", "refuse",
-        "withdraw", "sent", "audit", "start", "status", "budget", "ledger", "serve-model", "drift",
+        "withdraw", "sent", "audit", "start", "status", "budget", "ledger", "doctor", "logs", "page", "serve-model",
+        "drift", "predict", "verify", "explain", "worklist",
     ],
     "fedsim": ["run", "compare", "settings", "studies", "privacy", "tables", "demo", "phantom", "attack"],
 }  # fmt: skip

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
@@ -61,6 +62,7 @@ def test_an_exception_leaves_as_a_code_and_stays_in_the_log(caplog: pytest.LogCa
         (ManifestInvalid("/data/manifest.csv"), "MANIFEST_INVALID"),
         (FederationError("x"), "FEDERATION_ERROR"),
         (MemoryError(), "OUT_OF_MEMORY"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OUT_OF_MEMORY"),
         (OSError(errno.ENOSPC, "/data"), "DISK_FULL"),
         (OSError(errno.EACCES, "/data"), "APP_FAILED"),
         (ZeroDivisionError("division by zero"), "APP_FAILED"),

@@ -26,7 +26,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "pydantic": (
         "shared_models/parse.py", "shared_models/study.py", "shared_models/strategy.py", "shared_models/wire.py",
         "shared_models/metrics.py", "shared_models/audit.py", "fedclient/policy.py", "fedclient/consent.py",
-        "shared_models/roster.py",
+        "shared_models/roster.py", "fedclient/limits.py", "fedserver/backup.py",
         "shared_models/invite.py", "fedclient/site.py", "fedclient/ledger.py", "shared_models/protect/context.py",
         "shared_models/protect/messages.py", "shared_models/protect/accounting.py", "shared_models/protect/privacy.py",
         "shared_models/protect/secure.py",
@@ -40,8 +40,9 @@ DOORS: dict[str, tuple[str, ...]] = {
     ),
     "cryptography": (
         "shared_models/identity.py", "shared_models/protect/prg.py", "shared_models/protect/masking.py",
-        "fedserver/enrol.py", "fedclient/enrol.py",
+        "fedserver/enrol.py", "fedclient/enrol.py", "fedserver/backup.py",
     ),
+    "prometheus_client": ("fedserver/gauges.py", "fedclient/gauges.py", "fedclient/status_page.py"),
     "dp_accounting": ("shared_models/protect/accounting.py",),
     "nibabel": (*DATA, RESULTS),
     "PIL": (*DATA, RESULTS),

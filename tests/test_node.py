@@ -62,6 +62,25 @@ def test_a_folder_without_a_coordinator_is_named_with_the_command_that_mends_it(
     assert files.coordinator() == "fed.example.org:8443"
 
 
+def test_an_answer_of_the_coordinator_is_noted_and_not_each_of_them(files: NodeFiles) -> None:
+    files.contact.parent.mkdir(parents=True, exist_ok=True)
+    node._note_contact(files)
+    first = files.contact.stat().st_mtime_ns
+    node._note_contact(files)
+    assert files.contact.stat().st_mtime_ns == first
+    os.utime(files.contact, (1_000, 1_000))
+    node._note_contact(files)
+    assert files.contact.stat().st_mtime_ns >= first
+
+
+def test_the_data_folder_is_known_as_it_is_written_and_as_it_is(files: NodeFiles, tmp_path: Path) -> None:
+    assert files.data_folders() == []
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (files.site / "site.toml").write_text(f'coordinator = "x:1"\n[data]\nfolder = "{tmp_path / "link"}"\n')
+    assert set(files.data_folders()) == {str(tmp_path / "link"), str(tmp_path / "real")}
+
+
 def give(files: NodeFiles, name: str, content: bytes, at: int) -> None:
     write_atomic(files.keys / name, content)
     os.utime(files.keys / name, (at, at))

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fedclient.limits import Limits
 from fedclient.policy import Policy
 from fedclient.site import UNIT, Cache, Compute, Data, SiteFile, open_site, read_site_file, secret, site_toml
 from shared_models.errors import StateInvalid, StudyInvalid
@@ -40,12 +41,22 @@ def test_a_site_file_comes_back_whatever_its_names_hold(tmp_path_factory, folder
 
 def test_every_setting_comes_back(tmp_path):
     file = SiteFile("a-1_b", "[::1]:1", "f", Data("d", "s"), Compute("cuda:3", 7, 2), Policy(25), Cache(12.5))
+    file = replace(file, limits=Limits(memory_gib=12.5, gpu_memory_share=0.5))
     assert read_site_file(site_folder(tmp_path, file)) == file
 
 
 def test_every_value_that_a_hospital_may_change_stands_in_the_file():
     text = site_toml(replace(FILE, data=Data("/srv/images", "north")))
-    for key in ("folder", "manifest_site", "device", "threads", "processes", "smallest_count", "quota_gib"):
+    for key in (
+        "folder",
+        "manifest_site",
+        "device",
+        "threads",
+        "processes",
+        "smallest_count",
+        "quota_gib",
+        "gpu_memory_share",
+    ):
         assert f"\n{key} = " in text
 
 
@@ -66,6 +77,8 @@ WRONG = [
     ("compute", "threads", "true", "`compute.threads` is True; allowed: a valid integer"),
     ("compute", "processes", "-1", "`compute.processes` is -1; allowed: greater than or equal to 0"),
     ("cache", "quota_gib", "0", "`cache.quota_gib` is 0; allowed: greater than 0"),
+    ("limits", "memory_gib", "0", "`limits.memory_gib` is 0; allowed: greater than 0"),
+    ("limits", "gpu_memory_share", "1.5", "`limits.gpu_memory_share` is 1.5; allowed: less than or equal to 1"),
     ("policy", "smallest_count", "0", "`policy.smallest_count` is 0; allowed: greater than or equal to 1"),
     ("policy", "smallest_cout", "5", "`policy.smallest_cout` is not a key here. Did you mean `smallest_count`?"),
 ]

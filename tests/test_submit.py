@@ -10,9 +10,10 @@ from rich.console import Console
 import fedserver.submit as submitting
 from fedserver.checkpoint import RunFolder, create_run, read_state, read_study, write_progress
 from fedserver.enrol import Federation, init_federation, invite
+from fedserver.overview import overview
 from fedserver.show import status_table
 from fedserver.state import RunState, change_run, find_run, list_runs
-from fedserver.submit import Submitted, outcome, overview, submit, watched
+from fedserver.submit import Submitted, outcome, submit, watched
 from shared_models.errors import StateInvalid
 from shared_models.files import write_json
 from shared_models.nets import initial_weights

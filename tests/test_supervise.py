@@ -18,6 +18,7 @@ from shared_models.errors import ProcessFailed
 from shared_models.supervise import (
     Child,
     Patience,
+    _last_line,
     end,
     kept_port,
     kept_secret,
@@ -97,6 +98,13 @@ def test_the_last_words_of_a_child_that_dies_are_told_once_for_each_death_and_sh
     ]
     assert len(shown) == 1
     assert shown[0].endswith("see logs/link.log. state.db: is damaged")
+
+
+def test_the_last_words_of_a_child_that_logs_json_lines_are_its_words(tmp_path: Path) -> None:
+    line = json.dumps({"time": "t", "level": "CRITICAL", "from": "x", "words": "no disk"})
+    (tmp_path / "node.log").write_text(f"first\n{line}\n")
+    assert _last_line(tmp_path / "node.log") == "no disk"
+    assert _last_line(tmp_path / "none.log") == ""
 
 
 def read_status_of_another_process(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def used(path: Path) -> None:
         os.utime(path)
 
 
+def cache_bytes(cache: Path) -> int:
+    """What all plans together take up now."""
+    return sum(file.size_bytes for file in _files(Room(cache, "")))
+
+
 def make_room(room: Room, size_bytes: int) -> None:
     """Lets go of files until `size_bytes` fit in: the least recently used first, and none of the plan in use.
 

@@ -113,6 +113,36 @@ def check(
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a site's data stand by what was seen before, without opening an image.
+
+    Attributes:
+        unseen: cases that are new, or have changed since they were last looked at.
+        blocking: codes of findings that no waiver lets pass, with how many there are.
+    """
+
+    layout: str
+    cases: int
+    unseen: int
+    blocking: dict[str, int]
+
+
+def standing(site: Site, needs: Needs) -> Standing:
+    """What the last checks have found, of all cases whose files are as they were."""
+    waivers = read_waivers(site.folder)
+    listing = listed(site)
+    out = excluded(waivers)
+    cases = [case for case in listing.cases if case.key not in out]
+    kept, _ = _kept(site, needs, cases)
+    seen = tuple(Seen(case, _here(kept[case.key], case, needs)) for case in cases if case.key in kept)
+    findings = [*listing.findings, *(found for each in seen for found in each.looked.findings)]
+    if len(seen) == len(cases) and (listing.cases or not listing.findings):
+        findings += together(seen, needs)
+    blocking, _ = sorted_out(findings, waivers)
+    return Standing(listing.layout, len(cases), len(cases) - len(seen), dict(Counter(f.code for f in blocking)))
+
+
 def listed(site: Site) -> Listing:
     """What the folder holds; a table that does not describe it is one blocking finding, without its names."""
     try:

@@ -16,6 +16,7 @@ from fedclient.data.truths import has_truth
 from fedclient.gate.run import usable_cases
 from fedclient.site import Site
 from fedclient.training.depth import rates_of
+from fedclient.training.device import limit
 from fedclient.training.evaluate import evaluate
 from fedclient.training.local_round import Start, train_round
 from fedclient.training.personal import LOCAL, own_weights, part, staying
@@ -184,6 +185,8 @@ def settle(site: Site, study: Study, seed: int) -> None:
     """Global state of PyTorch that training depends on."""
     if site.threads:
         torch.set_num_threads(site.threads)
+    if site.deployed:
+        limit(site.limits, device_of(site))
     if study.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has no deterministic sums without it
     torch.use_deterministic_algorithms(study.train.deterministic)

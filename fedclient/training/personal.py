@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedclient.training.drift import proximal
+from fedclient.training.micro import Room, gradients
 from fedclient.training.trainer import Step, autocast, optimizer_of, stepper
 from shared_models import nets
 from shared_models.study import Study, Train
@@ -63,7 +64,10 @@ def mixing(
     own.train()
     mixed = copy.deepcopy(own)
     triples = list(zip(mixed.parameters(), own.parameters(), net.parameters(), strict=True))
-    optimizer = optimizer_of([v for _, v, _ in triples], train)
+    optimizer, room = optimizer_of([v for _, v, _ in triples], train), Room()
+
+    def attempt(images: Tensor, masks: Tensor, parts: int) -> Tensor:
+        return gradients(mixed, images, masks, loss_of, parts=parts, cast=lambda: autocast(train, device))
 
     def step(images: Tensor, masks: Tensor) -> Tensor:
         alpha = float(share)
@@ -71,9 +75,7 @@ def mixing(
             for m, v, w in triples:
                 m.copy_(alpha * v + (1 - alpha) * w)
         mixed.zero_grad(set_to_none=True)
-        with autocast(train, device):
-            loss: Tensor = loss_of(mixed(images).float(), masks)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = room.within(len(images), lambda parts: attempt(images, masks, parts), mixed.zero_grad)
         slope = 0.0
         for m, v, w in triples:
             if m.grad is None:
@@ -86,7 +88,7 @@ def mixing(
         optimizer.step()
         if adaptive:
             share.copy_((share - train.learning_rate * slope).clamp(0, 1))  # equation 10
-        return loss.detach()
+        return loss
 
     return step
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedclient.data.dataset import Batch
 from fedclient.training.drift import Correction, Pull, proximal
+from fedclient.training.micro import Room, gradients
 from shared_models.study import Train
 from shared_models.tasks.functions import Loss
 
@@ -87,21 +88,26 @@ def stepper(
     parameters = [p for p in named.values() if p.requires_grad]
     optimizer = optimizer_of(parameters, train) if rates is None else by_depth(named, train, rates)
     scaler = torch.amp.GradScaler(device.type, enabled=_half(train, device) is torch.float16)
+    room = Room()
 
-    def gradients(images: Tensor, masks: Tensor) -> Tensor:
-        with autocast(train, device):
-            loss = loss_of(net(images).float(), masks)
-            for pull in pulls:
-                loss = loss + pull(net)
+    def attempt(images: Tensor, masks: Tensor, parts: int) -> Tensor:
+        forget()
+        return gradients(
+            net, images, masks, loss_of, pulls=pulls, parts=parts,
+            cast=lambda: autocast(train, device), scale=scaler.scale,
+        )  # fmt: skip
+
+    def forget() -> None:
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+
+    def slopes(images: Tensor, masks: Tensor) -> Tensor:
+        return room.within(len(images), lambda parts: attempt(images, masks, parts), forget)
 
     def step(images: Tensor, masks: Tensor) -> Tensor:
-        loss = gradients(images, masks)
+        loss = slopes(images, masks)
         if train.sharpness_rho:
             with _at_the_worst_near(parameters, train.sharpness_rho):
-                gradients(images, masks)
+                slopes(images, masks)
         if train.clip_gradient is not None or correct is not None:
             scaler.unscale_(optimizer)
         if train.clip_gradient is not None:

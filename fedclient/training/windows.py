@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedclient.training.micro import Room
 from fedclient.windows import moved
 from shared_models.study import Study
 
@@ -17,8 +18,13 @@ def logits(net: nn.Module, images: NDArray[Any], study: Study, device: torch.dev
     Windows are added up in the CPU's memory, so that a whole volume's answers need no room on a GPU.
     """
 
+    room = Room()  # smaller parts where memory runs out
+
     def through(part: NDArray[Any]) -> NDArray[np.float32]:
-        answer: Tensor = net(torch.from_numpy(np.ascontiguousarray(part)).to(device).float())
-        return answer.float().cpu().numpy()
+        def attempt(parts: int) -> Tensor:
+            pieces = torch.from_numpy(np.ascontiguousarray(part)).tensor_split(parts)
+            return torch.cat([net(piece.to(device).float()).float() for piece in pieces])
+
+        return room.within(len(part), attempt, lambda: None).cpu().numpy()
 
     return torch.from_numpy(moved(through, images, study))

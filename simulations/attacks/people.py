@@ -39,7 +39,7 @@ def as_sent(study: Study) -> Study:
 
 def secured(study: Study) -> bool:
     """Whether the study's updates are summed securely."""
-    return getattr(study.protect, "secure_aggregation", None) is not None
+    return study.protect.secure_aggregation is not None
 
 
 def people_of(study: Study, nodes: Mapping[str, NodeConfig], edge: int, most: int) -> list[Patient]:

@@ -19,8 +19,10 @@ import psutil
 import pytest
 
 from fedclient.enrol import join
+from fedserver.checkpoint import RunFolder
 from fedserver.enrol import init_federation, invite
 from fedserver.link import open_link, run_states
+from fedserver.queue import finished_round, hold_file
 from fedserver.state import Run, add_run, change_run, find_run, list_runs
 from shared_models.files import read_json, read_lines, write_atomic, write_json
 from shared_models.supervise import kept_port, read_status
@@ -262,6 +264,23 @@ def test_a_stopped_run_ends_and_sites_are_free_for_the_next(deployment: Deployme
     assert "running" not in {states[run] for run in states if run != stopped}
 
 
+def test_a_run_rests_after_its_round_while_the_next_takes_its_turn_and_then_goes_on(deployment: Deployment) -> None:
+    deployment.queue("rests", rounds=6, sleep_s=1.0)
+    deployment.queue("in-turn", rounds=1)
+    wait("a round", lambda: len(deployment.lines("rests")) >= 1)
+    assert deployment.run("in-turn").state == "queued"
+    folder = RunFolder(deployment.folder / "runs/rests")
+    after = finished_round(folder) + 1
+    write_json(hold_file(folder), {"after": after, "at": time.time()})
+    wait("its rest", lambda: deployment.run("rests").state == "paused")
+    assert after <= len(deployment.lines("rests")) < 6
+    deployment.finish("in-turn")
+    assert deployment.run("rests").state == "paused"
+    change_run(deployment.folder / "state.db", "rests", time.time(), "queued")
+    deployment.finish("rests")
+    deployment.all_rounds_once("rests", 6)
+
+
 def test_a_run_whose_process_dies_at_once_fails_with_a_word(deployment: Deployment) -> None:
     now = time.time()
     add_run(deployment.folder / "state.db", Run("no-plan", "toy", "0" * 64, "queued", None, now, now, ""))
@@ -269,18 +288,22 @@ def test_a_run_whose_process_dies_at_once_fails_with_a_word(deployment: Deployme
     assert "5 times in 120 s after round 0; see logs/run-no-plan.log" in deployment.run("no-plan").message
 
 
-def test_an_error_of_the_app_leaves_the_site_as_a_code_alone(deployment: Deployment) -> None:
+def test_an_error_of_the_app_is_a_code_at_the_coordinator_and_its_text_stands_in_no_file(
+    deployment: Deployment,
+) -> None:
     plan = {"rounds": 99, "sleep_s": 0.0, "sites": len(SITES)}
     write_json(deployment.folder / "runs/error/plan.json", plan)
     write_json(deployment.folder / "runs/error/state.json", {"round": 98})  # the toy raises in round 99
     now = time.time()
     add_run(deployment.folder / "state.db", Run("error", "toy", "0" * 64, "queued", None, now, now, ""))
     log = deployment.sites["north"] / "logs/executor.log"
-    wait("the error", lambda: b"patient 4711" in log.read_bytes())
+    wait("the error", lambda: b'"type": "ValueError"' in log.read_bytes())
+    assert b"the coordinator is told APP_FAILED" in log.read_bytes()
     change_run(deployment.folder / "state.db", "error", time.time(), "stopped")
     wait("its end", lambda: not deployment.run_pids(), 15)
-    for path in deployment.folder.rglob("*"):
-        assert not path.is_file() or b"patient 4711" not in path.read_bytes(), path
+    for folder in (deployment.folder, *deployment.sites.values()):
+        for path in folder.rglob("*"):
+            assert not path.is_file() or b"patient 4711" not in path.read_bytes(), path
 
 
 def test_all_files_belong_to_their_owner_alone_and_flower_keeps_no_archive(deployment: Deployment) -> None:

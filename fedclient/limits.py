@@ -1,0 +1,25 @@
+"""What a hospital lets its node take of a machine: `[limits]` of site.toml; more limits stand where they belong.
+
+The cache's share of the disk is `[cache] quota_gib`, threads and processes are in `[compute]`, hours in `[policy]`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from shared_models.parse import STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`[limits]`; what does not fit in is answered by smaller parts of a batch with the same gradient.
+
+    Attributes:
+        memory_gib: of main memory, for each process that trains or prepares images; left out, none is set.
+        gpu_memory_share: of the GPU's memory that training may take, where others use it too.
+    """
+
+    __pydantic_config__ = STRICT
+    memory_gib: Annotated[float, Field(gt=0, le=1e5, allow_inf_nan=False)] | None = None
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0

@@ -1,0 +1,82 @@
+"""The device that trains: what may be taken of it, whether it works, and what its errors mean."""
+
+import resource
+from dataclasses import dataclass
+
+import torch
+
+from fedclient.limits import Limits
+from shared_models.errors import StateInvalid
+
+GIB = 2**30
+# what PyTorch raises as a bare RuntimeError when an allocator or a library of NVIDIA's gets no memory
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU as PyTorch sees it."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less work at once may help."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def free_memory() -> None:
+    """Gives back what PyTorch keeps of a GPU's memory for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def limit(limits: Limits, device: torch.device) -> None:
+    """Bounds what this process takes from now on: beyond it, its allocations fail.
+
+    RLIMIT_DATA counts private memory that may be written to (Linux 4.7): heap, tensors, and not the images mapped from
+    the cache. Without `memory_gib` the bound of whoever started the process holds (systemd's, a container's).
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = hard
+    if limits.memory_gib is not None:
+        wanted = int(limits.memory_gib * GIB)
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(limits.gpu_memory_share, device)
+
+
+def build() -> str:
+    """Which PyTorch this is: `2.13.0 for CUDA 12.8`, `2.13.0 without CUDA`."""
+    made_for = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return f"{torch.__version__.partition('+')[0]} {made_for}"
+
+
+def try_gpu(number: int) -> Gpu:
+    """Computes something small on a GPU, and tells what it is.
+
+    Raises:
+        StateInvalid: it cannot be computed with.
+    """
+    try:
+        device = torch.device("cuda", number)
+        if float(torch.ones(8, device=device).sum()) != 8.0:
+            raise RuntimeError("it adds wrongly")
+        free, total = torch.cuda.mem_get_info(device)
+        return Gpu(torch.cuda.get_device_name(device), free, total)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
+        first = str(error).partition("\n")[0].rstrip(".")
+        raise StateInvalid(
+            f"cuda:{number}: PyTorch {build()} cannot compute on it ({first}). Install the driver that this PyTorch "
+            'wants, end what fills the GPU, or set device = "cpu" under [compute] in site.toml.'
+        ) from error

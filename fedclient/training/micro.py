@@ -1,0 +1,132 @@
+"""A batch in parts where memory runs out: smaller parts one after the other, with the gradient of the whole batch.
+
+A loss need not be a mean over examples (Dice over a batch, ignored voxels, pairs of patients). So the parts are first
+run forward without their gradients, the loss and its slope by the answers are taken of the whole batch, and then each
+part is run again and carries its share of that slope back (Gao et al. 2021, section 3.2). The network must treat
+examples by themselves, as with GroupNorm and InstanceNorm; what dropout draws for a part is drawn alike both times.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fedclient.training.device import free_memory, is_out_of_memory
+from fedclient.training.drift import Pull
+from shared_models.errors import OrderRefused
+from shared_models.tasks.functions import Loss
+
+log = logging.getLogger("fedclient")
+Cast: TypeAlias = Callable[[], AbstractContextManager[Any]]
+Scale: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class Room:
+    """Into how many parts a batch is cut; grows when memory runs out, and stays so for the round."""
+
+    parts: int = 1
+
+    def within(self, size: int, attempt: Callable[[int], Tensor], forget: Callable[[], None]) -> Tensor:
+        """The answer of `attempt` for as few parts as memory allows.
+
+        Args:
+            size: of the batch.
+            forget: undoes what an attempt that failed has left.
+
+        Raises:
+            OrderRefused: `OUT_OF_MEMORY`: not even one example fits in.
+        """
+        while True:
+            try:
+                return attempt(min(self.parts, size))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # not in the handler: the error holds the frames of the attempt, and they hold its tensors
+            forget()
+            free_memory()
+            if self.parts >= size:
+                raise OrderRefused(
+                    "OUT_OF_MEMORY",
+                    "memory ran out over a single example. End other programs, raise memory_gib or gpu_memory_share "
+                    "under [limits] in site.toml, or ask for a study with smaller patches.",
+                )
+            self.parts = min(size, 2 * self.parts)
+            log.warning("memory ran out; a batch of %d goes on in %d parts, with the same result", size, self.parts)
+
+
+def gradients(
+    net: nn.Module,
+    images: Tensor,
+    truth: Tensor,
+    loss_of: Loss,
+    *,
+    pulls: Sequence[Pull] = (),
+    parts: int = 1,
+    cast: Cast,
+    scale: Scale = lambda loss: loss,
+) -> Tensor:
+    """Adds the gradient of the loss of a batch to what the parameters of `net` have; returns the loss.
+
+    Args:
+        pulls: added to the loss: means over the batch, or functions of the weights alone.
+        parts: one after the other; 1 is the batch at once.
+        scale: done to the loss before it is carried back.
+    """
+    if parts == 1:
+        with cast():
+            loss = loss_of(net(images).float(), truth)
+            for pull in pulls:
+                loss = loss + pull(net)
+        scale(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+    pieces = images.tensor_split(parts)
+    states, answers = [], []
+    with torch.no_grad(), cast():
+        for piece in pieces:
+            states.append(_drawn(images.device))
+            answers.append(net(piece).float())
+    whole = torch.cat(answers).requires_grad_()
+    sizes = [len(answer) for answer in answers]
+    with cast():
+        loss = loss_of(whole, truth)
+    scale(loss).backward()  # type: ignore[no-untyped-call]
+    assert whole.grad is not None
+    told = loss.detach()
+    for piece, state, slope, size in zip(pieces, states, torch.split(whole.grad, sizes), sizes, strict=True):
+        with _drawing_again(state, images.device), cast():
+            answer = net(piece).float()
+            share = size / len(whole)
+            pulled = [pull(net) * share for pull in pulls]
+        pulling = [scale(pull) for pull in pulled if pull.requires_grad]
+        torch.autograd.backward([answer, *pulling], [slope, *(None for _ in pulling)])
+        told = told + sum(pull.detach() for pull in pulled)
+    return told
+
+
+def _drawn(device: torch.device) -> Tensor:
+    """Where the generator that dropout draws from stands."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextmanager
+def _drawing_again(state: Tensor, device: torch.device) -> Iterator[None]:
+    """Sets the generator back for a part that is run once more, and then on again."""
+    now = _drawn(device)
+    _set(state, device)
+    try:
+        yield
+    finally:
+        _set(now, device)
+
+
+def _set(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

@@ -1,0 +1,62 @@
+"""What an audit log says that a person should hear unasked: the other log contradicted, orders refused."""
+
+import json
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ALARMS = ("witness-refused", "witness-unsigned", "witness-missing")
+PROBLEMS = {
+    "LOG_CUT": "its end was cut off",
+    "LOG_FORKED": "lines that were vouched for have been written anew",
+    "LOG_REPLACED": "another log was begun in its place",
+    "OWN_LOG_CUT": "has more lines of ours than we have: ours was cut, or put back from a backup",
+    "witness-unsigned": "what vouches for it is not signed by its key",
+    "witness-missing": "nothing vouches for it any more",
+}
+
+
+def events(path: Path, of: Collection[str]) -> Iterator[Mapping[str, Any]]:
+    """The lines of an audit log of some kinds, in order; a line that is none is the verifier's to name."""
+    marks = [f'"event":"{name}"'.encode() for name in of]  # as canonical JSON has it
+    for text in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+        if any(mark in text for mark in marks):  # a log has many lines, and few of them are asked for
+            with suppress(ValueError, AttributeError):
+                line = json.loads(text)
+                if line.get("event") in of:
+                    yield line
+
+
+def alarm_words(path: Path) -> list[str]:
+    """A sentence for each problem that was noticed with the log of another party, once for each kind and party."""
+    last: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for line in events(path, ALARMS):
+        problem = str(line["facts"].get("problem", line["event"]))
+        last[str(line["facts"]["peer"]), problem] = line
+    return [
+        f"The log of {peer}: {PROBLEMS.get(problem, problem)} (noticed on {day(line['time'])})."
+        for (peer, problem), line in sorted(last.items())
+    ]
+
+
+def last_refused(path: Path) -> dict[str, Any] | None:
+    """The last order that this site did not carry out: time, code, run and round; None where there is none."""
+    return _last(path, ("order-refused",), ("code", "run", "round"))
+
+
+def last_turned_down(path: Path) -> dict[str, Any] | None:
+    """The last order that a site did not carry out, or reply that was not counted, at the coordinator; None before."""
+    return _last(path, ("reply-refused", "reply-rejected", "reply-failed"), ("site", "run", "round", "why"))
+
+
+def _last(path: Path, of: Collection[str], facts: Collection[str]) -> dict[str, Any] | None:
+    found = None
+    for line in events(path, of):
+        found = line
+    return None if found is None else {"time": found["time"], **{key: found["facts"].get(key) for key in facts}}
+
+
+def day(at_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_s))
