@@ -161,8 +161,8 @@ def start(
     supervise(site, stop, page=page, begun=lambda: console.print(words), say=lambda it: print(it, flush=True))
 
 
-for command in (doctor, status, logs, page):
-    app.command()(command)
+for operation in (doctor, status, logs, page):
+    app.command()(operation)
 
 
 @app.command()

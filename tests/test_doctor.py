@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 import fedclient.cli
@@ -298,7 +299,7 @@ def test_versions_and_names_of_flower_that_are_others_are_told(monkeypatch, tmp_
     (line,) = shared.flower_names()
     assert line.state == "fail"
     assert "flwr.supercore.constant.NO_SUCH" in line.words
-    monkeypatch.setattr(shared, "_requirements", lambda: [shared.Requirement("numpy<1"), shared.Requirement("gone>1")])
+    monkeypatch.setattr(shared, "_requirements", lambda: [Requirement("numpy<1"), Requirement("gone>1")])
     (line,) = shared.versions()
     assert line.state == "fail"
     assert "missing: gone" in line.words

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -23,12 +24,13 @@ from shared_models.supervise import LOG_LIMIT_BYTES, rotate
 DATA = "/srv/hospital data"
 
 
-def line(message: str, *args: object, error: BaseException | None = None) -> dict:
+def line(message: str, *args: object, error: BaseException | None = None) -> dict[str, Any]:
     info = None if error is None else (type(error), error, error.__traceback__)
     record = logging.LogRecord("fedclient", logging.WARNING, "x.py", 1, message, args, info)
     text = JsonLines([DATA]).format(record)
     assert "\n" not in text
-    return json.loads(text)
+    told: dict[str, Any] = json.loads(text)
+    return told
 
 
 def test_a_record_is_one_line_of_json_with_time_level_origin_and_words():

@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pydicom
@@ -402,7 +403,7 @@ def send(port, calling, files, called="FEDIMAGING", context=CTImageStorage, tls=
     return status
 
 
-def keys(folder: Path) -> dict[str, str]:
+def keys(folder: Path) -> dict[str, Any]:
     """Files of an authority, and of a machine's certificate and key."""
     authority = new_authority("hospital")
     server = issue_server(authority, ["127.0.0.1", "localhost"])
@@ -434,14 +435,18 @@ def test_over_tls_a_peer_shows_a_certificate_and_one_that_says_nothing_keeps_nob
             receiver.stop()
 
 
+async def deaf(scope: Any, receive: Any, send: Any) -> None:
+    """An application that answers nobody."""
+
+
 def test_pages_over_tls_take_no_version_before_1_2(tmp_path):
     serve = Serve(host="0.0.0.0", port=0, **keys(tmp_path))
     assert not serve.local
-    config = listener(guarded(None, token="x", local=False, most_bytes=1), serve)
-    assert config.is_ssl
+    config = listener(guarded(deaf, token="x", local=False, most_bytes=1), serve)
+    assert config.ssl is not None
     assert config.ssl.minimum_version == ssl.TLSVersion.TLSv1_2
     assert config.ssl.verify_mode == ssl.CERT_NONE  # people show the token
-    assert listener(guarded(None, token=None, local=True, most_bytes=1), Serve()).ssl is None
+    assert listener(guarded(deaf, token=None, local=True, most_bytes=1), Serve()).ssl is None
 
 
 # ---- the way back ----
@@ -590,10 +595,14 @@ def test_the_page_asks_nobody_else_for_anything():
 def test_the_guard_lets_through_what_is_no_request():
     heard = []
 
-    async def app(scope, receive, send):
+    async def app(scope: Any, receive: Any, send: Any) -> None:
         heard.append(scope["type"])
 
-    asyncio.run(guarded(app, token=None, local=True, most_bytes=1)({"type": "lifespan"}, None, None))
+    async def ask() -> None:
+        nothing: Any = None
+        await guarded(app, token=None, local=True, most_bytes=1)({"type": "lifespan"}, nothing, nothing)
+
+    asyncio.run(ask())
     assert heard == ["lifespan"]
 
 
