@@ -189,11 +189,11 @@ def test_unusable_cases_are_told_by_row_all_in_one_message(cases: tuple[Case, ..
     assert str(tmp_path) not in said
 
 
-def test_a_case_without_labels_takes_no_part_unless_no_case_has_any(cases: tuple[Case, ...], tmp_path: Path) -> None:
+def test_a_case_without_labels_is_ignored_voxel_by_voxel(cases: tuple[Case, ...], tmp_path: Path) -> None:
     bare = replace(cases[0], label=None, row=9)
-    assert len(prepare([bare, *cases[1:]], STUDY, tmp_path / "cache").cases) == 4
-    with pytest.raises(ImageUnreadable, match=r"1 of 1 cases cannot be used:\nrow 9 .*has no labels"):
-        prepare([bare], STUDY, tmp_path / "cache")
+    found = {case.key: case.masks for case in prepare([bare, *cases[1:]], STUDY, tmp_path / "cache").cases}
+    assert {key for key, masks in found.items() if (masks == 127).all()} == {bare.key}
+    assert len(found) == len(cases)
 
 
 def test_a_full_disk_is_told_as_such(cases: tuple[Case, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

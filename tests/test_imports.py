@@ -51,7 +51,10 @@ DOORS: dict[str, tuple[str, ...]] = {
         "fedclient/serving/back.py",
     ),
     "pynetdicom": ("fedclient/serving/receiver.py", "fedclient/serving/back.py"),
-    "fastapi": ("fedclient/serving/web.py", "fedclient/serving/dicomweb.py"),
+    "fastapi": (
+        "fedclient/serving/web.py", "fedclient/serving/dicomweb.py", "fedclient/status_page.py", "fedserver/gauges.py",
+        "shared_models/loopback.py",
+    ),
     "highdicom": (RESULTS,),
     "SimpleITK": (),  # a second opinion in tests, not installed at a hospital
     "onnxruntime": ("shared_models/runtimes.py", "fedclient/predict/model.py"),

@@ -163,7 +163,7 @@ def test_every_architecture_has_a_schema_of_its_own():
 def test_every_ready_study_has_a_network_that_answers(name):
     study = load_study(name)
     net = network(study)
-    edges, pixelwise = (32,) * study.model.spatial_dims, study.task.kind in ("segmentation", "detection")
+    edges, pixelwise = (32,) * study.model.spatial_dims, study.task.kind not in ("classification", "prognosis")
     outputs = study.task.outputs + (study.model.spatial_dims if study.task.kind == "detection" else 0)
     seen = torch.zeros(1, max(1, len(study.channels)), *edges)
     with torch.no_grad():

@@ -11,7 +11,7 @@ STUDY = Study(name="toy")
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_named_setting_suits_a_ready_study(name):
-    study = load_study("chest-xray")
+    study = load_study("lung-nodule")
     made = changed(study, name, SETTINGS[name])
     assert (made == study) == (name == "fedavg")
 

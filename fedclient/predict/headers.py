@@ -44,6 +44,11 @@ class Headers:
         )
 
 
+def _studies(first: Dataset) -> Sequence[Dataset]:
+    found: Sequence[Dataset] = first.get("ReferencedStudySequence", ())
+    return found
+
+
 def read_headers(source: Source) -> Headers:
     """
     Raises:
@@ -54,6 +59,8 @@ def read_headers(source: Source) -> Headers:
         for keyword in EMPTY:
             if keyword not in first:
                 setattr(first, keyword, "")
+        if not all({"ReferencedSOPClassUID", "ReferencedSOPInstanceUID"} <= {*item.dir()} for item in _studies(first)):
+            del first.ReferencedStudySequence  # results repeat it, and half a reference is none
         if "NumberOfFrames" in first and int(first.NumberOfFrames) > 1:
             return Headers(first, (first,))
         slices = [load_head(path, _TAGS) for path in source.files]
