@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 POLL_S = 0.01
-EVERY = 20  # polls between two copies of databases and files that change
+EVERY = 100  # polls between two copies of databases and files that change
 
 
 @contextmanager
