@@ -276,10 +276,14 @@ def confirm(state: Masked, member: Member, survivors: Survivors) -> tuple[Confir
         raise OrderRefused(
             "SURVIVORS_FEW", f"{where}: {len(sites)} sites are left, {context.fewest} are needed. Nothing is revealed."
         )
-    signature = sign(member.identity_key, SURVIVORS, survivors_statement(survivors))
-    return Confirmed(context, state.shares, state.identities, survivors), Confirmation(
-        member.name, context.id, signature.hex()
-    )
+    confirmed = Confirmed(context, state.shares, state.identities, survivors)
+    return confirmed, confirmation(confirmed, member)
+
+
+def confirmation(state: Confirmed, member: Member) -> Confirmation:
+    """The site's signature under the survivors that it has agreed to: Ed25519, the same each time."""
+    signature = sign(member.identity_key, SURVIVORS, survivors_statement(state.survivors))
+    return Confirmation(member.name, state.context.id, signature.hex())
 
 
 def unmask(state: Confirmed, member: Member, confirmations: Confirmations) -> Revealed:

@@ -7,6 +7,7 @@ ended or another attempt has begun.
 """
 
 import os
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,20 +80,7 @@ class Sums:
                     f"secure sum of round {context.round}, attempt {context.attempt}: keys were made for it before. "
                     f"Another attempt needs another number.",
                 )
-            # Two sums over sets that differ by one site differ by its update: what is confirmed once is never added
-            # again, neither from the same weights, where training from the same seed gives the same update, nor for
-            # the same round of the same study in any run, which bounds how many sums from almost the same weights a
-            # coordinator can have.
-            if db.execute(
-                "SELECT 1 FROM sums WHERE confirmed AND ((run = ? OR policy_sha256 = ?) AND "
-                "(round = ? OR model_sha256 = ?))",
-                [context.run, context.policy_sha256, context.round, context.model_sha256],
-            ).fetchone():
-                raise OrderRefused(
-                    "ROUND_CONFIRMED",
-                    f"secure sum of round {context.round}: this site's update may be in one already. A study that is "
-                    f"run anew needs another seed.",
-                )
+            _check_unconfirmed(db, context)
             db.execute("UPDATE sums SET state = NULL WHERE run = ?", [context.run])
             db.execute(
                 "INSERT INTO sums (id, run, round, attempt, model_sha256, policy_sha256, step, state) "
@@ -135,6 +123,10 @@ class Sums:
         return masked(delta, weight, counts, layout, context, masks)
 
     def confirm(self, survivors: Survivors) -> Confirmation:
+        """The same survivors are signed again, which tells nothing new, so that a sum does not die with the process
+        of a site that had remembered its word and not sent it; other survivors are refused."""
+        if (signed := self._confirmed(survivors)) is not None:
+            return secagg.confirmation(signed, self.member)
         before = self._state(survivors.context, Masked)
         state, answer = secagg.confirm(before, self.member, survivors)
         self._advance(before, state)
@@ -148,6 +140,15 @@ class Sums:
         keep(answer)
         self._advance(before, None)
         return answer
+
+    def _confirmed(self, survivors: Survivors) -> Confirmed | None:
+        """What was signed of just these survivors, while the sum is not ended."""
+        with connected(self.path) as db:
+            row = db.execute(
+                "SELECT 1 FROM sums WHERE id = ? AND step = 'Confirmed' AND state IS NOT NULL", [survivors.context]
+            ).fetchone()
+        state = None if row is None else self._state(survivors.context, Confirmed)
+        return state if state is not None and state.survivors == survivors else None
 
     def _state(self, context_id: str, kind: type[State]) -> State:
         with connected(self.path) as db:
@@ -167,6 +168,8 @@ class Sums:
         old, new = type(before).__name__, "Revealed" if state is None else type(state).__name__
         sealed = None if state is None else self._sealed(before.context.id, state)
         with writing(self.path) as db:
+            if new == "Confirmed":  # of two sums of different runs that were begun side by side, one is
+                _check_unconfirmed(db, before.context)
             moved = db.execute(
                 "UPDATE sums SET step = ?, state = ?, confirmed = ? WHERE id = ? AND step = ? AND state IS NOT NULL",
                 [new, sealed, new in ("Confirmed", "Revealed"), before.context.id, old],
@@ -177,6 +180,24 @@ class Sums:
     def _sealed(self, context_id: str, state: object) -> bytes:
         about = framed(context_id.encode(), type(state).__name__.encode())
         return seal(self.key, canonical_json(plain(state)), about, os.urandom)
+
+
+def _check_unconfirmed(db: sqlite3.Connection, context: Context) -> None:
+    """Raises OrderRefused, `ROUND_CONFIRMED`, where this site's update may be in another sum.
+
+    Two sums over sets that differ by one site differ by its update: what is confirmed once is never added again,
+    neither from the same weights, where training from the same seed gives the same update, nor for the same round of
+    the same study in any run, which bounds how many sums from almost the same weights a coordinator can have.
+    """
+    if db.execute(
+        "SELECT 1 FROM sums WHERE confirmed AND ((run = ? OR policy_sha256 = ?) AND (round = ? OR model_sha256 = ?))",
+        [context.run, context.policy_sha256, context.round, context.model_sha256],
+    ).fetchone():
+        raise OrderRefused(
+            "ROUND_CONFIRMED",
+            f"secure sum of round {context.round}: this site's update may be in one already. A study that is run anew "
+            f"needs another seed.",
+        )
 
 
 def _unheard_of() -> OrderRefused:

@@ -116,6 +116,24 @@ def test_an_update_that_was_confirmed_is_never_masked_for_another_sum(tmp_path):
         sums["site-00"].advertise(other, Held(other.model_sha256, made.layout.sha256, other.policy_sha256))
 
 
+def test_of_two_sums_of_one_study_that_runs_begin_side_by_side_a_site_confirms_one(tmp_path):
+    made, smaller = federation(4), federation(4, run="side-by-side", cohort=("site-00", "site-01", "site-02"))
+    del smaller.parties["site-03"]
+    sums = open_all(made, tmp_path)
+    first = until_vectors(made, sums).close_vectors()
+    second = until_vectors(smaller, open_all(smaller, tmp_path)).close_vectors()
+    sums["site-00"].confirm(first)
+    assert code_of(lambda: sums["site-00"].confirm(second)) == "ROUND_CONFIRMED"
+
+
+def test_a_site_that_dies_after_it_has_signed_the_survivors_signs_the_same_again(tmp_path):
+    made = federation(3)
+    sums = open_all(made, tmp_path)
+    survivors = until_vectors(made, sums).close_vectors()
+    signed = sums["site-00"].confirm(survivors)
+    assert open_all(made, tmp_path)["site-00"].confirm(survivors) == signed
+
+
 def test_another_attempt_ends_the_one_before_it(tmp_path):
     made = federation(3)
     sums = open_all(made, tmp_path)
