@@ -113,9 +113,16 @@ def begin_from(run: RunFolder, sites: Sequence[str], planners: Sequence[str] | N
         planners: sites whose counts made the plan; None where nobody wrote that down.
 
     Raises:
-        StateInvalid: none of the sites was ever counted, so that nothing of them is in the run.
+        StateInvalid: none of the sites was ever counted, so that nothing of them is in the run; or its sites would
+            refuse to do its rounds again.
     """
     state, study, rounds = read_state(run), read_study(run), facts(run)["rounds"]
+    if study.protect.secure_aggregation is not None:
+        raise StateInvalid(
+            f"run {run.id!r}: its updates were summed securely, and no site adds its update to a second sum of the "
+            f"same round, for the two would differ by the update of the site that went. Withdraw the site, then submit "
+            f"the study with another seed."
+        )
     counted = {site: first for site in sites if (first := first_counted(rounds, site)) is not None}
     planned = state.plan_sha256 is not None
     if not counted and not (planned and (planners is None or set(planners) & set(sites))):

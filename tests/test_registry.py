@@ -30,6 +30,8 @@ from shared_models.nets import initial_weights
 from shared_models.parse import parse_json, plain
 from shared_models.plan import Plan
 from shared_models.plan import sha256 as plan_sha256
+from shared_models.protect.privacy import Protect
+from shared_models.protect.secure import SecureAggregation
 from shared_models.provenance import AUDIT, ENVIRONMENT, ROSTER, against_kept, check_provenance
 from shared_models.release import MANIFEST, Manifest, Trust, open_release, seal
 from shared_models.study import Model, Study, canonical, sha256
@@ -290,6 +292,13 @@ def test_a_run_whose_sites_remember_it_begins_from_the_start(hospitals, tmp_path
     number, why = begin_from(like_lung(hospitals, tmp_path / "run", study), ["east"], None)
     assert number == 0
     assert "remember" in why
+
+
+def test_rounds_that_were_summed_securely_are_not_done_again_without_a_site(hospitals, tmp_path):
+    secure = Protect(secure_aggregation=SecureAggregation(step_s=5.0))
+    study = replace(STUDY, protect=secure, rounds=replace(STUDY.rounds, quorum=3))
+    with pytest.raises(StateInvalid, match=r"second sum of the same round.*another seed"):
+        begin_from(like_lung(hospitals, tmp_path / "run", study), ["east"], None)
 
 
 def test_a_plan_that_holds_counts_of_the_site_is_made_anew_from_the_start(hospitals, tmp_path):
