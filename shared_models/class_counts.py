@@ -1,13 +1,13 @@
 """How well one class is told from the rest, as counts that add up across sites: AUROC, AUPRC, calibration.
 
 Scores are counted in bins of equal width in the logit, finer near 0 and 1 where a trained network answers; within a bin
-a positive and a negative count as a tie. At 1000 bins the AUROC of sites together is within 0.002 of that of their
+a positive and a negative count as a tie. At 1000 bins the AUROC of 400 and more cases is within 0.002 of that of their
 pooled scores (tests/test_class_counts.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import nan, sqrt
+from math import log, nan, sqrt
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ BINS = 1000  # of the logit, from -LIMIT to LIMIT; what lies beyond is in the ou
 LIMIT = 12.0
 CELLS = 15  # of the reliability curve, of equal width in the probability
 MICRO = 1_000_000
+MOST_RANKED = 10**6  # cases of a bin that are ranked one by one; a count that came from elsewhere may say 2**53
 STEEPEST = 20.0  # change of a logit by calibration
 MIDDLES = (np.arange(BINS) + 0.5) * (2 * LIMIT / BINS) - LIMIT  # of the bins, as logits
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -195,7 +196,11 @@ def auprc(positive: Sequence[int], negative: Sequence[int]) -> float:
         return nan
     found, called, area = 0, 0, 0.0
     for p, n in zip(reversed(positive), reversed(negative), strict=True):
-        if p:
+        if p > MOST_RANKED:  # its sum in closed form: of 1 / (a + rank) it is a logarithm
+            step = 1 + n / (p + 1)
+            a = called / step
+            area += (p + (found - a) * log((a + p + 0.5) / (a + 0.5))) / step
+        elif p:
             rank = np.arange(1, p + 1)
             area += float(np.sum((found + rank) / (called + rank + n * rank / (p + 1))))
         found, called = found + p, called + p + n

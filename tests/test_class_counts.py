@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared_models import class_counts as counts_module
 from shared_models.class_counts import (
     BINS,
     CELLS,
@@ -66,7 +67,7 @@ def of(scores, truth, smallest_count: int = 1) -> ClassCounts:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seeds, st.integers(60, 300), st.floats(0, 3), st.floats(0.3, 3), st.integers(1, 5))
+@given(seeds, st.integers(400, 800), st.floats(0, 3), st.floats(0.3, 3), st.integers(1, 5))
 def test_the_federations_figures_are_those_of_the_pooled_scores_within_two_thousandths(seed, cases, gap, width, sites):
     scores, truth = drawn(seed, cases, gap, width)
     parts = [of(scores[s::sites], truth[s::sites]) for s in range(sites)]
@@ -87,6 +88,14 @@ def test_average_precision_is_that_of_the_pooled_scores_within_two_thousandths(s
     scores, truth = drawn(seed, cases, gap, width)
     whole = merge(of(scores[::2], truth[::2]), of(scores[1::2], truth[1::2]))
     assert auprc(whole.positive, whole.negative) == pytest.approx(slow_average_precision(scores, truth), abs=0.002)
+
+
+def test_average_precision_of_full_bins_is_that_of_their_cases_ranked_and_counts_of_any_size_have_one(monkeypatch):
+    positive, negative = [0, 4000, 3000, 0, 2500], [700, 9000, 1000, 50, 0]
+    ranked = auprc(positive, negative)
+    monkeypatch.setattr(counts_module, "MOST_RANKED", 100)
+    assert auprc(positive, negative) == pytest.approx(ranked, abs=1e-4)
+    assert auprc([2**52], [2**52]) == pytest.approx(0.5, abs=1e-9)
 
 
 @settings(max_examples=25, deadline=None)

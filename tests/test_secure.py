@@ -210,6 +210,14 @@ def test_sums_that_no_counts_can_give_are_found_out():
         told_in(SECURE, True, True, parts)
 
 
+def test_a_number_beyond_all_counts_is_no_score_of_sites():
+    made = replace(SECURE, task=Task(kind="detection", labels=("nodule",), loss="centre"))
+    lied = dict.fromkeys(names_of(made, True, True), 0)
+    lied |= {f"score/nodule/{name}": 2**60 for name in ("scans", "lesions", "found")}
+    with pytest.raises(ValueError, match="larger than any"):
+        told_in(made, True, True, lied)
+
+
 # Simulations
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MICRO = 1_000_000
 MOST_LOSS = 1e8  # a larger one is told as this
 MOST = 2**48 - 1  # of a count
+MOST_TOGETHER = 2**53  # from here on counts of all sites are none: limbs of a site that lies may say 2**64
 LOSS, LOSSES = "loss_micro", "loss_sites"  # sum of the sites' mean losses, in millionths; sites that have one
 DISTRIBUTIONS = {  # fields that a site withholds together, for want of cases
     DiceCounts: ("histogram",),
@@ -90,6 +91,8 @@ def told_in(study: "Study", trained: bool, scored: bool, counts: Mapping[str, in
         ValueError: sums that no sites' counts can give, so that one of them has lied.
     """
     names = set(names_of(study, trained, scored))
+    if any(counts[name] >= MOST_TOGETHER for name in names):
+        raise ValueError("a number is larger than any that is counted")
     sites = counts[LOSSES] if LOSS in names else 0
     found: dict[str, dict[str, Score]] = {"score": {}, "own": {}}
     for kind, of in found.items():
