@@ -66,6 +66,8 @@ class Sum:
         order: what the sites carried out for it, `train` or `evaluate`.
         schema: of the update; empty where scores alone are summed.
         left_out: sites that are not in the sum, with the state and reason of their last answer.
+        failing: the same of sites that answered a step of a failed attempt with something else; the next attempts do
+            without them, where enough are left.
     """
 
     setting: Setting
@@ -74,6 +76,7 @@ class Sum:
     order: Order
     schema: Schema
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)
+    failing: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def study(self) -> Study:
@@ -216,6 +219,9 @@ def _attempt(making: Sum, parcel: Parcel, asked: tuple[str, ...]) -> SecureSum:
     strangers = sorted(set(ready) - roster.sites.keys())
     making.left_out |= {s: {"state": "revoked", "reason": "is not on the roster"} for s in strangers}
     cohort = tuple(sorted(set(ready) & roster.sites.keys()))
+    if len(able := [site for site in cohort if site not in making.failing]) >= study.rounds.quorum:
+        making.left_out |= {site: making.failing[site] for site in cohort if site in making.failing}
+        cohort = tuple(able)
     context = _context(making, cohort, roster)
     if len(cohort) < context.fewest:
         raise SumAborted(
@@ -302,6 +308,9 @@ def _ask(
         if not repeatable:
             raise
         _leave_out(making)
+        for site, seat in making.table.seats.items():
+            if seat.state in ("refused", "rejected", "failed"):
+                making.failing[site] = {"state": seat.state, "reason": seat.reason}
         raise SumAborted("SUM_BELOW_THRESHOLD", f"{error} Nothing was revealed.") from error
     if repeatable:
         _leave_out(making)

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
+from fedclient.sums import Sums
 from fedserver.checkpoint import RunFolder, State, read_progress, read_state
 from fedserver.cohort import Presence
 from fedserver.conversation import Setting
 from fedserver.courier import Inline
 from fedserver.rounds import carry_out
-from shared_models.errors import RoundPaused, SumAborted
+from shared_models.errors import OrderRefused, RoundPaused, SumAborted
 from shared_models.files import read_lines
+from shared_models.protect.messages import Adverts, Sealed
 from shared_models.protect.privacy import Protect
 from shared_models.protect.secure import SecureAggregation
 from shared_models.roster import Roster
@@ -202,6 +204,22 @@ def test_a_round_whose_sums_all_fail_is_paused_says_why_and_goes_on_later(quick_
     _, run, _ = play(quick_folder, study)
     assert line(run)["together"]["attempt"] == 6
     np.testing.assert_allclose(bias(run), mean(*SITES), atol=1e-6)
+
+
+def test_sites_that_refuse_a_step_keep_the_others_from_no_sum(quick_folder, monkeypatch):
+    share = Sums.share
+
+    def refuse(sums: Sums, adverts: Adverts) -> Sealed:
+        if sums.member.name in ("d", "e"):
+            raise OrderRefused("DISK_FULL", "of two sites")
+        return share(sums, adverts)
+
+    monkeypatch.setattr(Sums, "share", refuse)
+    _, run, _ = play(quick_folder)
+    told = line(run)
+    assert (told["together"]["sites"], told["together"]["attempt"]) == (["a", "b", "c"], 2)
+    assert told["left_out"] == dict.fromkeys(("d", "e"), {"state": "refused", "reason": "DISK_FULL"})
+    np.testing.assert_allclose(bias(run), mean("a", "b", "c"), atol=1e-6)
 
 
 def test_fewer_sites_than_the_quorum_never_make_a_sum(quick_folder):
