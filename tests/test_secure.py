@@ -17,6 +17,7 @@ from shared_models.parse import parse
 from shared_models.protect.counted import counts_of, names_of, told_in
 from shared_models.protect.privacy import Privacy, Protect
 from shared_models.protect.secure import SecureAggregation, layout_of, training_s, wanted, weight_in_sum
+from shared_models.restored_counts import RestoredCounts
 from shared_models.scores import total as together
 from shared_models.study import Rounds, Study, canonical, from_json, load_study
 from shared_models.surface_counts import DISTANCE_MM, SurfaceCounts
@@ -171,6 +172,13 @@ def test_lesions_add_up_and_a_network_that_marks_nothing_has_told_so():
     for each in ([told, shut], [shut, shut], [blank, shut]):
         parts = [counts_of(made, True, True, (), {"nodule": score}, {}) for score in each]
         assert told_in(made, True, True, summed(made, parts)).scores["nodule"] == together(each)
+
+
+def test_restored_images_add_up():
+    made = replace(SECURE, task=Task(kind="reconstruction", labels=("image",), loss="masked_l1"))
+    each = [RestoredCounts(cases=3, error_micro=120_000, blank_micro=500_000), RestoredCounts(cases=1, error_micro=9)]
+    parts = [counts_of(made, True, True, (), {made.task.answers[0]: score}, {}) for score in each]
+    assert told_in(made, True, True, summed(made, parts)).scores[made.task.answers[0]] == together(each)
 
 
 def test_own_models_have_counts_of_their_own_and_a_private_study_has_none():

@@ -218,7 +218,7 @@ def test_sites_that_refuse_a_step_keep_the_others_from_no_sum(quick_folder, monk
     _, run, _ = play(quick_folder)
     told = line(run)
     assert (told["together"]["sites"], told["together"]["attempt"]) == (["a", "b", "c"], 2)
-    assert told["left_out"] == dict.fromkeys(("d", "e"), {"state": "refused", "reason": "DISK_FULL"})
+    assert told["left_out"] == {s: {"state": "refused", "reason": "DISK_FULL"} for s in ("d", "e")}
     np.testing.assert_allclose(bias(run), mean("a", "b", "c"), atol=1e-6)
 
 

@@ -153,6 +153,7 @@ def study(**protect: object) -> Study:
     [
         ({"protect": Protect(compression="top_k", secure_aggregation=SecureAggregation())}, "shows no zeros"),
         ({"protect": Protect(compression="int8", secure_aggregation=SecureAggregation())}, "ring_bits = 24 sends less"),
+        ({"protect": Protect(compression="int8"), "rounds": Rounds(late="next")}, "would count twice"),
         ({"protect": Protect(top_k=0.1)}, 'top_k is for compression = "top_k"'),
         ({"protect": Protect(compression="top_k"), "strategy": Strategy(weighting="uniform", robust="median")},
          "take for their word"),

@@ -47,6 +47,11 @@ def check_stages(study: "Study") -> None:
             "protect.compression with train.scaffold: what is cut off a control variate would be corrected for twice",
         ),
         (
+            squeezed and study.rounds.late == "next",
+            f'protect.compression = "{protect.compression}" with rounds.late = "next": an update that is counted late '
+            f"and the one after it both hold what was cut off before them, which would count twice",
+        ),
+        (
             protect.compression == "top_k" and study.strategy.robust not in ("none", "norm_bound"),
             f'protect.compression = "top_k" with strategy.robust = "{study.strategy.robust}": of each weight most '
             f"sites send nothing, which the rule would take for their word",
