@@ -141,9 +141,29 @@ def secure_round(setting: Setting, table: Table, state: State, schema: Schema) -
 
 
 def secure_evaluation(setting: Setting, table: Table, state: State) -> None:
-    """Scores the last weights at every site, on its own test patients, and adds the sum's line to metrics.jsonl."""
+    """Scores the last weights at every site, on its own test patients, and adds the sum's line to metrics.jsonl.
+
+    A sum that a site has spoilt costs the scores, and not the run, whose weights are there.
+    """
     making = Sum(setting, table, state, order_of("evaluate", table, state, state.round, "test"), {})
-    total = made(making)
+    try:
+        total = made(making)
+    except SumAborted as error:
+        log.warning("the scores of the last weights are lost: %s", error)
+        note(setting, "sum-aborted", state.run, round=making.number, code=error.code, why=str(error)[:200])
+        lost = {site: {"state": "rejected", "reason": f"{error.code}: the sum of the scores"} for site in table.seats}
+        append_json(
+            setting.folder.metrics,
+            {
+                "round": state.round,
+                "final": True,
+                "scored_round": state.round,
+                "sites": {},
+                "federation": dict.fromkeys(table.study.task.answers),
+                "left_out": making.left_out | lost,
+            },
+        )
+        return _closed(making)
     told, seats = _told(making, total), set(total.sites)
     append_json(
         setting.folder.metrics,

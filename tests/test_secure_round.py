@@ -14,6 +14,7 @@ from fedserver.checkpoint import RunFolder, State, read_progress, read_state
 from fedserver.cohort import Presence
 from fedserver.conversation import Setting
 from fedserver.courier import Inline
+from fedserver.report import facts
 from fedserver.rounds import carry_out
 from shared_models.errors import OrderRefused, RoundPaused, SumAborted
 from shared_models.files import read_lines
@@ -300,6 +301,30 @@ def test_a_site_that_masks_something_else_spoils_the_sum_which_is_thrown_away(qu
         play(quick_folder)
     assert aborted.value.code == "SUM_MASK_RESIDUE"
     assert read_state(RunFolder(quick_folder / "toy")).round == 0
+
+
+def test_a_site_that_spoils_the_sum_of_the_last_scores_costs_them_and_not_the_run(quick_folder, monkeypatch):
+    from fedserver import courier
+
+    honest = courier.Inline.vector
+
+    def lying(self, site, reply, message):
+        vector = honest(self, site, reply, message)
+        return vector + np.uint8(1) if site == "c" and lies else vector
+
+    lies = False
+
+    def roster(path: Path) -> Roster | None:
+        nonlocal lies
+        lies = read_state(RunFolder(path)).round == 1
+        return roster_of(path)
+
+    monkeypatch.setattr(courier.Inline, "vector", lying)
+    state, run, _ = play(quick_folder, roster=roster)
+    final = read_lines(run.metrics)[-1]
+    assert (state.round, final["final"], final["federation"]) == (1, True, {"lung": None})
+    assert final["left_out"]["c"]["reason"] == "SUM_MASK_RESIDUE: the sum of the scores"
+    assert (facts(run)["finished"], facts(run)["test"]["lung"]["all_cases"]) == (True, None)
 
 
 def test_uniform_weighting_tells_no_number_of_examples_at_all(quick_folder):
