@@ -349,6 +349,14 @@ def test_a_vector_that_was_not_masked_as_agreed_leaves_a_residue_and_the_sum_is_
     assert refusal_of(made) == "SUM_MASK_RESIDUE"
 
 
+def test_whatever_weight_a_lying_site_makes_of_the_sum_no_weight_moves_by_more_than_the_clip():
+    total = federation(3).run()
+    lied = replace(total, counts={**total.counts, "weight": 1})  # of 33: what a site tells may make it so
+    honest, found = (each.take_mean("conv.weight") for each in (total, lied))
+    np.testing.assert_allclose(found, np.clip(33 * honest, -1, 1), rtol=1e-9)
+    assert np.abs(found).max() == 1.0
+
+
 def test_a_vector_of_another_length_is_left_out_and_one_that_breaks_off_ends_the_sum():
     made = federation(4)
     made.lost_at = dict.fromkeys(names(4), 3.5)

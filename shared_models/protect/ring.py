@@ -202,11 +202,15 @@ def read_tail(vector: NDArray[np.uint32], layout: Layout, bits: int, canary: int
 
 
 def mean_of(vector: NDArray[np.uint32], layout: Layout, how: Encoding, name: str, share: float) -> NDArray[np.float64]:
-    """The weighted mean of one tensor; `share` is what the sites in the sum weigh of the whole cohort."""
+    """The weighted mean of one tensor; `share` is what the sites in the sum weigh of the whole cohort.
+
+    No mean of clipped deltas is beyond the clip, whatever weight a site that lies has made the sum say.
+    """
     begin, end = layout.places[name]
     mean = np.empty(end - begin, np.float64)
     for at in range(begin, end, CHUNK):
         part = vector[at : min(at + CHUNK, end)]
         signed = part.view(np.int32) if how.bits == 32 else (part << np.uint32(8)).view(np.int32) >> np.int32(8)
         np.multiply(signed, 1.0 / (how.scale * share), out=mean[at - begin : at - begin + part.size])
+    np.clip(mean, -how.clip, how.clip, out=mean)
     return mean.reshape(layout.schema[name].shape)
