@@ -8,7 +8,8 @@ import socket
 import ssl
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import pydicom
 import pytest
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
 from pynetdicom import AE
+from uvicorn.server import ServerState
 
 from fedclient.serving.back import Back, NotTaken
 from fedclient.serving.guard import guarded
+from fedclient.serving.heads import Heads
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
 from fedclient.serving.multipart import BodyRefused, parts_of
@@ -449,6 +452,69 @@ def test_pages_over_tls_take_no_version_before_1_2(tmp_path):
     assert config.ssl.minimum_version == ssl.TLSVersion.TLSv1_2
     assert config.ssl.verify_mode == ssl.CERT_NONE  # people show the token
     assert listener(guarded(deaf, token=None, local=True, most_bytes=1), Serve()).ssl is None
+
+
+@contextmanager
+def pages(head_s: float):
+    """The address of pages that answer 204, in a loop of their own, with so long a patience."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    class Hasty(Heads):
+        pass
+
+    Hasty.head_s = head_s
+    config = listener(app, Serve())
+    assert config.http is Heads
+    loop = asyncio.new_event_loop()
+    state = ServerState()
+    make = partial(Hasty, config, state, {}, loop)
+    server = loop.run_until_complete(loop.create_server(make, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield server.sockets[0].getsockname()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        server.close()
+        for each in [*state.connections]:
+            each.transport.abort()
+        loop.run_until_complete(asyncio.sleep(0.01))
+        loop.close()
+
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHost: loc", REQUEST + b"\r\n", REQUEST + b"GET /"])
+def test_who_does_not_finish_what_he_asks_for_is_hung_up_on(said):
+    with pages(head_s=0.2) as address, socket.create_connection(address, timeout=10) as link:
+        link.sendall(said)
+        heard = b""
+        while block := link.recv(4096):  # to the end, not to the time limit
+            heard += block
+    assert heard.count(b"204 No Content") == said.count(REQUEST)
+
+
+def test_who_asks_at_too_great_length_is_hung_up_on_before_he_has_ended():
+    sent = 0
+    with pages(head_s=60.0) as address, socket.create_connection(address, timeout=10) as link:
+        link.sendall(b"GET / HTTP/1.1\r\nX: ")
+        with suppress(ConnectionError):
+            for _ in range(256):
+                link.sendall(b"x" * (1 << 18))
+                sent += 1 << 18
+    assert sent < 1 << 26
+
+
+def test_a_connection_is_kept_for_further_requests():
+    with pages(head_s=60.0) as address, socket.create_connection(address, timeout=10) as link:
+        for _ in range(3):
+            link.sendall(REQUEST)
+            assert link.recv(4096).startswith(b"HTTP/1.1 204")
 
 
 # ---- the way back ----
