@@ -185,6 +185,14 @@ def test_a_body_that_is_refused_leaves_nothing_behind(tmp_path, body, more, stat
     assert list((tmp_path / "in").iterdir()) == []
 
 
+def test_two_files_of_one_name_are_refused_and_leave_nothing_behind(tmp_path):
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.raw"\r\n\r\nbytes\r\n'
+    with pytest.raises(BodyRefused, match="of one name") as refused:
+        taken(tmp_path / "in", part + part + b"--x--\r\n")
+    assert refused.value.status == 400
+    assert list((tmp_path / "in").iterdir()) == []
+
+
 def test_a_body_beyond_the_quota_is_put_off(tmp_path):
     with pytest.raises(Overloaded, match="quota"):
         taken(tmp_path / "in", TWO, quota=4)
@@ -364,6 +372,20 @@ def test_a_new_series_is_put_off_while_too_many_wait_and_one_under_way_is_finish
         other.save_as(tmp_path / "other.dcm")
         with pytest.raises(Overloaded):
             hands.give(tmp_path / "other.dcm", "one")
+
+
+def test_a_flood_of_series_is_put_off(tmp_path, series, monkeypatch):
+    monkeypatch.setattr("fedclient.serving.intake.MOST_SERIES", 1)
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        hands.give(series[0], "one")
+        other = pydicom.dcmread(series[1])
+        other.SeriesInstanceUID = "1.2.3"
+        other.save_as(tmp_path / "other.dcm")
+        with pytest.raises(Overloaded):
+            hands.give(tmp_path / "other.dcm", "one")
+        hands.give(series[1], "one")
+        assert hands.intake.under_way == 1
 
 
 # ---- the receiver ----
