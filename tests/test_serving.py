@@ -6,11 +6,13 @@ import json
 import shutil
 import socket
 import ssl
+import struct
 import threading
 import time
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -26,7 +28,7 @@ from fedclient.serving.heads import Heads
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
 from fedclient.serving.multipart import BodyRefused, parts_of
-from fedclient.serving.receiver import Receiver, server_context
+from fedclient.serving.receiver import Receiver, command_bytes, server_context
 from fedclient.serving.service import listener
 from fedclient.serving.settings import Destination, Serve, destination, is_local
 from fedclient.serving.warm import Warm, python
@@ -444,6 +446,47 @@ def keys(folder: Path) -> dict[str, Any]:
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # pynetdicom leaves sockets to the collector
+def data_unit(*values: tuple[int, int]) -> bytes:
+    """A P-DATA-TF of values of (control header, bytes)."""
+    items = b"".join(struct.pack(">LBB", 2 + size, 1, control) + bytes(size) for control, size in values)
+    return struct.pack(">BBL", 4, 0, len(items)) + items
+
+
+@pytest.mark.parametrize(
+    ("units", "lengths"),
+    [
+        ([data_unit((3, 70))], (0, 72)),  # a command in one piece
+        ([data_unit((1, 70)), data_unit((1, 70), (3, 10))], (0, 156)),
+        ([data_unit((3, 70), (0, 900), (2, 900))], (0, 72)),  # and its data set
+        ([data_unit((1, 40_000)), data_unit((1, 40_000))], (80_004, 80_004)),
+        ([b"\1" + data_unit((1, 70))[1:], b"", b"\4\0\0\0\0\1\0"], (0, 0)),
+    ],
+)
+def test_the_command_of_a_message_is_measured_to_its_last_piece(units, lengths):
+    before = longest = 0
+    for unit in units:
+        before, here = command_bytes(unit, before)
+        longest = max(longest, here)
+    assert (before, longest) == lengths
+
+
+def heard(**facts: Any) -> Any:
+    return SimpleNamespace(**facts)
+
+
+def test_a_command_without_an_end_is_cut_off_and_echoes_without_number_are_not(tmp_path):
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        receiver = Receiver(Serve(allow=("A",)), Intake(tmp_path / "serve", jobs, room, 0.0), room)
+        cut: list[str] = []
+        peers = {name: SimpleNamespace(abort=partial(cut.append, name)) for name in ("echoes", "endless")}
+        for _ in range(1000):
+            receiver._counted(heard(assoc=peers["echoes"], data=data_unit((3, 70))))
+        assert cut == []
+        for _ in range(3):
+            receiver._counted(heard(assoc=peers["endless"], data=data_unit((1, 30_000))))
+        assert cut == ["endless"]
+
+
 def test_over_tls_a_peer_shows_a_certificate_and_one_that_says_nothing_keeps_nobody_out(tmp_path, series):
     files = keys(tmp_path)
     serve = Serve(dicom_port=0, allow=("PACS",), **files)
