@@ -3,11 +3,11 @@
 import ctypes
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-LARGE_BYTES, SPARE_BYTES = 1 << 18, 1 << 20
+LARGE_BYTES, SPARE_BYTES = 1 << 19, 1 << 20
 
 
 def give_back() -> bool:
-    """Tells glibc to map arrays from 256 KiB on by themselves, for good; False where the C library is another.
+    """Tells glibc to map arrays from 512 KiB on by themselves, for good; False where the C library is another.
 
     By itself glibc raises that bound to 32 MiB as arrays are freed. Planes then lie in one heap with the small things
     that are kept of each slice, and holes between those stay with the process: a series of 1,000 slices peaked 85 MiB
