@@ -443,9 +443,6 @@ def keys(folder: Path) -> dict[str, Any]:
     return {name: str(folder / name) for name in files if name.startswith("tls")}
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # pynetdicom leaves sockets to the collector
 def data_unit(*values: tuple[int, int]) -> bytes:
     """A P-DATA-TF of values of (control header, bytes)."""
     items = b"".join(struct.pack(">LBB", 2 + size, 1, control) + bytes(size) for control, size in values)
@@ -487,6 +484,9 @@ def test_a_command_without_an_end_is_cut_off_and_echoes_without_number_are_not(t
         assert cut == ["endless"]
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
 def test_over_tls_a_peer_shows_a_certificate_and_one_that_says_nothing_keeps_nobody_out(tmp_path, series):
     files = keys(tmp_path)
     serve = Serve(dicom_port=0, allow=("PACS",), **files)
