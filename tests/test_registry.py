@@ -218,6 +218,11 @@ def test_stages_go_from_candidate_over_approved_to_retired_and_stand_in_the_log(
     typed(fedserver, "release-retire", entry.digest[:8], "--reason", "a better one is there", "--federation", folder)
     rows = json.loads(typed(fedserver, "releases", "--json", "--federation", folder))
     assert next(row for row in rows if row["digest"] == entry.digest)["stage"] == "retired"
+    again = ["release", "lung", "--version", "1", "--out", folder, "--federation", folder]
+    refused = CliRunner().invoke(fedserver, again)
+    assert refused.exit_code == 1
+    assert "is retired (a better one is there)" in " ".join(refused.output.split())
+    assert not (federation.folder / "tiny-lung-1").exists()
     events = [
         line["event"] for line in read_lines(federation.folder / LOG) if line["facts"].get("digest") == entry.digest
     ]
