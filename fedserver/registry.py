@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -122,9 +123,8 @@ def register(
         ReleaseInvalid: an export does not answer as the network does, or the evidence contradicts the manifest.
         StateInvalid: a run without weights to release, a version that is taken, or a log that is not whole.
     """
-    home = federation.folder / "registry"
-    with locked(home / ".lock"):
-        for part in home.glob(".making.*"):  # of a process that was killed
+    with _alone(federation):
+        for part in (federation.folder / "registry").glob(".making.*"):  # of a process that was killed
             shutil.rmtree(part, ignore_errors=True)
         return _register(federation, run, version, words or Words(), round_number, data_cards)
 
@@ -220,6 +220,11 @@ def approve_release(federation: Federation, which: str, by: str = "coordinator",
     Raises:
         StateInvalid: who is no approver, whose key is another's, or a release that is retired.
     """
+    with _alone(federation):
+        return _approve(federation, which, by, key)
+
+
+def _approve(federation: Federation, which: str, by: str, key: bytes | None) -> Entry:
     entry = find_release(federation, which)
     if entry.stage == "retired":
         raise StateInvalid(f"release {entry.label}: is retired ({entry.history[-1].words}). Make a new one.")
@@ -244,7 +249,13 @@ def retire_release(federation: Federation, which: str, reason: str) -> Entry:
     words = "".join(c if c.isprintable() else " " for c in reason).strip()
     if not words or len(words) > 500:
         raise StateInvalid("reason: 1 to 500 characters, for those who ask later. Give one with --reason.")
-    return _said(federation, find_release(federation, which), "retired", "coordinator", "release-retired", words)
+    with _alone(federation):
+        return _said(federation, find_release(federation, which), "retired", "coordinator", "release-retired", words)
+
+
+def _alone(federation: Federation) -> AbstractContextManager[None]:
+    """One process at a time changes the registry: two approvals at once are two, and none undoes a retirement."""
+    return locked(federation.folder / "registry" / ".lock")
 
 
 def _said(federation: Federation, entry: Entry, stage: Stage, by: str, event: str, words: str = "") -> Entry:

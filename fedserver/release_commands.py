@@ -64,7 +64,7 @@ def release(
     from fedserver.enrol import open_federation
     from fedserver.publish.card import read_words
     from fedserver.publish.proofs import read_card_file
-    from fedserver.registry import export_release, list_releases, manifest_of, register
+    from fedserver.registry import export_release, folder_of, list_releases, manifest_of, register
 
     opened = open_federation(federation)
     run = RunFolder(opened.runs / run_id)
@@ -72,6 +72,11 @@ def release(
     known = [e for e in list_releases(opened) if version is not None and (e.run, e.version) == (run_id, version)]
     if known and (words or cards or round_number):
         raise StateInvalid(f"release {known[-1].label}: is there already and never changes. Choose another --version.")
+    if known and known[-1].stage == "retired":
+        raise StateInvalid(
+            f"release {known[-1].label}: is retired ({known[-1].history[-1].words}), and not handed out any more. It "
+            f"stays in {folder_of(opened, known[-1].digest)} for those who ask about it."
+        )
     with Console(stderr=True).status("exporting the network, and comparing what each form of it answers"):
         entry = known[-1] if known else register(opened, run, version, read_words(words), round_number, cards)
         path = export_release(opened, entry, out, single_file)

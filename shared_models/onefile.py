@@ -13,7 +13,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from shared_models.errors import ReleaseInvalid
@@ -134,7 +134,8 @@ def _read_directory(file: IO[bytes], path: Path) -> list[Part]:
         parts.append(Part(name, size, crc, at))
         at, cursor = parts[-1].data_at + size, cursor + fixed + characters
     names = [part.name for part in parts]
-    if at != begin or names != sorted(set(names)) or directory != _directory(parts, begin):
+    folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
+    if at != begin or names != sorted(set(names)) or folders & set(names) or directory != _directory(parts, begin):
         raise strange
     return parts
 

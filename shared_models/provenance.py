@@ -26,7 +26,7 @@ from shared_models.merkle import holds
 from shared_models.parse import STRICT, Count, Sha256, parse_json
 from shared_models.plan import Plan
 from shared_models.planned import planned
-from shared_models.release import MOST_JSON, SIGNATURE, STUDY, WEIGHTS, Release, entry_of
+from shared_models.release import MOST_JSON, SIGNATURE, STUDY, WEIGHTS, Release
 from shared_models.release_facts import Signature64, Signed
 from shared_models.roster import checked, read_signed
 from shared_models.study import canonical, from_json
@@ -225,11 +225,12 @@ def _check_digest(release: Release, name: str, wanted_sha256: str | None) -> Non
 
 def _bytes(release: Release, name: str) -> bytes:
     """A file of the release, compared once more: time has passed since it was opened."""
-    path = release.folder / name
+    if name == SIGNATURE:
+        return (release.folder / name).read_bytes()
     entry = release.manifest.files.get(name)
-    if name != SIGNATURE and (entry is None or entry.bytes > MOST_JSON or entry_of(path) != entry):
+    if entry is None or entry.bytes > MOST_JSON:
         raise ReleaseInvalid(f"{name}: is missing, or was changed. Get the release again.", name)
-    return path.read_bytes()
+    return release.content(name)
 
 
 def sha256_of(content: bytes) -> str:

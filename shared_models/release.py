@@ -81,6 +81,14 @@ class Release:
     calibration: dict[str, Any] | None
     manifest: Manifest = field(repr=False)
 
+    def content(self, name: str) -> bytes:
+        """A file of the release; its bytes are read once, and are the very ones that were compared.
+
+        Raises:
+            ReleaseInvalid: it is missing, or was changed since the release was opened.
+        """
+        return _content(self.folder, name, self.manifest)
+
 
 def statement(manifest_sha256: str) -> bytes:
     """What the coordinator, and each approver, signs."""
@@ -149,7 +157,7 @@ def open_release(path: Path, trust: Trust, *, scratch: Path | None = None) -> Re
         name=manifest.name,
         version=manifest.version,
         digest=manifest.digest,
-        study=_study(path),
+        study=_study(path, manifest),
         weights=path / WEIGHTS,
         onnx=path / ONNX,
         fingerprint=_optional(path, FINGERPRINT, manifest),
@@ -253,9 +261,9 @@ def _check_approvals(path: Path, manifest: Manifest) -> None:
         )
 
 
-def _study(path: Path) -> Study:
+def _study(path: Path, manifest: Manifest) -> Study:
     try:
-        return from_json(_read(path, STUDY), STUDY)
+        return from_json(_small(path, STUDY, manifest), STUDY)
     except ReleaseInvalid:
         raise
     except FederationError as error:
@@ -267,7 +275,7 @@ def _study(path: Path) -> Study:
 def _optional(path: Path, name: str, manifest: Manifest) -> dict[str, Any] | None:
     if name not in manifest.files:
         return None
-    value = parse_json(dict[str, Any], _read(path, name), str(path / name), ReleaseInvalid)
+    value = parse_json(dict[str, Any], _small(path, name, manifest), str(path / name), ReleaseInvalid)
     return value
 
 
@@ -283,9 +291,32 @@ def _parsed(kind: type[T], content: bytes, path: Path, name: str) -> T:
 
 
 def _read(folder: Path, name: str) -> bytes:
-    if (folder / name).stat().st_size > MOST_JSON:
-        raise ReleaseInvalid(f"{folder / name}: is larger than {MOST_JSON >> 20} MiB. Get the release again.", name)
-    return (folder / name).read_bytes()
+    with (folder / name).open("rb") as file:
+        content = file.read(MOST_JSON + 1)
+    if len(content) > MOST_JSON:
+        raise _too_large(folder, name)
+    return content
+
+
+def _small(folder: Path, name: str, manifest: Manifest) -> bytes:
+    if manifest.files[name].bytes > MOST_JSON:
+        raise _too_large(folder, name)
+    return _content(folder, name, manifest)
+
+
+def _too_large(folder: Path, name: str) -> ReleaseInvalid:
+    return ReleaseInvalid(f"{folder / name}: is larger than {MOST_JSON >> 20} MiB. Get the release again.", name)
+
+
+def _content(folder: Path, name: str, manifest: Manifest) -> bytes:
+    entry = manifest.files.get(name)
+    if entry is None or not (folder / name).is_file():
+        raise ReleaseInvalid(f"{folder / name}: is missing. Get the release again.", name)
+    with (folder / name).open("rb") as file:
+        content = file.read(entry.bytes + 1)
+    if Entry(len(content), _sha256(content)) != entry:
+        raise ReleaseInvalid(f"{folder / name}: was changed after it was signed. Get the release again.", name)
+    return content
 
 
 def entry_of(path: Path) -> Entry:

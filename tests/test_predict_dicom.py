@@ -184,6 +184,23 @@ def test_a_capture_shows_the_marks_and_burnt_in_words(tmp_path):
     assert np.isclose(float(most.ImagePositionPatient[2]), AFFINE[2, 2] * found.key.k)
 
 
+@pytest.mark.parametrize(
+    ("cosines", "letters"),
+    [
+        ((1, 0, 0, 0, 1, 0), ["L", "P"]),
+        ((-1, 0, 0, 0, -1, 0), ["R", "A"]),  # a patient who lies on the belly, feet first or not
+        ((1, 0, 0, 0, -1, 0), ["L", "A"]),
+        ((0, -1, 0, 1, 0, 0), ["A", "L"]),
+        ((0.8, 0.6, 0, -0.6, 0.8, 0), ["L", "P"]),  # askew: the nearest
+        (SAGITTAL, ["L", "P"]),  # its planes are shown as axial ones
+    ],
+)
+def test_a_capture_says_which_way_its_own_rows_and_columns_run_in_the_patient(cosines, letters, tmp_path):
+    write_series(tmp_path / "ct", cosines=tuple(map(float, cosines)))
+    write_case(predict_case(model(), tmp_path / "ct"), "case", tmp_path, ("sc",))
+    assert list(dcmread(tmp_path / "case/overlay.dcm").PatientOrientation) == letters
+
+
 def test_results_carry_the_patient_and_the_study_and_their_messages_do_not(tmp_path):
     write_series(tmp_path / "ct")
     found = predict_case(model(), tmp_path / "ct")
@@ -225,6 +242,20 @@ def test_a_radiograph_gets_report_and_capture_and_no_segmentation(tmp_path):
     files, missing = write_case(found, "case", tmp_path, DICOM)
     assert files == ["report.dcm", "overlay.dcm"]
     assert "no frame of reference" in missing["seg"]
+    assert not dcmread(tmp_path / "case/overlay.dcm").PatientOrientation  # the film says nothing of it
+
+
+def test_the_capture_of_a_radiograph_repeats_how_its_source_lies(tmp_path):
+    def film(k: int, data: Any) -> None:
+        data.Modality, data.SOPClassUID = "DX", "1.2.840.10008.5.1.4.1.1.1.1"
+        data.PatientOrientation = ["R", "F"]
+        for keyword in ("ImageOrientationPatient", "ImagePositionPatient", "FrameOfReferenceUID"):
+            delattr(data, keyword)
+
+    write_series(tmp_path / "dx", slices=1, edit=film)
+    study = replace(LUNG, modality="xray", preprocess=Preprocess((32, 32), "crop_pad", "percentile"))
+    write_case(predict_case(model(study), tmp_path / "dx"), "case", tmp_path, ("sc",))
+    assert list(dcmread(tmp_path / "case/overlay.dcm").PatientOrientation) == ["R", "F"]
 
 
 @pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dciodvfy is not installed (Debian: dicom3tools)")

@@ -1,6 +1,7 @@
 """Prediction by a real release: both engines alike, a cold start without PyTorch, and the command as people type it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from fedclient.cli import app
 from fedclient.data.volume import Volume
 from fedclient.predict.case import predict_case
 from fedclient.predict.model import load_model
-from shared_models.errors import WeightsInvalid
+from shared_models.errors import ReleaseInvalid, WeightsInvalid
 from shared_models.preprocess import preprocess, restore
 from shared_models.release import Release, open_release
 from shared_models.study import Evaluate
@@ -59,6 +60,17 @@ def test_both_engines_mark_the_same_voxels(release):
     ours, theirs = (predict_case(replace(m, study=study), Volume(hu, AFFINE, "CT")).mask for m in engines)
     assert 0.01 < ours.mean() < 0.99
     assert np.array_equal(ours, theirs)
+
+
+def test_a_network_that_is_changed_once_the_release_was_opened_is_not_run(release, tmp_path):
+    shutil.copytree(release.folder, tmp_path / "moved")
+    moved = replace(release, folder=tmp_path / "moved", onnx=tmp_path / "moved" / release.onnx.name)
+    content = bytearray(moved.onnx.read_bytes())
+    assert load_model(moved, threads=1).digest == release.digest
+    content[len(content) // 2] ^= 1
+    moved.onnx.write_bytes(content)
+    with pytest.raises(ReleaseInvalid, match=r"model\.onnx: was changed"):
+        load_model(moved, threads=1)
 
 
 def test_a_device_that_is_not_there_is_refused(release):

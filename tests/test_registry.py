@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from fedserver.state import Run, add_run, find_run, find_site
 from fedserver.withdrawal import begin_from, copy_until, retrain, withdraw
 from shared_models.errors import ReleaseInvalid, StateInvalid
 from shared_models.evidence import LOG
-from shared_models.files import canonical_json, read_json, read_lines, write_atomic, write_json
+from shared_models.files import canonical_json, locked, read_json, read_lines, write_atomic, write_json
 from shared_models.identity import identity_public_key, new_site_keys, save_secret
 from shared_models.merkle import Tree, holds
 from shared_models.nets import initial_weights
@@ -219,10 +220,28 @@ def test_stages_go_from_candidate_over_approved_to_retired_and_stand_in_the_log(
     typed(fedserver, "release-retire", entry.digest[:8], "--reason", "a better one is there", "--federation", folder)
     rows = json.loads(typed(fedserver, "releases", "--json", "--federation", folder))
     assert next(row for row in rows if row["digest"] == entry.digest)["stage"] == "retired"
+    again = ["release", "lung", "--version", "1", "--out", folder, "--federation", folder]
+    refused = CliRunner().invoke(fedserver, again)
+    assert refused.exit_code == 1
+    assert "is retired (a better one is there)" in " ".join(refused.output.split())
+    assert not (federation.folder / "tiny-lung-1").exists()
     events = [
         line["event"] for line in read_lines(federation.folder / LOG) if line["facts"].get("digest") == entry.digest
     ]
     assert events == ["release-made", "release-approved", "release-retired"]
+
+
+def test_an_approval_that_waits_for_a_retirement_does_not_undo_it(hospitals):
+    federation = hospitals.edge.federation
+    made = registry.register(federation, RunFolder(federation.runs / "lung"), version="twice")
+    with ThreadPoolExecutor(1) as other, locked(federation.folder / "registry" / ".lock"):
+        waiting = other.submit(registry.approve_release, federation, made.label)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
+        registry._said(federation, made, "retired", "coordinator", "release-retired", "a fault was found")
+    with pytest.raises(StateInvalid, match="is retired"):
+        waiting.result(timeout=20)
+    assert registry.find_release(federation, made.label).stage == "retired"
 
 
 def test_a_release_that_needs_approvers_opens_after_the_last_of_them(hospitals, tmp_path):

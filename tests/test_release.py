@@ -213,6 +213,16 @@ def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path, name):
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
+def test_a_name_that_is_a_file_and_a_folder_is_refused_as_no_release(tmp_path):
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    for name in ("a", "b/c"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    pack(tmp_path / "in", ["a", "b/c"], tmp_path / "good")
+    (tmp_path / "bad").write_bytes((tmp_path / "good").read_bytes().replace(b"b/c", b"a/c"))
+    with pytest.raises(ReleaseInvalid, match="not in the form"):
+        unpack(tmp_path / "bad", tmp_path / "scratch")
+
+
 def test_a_compressed_file_is_refused_so_that_none_grows_as_it_is_unpacked(tmp_path):
     bomb = zipped(tmp_path / "bomb.fedrelease", {"a": bytes(10**6)}, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(ReleaseInvalid):

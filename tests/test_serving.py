@@ -6,10 +6,13 @@ import json
 import shutil
 import socket
 import ssl
+import struct
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,13 +20,15 @@ import pydicom
 import pytest
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
 from pynetdicom import AE
+from uvicorn.server import ServerState
 
 from fedclient.serving.back import Back, NotTaken
 from fedclient.serving.guard import guarded
+from fedclient.serving.heads import Heads
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
 from fedclient.serving.multipart import BodyRefused, parts_of
-from fedclient.serving.receiver import Receiver, server_context
+from fedclient.serving.receiver import Receiver, command_bytes, server_context
 from fedclient.serving.service import listener
 from fedclient.serving.settings import Destination, Serve, destination, is_local
 from fedclient.serving.warm import Warm, python
@@ -179,6 +184,14 @@ def test_a_body_that_is_refused_leaves_nothing_behind(tmp_path, body, more, stat
     with pytest.raises(BodyRefused) as refused:
         taken(tmp_path / "in", body, **more)
     assert refused.value.status == status
+    assert list((tmp_path / "in").iterdir()) == []
+
+
+def test_two_files_of_one_name_are_refused_and_leave_nothing_behind(tmp_path):
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.raw"\r\n\r\nbytes\r\n'
+    with pytest.raises(BodyRefused, match="of one name") as refused:
+        taken(tmp_path / "in", part + part + b"--x--\r\n")
+    assert refused.value.status == 400
     assert list((tmp_path / "in").iterdir()) == []
 
 
@@ -363,6 +376,20 @@ def test_a_new_series_is_put_off_while_too_many_wait_and_one_under_way_is_finish
             hands.give(tmp_path / "other.dcm", "one")
 
 
+def test_a_flood_of_series_is_put_off(tmp_path, series, monkeypatch):
+    monkeypatch.setattr("fedclient.serving.intake.MOST_SERIES", 1)
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        hands.give(series[0], "one")
+        other = pydicom.dcmread(series[1])
+        other.SeriesInstanceUID = "1.2.3"
+        other.save_as(tmp_path / "other.dcm")
+        with pytest.raises(Overloaded):
+            hands.give(tmp_path / "other.dcm", "one")
+        hands.give(series[1], "one")
+        assert hands.intake.under_way == 1
+
+
 # ---- the receiver ----
 
 
@@ -416,6 +443,47 @@ def keys(folder: Path) -> dict[str, Any]:
     return {name: str(folder / name) for name in files if name.startswith("tls")}
 
 
+def data_unit(*values: tuple[int, int]) -> bytes:
+    """A P-DATA-TF of values of (control header, bytes)."""
+    items = b"".join(struct.pack(">LBB", 2 + size, 1, control) + bytes(size) for control, size in values)
+    return struct.pack(">BBL", 4, 0, len(items)) + items
+
+
+@pytest.mark.parametrize(
+    ("units", "lengths"),
+    [
+        ([data_unit((3, 70))], (0, 72)),  # a command in one piece
+        ([data_unit((1, 70)), data_unit((1, 70), (3, 10))], (0, 156)),
+        ([data_unit((3, 70), (0, 900), (2, 900))], (0, 72)),  # and its data set
+        ([data_unit((1, 40_000)), data_unit((1, 40_000))], (80_004, 80_004)),
+        ([b"\1" + data_unit((1, 70))[1:], b"", b"\4\0\0\0\0\1\0"], (0, 0)),
+    ],
+)
+def test_the_command_of_a_message_is_measured_to_its_last_piece(units, lengths):
+    before = longest = 0
+    for unit in units:
+        before, here = command_bytes(unit, before)
+        longest = max(longest, here)
+    assert (before, longest) == lengths
+
+
+def heard(**facts: Any) -> Any:
+    return SimpleNamespace(**facts)
+
+
+def test_a_command_without_an_end_is_cut_off_and_echoes_without_number_are_not(tmp_path):
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        receiver = Receiver(Serve(allow=("A",)), Intake(tmp_path / "serve", jobs, room, 0.0), room)
+        cut: list[str] = []
+        peers = {name: SimpleNamespace(abort=partial(cut.append, name)) for name in ("echoes", "endless")}
+        for _ in range(1000):
+            receiver._counted(heard(assoc=peers["echoes"], data=data_unit((3, 70))))
+        assert cut == []
+        for _ in range(3):
+            receiver._counted(heard(assoc=peers["endless"], data=data_unit((1, 30_000))))
+        assert cut == ["endless"]
+
+
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # pynetdicom leaves sockets to the collector
@@ -449,6 +517,69 @@ def test_pages_over_tls_take_no_version_before_1_2(tmp_path):
     assert config.ssl.minimum_version == ssl.TLSVersion.TLSv1_2
     assert config.ssl.verify_mode == ssl.CERT_NONE  # people show the token
     assert listener(guarded(deaf, token=None, local=True, most_bytes=1), Serve()).ssl is None
+
+
+@contextmanager
+def pages(head_s: float):
+    """The address of pages that answer 204, in a loop of their own, with so long a patience."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    class Hasty(Heads):
+        pass
+
+    Hasty.head_s = head_s
+    config = listener(app, Serve())
+    assert config.http is Heads
+    loop = asyncio.new_event_loop()
+    state = ServerState()
+    make = partial(Hasty, config, state, {}, loop)
+    server = loop.run_until_complete(loop.create_server(make, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield server.sockets[0].getsockname()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        server.close()
+        for each in [*state.connections]:
+            each.transport.abort()
+        loop.run_until_complete(asyncio.sleep(0.01))
+        loop.close()
+
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHost: loc", REQUEST + b"\r\n", REQUEST + b"GET /"])
+def test_who_does_not_finish_what_he_asks_for_is_hung_up_on(said):
+    with pages(head_s=0.2) as address, socket.create_connection(address, timeout=10) as link:
+        link.sendall(said)
+        heard = b""
+        while block := link.recv(4096):  # to the end, not to the time limit
+            heard += block
+    assert heard.count(b"204 No Content") == said.count(REQUEST)
+
+
+def test_who_asks_at_too_great_length_is_hung_up_on_before_he_has_ended():
+    sent = 0
+    with pages(head_s=60.0) as address, socket.create_connection(address, timeout=10) as link:
+        link.sendall(b"GET / HTTP/1.1\r\nX: ")
+        with suppress(ConnectionError):
+            for _ in range(256):
+                link.sendall(b"x" * (1 << 18))
+                sent += 1 << 18
+    assert sent < 1 << 26
+
+
+def test_a_connection_is_kept_for_further_requests():
+    with pages(head_s=60.0) as address, socket.create_connection(address, timeout=10) as link:
+        for _ in range(3):
+            link.sendall(REQUEST)
+            assert link.recv(4096).startswith(b"HTTP/1.1 204")
 
 
 # ---- the way back ----

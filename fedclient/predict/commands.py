@@ -59,12 +59,14 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What a released model marks, measures or tells on images; not for diagnosis. Exits with 1 if any case failed."""
+    from fedclient.predict.heap import give_back
     from fedclient.predict.inputs import list_inputs
     from fedclient.predict.model import load_model
     from fedclient.predict.run import check_free, predict_all, predict_table
     from fedclient.verify import trust_in
     from shared_models.release import open_release
 
+    give_back()
     wanted = _formats(formats)
     check_free(out, overwrite)
     with ExitStack() as stack:

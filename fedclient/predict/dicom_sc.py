@@ -7,12 +7,15 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from fedclient.data.volume import LPS_TO_RAS
 from fedclient.predict.case import Prediction
 from fedclient.predict.headers import Headers
 from fedclient.predict.maker import NOTICE, SOFTWARE, made_by
 from shared_models.errors import ImageUnreadable
 
 SERIES = 9103
+AXIAL = ("L", "P")
+TOWARDS = (("L", "R"), ("P", "A"), ("H", "F"))  # growing and falling along x, y, z of LPS
 
 
 def capture(prediction: Prediction, headers: Headers, picture: NDArray[np.uint8]) -> Dataset:
@@ -24,7 +27,7 @@ def capture(prediction: Prediction, headers: Headers, picture: NDArray[np.uint8]
             photometric_interpretation="RGB",
             bits_allocated=8,
             coordinate_system="PATIENT",
-            patient_orientation=("L", "P"),
+            patient_orientation=AXIAL,
             series_instance_uid=hd.UID(),
             series_number=SERIES,
             sop_instance_uid=hd.UID(),
@@ -35,6 +38,7 @@ def capture(prediction: Prediction, headers: Headers, picture: NDArray[np.uint8]
             series_description=f"AI result, {NOTICE}",
             transfer_syntax_uid=ExplicitVRLittleEndian,
         )
+        made.PatientOrientation = list(orientation(prediction, headers))
         made.BurnedInAnnotation = "NO"  # words, but none that says who the patient is
         made.Laterality = ""  # type 2C: asked for where no body part is said
         made.DerivationDescription = f"overlay by {prediction.model.stamp}, {NOTICE}"
@@ -43,6 +47,23 @@ def capture(prediction: Prediction, headers: Headers, picture: NDArray[np.uint8]
         reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = shown.SOPClassUID, shown.SOPInstanceUID
         made.SourceImageSequence = [reference]
     return made
+
+
+def orientation(prediction: Prediction, headers: Headers) -> tuple[str, ...]:
+    """Where columns and rows of the picture run to in the patient, as viewers write it at its edges.
+
+    That of the slice as it was stored; of planes that were turned, as `views.shown` turns them; of a radiograph what
+    its header says, and nothing where it says nothing.
+    """
+    grid = prediction.grid
+    if not grid.measured or grid.voxel_of_pixel is None:
+        stated = tuple(headers.first.get("PatientOrientation") or ())
+        return stated if len(stated) == 2 else ()
+    if not grid.slices_along_k:
+        return AXIAL
+    lps = LPS_TO_RAS @ grid.affine_ras @ grid.voxel_of_pixel
+    nearest = [int(np.abs(lps[:3, n]).argmax()) for n in (0, 1)]
+    return tuple(TOWARDS[axis][int(lps[axis, n] < 0)] for n, axis in enumerate(nearest))
 
 
 def _shown(prediction: Prediction, headers: Headers) -> Dataset:

@@ -1,5 +1,6 @@
 """Volumes and longest diameters of what is marked, plane by plane, so that no whole volume is held."""
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,14 @@ class Part:
     last: int
 
 
+def _integers() -> "array[int]":
+    return array("q")
+
+
+def _lengths() -> "array[float]":
+    return array("d")
+
+
 @dataclass(slots=True)
 class Measure:
     """Grows by one plane at a time; `parts` is right once all of them are in.
@@ -37,11 +46,12 @@ class Measure:
     voxels: int = 0
     _planes: int = 0
     _below: tuple[NDArray[np.int32], int] | None = None  # the last plane's pieces, from 1, and how many
-    _root: list[int] = field(default_factory=list)
-    _size: list[int] = field(default_factory=list)
-    _longest: list[float] = field(default_factory=list)
-    _first: list[int] = field(default_factory=list)
-    _last: list[int] = field(default_factory=list)
+    # of each piece, packed: a network that marks specks makes hundreds a plane, and as objects they take 100 bytes each
+    _root: "array[int]" = field(default_factory=_integers)
+    _size: "array[int]" = field(default_factory=_integers)
+    _longest: "array[float]" = field(default_factory=_lengths)
+    _first: "array[int]" = field(default_factory=_integers)
+    _last: "array[int]" = field(default_factory=_integers)
     _begins: list[int] = field(default_factory=list)  # number of the first piece of each plane
 
     def add(self, plane: NDArray[np.bool_]) -> None:
@@ -53,10 +63,10 @@ class Measure:
         if count:
             self.voxels += int(plane.sum())
             sizes = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
-            self._root += range(begin, begin + count)
-            self._size += sizes.tolist()
-            self._first += [self._planes] * count
-            self._last += [self._planes] * count
+            self._root.extend(range(begin, begin + count))
+            self._size.extend(sizes.tolist())
+            self._first.extend([self._planes] * count)
+            self._last.extend([self._planes] * count)
             for n, box in enumerate(ndimage.find_objects(pieces), start=1):
                 self._longest.append(longest_mm(pieces[box] == n, self.spacing_mm[:2]))
             if self._below is not None:

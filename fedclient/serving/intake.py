@@ -26,6 +26,7 @@ from shared_models.files import private_folder
 
 KEYWORDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality")
 MOST_FILES = 20_000  # of a series
+MOST_SERIES = 256  # under way at once
 LEFT_S = 3600.0  # after the last byte of a file in quarantine
 UID = re.compile(r"[0-9](?:[0-9.]{0,62}[0-9])?")
 _TAGS = [tag for keyword in KEYWORDS if (tag := tag_for_keyword(keyword)) is not None]
@@ -82,7 +83,7 @@ class Intake:
 
         Raises:
             ImageUnreadable: no DICOM, broken, no image, or without the numbers that say what it belongs to.
-            Overloaded: another series, while as many cases wait as may.
+            Overloaded: another series, while as many cases wait as may, or as many come in.
         """
         with unbroken():
             data = load_head(file, _TAGS)
@@ -98,7 +99,7 @@ class Intake:
         with self._lock:
             found = self._open.get(key)
             if found is None:
-                if self.jobs.full:
+                if self.jobs.full or len(self._open) >= MOST_SERIES:
                     raise Overloaded("as many cases wait as this machine takes. Send it again later.")
                 found = self._open[key] = _Open(via, self.clock(), set())
                 private_folder(self.series / key)

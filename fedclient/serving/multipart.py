@@ -14,7 +14,7 @@ from typing import IO, Any
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from fedclient.serving.jobs import Room
+from fedclient.serving.jobs import Overloaded, Room
 from shared_models.errors import FederationError
 
 MOST_HEADERS = 8192  # bytes of the headers of one part
@@ -65,7 +65,7 @@ async def parts_of(
 
     Raises:
         BodyRefused: another kind, no parts, broken, too large, too many, or too slow.
-        Overloaded: no room.
+        Overloaded: no room, or a disk that takes no more.
     """
     given, options = parse_options_header(content_type)
     boundary = options.get(b"boundary", b"")
@@ -92,6 +92,10 @@ async def parts_of(
             raise BodyRefused(400, "the body is not of the parts that its header says.") from None
         if isinstance(error, TimeoutError):
             raise BodyRefused(408, f"no byte came for {STALL_S:.0f} s.") from None
+        if isinstance(error, FileExistsError):
+            raise BodyRefused(400, "two files of one name were sent. Send each image on its own.") from None
+        if isinstance(error, OSError):
+            raise Overloaded("the files could not be written here. Try again later.") from None
         raise
     return writer.parts
 
@@ -157,8 +161,8 @@ class _Writer:
         filename = options.get(b"filename", b"").decode("utf-8", "replace")
         kind = self._headers.get(b"content-type", b"").decode("latin-1")
         part = Part(self.new_file(len(self.parts) + 1, filename), filename, kind.partition(";")[0].strip().lower())
-        self.parts.append(part)
         self._file = part.path.open("xb")
+        self.parts.append(part)
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         assert self._file is not None

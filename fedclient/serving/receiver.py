@@ -6,6 +6,7 @@ what peers send; here messages are bounded and written to disk as they come, and
 
 import logging
 import ssl
+import struct
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from shared_models.errors import FederationError, ImageUnreadable, ProcessFailed
 SUCCESS, NOT_AUTHORISED, OUT_OF_RESOURCES, NOT_AN_IMAGE, CANNOT_UNDERSTAND = 0x0000, 0x0124, 0xA700, 0xA900, 0xC000
 MOST_PDU = 1 << 20  # of one protocol data unit; peers are told 64 KiB
 SAID_PDU = 1 << 16
+MOST_COMMAND = 1 << 16  # bytes of the command of a message, which pynetdicom keeps in memory; they have some hundred
 MOST_ASSOCIATIONS = 16
 STALL_S = 60.0
 
@@ -67,6 +69,7 @@ class Receiver:
         self._server: ThreadedAssociationServer | None = None
         self._lock = threading.Lock()
         self._bytes: dict[int, int] = {}  # of an association's message under way
+        self._command_bytes: dict[int, int] = {}  # of a command that has not ended
         self._links: WeakSet[Any] = WeakSet()
 
     @property
@@ -147,8 +150,12 @@ class Receiver:
         key = id(event.assoc)
         with self._lock:
             self._bytes[key] = self._bytes.get(key, 0) + len(event.data)
+            self._command_bytes[key], longest = command_bytes(event.data, self._command_bytes.get(key, 0))
             too_much = self._bytes[key] > self.most_bytes
-        if too_much:
+        if longest > MOST_COMMAND:
+            log.warning("a DICOM peer sent a command without an end and was cut off")
+            event.assoc.abort()
+        elif too_much:
             log.warning("a DICOM peer sent an object of more than %d MiB and was cut off", self.most_bytes >> 20)
             event.assoc.abort()
 
@@ -182,11 +189,29 @@ class Receiver:
     def _closed(self, event: evt.Event) -> None:
         with self._lock:
             self._bytes.pop(id(event.assoc), None)
+            self._command_bytes.pop(id(event.assoc), None)
         half = getattr(event.assoc.dimse.message, "_data_set_file", None)  # of a message that never ended
         if half is not None:
             half.close()
             Path(half.name).unlink(missing_ok=True)
         self.intake.closed(session_of(event.assoc))
+
+
+def command_bytes(unit: bytes, before: int) -> tuple[int, int]:
+    """How long the command that has not ended is after this protocol data unit, and the longest on the way.
+
+    Of the values in a unit of data (PS3.8 section 9.3.5) those are of a command whose control header has bit 0, and the
+    last of one has bit 1.
+    """
+    longest, at = before, 6
+    while unit[:1] == b"\4" and at + 6 <= len(unit):
+        (length,) = struct.unpack_from(">L", unit, at)
+        if unit[at + 5] & 1:
+            before += length
+            longest = max(longest, before)
+            before = 0 if unit[at + 5] & 2 else before
+        at += 4 + max(length, 2)
+    return before, longest
 
 
 def session_of(association: Any) -> str:

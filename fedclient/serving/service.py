@@ -13,6 +13,7 @@ import uvicorn
 
 from fedclient.serving.back import Back
 from fedclient.serving.guard import Asgi
+from fedclient.serving.heads import Heads
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Job, Jobs, Room
 from fedclient.serving.receiver import Receiver, server_context
@@ -144,7 +145,7 @@ def token_of(site: Path) -> str:
 def listener(app: Asgi, serve: Serve) -> uvicorn.Config:
     """How the pages are listened for; over TLS from 1.2 on where there is a key."""
     config = uvicorn.Config(
-        app, host=serve.host, port=serve.port, loop="asyncio", http="httptools", ws="none", lifespan="off",
+        app, host=serve.host, port=serve.port, loop="asyncio", http=Heads, ws="none", lifespan="off",
         interface="asgi3", access_log=False, log_level="error", server_header=False, proxy_headers=False,
         limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=3,
         ssl_certfile=serve.tls_certificate or None, ssl_keyfile=serve.tls_key or None,

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from fedclient.drift import note
 from fedclient.predict.case import Prediction, predict_case
+from fedclient.predict.heap import give_back
 from fedclient.predict.inputs import Source, Unread, list_inputs
 from fedclient.predict.model import Model, load_model
 from fedclient.predict.outputs import write_case
@@ -113,6 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0)
     asked = parser.parse_args(arguments)
     own_lines_only()
+    give_back()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     try:
