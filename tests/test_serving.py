@@ -23,18 +23,19 @@ from pynetdicom import AE
 from uvicorn.server import ServerState
 
 from fedclient.serving.back import Back, NotTaken
+from fedclient.serving.commands import _say
 from fedclient.serving.guard import guarded
 from fedclient.serving.heads import Heads
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
 from fedclient.serving.multipart import BodyRefused, parts_of
 from fedclient.serving.receiver import Receiver, command_bytes, server_context
-from fedclient.serving.service import listener
+from fedclient.serving.service import listener, token_of
 from fedclient.serving.settings import Destination, Serve, destination, is_local
 from fedclient.serving.warm import Warm, python
 from fedclient.serving.web import Parts, application, safe_name
 from fedclient.site import Data, SiteFile, site_toml
-from shared_models.errors import ImageUnreadable, ProcessFailed, StudyInvalid
+from shared_models.errors import ImageUnreadable, ProcessFailed, StateInvalid, StudyInvalid
 from shared_models.files import write_json
 from shared_models.identity import issue_server, issue_site, new_authority, new_tls_key, request_certificate
 from shared_models.parse import parse
@@ -100,6 +101,7 @@ def test_by_default_everything_is_for_this_machine_and_nobody_may_send_and_nothi
     serve = Serve()
     assert (serve.host, serve.dicom_host, serve.allow, serve.return_to) == ("127.0.0.1", "127.0.0.1", (), "")
     assert serve.local
+    assert serve.token
 
 
 def test_a_site_file_with_a_serve_table_is_read_and_one_without_it_too():
@@ -115,6 +117,7 @@ def test_a_site_file_with_a_serve_table_is_read_and_one_without_it_too():
     ("table", "words"),
     [
         ({"host": "0.0.0.0"}, "beyond this machine"),
+        ({"host": "0.0.0.0", "tls_key": "k", "tls_certificate": "c", "token": False}, "leave token on"),
         ({"return_to": "PACS"}, "AE@host:port"),
         ({"return_to": "PACS@host:0"}, "AE@host:port"),
         ({"tls_key": "k.pem"}, "come together"),
@@ -704,6 +707,39 @@ def test_beyond_this_machine_everything_but_the_page_itself_asks_for_the_token(t
             assert ask("GET", path, host="model.example").status_code == 401
             assert ask("GET", path, host="model.example", headers={"authorization": "Bearer x"}).status_code == 401
             assert ask("GET", path, host="model.example", headers=shown).status_code in (200, 404)
+
+
+def test_on_this_machine_too_nobody_reads_without_the_token(tmp_path):
+    with web(tmp_path, Told(), token="s3cret" * 6) as (ask, _, _):
+        for path in ("/api/openapi.json", "/dicom-web/instances", f"/api/jobs/{'0' * 32}"):
+            assert ask("GET", path).status_code == 401
+        shown = {"authorization": "Bearer " + "s3cret" * 6}
+        assert ask("GET", "/dicom-web/instances", headers=shown).status_code == 200
+
+
+def test_the_token_is_made_once_and_for_its_owner_alone(tmp_path):
+    token = token_of(tmp_path)
+    path = tmp_path / "secrets" / "serve-token"
+    assert len(token) >= 43  # 32 bytes
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert token_of(tmp_path) == token
+    path.write_text("short")
+    with pytest.raises(StateInvalid, match="Delete it"):
+        token_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("token", "terminal", "told"),
+    [("t" * 43, True, "open: http://127.0.0.1:8484/#token=" + "t" * 43), ("t" * 43, False, "secrets/serve-token"),
+     (None, True, "token: off")],
+)  # fmt: skip
+def test_a_ready_link_is_told_to_a_terminal_and_no_token_to_a_log(monkeypatch, capsys, token, terminal, told):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    model = {"name": "m", "version": "1", "sha256": "0" * 64, "engine": "onnx"}
+    _say(heard(warm=heard(model=model), serve=Serve(), port=8484, token=token, site=Path("site"), receiver=None))
+    out = capsys.readouterr().out
+    assert told in out
+    assert ("ttt" in out) == (token is not None and terminal)
 
 
 def test_on_this_machine_no_other_name_and_no_other_sites_script_gets_in(tmp_path):

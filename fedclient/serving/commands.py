@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -47,6 +48,10 @@ def serve_model(
     site: Folder = Path("site"),
     host: Annotated[str | None, typer.Option(help="Of pages, REST and DICOMweb; beyond 127.0.0.1 with TLS.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
+    token: Annotated[
+        bool | None,
+        typer.Option("--token/--no-token", help="Ask for a token; off, every user of this machine reads all results."),
+    ] = None,
     dicom_host: Annotated[str | None, typer.Option(help="Of the DICOM receiver.")] = None,
     dicom_port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
     ae_title: Annotated[str | None, typer.Option(help="Of the receiver.")] = None,
@@ -81,8 +86,8 @@ def serve_model(
     from shared_models.supervise import only_one
 
     given = {
-        "host": host, "port": port, "dicom_host": dicom_host, "dicom_port": dicom_port, "ae_title": ae_title,
-        "allow": tuple(allow) if allow else None, "return_to": return_to, "quiet_s": quiet_s, "quota_gib": quota_gib,
+        "host": host, "port": port, "token": token, "dicom_host": dicom_host, "dicom_port": dicom_port,
+        "ae_title": ae_title, "allow": tuple(allow) if allow else None, "return_to": return_to, "quiet_s": quiet_s, "quota_gib": quota_gib,
         "most_mib": most_mib, "queue": queue, "time_limit_s": time_limit_s, "keep_hours": keep_hours,
         "tls_certificate": tls_certificate, "tls_key": tls_key, "tls_ca": tls_ca,
     }  # fmt: skip
@@ -132,8 +137,12 @@ def _say(service: "Service") -> None:
     lines.append(
         f"page and REST: {scheme}://{shown}:{service.port}/   DICOMweb: {scheme}://{shown}:{service.port}/dicom-web"
     )
-    if service.token is not None:
-        lines.append(f"token: {service.site / 'secrets' / 'serve-token'}")
+    if service.token is None:
+        lines.append("token: off; every user of this machine can read all results")
+    elif sys.stdout.isatty():
+        lines.append(f"open: {scheme}://{shown}:{service.port}/#token={service.token}")
+    else:  # what is kept as a log holds no token
+        lines.append(f"token: {service.site / 'secrets' / 'serve-token'}; open the page with #token=TOKEN behind it")
     if service.receiver is not None:
         tls = ", TLS" if serve.tls_key else ""
         lines.append(

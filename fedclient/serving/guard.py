@@ -1,4 +1,4 @@
-"""Who may talk to the pages: this machine's own browser, or whoever shows the token; and never another site's script.
+"""Who may talk to the pages: whoever shows the token, where there is one; and never another site's script.
 
 Sits before everything else, so that a body that is too large or of nobody who is known is not read.
 """

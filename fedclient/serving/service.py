@@ -67,7 +67,7 @@ class Service:
         done: Callable[[Job], None] | None = self.back.add if self.back else None
         self.jobs = Jobs(folder / "jobs", self.warm, room, serve.queue, serve.keep_hours * 3600, done)
         self.intake = Intake(folder, self.jobs, room, serve.quiet_s)
-        self.token = None if serve.local else token_of(self.site)
+        self.token = token_of(self.site) if serve.token else None
         parts = Parts(
             self.jobs, self.intake, room, self.warm, int(serve.most_mib * MIB), self.token, serve.local,
             self.back is not None,

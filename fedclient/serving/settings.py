@@ -22,8 +22,8 @@ class Serve:
     """`[serve]`; options of the command go before it.
 
     Attributes:
-        host, port: of the pages, the REST interface and DICOMweb. Beyond this machine they need TLS, and ask for the
-            token in `secrets/serve-token`.
+        host, port: of the pages, the REST interface and DICOMweb. Beyond this machine they need TLS.
+        token: they ask for the token in `secrets/serve-token`; without it every user of this machine reads all results.
         dicom_host, dicom_port: of the DICOM receiver.
         ae_title: of the receiver; who calls another name is refused.
         allow: who may send: `AE` or `AE@address`. None named: there is no receiver.
@@ -42,6 +42,7 @@ class Serve:
     __pydantic_config__ = STRICT
     host: str = "127.0.0.1"
     port: Port = 8484
+    token: bool = True
     dicom_host: str = "127.0.0.1"
     dicom_port: Port = 11112
     ae_title: Annotated[str, Field(pattern=f"^{AET}$")] = "FEDIMAGING"
@@ -69,6 +70,8 @@ class Serve:
                 f"host is {self.host!r}, beyond this machine: give tls_certificate and tls_key, or keep 127.0.0.1 "
                 f"behind a proxy of the hospital's own"
             )
+        if not is_local(self.host) and not self.token:
+            raise ValueError(f"token is off and host is {self.host!r}, beyond this machine: leave token on")
 
     @property
     def local(self) -> bool:

@@ -42,13 +42,26 @@ class Served:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def token(self) -> str:
+        return (self.site / "secrets" / "serve-token").read_text()
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """The header that lets one in."""
+        return {"authorization": f"Bearer {self.token}"}
+
+    @property
+    def link(self) -> str:
+        return f"{self.url}/#token={self.token}"
+
     def get(self, path: str) -> Any:
-        return httpx.get(self.url + path, timeout=60).raise_for_status().json()
+        return httpx.get(self.url + path, headers=self.shown, timeout=60).raise_for_status().json()
 
     def upload(self, files: Sequence[Path]) -> dict[str, Any]:
         """Sends files as the page does, and waits for what comes of them."""
         parts = [("files", (path.name, path.read_bytes())) for path in files]
-        answer = httpx.post(f"{self.url}/api/jobs", files=parts, timeout=120)
+        answer = httpx.post(f"{self.url}/api/jobs", files=parts, headers=self.shown, timeout=120)
         assert answer.status_code == 202, answer.text
         return self.ended(answer.json()["id"])
 

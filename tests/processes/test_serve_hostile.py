@@ -83,9 +83,10 @@ def test_too_much_is_refused_before_it_is_read(service, tmp_path):
             yield b"\0" * (1 << 20)
 
     kind = {"content-type": "multipart/form-data; boundary=x"}
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=60, headers=service.shown) as client:
         with socket.create_connection(("127.0.0.1", service.port), timeout=30) as link:
-            head = f"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: {1 << 40}\r\n\r\n"
+            head = f"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: {1 << 40}\r\n"
+            head += f"Authorization: Bearer {service.token}\r\n\r\n"
             link.sendall(head.encode())
             assert link.recv(64).startswith(b"HTTP/1.1 413")
         try:
@@ -103,7 +104,7 @@ def test_too_much_is_refused_before_it_is_read(service, tmp_path):
 
 
 def test_another_sites_page_and_another_name_of_this_machine_are_refused(service):
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=60, headers=service.shown) as client:
         foreign = client.post(f"{service.url}/api/jobs", content=b"", headers={"origin": "https://evil.example"})
         assert foreign.status_code == 403
         renamed = client.get(f"{service.url}/api/health", headers={"host": f"evil.example:{service.port}"})
@@ -175,7 +176,7 @@ def test_dicom_changed_at_random_neither_ends_the_service_nor_makes_it_grow(serv
     before = [each.memory_info().rss for each in processes]
     open_before, sent = processes[0].num_fds(), 0
     end = time.monotonic() + FUZZ_S
-    with httpx.Client(timeout=120) as client:
+    with httpx.Client(timeout=120, headers=service.shown) as client:
         while time.monotonic() < end:
             odd = [changed(each, rng) for each in slices]
             assert stow(client, service, odd) in (200, 202, 400, 409, 413, 503)

@@ -31,7 +31,7 @@ def chest(folder):
 
 def test_a_file_goes_in_and_its_overlay_comes_out(service, tmp_path):
     with chromium(tmp_path) as page:
-        page.open(service.url + "/")
+        page.open(service.link)
         until(lambda: "tiny-lung" in page.value("document.getElementById('model').textContent"), "the model is named")
         assert "Not for diagnosis" in page.value("document.querySelector('.notice').innerText")
         page.choose("#files", [chest(tmp_path)])
@@ -61,7 +61,7 @@ def test_a_file_goes_in_and_its_overlay_comes_out(service, tmp_path):
 
 def test_by_keyboard_alone_one_gets_to_the_files_and_sees_where_one_is(service, tmp_path):
     with chromium(tmp_path) as page:
-        page.open(service.url + "/")
+        page.open(service.link)
         reached = []
         for _ in range(2):
             page.press("Tab", 9)
@@ -84,7 +84,7 @@ def test_by_keyboard_alone_one_gets_to_the_files_and_sees_where_one_is(service, 
 def test_a_hostile_file_gets_words_and_the_page_stays_usable(service, tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with chromium(tmp_path) as page:
-        page.open(service.url + "/")
+        page.open(service.link)
         page.choose("#files", [tmp_path / name])
         until(lambda: page.value("document.getElementById('status').classList.contains('bad')"), "an error is shown")
         said = page.value("document.getElementById('status').textContent")

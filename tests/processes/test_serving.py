@@ -1,8 +1,10 @@
 """A released model among real DICOM peers: DCMTK sends a real series and gets its result; so does Orthanc, twice."""
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
 import highdicom
 import httpx
@@ -104,14 +106,14 @@ def test_orthanc_gets_the_result_by_stow_and_gives_it_by_wado(tmp_path, release)
         kind = f'multipart/related; type="application/dicom"; boundary={boundary}'
         stored = httpx.post(
             f"{here.url}/dicom-web/studies", content=body + f"--{boundary}--\r\n".encode(),
-            headers={"content-type": kind}, timeout=120,
+            headers={"content-type": kind} | here.shown, timeout=120,
         )  # fmt: skip
         assert stored.status_code == 200, stored.text
         assert len(stored.json()["00081199"]["Value"]) == 6
         until(lambda: [job["returned"] for job in here.jobs()] == ["sent"], "the result is returned")
         (result,) = here.get("/dicom-web/series?Modality=SEG")
         study, series = (result[tag]["Value"][0] for tag in ("0020000D", "0020000E"))
-        of_us = wado(here.url + "/dicom-web", study, series, tmp_path / "ours.dcm")
+        of_us = wado(here.url + "/dicom-web", study, series, tmp_path / "ours.dcm", here.shown)
         of_orthanc = wado(pacs.url + "/dicom-web", study, series, tmp_path / "theirs.dcm")
     check_segmentation(of_us)
     check_segmentation(of_orthanc)
@@ -119,9 +121,9 @@ def test_orthanc_gets_the_result_by_stow_and_gives_it_by_wado(tmp_path, release)
     assert pixels[0] == pixels[1]
 
 
-def wado(url: str, study: str, series: str, to: Path) -> Path:
+def wado(url: str, study: str, series: str, to: Path, shown: Mapping[str, str] = MappingProxyType({})) -> Path:
     """The one instance of a series."""
-    headers = {"accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
+    headers = {"accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'} | dict(shown)
     answer = httpx.get(f"{url}/studies/{study}/series/{series}", headers=headers, timeout=120).raise_for_status()
     content = answer.content
     begin = content.index(b"\r\n\r\n") + 4

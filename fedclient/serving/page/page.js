@@ -14,6 +14,14 @@ function headers() {
   return token ? { authorization: `Bearer ${token}` } : {};
 }
 
+function takeToken() { // of a link that ends in #token=TOKEN; a fragment is sent to nobody
+  const given = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (!given) return;
+  sessionStorage.setItem("token", given);
+  history.replaceState(null, "", location.pathname);
+  at("sign").hidden = true;
+}
+
 async function ask(path, options = {}) {
   const answer = await fetch(path, { ...options, headers: { ...headers(), ...options.headers } });
   if (answer.ok) return answer;
@@ -249,4 +257,6 @@ at("forget").addEventListener("click", async () => {
     say(error.message, true);
   }
 });
+addEventListener("hashchange", takeToken);
+takeToken();
 begin();
