@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import os
 import shutil
 import socket
 import ssl
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pydicom
@@ -25,6 +27,7 @@ from uvicorn.server import ServerState
 from fedclient.serving.back import Back, NotTaken
 from fedclient.serving.commands import _say
 from fedclient.serving.guard import guarded
+from fedclient.serving.handed import Before, Handed
 from fedclient.serving.heads import Heads
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
@@ -66,10 +69,10 @@ def image(*files: str):
 
 
 @contextmanager
-def queue(folder: Path, worker, most=3, keep_s=3600.0, done=None, clock=time.time, started=True):
+def queue(folder: Path, worker, most=3, keep_s=3600.0, done=None, clock=time.time, started=True, join_s=0.0):
     (folder / "serve").mkdir(parents=True, exist_ok=True)
     room = Room(folder / "serve", 1 << 24)
-    jobs = Jobs(folder / "serve" / "jobs", worker, room, most, keep_s, done, clock)
+    jobs = Jobs(folder / "serve" / "jobs", worker, room, most, keep_s, done, clock, join_s)
     if started:
         jobs.start()
     try:
@@ -347,6 +350,168 @@ def test_a_series_is_whole_when_its_connections_are_closed_and_it_has_been_quiet
         until(lambda: worker.seen)
         assert len(worker.seen[0]) == 4
         assert hands.intake.under_way == 0
+
+
+def whole(hands: Hands, session: str) -> None:
+    """Closes a connection and lets the quiet time pass."""
+    hands.intake.closed(session)
+    hands.now += 5.0
+    assert hands.intake.hand_on() == 1
+
+
+def with_facts(folder):
+    """A worker's answer with a result.json."""
+    write_json(folder / "out" / "image-1" / "result.json", {"notice": "n"})
+    return {"images": [image("seg.dcm")], "unread": []}
+
+
+def test_a_series_split_by_silence_is_predicted_on_again_as_a_whole(tmp_path, series):
+    worker, back = Told(with_facts), []
+    with queue(tmp_path, worker, done=back.append, join_s=60.0) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for path in series[:2]:
+            hands.give(path, "one")
+        whole(hands, "one")
+        until(lambda: [job.state for job in jobs.all()] == ["done"])
+        (first,) = jobs.all()
+        assert (first.partial, first.returned) == (None, "waiting")
+
+        hands.give(series[2], "two")
+        marked = jobs.find(first.id)
+        assert (marked.partial[0], marked.returned) == ("SERIES_SPLIT", "withheld")
+        facts = json.loads((jobs.place(first.id) / "out" / "image-1" / "result.json").read_text())
+        assert facts == {"notice": "n", "partial": {"code": "SERIES_SPLIT", "why": marked.partial[1]}}
+        hands.give(series[3], "two")
+        whole(hands, "two")
+        until(lambda: len(worker.seen) == 2 and jobs.all()[1].state == "done")
+        second = jobs.all()[1]
+        assert len(worker.seen[1]) == 4
+        assert set(worker.seen[0]) < set(worker.seen[1])
+        assert (second.partial, second.returned) == (None, "waiting")
+        assert jobs.find(first.id).partial == ("SERIES_REPLACED", f"job {second.id} is of more of the series.")
+        assert [job.id for job in back] == [first.id, second.id]
+
+
+def test_the_rest_of_a_series_whose_files_are_gone_is_refused_until_the_whole_comes(tmp_path, series):
+    worker = Told()
+    with queue(tmp_path, worker) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        hands.give(series[0], "one")
+        whole(hands, "one")
+        until(lambda: jobs.all()[0].state == "done")
+        hands = Hands(jobs, room, tmp_path)  # another process remembers it too
+        hands.give(series[1], "two")
+        whole(hands, "two")
+        late = jobs.all()[1]
+        assert (late.state, late.error[0], late.partial[0], late.returned) == (
+            "failed", "SERIES_SPLIT", "SERIES_SPLIT", "off",
+        )  # fmt: skip
+        assert not (jobs.place(late.id) / "in").exists()
+        assert jobs.all()[0].partial[0] == "SERIES_SPLIT"
+        for path in series[:3]:
+            hands.give(path, "three")
+        whole(hands, "three")
+        until(lambda: jobs.all()[2].state == "done")
+        assert [job.partial and job.partial[0] for job in jobs.all()] == ["SERIES_REPLACED", "SERIES_REPLACED", None]
+        assert [len(each) for each in worker.seen] == [1, 3]
+
+
+def test_a_part_that_comes_while_the_first_is_predicted_on_keeps_it_from_being_returned(tmp_path, series):
+    worker, back = Told(), []
+    worker.go.clear()
+    with queue(tmp_path, worker, done=back.append, join_s=60.0) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        hands.give(series[0], "one")
+        whole(hands, "one")
+        until(lambda: jobs.all()[0].state == "running")
+        hands.give(series[1], "two")
+        worker.go.set()
+        until(lambda: jobs.all()[0].state == "done")
+        assert (jobs.all()[0].partial[0], jobs.all()[0].returned, back) == ("SERIES_SPLIT", "withheld", [])
+    with queue(tmp_path, Told(), started=False) as (again, _):
+        assert again.all()[0].partial[0] == "SERIES_SPLIT"
+
+
+def test_objects_that_come_again_neither_mark_a_result_nor_are_taken_for_a_series(tmp_path, series):
+    worker = Told()
+    with queue(tmp_path, worker) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for path in series:
+            hands.give(path, "one")
+        whole(hands, "one")
+        until(lambda: jobs.all()[0].state == "done")
+        hands.give(series[3], "two")  # a peer that heard no answer
+        whole(hands, "two")
+        assert [job.state for job in jobs.all()] == ["done", "failed"]
+        assert jobs.all()[0].partial is None
+        hands.give(pydicom_with_new_uid(series[3], tmp_path), "three")
+        assert jobs.all()[0].partial[0] == "SERIES_SPLIT"
+
+
+def pydicom_with_new_uid(path: Path, folder: Path) -> Path:
+    data = pydicom.dcmread(path)
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4"
+    data.save_as(folder / "new.dcm")
+    return folder / "new.dcm"
+
+
+@pytest.mark.parametrize(("said", "code", "returned"), [(3, "SERIES_INCOMPLETE", "withheld"), (2, None, "waiting")])
+def test_a_series_with_fewer_objects_than_its_headers_say_is_not_returned(tmp_path, series, said, code, returned):
+    with queue(tmp_path, Told(), done=lambda job: None) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for n, path in enumerate(series[:2]):
+            data = pydicom.dcmread(path)
+            data.NumberOfSeriesRelatedInstances = said
+            data.save_as(tmp_path / f"{n}.dcm")
+            hands.give(tmp_path / f"{n}.dcm", "one")
+        whole(hands, "one")
+        until(lambda: jobs.all()[0].state == "done")
+        assert (jobs.all()[0].partial and jobs.all()[0].partial[0], jobs.all()[0].returned) == (code, returned)
+
+
+def test_files_of_a_series_are_deleted_when_nothing_is_joined_to_them_any_more(tmp_path, series):
+    now = [1000.0]
+    with queue(tmp_path, Told(), clock=lambda: now[0], join_s=60.0) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        hands.give(series[0], "one")
+        whole(hands, "one")
+        until(lambda: jobs.all()[0].state == "done")
+        kept = jobs.place(jobs.all()[0].id) / "in"
+        jobs.sweep()
+        assert len(list(kept.iterdir())) == 1
+        now[0] += 60.0
+        jobs.sweep()
+        assert not kept.exists()
+
+
+def test_a_series_that_cannot_be_handed_on_for_a_full_disk_waits_on_whole(tmp_path, series, monkeypatch):
+    worker = Told()
+    with queue(tmp_path, worker) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for path in series:
+            hands.give(path, "one")
+        hands.intake.closed("one")
+        hands.now = 5.0
+        with monkeypatch.context() as full:
+            full.setattr(jobs, "submit", Mock(side_effect=OSError(28, "No space left on device")))
+            with pytest.raises(OSError, match="No space"):
+                hands.intake.hand_on()
+        assert jobs.all() == []
+        assert hands.intake.hand_on() == 1
+        until(lambda: worker.seen)
+        assert len(worker.seen[0]) == 4
+
+
+def test_the_memory_of_series_has_an_end_in_number_and_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedclient.serving.handed.MOST_KNOWN", 2)
+    memory = Handed(tmp_path / "handed", keep_s=100.0)
+    for n in range(3):
+        memory.note(str(n), Before(frozenset({"a"}), ("job",)))
+        os.utime(tmp_path / "handed" / f"{n}.json", (time.time() - 50 + n,) * 2)
+    memory.note("3", Before(frozenset({"b"}), ("job",)))
+    assert [memory.find(str(n)).names for n in range(4)] == [set(), set(), {"a"}, {"b"}]
+    os.utime(tmp_path / "handed" / "2.json", (time.time() - 101,) * 2)
+    assert memory.find("2") == Before()
 
 
 def test_what_is_no_image_or_no_dicom_does_not_get_out_of_quarantine(tmp_path, series):
@@ -799,6 +964,41 @@ def test_stow_says_of_each_object_whether_it_was_taken(tmp_path, series):
         assert none.json()["00081198"]["Value"] == [{"00081197": {"vr": "US", "Value": [0xA900]}}]
         body, headers = stowed([series[0].read_bytes()])
         assert ask("POST", "/dicom-web/studies/1.2.3", content=body, headers=headers).status_code == 409
+
+
+def test_a_partial_result_is_told_as_such_and_no_dicomweb_search_finds_it(tmp_path):
+    def say(folder):
+        (folder / "out" / "image-1").mkdir(parents=True)
+        shutil.copyfile(SEG_FILE, folder / "out" / "image-1" / "seg.dcm")
+        return {"images": [image("seg.dcm")], "unread": []}
+
+    with web(tmp_path, Told(say)) as (ask, jobs, _):
+        job = put(jobs)
+        until(lambda: jobs.find(job).state == "done")
+        assert len(ask("GET", "/dicom-web/instances").json()) == 1
+        assert ask("GET", "/api/health").json()["partial"] == 0
+        jobs.mark_partial(job, "SERIES_SPLIT", "more came.")
+        assert ask("GET", "/dicom-web/instances").json() == []
+        assert ask("GET", f"/api/jobs/{job}").json()["partial"] == {"code": "SERIES_SPLIT", "why": "more came."}
+        assert ask("GET", "/api/health").json()["partial"] == 1
+        jobs.mark_partial(job, "SERIES_REPLACED", "another is of more.")
+        assert ask("GET", "/api/health").json()["partial"] == 0
+
+
+def test_what_turns_out_partial_while_it_waits_is_not_sent(tmp_path):
+    sent = []
+    back = Back(destination("PACS@h:1"), lambda: jobs, "US", lambda to, files, title: sent.append(len(files)))
+    with queue(tmp_path, Told(), done=back.add) as (jobs, _):
+        job = put(jobs)
+        until(lambda: jobs.find(job).returned == "waiting")
+        jobs.mark_partial(job, "SERIES_SPLIT", "more came.")
+        other = put(jobs)
+        until(lambda: jobs.find(other).returned == "waiting")
+        back.start()
+        until(lambda: jobs.find(other).returned == "sent")
+        back.stop()
+    assert sent == [0]
+    assert jobs.find(job).returned == "withheld"
 
 
 def test_results_are_found_and_retrieved_by_their_uids(tmp_path):

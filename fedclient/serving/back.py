@@ -78,7 +78,7 @@ class Back:
     def _one(self, job_id: str) -> None:
         job = self.jobs().find(job_id)
         _, wait_s, since = self._due[job_id]
-        if job is not None:
+        if job is not None and job.returned == "waiting":
             files = dicom_results(self.jobs().place(job_id), job)
             try:
                 self.send(self.to, files, self.ae_title)

@@ -62,6 +62,9 @@ def serve_model(
         str | None, typer.Option(help="Where results go: AE@host:port, or a DICOMweb URL. Nowhere without it.")
     ] = None,
     quiet_s: Annotated[float | None, typer.Option(min=0, help="Silence after which a series is whole.")] = None,
+    join_s: Annotated[
+        float | None, typer.Option(min=0, help="How long a received series is kept, to be joined with what comes late.")
+    ] = None,
     quota_gib: Annotated[float | None, typer.Option(min=0.001, help="For files received and results.")] = None,
     most_mib: Annotated[float | None, typer.Option(min=0.001, help="Of one upload or DICOM object.")] = None,
     queue: Annotated[int | None, typer.Option(min=1, help="Cases that may wait.")] = None,
@@ -87,9 +90,9 @@ def serve_model(
 
     given = {
         "host": host, "port": port, "token": token, "dicom_host": dicom_host, "dicom_port": dicom_port,
-        "ae_title": ae_title, "allow": tuple(allow) if allow else None, "return_to": return_to, "quiet_s": quiet_s, "quota_gib": quota_gib,
-        "most_mib": most_mib, "queue": queue, "time_limit_s": time_limit_s, "keep_hours": keep_hours,
-        "tls_certificate": tls_certificate, "tls_key": tls_key, "tls_ca": tls_ca,
+        "ae_title": ae_title, "allow": tuple(allow) if allow else None, "return_to": return_to, "quiet_s": quiet_s,
+        "join_s": join_s, "quota_gib": quota_gib, "most_mib": most_mib, "queue": queue, "time_limit_s": time_limit_s,
+        "keep_hours": keep_hours, "tls_certificate": tls_certificate, "tls_key": tls_key, "tls_ca": tls_ca,
     }  # fmt: skip
     serve = settings(site, {key: value for key, value in given.items() if value is not None})
     own_lines_only()

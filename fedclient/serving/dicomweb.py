@@ -133,9 +133,9 @@ def _count(value: str) -> int:
 
 
 def results_of(jobs: Jobs) -> Iterator[Result]:
-    """Every DICOM result that is kept."""
+    """Every DICOM result that is kept, but of a part of a series."""
     for job in jobs.all():
-        for path in dicom_results(jobs.place(job.id), job) if job.state == "done" else ():
+        for path in dicom_results(jobs.place(job.id), job) if job.state == "done" and job.partial is None else ():
             with suppress(ImageUnreadable, FileNotFoundError), unbroken():
                 header = header_of(path)
                 yield Result(path, *(text(header, keyword) for keyword in UIDS.values()))

@@ -1,35 +1,49 @@
 """DICOM objects from strangers into series: quarantined, doubted, put beside others of their series, handed on whole.
 
 Nobody says when a series is complete. It is taken for whole when no connection that brought of it is open any more and
-nothing has come for a while.
+nothing has come for a while (`quiet_s`). Where an object of it comes after that, for as long as results are kept:
+
+- what was made of it before is marked `SERIES_SPLIT` at once, in REST, on the page and in result.json; it is not
+  returned any more, and DICOMweb does not find it. What had gone to PACS already stays there; the log says so;
+- when it is quiet again, old and new are predicted on together, if the old files are still there (`join_s`) or were
+  sent again; the new job's results are returned, and the old job is marked `SERIES_REPLACED`;
+- otherwise the new job fails as `SERIES_SPLIT`, without a prediction, until somebody sends the whole series.
+
+Where headers say how many objects the series has (0020,1209) and fewer are there, the job is `SERIES_INCOMPLETE`, and
+its results are not returned.
 """
 
 import hashlib
 import logging
+import os
 import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydicom.datadict import tag_for_keyword
 
 from fedclient.data.dicom_folder import OBJECTS
 from fedclient.data.dicom_header import load_head, text, unbroken
-from fedclient.serving.jobs import Jobs, Overloaded, Room
+from fedclient.serving.handed import Before, Handed
+from fedclient.serving.jobs import Job, Jobs, Overloaded, Room
 from shared_models.errors import ImageUnreadable
 from shared_models.files import private_folder
 
 KEYWORDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality")
 MOST_FILES = 20_000  # of a series
 MOST_SERIES = 256  # under way at once
+SPLIT, INCOMPLETE, REPLACED = "SERIES_SPLIT", "SERIES_INCOMPLETE", "SERIES_REPLACED"
+COUNT = "NumberOfSeriesRelatedInstances"
 LEFT_S = 3600.0  # after the last byte of a file in quarantine
 UID = re.compile(r"[0-9](?:[0-9.]{0,62}[0-9])?")
 _TAGS = [tag for keyword in KEYWORDS if (tag := tag_for_keyword(keyword)) is not None]
+_COUNT_TAG = [tag for tag in (tag_for_keyword(COUNT),) if tag is not None]
 
 log = logging.getLogger("fedclient.serving")
 
@@ -45,12 +59,14 @@ class Received:
 
 @dataclass(slots=True)
 class _Open:
-    """A series that comes in."""
+    """A series that comes in; `late`: it brings what was not handed on before."""
 
     via: str
     last_s: float
     sessions: set[str]
+    before: Before
     files: int = 0
+    late: bool = False
 
 
 class Intake:
@@ -64,10 +80,14 @@ class Intake:
         shutil.rmtree(self.quarantine, ignore_errors=True)  # of a process that was killed
         private_folder(self.quarantine)
         private_folder(self.series)
+        self.handed = Handed(folder / "handed", jobs.keep_s)
         self._lock = threading.Lock()
         self._open: dict[str, _Open] = {}
         for left in self.series.iterdir():
-            self._open[left.name] = _Open("dicom", clock(), set(), sum(1 for _ in left.iterdir()))
+            names = {path.name for path in left.iterdir()}
+            before = self.handed.find(left.name)
+            late = bool(before.names) and not names <= before.names
+            self._open[left.name] = _Open("dicom", clock(), set(), before, len(names), late)
 
     def new_file(self) -> Path:
         """Where an object may be written to until it is placed."""
@@ -101,7 +121,7 @@ class Intake:
             if found is None:
                 if self.jobs.full or len(self._open) >= MOST_SERIES:
                     raise Overloaded("as many cases wait as this machine takes. Send it again later.")
-                found = self._open[key] = _Open(via, self.clock(), set())
+                found = self._open[key] = _Open(via, self.clock(), set(), self.handed.find(key))
                 private_folder(self.series / key)
             if found.files >= MOST_FILES:
                 raise ImageUnreadable(f"DICOM: more than {MOST_FILES} objects of one series.", "INPUT_TOO_LARGE")
@@ -110,6 +130,10 @@ class Intake:
             file.replace(to)
             found.last_s = self.clock()
             found.sessions.add(session)
+            if found.before.names and not found.late and to.name not in found.before.names:
+                found.late = True
+                for earlier in found.before.jobs:
+                    self.jobs.mark_partial(earlier, SPLIT, "more of its series has come after it.")
         return Received(said["SOPClassUID"], said["SOPInstanceUID"], said["StudyInstanceUID"])
 
     def closed(self, session: str) -> None:
@@ -130,14 +154,50 @@ class Intake:
                     job = self.jobs.begin(self._open[key].via)
                 except Overloaded:
                     break
-                into = self.jobs.place(job.id) / "in"
-                into.rmdir()
-                (self.series / key).rename(into)
-                self.jobs.submit(job, admitted=True)
-                log.info("job %s: a series of %d objects", job.id[:8], self._open[key].files)
-                del self._open[key]
+                self._hand_on(key, job)
                 done += 1
             return done
+
+    def _hand_on(self, key: str, job: Job) -> None:
+        """Submits a series with what was handed on of it before, or refuses it where that is gone."""
+        found, folder, into = self._open[key], self.series / key, self.jobs.place(job.id) / "in"
+        before = found.before
+        try:
+            names = frozenset(path.name for path in folder.iterdir())
+            fits = len(names | before.names) <= MOST_FILES
+            lacking = before.names - names
+            if fits:
+                lacking = self._join(folder, lacking, before.jobs)
+            known = [each for each in before.jobs if self.jobs.find(each) is not None]
+            self.handed.note(key, Before(names | before.names if fits else before.names, (*known, job.id)))
+            into.rmdir()
+            folder.rename(into)
+            if lacking:
+                self.jobs.refuse(job, SPLIT, f"{len(lacking)} objects came before and are gone: send the whole series.")
+            else:
+                self.jobs.submit(replace(job, partial=_short(into)), admitted=True)
+        except OSError:  # a full disk: the series waits on
+            if not folder.exists():
+                into.rename(folder)
+            self.jobs.forget(job.id)
+            raise
+        del self._open[key]
+        log.info("job %s: a series of %d objects%s", job.id[:8], found.files, ", without the rest" if lacking else "")
+        for earlier in () if lacking else known:
+            was = self.jobs.find(earlier)
+            if found.late or (was is not None and was.partial is not None):
+                self.jobs.mark_partial(earlier, REPLACED, f"job {job.id} is of more of the series.")
+
+    def _join(self, folder: Path, wanted: frozenset[str], jobs: Sequence[str]) -> frozenset[str]:
+        """Puts files of earlier jobs beside those in `folder`; the names of those that are gone."""
+        lacking = set(wanted)
+        for name in wanted:
+            for job in reversed(jobs):
+                with suppress(FileNotFoundError):
+                    os.link(self.jobs.place(job) / "in" / name, folder / name)
+                    lacking.discard(name)
+                    break
+        return frozenset(lacking)
 
     def _clear(self) -> None:
         """Deletes what connections that broke off have left in quarantine."""
@@ -150,6 +210,17 @@ class Intake:
     def under_way(self) -> int:
         with self._lock:
             return len(self._open)
+
+
+def _short(folder: Path) -> tuple[str, str] | None:
+    """Code and words, where a series has fewer objects than it says of itself."""
+    names = [path.name for path in folder.iterdir()]
+    said = ""
+    with suppress(ImageUnreadable), unbroken():
+        said = text(load_head(folder / names[0], _COUNT_TAG), COUNT)
+    if not re.fullmatch(r"\d{1,6}", said) or len(names) >= int(said):
+        return None
+    return INCOMPLETE, f"{len(names)} of the {int(said)} objects came that the series has by its headers."
 
 
 def _named(*uids: str) -> str:

@@ -1,6 +1,6 @@
 """Cases that wait for the model, are answered, and are forgotten: folders on disk, one worker, a queue with an end.
 
-    serve/jobs/<id>/in/         what was received; gone once it is predicted on
+    serve/jobs/<id>/in/         what was received; gone once it is predicted on, of a series some time after that
     serve/jobs/<id>/out/        results
     serve/jobs/<id>/job.json    where it stands; written last
 
@@ -57,7 +57,9 @@ class Job:
         came_s: seconds since the epoch.
         answer: what the worker said.
         error: code and words for whoever sent it, which name no file and no patient.
-        returned: to PACS: `off`, `waiting`, `sent` or `failed`.
+        returned: to PACS: `off`, `waiting`, `sent`, `failed`, or `withheld` because it is partial.
+        partial: code and words, where it is of a part of its series: `SERIES_SPLIT`, `SERIES_INCOMPLETE`, or
+            `SERIES_REPLACED` once a later job has the whole. It is not returned, and no DICOMweb search finds it.
     """
 
     id: str
@@ -67,7 +69,8 @@ class Job:
     tries: int = 0
     answer: Mapping[str, Any] | None = None
     error: tuple[str, str] | None = None
-    returned: Literal["off", "waiting", "sent", "failed"] = "off"
+    returned: Literal["off", "waiting", "sent", "failed", "withheld"] = "off"
+    partial: tuple[str, str] | None = None
 
 
 class Room:
@@ -108,6 +111,7 @@ class Jobs:
 
     Args:
         done: called with each job that is done and is to be returned.
+        join_s: the files of a series are kept so long after it came.
     """
 
     def __init__(
@@ -119,9 +123,10 @@ class Jobs:
         keep_s: float,
         done: Callable[[Job], None] | None = None,
         clock: Callable[[], float] = time.time,
+        join_s: float = 0.0,
     ) -> None:
         self.folder, self.worker, self.room, self.most, self.keep_s = folder, worker, room, most, keep_s
-        self.done, self.clock = done, clock
+        self.done, self.clock, self.join_s = done, clock, join_s
         private_folder(folder)
         self._known: dict[str, Job] = {}
         self._queue: deque[str] = deque()
@@ -201,6 +206,27 @@ class Jobs:
         self.room.count()
         return True
 
+    def refuse(self, job: Job, code: str, why: str) -> None:
+        """Ends a job, whose files are of a part of a series, without a prediction."""
+        with self._change:
+            self._set(replace(job, state="failed", error=(code, why), partial=(code, why)))
+        shutil.rmtree(self.place(job.id) / "in", ignore_errors=True)
+        self.room.count()
+
+    def mark_partial(self, job_id: str, code: str, why: str) -> None:
+        """Says of a job, in whatever state, that it is of a part of its series; what has not been returned is not."""
+        with self._change:
+            job = self._known.get(job_id)
+            if job is None:
+                return
+            if job.returned == "sent" and job.partial is None:
+                log.warning("job %s: its results were returned, and are of a part of the series", job_id[:8])
+            job = replace(job, partial=(code, why))
+            if job.returned == "waiting":
+                job = replace(job, returned="withheld")
+            self._set(job)
+            self._mark_results(job)
+
     def mark_returned(self, job_id: str, returned: Literal["sent", "failed"]) -> None:
         with self._change:
             if job_id in self._known:
@@ -236,8 +262,8 @@ class Jobs:
 
     def _work(self, job: Job) -> None:
         """One case, whatever it does to the worker; the thread outlives it."""
-        job = replace(job, state="running", tries=job.tries + 1)
         with self._change:
+            job = replace(self._known.get(job.id, job), state="running", tries=job.tries + 1)
             self._set(job)
         folder = self.place(job.id)
         try:
@@ -250,22 +276,39 @@ class Jobs:
             job = replace(job, state="failed", error=("INTERNAL", "a fault of the service; its log says where."))
         if self._stop and job.state == "failed":
             return  # the service ends, and has taken the worker from this case: the next start goes on with it
-        shutil.rmtree(folder / "in", ignore_errors=True)
+        if job.via == "page" or self._past_joining(job):
+            shutil.rmtree(folder / "in", ignore_errors=True)
         self.room.count()
-        if job.state == "done" and self.done is not None:
-            job = replace(job, returned="waiting")
         with self._change:
+            job = replace(job, partial=self._known.get(job.id, job).partial)  # more may have come meanwhile
+            if job.state == "done" and self.done is not None:
+                job = replace(job, returned="waiting" if job.partial is None else "withheld")
             self._set(job)
+            self._mark_results(job)
         log.info("job %s: %s%s", job.id[:8], job.state, f", {job.error[0]}" if job.error else "")
         if job.returned == "waiting" and self.done is not None:
             self.done(job)
 
     def sweep(self) -> None:
-        """Deletes what has been kept long enough, and uploads that never ended."""
+        """Deletes what has been kept long enough, files and results, and uploads that never ended."""
         before = self.clock() - self.keep_s
         for job in self.all():
             if job.came_s < before and job.state != "running":
                 self.forget(job.id)
+            elif job.state in ("done", "failed") and self._past_joining(job) and (self.place(job.id) / "in").exists():
+                shutil.rmtree(self.place(job.id) / "in", ignore_errors=True)
+                self.room.count()
+
+    def _past_joining(self, job: Job) -> bool:
+        return self.clock() - job.came_s >= self.join_s
+
+    def _mark_results(self, job: Job) -> None:
+        """Writes into each result.json that it is of a part, where it is."""
+        if job.partial is None:
+            return
+        told = {"code": job.partial[0], "why": job.partial[1]}
+        for path in (self.place(job.id) / "out").glob("*/result.json"):
+            write_json(path, read_json(path) | {"partial": told})
 
     def _set(self, job: Job) -> None:
         """Under the lock."""
@@ -300,8 +343,9 @@ def _answered(job: Job, answer: Mapping[str, Any]) -> Job:
 def _read(path: Path) -> Job | None:
     try:
         facts = read_json(path)
-        if facts["error"] is not None:
-            facts["error"] = tuple(facts["error"])
+        for key in ("error", "partial"):
+            if facts.get(key) is not None:
+                facts[key] = tuple(facts[key])
         return Job(**facts)
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -65,7 +65,9 @@ class Service:
         if serve.return_to:
             self.back = Back(destination(serve.return_to), lambda: self.jobs, serve.ae_title)
         done: Callable[[Job], None] | None = self.back.add if self.back else None
-        self.jobs = Jobs(folder / "jobs", self.warm, room, serve.queue, serve.keep_hours * 3600, done)
+        self.jobs = Jobs(
+            folder / "jobs", self.warm, room, serve.queue, serve.keep_hours * 3600, done, join_s=serve.join_s
+        )
         self.intake = Intake(folder, self.jobs, room, serve.quiet_s)
         self.token = token_of(self.site) if serve.token else None
         parts = Parts(

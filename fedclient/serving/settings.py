@@ -30,11 +30,13 @@ class Serve:
         return_to: where results go: `AE@host:port` (C-STORE) or the URL of a DICOMweb service (STOW-RS); empty:
             nowhere.
         quiet_s: a series is whole when nobody who sent of it is connected and nothing more has come for so long.
+        join_s: files of a series are kept so long after it was handed on: what comes of it later is predicted on
+            together with them. What comes later still, or ever with 0, is refused until the whole series is sent again.
         quota_gib: that files received and results may take up together.
         most_mib: of one upload, or of one DICOM object.
         queue: cases that wait; one more is answered with 503, or as out of resources.
         time_limit_s: for one case.
-        keep_hours: results are deleted after so long; what was received is as soon as it is predicted on.
+        keep_hours: results are deleted after so long; an upload is as soon as it is predicted on.
         tls_certificate, tls_key: PEM files, of pages and receiver alike.
         tls_ca: PEM file; DICOM peers must show a certificate of it.
     """
@@ -49,6 +51,7 @@ class Serve:
     allow: Annotated[tuple[Peer, ...], Field(max_length=100)] = ()
     return_to: str = ""
     quiet_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    join_s: Annotated[float, Field(ge=0, le=86400)] = 600.0
     quota_gib: Annotated[float, Field(gt=0, le=1e6)] = 20.0
     most_mib: Annotated[float, Field(gt=0, le=65536)] = 2048.0
     queue: Annotated[int, Field(ge=1, le=10_000)] = 16

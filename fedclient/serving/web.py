@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 
 from fedclient.serving import dicomweb
 from fedclient.serving.guard import Asgi, guarded
-from fedclient.serving.intake import Intake
+from fedclient.serving.intake import REPLACED, Intake
 from fedclient.serving.jobs import Job, Jobs, Overloaded, Room
 from fedclient.serving.multipart import BodyRefused, parts_of
 from fedclient.serving.warm import Warm
@@ -49,7 +49,8 @@ class Told:
         images: of each image its answers, doubts and files; a file is had from `/api/jobs/ID/files/NAME`.
         unread: what could not be predicted on, each with a code and why.
         error: of a job that failed.
-        returned: to PACS: off, waiting, sent or failed.
+        returned: to PACS: off, waiting, sent, failed, or withheld because it is partial.
+        partial: code and why, where it is of a part of a series, or a later job is of more of it.
     """
 
     id: str
@@ -60,11 +61,16 @@ class Told:
     images: list[dict[str, Any]] = field(default_factory=list)
     unread: list[dict[str, Any]] = field(default_factory=list)
     error: dict[str, str] | None = None
+    partial: dict[str, str] | None = None
 
 
 @dataclass
 class Health:
-    """Whether the service works, what model it has, and how busy it is."""
+    """Whether the service works, what model it has, and how busy it is.
+
+    Attributes:
+        partial: cases that are of a part of their series, and of which nobody has sent the whole.
+    """
 
     model: dict[str, Any]
     waiting: int
@@ -73,6 +79,7 @@ class Health:
     most_mib: float
     token: bool
     returns: bool
+    partial: int
     notice: str = NOTICE
 
 
@@ -140,6 +147,7 @@ def _rest(app: FastAPI, parts: Parts) -> None:
         return Health(
             dict(parts.warm.model), jobs.waiting, jobs.most, parts.warm.restarts, parts.most_bytes / 2**20,
             parts.token is not None, parts.returns,
+            sum(job.partial is not None and job.partial[0] != REPLACED for job in jobs.all()),
         )  # fmt: skip
 
     @app.post("/api/jobs", status_code=202, openapi_extra=UPLOAD, responses={503: {"description": "try again later"}})
@@ -196,8 +204,13 @@ def told(jobs: Jobs, job: Job) -> Told:
         ahead=jobs.ahead(job.id),
         images=list(answer.get("images", [])),
         unread=list(answer.get("unread", [])),
-        error=None if job.error is None else {"code": job.error[0], "why": job.error[1]},
+        error=_words(job.error),
+        partial=_words(job.partial),
     )
+
+
+def _words(said: tuple[str, str] | None) -> dict[str, str] | None:
+    return None if said is None else {"code": said[0], "why": said[1]}
 
 
 def files_of(job: Job) -> set[str]:

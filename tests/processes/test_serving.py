@@ -1,6 +1,7 @@
 """A released model among real DICOM peers: DCMTK sends a real series and gets its result; so does Orthanc, twice."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -63,7 +64,8 @@ def no_identifiers_in(served: Served) -> None:
 def test_storescu_sends_a_real_series_and_the_segmentation_comes_back(tmp_path, release):
     with storescp(tmp_path / "pacs") as pacs:
         to = f"PACS@127.0.0.1:{pacs}"
-        with served(tmp_path / "s", release, "--allow", "STORESCU@127.0.0.1", "--return-to", to) as here:
+        options = ("--allow", "STORESCU@127.0.0.1", "--return-to", to, "--join-s", "0")
+        with served(tmp_path / "s", release, *options) as here:
             assert storescu(here.dicom_port, FILES, calling="STRANGER") != 0
             assert storescu(here.dicom_port, FILES, called="ANOTHER") != 0
             assert here.jobs() == []
@@ -74,6 +76,28 @@ def test_storescu_sends_a_real_series_and_the_segmentation_comes_back(tmp_path, 
     came = {pydicom.dcmread(path, stop_before_pixels=True).Modality: path for path in (tmp_path / "pacs").iterdir()}
     assert set(came) == {"SEG", "SR", "OT"}
     check_segmentation(came["SEG"])
+
+
+@pytest.mark.skipif(bool(missing("storescu", "storescp")), reason=missing("storescu", "storescp"))
+def test_a_peer_that_pauses_within_a_real_series_gets_the_segmentation_of_the_whole(tmp_path, release):
+    with storescp(tmp_path / "pacs") as pacs:
+        options = ("--allow", "STORESCU", "--return-to", f"PACS@127.0.0.1:{pacs}")
+        with served(tmp_path / "s", release, *options) as here:
+            assert storescu(here.dicom_port, FILES[:3]) == 0
+            until(lambda: [job["returned"] for job in here.jobs()] == ["sent"], "the first half is answered")
+            assert storescu(here.dicom_port, FILES[3:]) == 0
+            until(lambda: [job["returned"] for job in here.jobs()] == ["sent"] * 2, "the whole is answered")
+            first, second = sorted(here.jobs(), key=lambda job: job["came_s"])
+            told = here.get(f"/api/jobs/{first['id']}")
+            assert told["partial"] == {
+                "code": "SERIES_REPLACED",
+                "why": f"job {second['id']} is of more of the series.",
+            }
+            facts = here.site / "serve" / "jobs" / first["id"] / "out" / "image-1" / "result.json"
+            assert json.loads(facts.read_text())["partial"] == told["partial"]
+            assert second["partial"] is None
+            check_segmentation(facts.parents[3] / second["id"] / "out" / "image-1" / "segmentation.dcm")
+            assert len(here.get("/dicom-web/instances?Modality=SEG")) == 1
 
 
 @pytest.mark.skipif(bool(missing("Orthanc")), reason=missing("Orthanc"))

@@ -55,6 +55,9 @@ async function begin() {
   at("title").textContent = model.title || model.study;
   at("model").textContent = `${model.name} ${model.version}: ${model.task} of ${model.answers.join(", ")} on ` +
     `${model.modality.toUpperCase()}. Release ${model.sha256.slice(0, 16)}.`;
+  const part = health.partial === 1 ? "1 case is" : `${health.partial} cases are`;
+  at("partial").hidden = !health.partial;
+  at("partial").textContent = `${part} of a part of a series, and not to be relied on: send the whole series again.`;
   at("sign").hidden = !health.token || Boolean(sessionStorage.getItem("token"));
 }
 
@@ -151,6 +154,7 @@ function show(told) {
   at("image").replaceChildren(...told.images.map((each, n) => new Option(`image ${n + 1}`, n)));
   at("pick").hidden = told.images.length < 2;
   at("unread").replaceChildren();
+  if (told.partial) item("unread", `Not of the whole series: ${told.partial.why} (${told.partial.code})`);
   for (const each of told.unread) item("unread", `Not read: ${each.why} (${each.code})`);
   at("result").hidden = false;
   showImage(0);
