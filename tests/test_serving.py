@@ -448,6 +448,22 @@ def test_objects_that_come_again_neither_mark_a_result_nor_are_taken_for_a_serie
         assert jobs.all()[0].partial[0] == "SERIES_SPLIT"
 
 
+def test_a_late_part_for_which_there_is_no_room_marks_the_result_all_the_same(tmp_path, series):
+    worker = Told()
+    with queue(tmp_path, worker, most=1, join_s=60.0) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        hands.give(series[0], "one")
+        whole(hands, "one")
+        until(lambda: jobs.all()[0].state == "done")
+        worker.go.clear()
+        running = put(jobs)
+        until(lambda: jobs.find(running).state == "running")
+        put(jobs)
+        with pytest.raises(Overloaded):
+            hands.give(series[1], "two")
+        assert jobs.all()[0].partial[0] == "SERIES_SPLIT"
+
+
 def pydicom_with_new_uid(path: Path, folder: Path) -> Path:
     data = pydicom.dcmread(path)
     data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4"

@@ -59,14 +59,13 @@ class Received:
 
 @dataclass(slots=True)
 class _Open:
-    """A series that comes in; `late`: it brings what was not handed on before."""
+    """A series that comes in."""
 
     via: str
     last_s: float
     sessions: set[str]
     before: Before
     files: int = 0
-    late: bool = False
 
 
 class Intake:
@@ -84,10 +83,8 @@ class Intake:
         self._lock = threading.Lock()
         self._open: dict[str, _Open] = {}
         for left in self.series.iterdir():
-            names = {path.name for path in left.iterdir()}
-            before = self.handed.find(left.name)
-            late = bool(before.names) and not names <= before.names
-            self._open[left.name] = _Open("dicom", clock(), set(), before, len(names), late)
+            files = sum(1 for _ in left.iterdir())
+            self._open[left.name] = _Open("dicom", clock(), set(), self.handed.find(left.name), files)
 
     def new_file(self) -> Path:
         """Where an object may be written to until it is placed."""
@@ -116,24 +113,23 @@ class Intake:
         if said["Modality"] in OBJECTS:
             raise ImageUnreadable("DICOM: no image; the model looks at images.", "MODALITY_MISMATCH")
         key = _named(said["StudyInstanceUID"], said["SeriesInstanceUID"])
+        to = self.series / key / f"{_named(said['SOPInstanceUID'])}.dcm"
         with self._lock:
             found = self._open.get(key)
+            before = self.handed.find(key) if found is None else found.before
+            if before.names and to.name not in before.names:  # which holds even where there is no room for it
+                self._mark(before.jobs)
             if found is None:
                 if self.jobs.full or len(self._open) >= MOST_SERIES:
                     raise Overloaded("as many cases wait as this machine takes. Send it again later.")
-                found = self._open[key] = _Open(via, self.clock(), set(), self.handed.find(key))
+                found = self._open[key] = _Open(via, self.clock(), set(), before)
                 private_folder(self.series / key)
             if found.files >= MOST_FILES:
                 raise ImageUnreadable(f"DICOM: more than {MOST_FILES} objects of one series.", "INPUT_TOO_LARGE")
-            to = self.series / key / f"{_named(said['SOPInstanceUID'])}.dcm"
             found.files += not to.exists()
             file.replace(to)
             found.last_s = self.clock()
             found.sessions.add(session)
-            if found.before.names and not found.late and to.name not in found.before.names:
-                found.late = True
-                for earlier in found.before.jobs:
-                    self.jobs.mark_partial(earlier, SPLIT, "more of its series has come after it.")
         return Received(said["SOPClassUID"], said["SOPInstanceUID"], said["StudyInstanceUID"])
 
     def closed(self, session: str) -> None:
@@ -183,10 +179,16 @@ class Intake:
             raise
         del self._open[key]
         log.info("job %s: a series of %d objects%s", job.id[:8], found.files, ", without the rest" if lacking else "")
-        for earlier in () if lacking else known:
-            was = self.jobs.find(earlier)
-            if found.late or (was is not None and was.partial is not None):
+        if before.names and not names <= before.names:
+            self._mark(known)
+        if not lacking:
+            partial = [each.id for each in map(self.jobs.find, known) if each is not None and each.partial is not None]
+            for earlier in partial:
                 self.jobs.mark_partial(earlier, REPLACED, f"job {job.id} is of more of the series.")
+
+    def _mark(self, jobs: Sequence[str]) -> None:
+        for job in jobs:
+            self.jobs.mark_partial(job, SPLIT, "more of its series has come after it.")
 
     def _join(self, folder: Path, wanted: frozenset[str], jobs: Sequence[str]) -> frozenset[str]:
         """Puts files of earlier jobs beside those in `folder`; the names of those that are gone."""

@@ -217,7 +217,7 @@ class Jobs:
         """Says of a job, in whatever state, that it is of a part of its series; what has not been returned is not."""
         with self._change:
             job = self._known.get(job_id)
-            if job is None:
+            if job is None or job.partial == (code, why):
                 return
             if job.returned == "sent" and job.partial is None:
                 log.warning("job %s: its results were returned, and are of a part of the series", job_id[:8])
@@ -308,7 +308,10 @@ class Jobs:
             return
         told = {"code": job.partial[0], "why": job.partial[1]}
         for path in (self.place(job.id) / "out").glob("*/result.json"):
-            write_json(path, read_json(path) | {"partial": told})
+            try:
+                write_json(path, read_json(path) | {"partial": told})
+            except OSError as error:
+                log.error("job %s: result.json does not say that it is partial: %s", job.id[:8], error.strerror)
 
     def _set(self, job: Job) -> None:
         """Under the lock."""

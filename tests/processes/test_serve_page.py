@@ -59,6 +59,18 @@ def test_a_file_goes_in_and_its_overlay_comes_out(service, tmp_path):
         assert page.complaints == []
 
 
+def test_the_page_takes_the_token_from_its_link_and_asks_for_it_without_one(service, tmp_path):
+    with chromium(tmp_path) as page:
+        page.open(service.url + "/")
+        until(lambda: page.value("document.getElementById('sign').hidden") is False, "the token is asked for")
+        page.value(f"location.hash = 'token={service.token}'")
+        until(lambda: page.value("document.getElementById('sign').hidden"), "the token is taken")
+        assert page.value("location.href") == service.url + "/"  # it is not left in the address
+        assert page.value("sessionStorage.getItem('token')") == service.token
+        assert page.value("localStorage.length") == 0
+        assert not any(service.token in address for address in page.requests)
+
+
 def test_by_keyboard_alone_one_gets_to_the_files_and_sees_where_one_is(service, tmp_path):
     with chromium(tmp_path) as page:
         page.open(service.link)
