@@ -20,7 +20,7 @@ from unittest.mock import Mock
 import httpx
 import pydicom
 import pytest
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
 from pynetdicom import AE
 from uvicorn.server import ServerState
 
@@ -366,7 +366,8 @@ def with_facts(folder):
 
 
 def test_a_series_split_by_silence_is_predicted_on_again_as_a_whole(tmp_path, series):
-    worker, back = Told(with_facts), []
+    worker = Told(with_facts)
+    back: list[Any] = []
     with queue(tmp_path, worker, done=back.append, join_s=60.0) as (jobs, room):
         hands = Hands(jobs, room, tmp_path)
         for path in series[:2]:
@@ -417,7 +418,8 @@ def test_the_rest_of_a_series_whose_files_are_gone_is_refused_until_the_whole_co
 
 
 def test_a_part_that_comes_while_the_first_is_predicted_on_keeps_it_from_being_returned(tmp_path, series):
-    worker, back = Told(), []
+    worker = Told()
+    back: list[Any] = []
     worker.go.clear()
     with queue(tmp_path, worker, done=back.append, join_s=60.0) as (jobs, room):
         hands = Hands(jobs, room, tmp_path)
@@ -466,7 +468,7 @@ def test_a_late_part_for_which_there_is_no_room_marks_the_result_all_the_same(tm
 
 def pydicom_with_new_uid(path: Path, folder: Path) -> Path:
     data = pydicom.dcmread(path)
-    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4"
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3.4")
     data.save_as(folder / "new.dcm")
     return folder / "new.dcm"
 
