@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from shared_models import nets
 from shared_models.errors import ReleaseInvalid, WeightsInvalid
+from shared_models.onnx_session import cpu_session
 from shared_models.study import Study
 from shared_models.weights import load
 
@@ -47,11 +47,8 @@ def torch_runner(net: nn.Module) -> Runner:
 
 def onnx_runner(path: Path, threads: int = 0) -> Runner:
     """By onnxruntime on the CPU; 0 threads are as many as there are cores."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = cpu_session(str(path), threads)
     except Exception as error:  # its exceptions have no common base
         raise ReleaseInvalid(
             f"{path}: onnxruntime cannot read it ({type(error).__name__}). Make the release again.", path.name

@@ -57,7 +57,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     ),
     "highdicom": (RESULTS,),
     "SimpleITK": (),  # a second opinion in tests, not installed at a hospital
-    "onnxruntime": ("shared_models/runtimes.py", "fedclient/predict/model.py"),
+    "onnxruntime": ("shared_models/onnx_session.py", "fedclient/predict/model.py"),
     "gdcm": ("fedclient/data/dicom_pixels.py",),
     "torch": (
         "shared_models/nets.py", "shared_models/vgg.py", "shared_models/pretrained.py", "shared_models/tasks/",

@@ -110,13 +110,10 @@ def _onnxruntime(network: bytes, threads: int) -> tuple[Through, str]:
     """From the bytes that were compared: whoever changes the file meanwhile changes nothing."""
     import onnxruntime  # 0.5 s, which a GPU does not need
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = True
+    from shared_models.onnx_session import cpu_session
+
     try:
-        session = onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
+        session = cpu_session(network, threads)
     except Exception as e:  # its own tree of errors, none of them public
         raise WeightsInvalid(f"model.onnx of the release: onnxruntime refuses it ({type(e).__name__}).") from None
     name = session.get_inputs()[0].name  # `image`, or `table` where none is seen
