@@ -18,7 +18,7 @@ from PIL import Image
 
 import fedclient.data.cache as cache_files
 import fedclient.data.dataset as dataset
-from fedclient.data.augment import apply, draw
+from fedclient.data.augment import Change, draw
 from fedclient.data.cases import Case, Mask, read_case
 from fedclient.data.dataset import Batch, CaseExamples, DataSet, prepare
 from fedclient.data.manifest import read_manifest
@@ -316,7 +316,7 @@ def test_masks_follow_their_images_under_augmentation(
     masks[:, size[0] // 4 : -5, size[1] // 3 : -8] = 1
     images = masks[:, None].astype(np.float32)
     drawn = draw(augment, 3, len(size), rng)
-    moved, moved_masks = apply(images, masks, np.full(3, axis), drawn, rng)
+    moved, moved_masks = Change(np.full(3, axis), drawn, rng, True).of_arrays(images, masks)
     assert moved.dtype == np.float32
     assert moved_masks.dtype == np.uint8
     differ = (moved[:, 0] > 0.5) != moved_masks
@@ -329,13 +329,17 @@ def test_a_quarter_turn_and_a_shift_are_what_they_say() -> None:
     mask = (image[:, 0] > 0.5).astype(np.uint8)
     still = draw(Augment(), 1, 2, np.random.default_rng(0))
     turned = replace(still, angle_rad=np.array([np.pi / 2]))
-    moved, moved_mask = apply(image.copy(), mask.copy(), np.zeros(1, np.intp), turned, np.random.default_rng(0))
+    moved, moved_mask = Change(np.zeros(1, np.intp), turned, chance(), True).of_arrays(image.copy(), mask.copy())
     assert moved[0, 0] == pytest.approx(np.rot90(image[0, 0], -1), abs=1e-4)
     assert (moved_mask[0] == np.rot90(mask[0], -1)).all()
     shifted = replace(still, shift=np.array([[0.25, 0.0]]))
-    moved, _ = apply(image.copy(), mask.copy(), np.zeros(1, np.intp), shifted, np.random.default_rng(0))
+    moved, _ = Change(np.zeros(1, np.intp), shifted, chance(), True).of_arrays(image.copy(), mask.copy())
     assert moved[0, 0, :24] == pytest.approx(image[0, 0, 8:], abs=1e-4)
     assert moved[0, 0, 24:] == pytest.approx(image.min(), abs=1e-4)
+
+
+def chance() -> np.random.Generator:
+    return np.random.default_rng(0)
 
 
 def test_a_rotation_of_an_oblong_image_keeps_circles_round() -> None:
@@ -343,9 +347,8 @@ def test_a_rotation_of_an_oblong_image_keeps_circles_round() -> None:
     disc = ((rows - 32) ** 2 + (columns - 64) ** 2 < 400).astype(np.float32)[None, None]
     still = draw(Augment(), 1, 2, np.random.default_rng(0))
     turned = replace(still, angle_rad=np.array([0.7]))
-    moved, _ = apply(
-        disc.copy(), np.zeros((1, 64, 128), np.uint8), np.zeros(1, np.intp), turned, np.random.default_rng(0)
-    )
+    nowhere = np.zeros((1, 64, 128), np.uint8)
+    moved, _ = Change(np.zeros(1, np.intp), turned, chance(), True).of_arrays(disc.copy(), nowhere)
     assert np.abs(moved - disc).mean() < 0.01
 
 
@@ -356,7 +359,7 @@ def test_a_flip_mirrors_the_axis_between_left_and_right(axis: int) -> None:
     drawn = draw(Augment(flip_left_right=True), 4, 2, np.random.default_rng(0))
     assert drawn.flip.any()
     assert not drawn.flip.all()
-    moved, moved_masks = apply(images.copy(), masks.copy(), np.full(4, axis), drawn, np.random.default_rng(0))
+    moved, moved_masks = Change(np.full(4, axis), drawn, chance(), True).of_arrays(images.copy(), masks.copy())
     for b, flipped in enumerate(drawn.flip):
         assert (moved[b, 0] == (np.flip(images[b, 0], axis) if flipped else images[b, 0])).all()
         assert (moved_masks[b] == (np.flip(masks[b], axis) if flipped else masks[b])).all()
@@ -369,7 +372,7 @@ def test_intensity_changes_stay_within_what_was_drawn() -> None:
 
     def change(augment: Augment) -> NDArray[np.float32]:
         rng = np.random.default_rng(5)
-        return apply(images.copy(), masks, axes, draw(augment, 6, 2, rng), rng)[0]
+        return Change(axes, draw(augment, 6, 2, rng), rng, True).of_arrays(images.copy(), masks)[0]
 
     added = change(Augment(brightness=0.2)) - images
     assert np.abs(added).max() <= 0.2 + 1e-5

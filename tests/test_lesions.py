@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedclient.data.augment import apply, draw, move_lesions
+from fedclient.data.augment import Change, draw, move_lesions
 from fedclient.data.boxes import Box
 from fedclient.data.cases import Boxes, Case, Channel, Marks, Mask, Shown, read_case
 from fedclient.data.lesions import centres_lps_mm, from_mask, in_mm, in_window, lesions_of, of_examples, padded, places
@@ -197,7 +197,7 @@ def test_lesions_move_with_the_image(size: tuple[int, ...]):
     drawn = draw(Augment(rotate_deg=40, scale=0.2, shift=0.1, flip_left_right=True), count, dims, rng)
     axes = np.array([0, 1] * 3, np.intp)
     moved = move_lesions(lesions, size, axes, drawn)
-    changed, _ = apply(images, np.zeros((count, *size), np.uint8), axes, drawn, rng)
+    changed, _ = Change(axes, drawn, rng, True).of_arrays(images, np.zeros((count, *size), np.uint8))
     weights = changed[:, 0]
     found = np.array([[(w * grid[..., a]).sum() / w.sum() for a in range(dims)] for w in weights])
     np.testing.assert_allclose(moved[:, 0, 1 : 1 + dims], found, atol=0.15)

@@ -181,7 +181,13 @@ def by_depth(named: Mapping[str, nn.Parameter], train: Train, rates: Mapping[str
 
 
 def on_device(device: torch.device, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches as tensors on the device: images float32[B, C, *size] (they travel as float16), and the truth of each."""
+    """Batches as tensors on the device: images float32[B, C, *size] (they travel as float16), and the truth of each;
+    what is still to be done to them is done there."""
     for batch in batches:
-        images, masks = torch.from_numpy(batch.images), torch.from_numpy(batch.masks)
-        yield images.to(device, non_blocking=True).float(), masks.to(device, non_blocking=True)
+        images, truth = (_sent(torch.from_numpy(each), device) for each in (batch.images, batch.masks))
+        yield (images.float(), truth) if batch.change is None else batch.change(images, truth)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """A copy to a GPU from pinned memory goes on beside what the GPU computes."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

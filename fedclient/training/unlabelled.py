@@ -12,18 +12,17 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.random import Generator
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedclient.data.augment import Draw, apply, draw
+from fedclient.data.augment import Draw, changed, draw
 from fedclient.data.dataset import DataSet
 from fedclient.training.drift import Pull
+from fedclient.training.trainer import on_device
 from shared_models.study import Augment, Study
 from shared_models.tasks.functions import TaskFunctions
 
 ENDLESS = 10**9  # steps: more than any round has
-Pixels: TypeAlias = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +35,9 @@ class Views:
         valid: float32[B, 1, *size] or [B, 1]: where these are known.
     """
 
-    images: Pixels
-    wanted: Pixels
-    valid: Pixels
+    images: Tensor
+    wanted: Tensor
+    valid: Tensor
 
 
 def consistency(
@@ -52,20 +51,21 @@ def consistency(
     """
     table = study.unlabelled
     drawing, viewing = chance.spawn(2)
-    batches = cases.batches(study.train.batch_size, drawing, steps=ENDLESS, augment=study.augment)
+    device = next(net.parameters()).device
+    later = device.type == "cuda"
+    drawn = cases.batches(study.train.batch_size, drawing, steps=ENDLESS, augment=study.augment, later=later)
+    batches = on_device(device, drawn)
     teacher = copy.deepcopy(net).eval().requires_grad_(False) if table.method == "mean_teacher" else None
     loss_of = agreement if table.method == "mean_teacher" else pseudo_labels(table.threshold, study.task.exclusive)
 
     def pull(trained: nn.Module) -> Tensor:
-        device = next(trained.parameters()).device
-        first = next(batches).images.astype(np.float32)
+        first, _ = next(batches)
         if teacher is not None:
             follow(teacher, trained, table.decay)
-        chances = answered(trained if teacher is None else teacher, first, task.chances, device)
+        chances = answered(trained if teacher is None else teacher, first, task.chances)
         second = again(first, chances, study.augment, table.mix, viewing)
-        logits = trained(torch.from_numpy(second.images).to(device))
-        wanted, valid = (torch.from_numpy(each).to(device) for each in (second.wanted, second.valid))
-        return weight * loss_of(logits.float(), task.chances(logits.float()), wanted, valid)
+        logits = trained(second.images).float()
+        return weight * loss_of(logits, task.chances(logits), second.wanted, second.valid)
 
     return pull
 
@@ -79,26 +79,27 @@ def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
             statistic.copy_(now)
 
 
-def answered(net: nn.Module, images: Pixels, chances: Callable[[Tensor], Tensor], device: torch.device) -> Pixels:
+def answered(net: nn.Module, images: Tensor, chances: Callable[[Tensor], Tensor]) -> Tensor:
     """Probabilities of a network that is left as it was; no dropout, no gradient."""
     learning = net.training
     net.eval()
     with torch.no_grad():
-        found: Pixels = chances(net(torch.from_numpy(images).to(device)).float()).cpu().numpy()
+        found = chances(net(images).float())
     net.train(learning)
     return found
 
 
-def again(images: Pixels, chances: Pixels, augment: Augment, mix: bool, chance: Generator) -> Views:
+def again(images: Tensor, chances: Tensor, augment: Augment, mix: bool, chance: Generator) -> Views:
     """The second view: what `augment` allows once more, but for the mirror, and halves of images exchanged."""
     count, dims = len(images), images.ndim - 2
     drawn = draw(replace(augment, flip_left_right=False), count, dims, chance)
-    axes, everywhere = np.zeros(count, np.intp), np.ones((count, *images.shape[2:]), np.uint8)
-    seen, _ = apply(images.copy(), everywhere.copy(), axes, drawn, chance)
+    axes = np.zeros(count, np.intp)
+    everywhere = torch.ones((count, *images.shape[2:]), dtype=torch.uint8, device=images.device)
+    seen, _ = changed(images.clone(), everywhere.clone(), axes, drawn, chance)
     if chances.ndim == 2:  # a class stays what it is, wherever the image is moved
-        return Views(seen, chances, np.ones((count, 1), np.float32))
-    wanted, there = apply(chances.copy(), everywhere, axes, _moves(drawn), chance)
-    valid: Pixels = there[:, None].astype(np.float32)
+        return Views(seen, chances, torch.ones((count, 1), device=images.device))
+    wanted, there = changed(chances.clone(), everywhere, axes, _moves(drawn), chance)
+    valid = there[:, None].float()
     if mix and count > 1:
         seen, wanted, valid = mixed(seen, wanted, valid, chance)
     return Views(seen, wanted, valid)
@@ -110,13 +111,13 @@ def _moves(drawn: Draw) -> Draw:
     return replace(drawn, gamma=none + 1, brightness=none, noise=none)
 
 
-def mixed(images: Pixels, wanted: Pixels, valid: Pixels, chance: Generator) -> tuple[Pixels, Pixels, Pixels]:
+def mixed(images: Tensor, wanted: Tensor, valid: Tensor, chance: Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Each image with a rectangle, half of its area, of the next one in the batch, and likewise what is wanted of it.
 
     French et al. 2020, section 3.3: edges in the ratio of r to 1 - r, with r drawn evenly on a logarithmic scale.
     """
     size = images.shape[2:]
-    inside = np.zeros((len(images), 1, *size), np.float32)
+    inside = torch.zeros((len(images), 1, *size), dtype=torch.bool, device=images.device)
     for n in range(len(images)):
         share = np.exp(chance.uniform(np.log(0.5), 0))  # of the first edge; the others make it half of the whole
         edges = [share, *[(0.5 / share) ** (1 / (len(size) - 1))] * (len(size) - 1)]
@@ -125,8 +126,9 @@ def mixed(images: Pixels, wanted: Pixels, valid: Pixels, chance: Generator) -> t
             long = round(float(edge) * whole)
             begin = int(chance.integers(0, whole - long + 1))
             window.append(slice(begin, begin + long))
-        inside[n, 0][tuple(window)] = 1
-    return tuple(np.where(inside > 0, np.roll(each, 1, axis=0), each) for each in (images, wanted, valid))  # type: ignore[return-value]
+        inside[n, 0][tuple(window)] = True
+    one, two, three = (torch.where(inside, each.roll(1, 0), each) for each in (images, wanted, valid))
+    return one, two, three
 
 
 Agreement: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # logits, chances, wanted, valid -> loss
