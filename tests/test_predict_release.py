@@ -74,7 +74,7 @@ def test_a_network_that_is_changed_once_the_release_was_opened_is_not_run(releas
 
 
 def test_a_device_that_is_not_there_is_refused(release):
-    with pytest.raises(WeightsInvalid, match="PyTorch sees 0 GPUs"):
+    with pytest.raises(WeightsInvalid, match=r"PyTorch sees \d GPUs"):
         load_model(release, device="cuda:7")
 
 
