@@ -52,9 +52,9 @@ class RegionPlan:
     """
 
     sites: int = 3
-    train: int = 36
-    val: int = 8
-    test: int = 20
+    train: int = 200
+    val: int = 30
+    test: int = 60
     size: int = 64
     between_mm: tuple[float, float] = (14.0, 30.0)
     seed: int = 0
