@@ -75,14 +75,17 @@ class Guard:
         return None
 
     def _refused(self, scope: Scope, headers: Headers) -> PlainTextResponse | None:
-        host, origin = headers.get("host", ""), headers.get("origin")
+        host = headers.get("host", "")
         if not is_ours(host):
             return PlainTextResponse("This page is only for this machine: http://127.0.0.1.\n", 421)
         if scope["method"] in ("GET", "HEAD"):
             return None
         if scope["method"] != "POST" or scope["path"] not in self.posts:
             return PlainTextResponse("Nothing can be changed here.\n", 405)
-        if origin is not None and origin != f"{scope['scheme']}://{host}":
+        from_here, origin = headers.get("sec-fetch-site"), headers.get("origin")
+        if from_here is None:  # an old browser, or none; forms of a page without referrer have the origin `null`
+            from_here = "same-origin" if origin in (None, f"{scope['scheme']}://{host}") else "cross-site"
+        if from_here != "same-origin":
             return PlainTextResponse("Another site's page may not do this.\n", 403)
         return None
 

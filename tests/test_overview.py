@@ -270,8 +270,11 @@ def test_page_and_figures_are_processes_of_their_own_where_a_port_is_given(playe
     assert set(named) == {"node", "executor", "page"}
     assert named["page"].command[-2:] == ["--port", "8471"]
     assert [child.name for child in start._children(tmp_path / "site", "app", None)] == ["node", "executor"]
-    served = {child.name: child for child in serve._children(federation.folder, "h", 1, "app", 3, 9471)}
-    assert set(served) == {"link", "gateway", "dispatch", "metrics"}
+    pages = {"metrics": 9471, "dashboard": 9472}
+    served = {child.name: child for child in serve._children(federation.folder, "h", 1, "app", 3, pages)}
+    assert set(served) == {"link", "gateway", "dispatch", "metrics", "dashboard"}
+    assert served["dashboard"].command[-4:] == ["fedserver.dashboard.web", str(federation.folder), "--port", "9472"]
+    assert len(serve._children(federation.folder, "h", 1, "app", 3, dict.fromkeys(pages))) == 3
     assert served["dispatch"].command[-2:] == ["--at-once", "3"]
     assert served["metrics"].command[-2:] == ["--port", "9471"]
 
