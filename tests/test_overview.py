@@ -1,6 +1,5 @@
 """How both ends stand: a layout that is written down and kept, figures for Prometheus, and a page on loopback."""
 
-import asyncio
 import json
 import re
 import shutil
@@ -9,10 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import jsonschema
 import pytest
-from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
@@ -36,6 +33,7 @@ from shared_models.parse import parse
 from shared_models.protect.accounting import Spend
 from shared_models.study import Rounds, Study
 from shared_models.weights import schema_of, size_bytes
+from tests.asking import Browser
 from tests.edge import running_edge
 from tests.hospitals import Hospitals
 from tests.test_submit import STUDY
@@ -52,24 +50,6 @@ def figures(text: bytes) -> Figures:
         for family in text_string_to_metric_families(text.decode())
         for sample in family.samples
     }
-
-
-@dataclass
-class Browser:
-    """Asks an application as it would be asked at `url`, without a socket."""
-
-    app: FastAPI
-    url: str
-
-    def request(self, method: str, path: str, headers: dict[str, str] | None = None) -> httpx.Response:
-        async def asked() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=self.app), base_url=self.url) as client:
-                return await client.request(method, path, headers=headers)
-
-        return asyncio.run(asked())
-
-    def get(self, path: str, headers: dict[str, str] | None = None) -> httpx.Response:
-        return self.request("GET", path, headers)
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""A federation with runs in every state, for the dashboard: ended ones, a queue, and one whose sites a test lets come."""
+"""A federation for the dashboard: runs that have ended, a queue, and one under way whose sites a test lets come."""
 
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,10 @@ class Improves(ToyLearner):
         return {label: counts([value] * 12, site.smallest_count) for label in study.task.labels}
 
 
+class _Over(Exception):
+    """The test has seen enough."""
+
+
 @dataclass
 class Watched:
     """The federation, and the run `now` that is carried out in a thread as soon as `begin` is called.
@@ -61,6 +65,7 @@ class Watched:
     hospitals: Hospitals
     online: set[str] = field(default_factory=set)
     _thread: threading.Thread | None = None
+    _over: threading.Event = field(default_factory=threading.Event)
 
     @property
     def federation(self) -> Federation:
@@ -84,19 +89,28 @@ class Watched:
         numbers = {site: i for i, site in enumerate(SITES, start=1)}
 
         def presence() -> Presence:
+            if self._over.is_set():
+                raise _Over
             here = {site: number for site, number in numbers.items() if site in self.online}
             return Presence(here, {site: "last heard of 42 s ago" for site in SITES if site not in here})
 
         def carry_out() -> None:
-            change: dict[str, Any] = {"presence": presence, "clock": time.monotonic, "sleep": time.sleep, "poll_s": 0.05}
-            self.hospitals.run(study, name, toy_app(Improves()), presence_s=0.1, **change)
-            change_run(self.federation.state, name, time.time(), "finished")
+            change: dict[str, Any] = {
+                "presence": presence,
+                "clock": time.monotonic,
+                "sleep": time.sleep,
+                "poll_s": 0.05,
+            }
+            with suppress(_Over):
+                self.hospitals.run(study, name, toy_app(Improves()), presence_s=0.1, **change)
+                change_run(self.federation.state, name, time.time(), "finished")
 
         self._thread = threading.Thread(target=carry_out, daemon=True)
         self._thread.start()
 
     def end(self) -> None:
-        self.online |= {*SITES}
+        """The run is over where it stands."""
+        self._over.set()
         if self._thread is not None:
             self._thread.join(60)
 
