@@ -243,26 +243,27 @@ def test_another_run_is_shown_where_it_is_asked_for(member):
 
 def test_words_of_sites_and_studies_are_text_wherever_they_stand(here):
     """What no real path lets in is put where it would stand."""
-    folder = here.federation.runs / "now"
-    kept = (folder / "progress.json").read_bytes()
+    told = here.federation.runs / "third/progress.json"
     hostile = {"state": HOSTILE, "reason": HOSTILE, "attempt": 1, "since": 1.0}
     with writing(here.federation.state) as db:
         db.execute("INSERT INTO sites (name, state) VALUES (?, 'invited')", (HOSTILE,))
         db.execute("UPDATE sites SET revoked_reason = ? WHERE name = 'old-partner'", (HOSTILE,))
         db.execute("UPDATE runs SET message = ?, study_name = ? WHERE id = 'second'", (HOSTILE, HOSTILE))
+        db.execute("UPDATE runs SET state = 'running' WHERE id = 'third'")
     first = here.federation.runs / "first/metrics.jsonl"
     lines = first.read_bytes()
     first.write_bytes(lines.replace(b"south-clinic", json.dumps(HOSTILE)[1:-1].encode()))
     try:
-        write_json(folder / "progress.json", json.loads(kept) | {"phase": HOSTILE, "sites": {HOSTILE: hostile}})
+        write_json(told, progress(here) | {"phase": HOSTILE, "sites": {HOSTILE: hostile}})
         made = looker(here.folder)
         sections = made.sections("first")
     finally:
-        (folder / "progress.json").write_bytes(kept)
+        told.unlink()
         first.write_bytes(lines)
         with writing(here.federation.state) as db:
             db.execute("DELETE FROM sites WHERE name = ?", (HOSTILE,))
             db.execute("UPDATE runs SET message = '', study_name = 'tiny' WHERE id = 'second'")
+            db.execute("UPDATE runs SET state = 'queued' WHERE id = 'third'")
     for name in ("now", "sites", "studies", "charts", "matrix", "cost"):
         assert "alert(1)" in sections[name], name
     assert "&lt;script&gt;alert(1)" in sections["sites"]
