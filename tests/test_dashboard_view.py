@@ -294,15 +294,17 @@ def test_the_matrix_has_a_row_for_each_site_and_names_the_worst():
         "secure": None,
         "test": {"lung": test},
         "labels": ["lung"],
+        "not_tested": {"west": {"state": "pending", "reason": "awaits approval at the site"}},
     }
     (matrix,) = view.matrices(found)
     assert matrix["title"] == "Test Dice: lung"
     assert matrix["models"] == ["federated", "each site's own"]
-    north, south = matrix["rows"]
+    north, south, west = matrix["rows"]
     assert (north["site"], north["cases"], north["worst"]) == ("north", 12, False)
     assert north["cells"] == [{"value": "0.900", "heat": view.HEATS}, {"value": DASH, "heat": None}]
     assert south["cells"] == [{"value": "0.500", "heat": 0}, {"value": "0.700", "heat": view.HEATS // 2}]
     assert south["worst"]
+    assert (west["note"], west["cells"][0]["heat"]) == ("not now: awaits approval at the site", None)
 
 
 def test_a_comparison_is_shown_with_all_its_models():

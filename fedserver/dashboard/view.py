@@ -180,8 +180,8 @@ def charts(found: Mapping[str, Any], style_of: Mapping[str, plots.Style]) -> lis
     """Loss, validation scores and seconds by round: what is drawn, and the same as a table."""
     loss, scores = curves(found)
     measure = found["measure"]["name"]
-    made = [_chart("Training loss", "mean loss of the round", loss, style_of, 3)]
-    made += [_chart(f"Validation {measure}: {label}", measure, of, style_of, 3) for label, of in scores.items()]
+    made = [_chart("Training loss", "mean loss of the round", loss, style_of, zero=True)]
+    made += [_chart(f"Validation {measure}: {label}", measure, of, style_of) for label, of in scores.items()]
     return [chart for chart in made if chart["rounds"]]
 
 
@@ -190,12 +190,18 @@ def seconds_chart(found: Mapping[str, Any], style_of: Mapping[str, plots.Style])
     by_site: dict[str, list[tuple[int, float | None]]] = {}
     for site, update in updates_told(found["rounds"]):
         by_site.setdefault(site, []).append((update["round"], update["seconds"]))
-    return _chart("Seconds of training", "seconds", by_site, style_of, 1)
+    return _chart("Seconds of training", "seconds", by_site, style_of, digits=1, zero=True)
 
 
 def _chart(
-    title: str, unit: str, series: plots.Series, style_of: Mapping[str, plots.Style], digits: int
+    title: str,
+    unit: str,
+    series: plots.Series,
+    style_of: Mapping[str, plots.Style],
+    digits: int = 3,
+    zero: bool = False,
 ) -> dict[str, Any]:
+    """`zero`: the axis begins there."""
     rounds = sorted({number for points in series.values() for number, _ in points})[-MOST_POINTS:]
     values = {site: dict(points) for site, points in series.items()}
     lines: list[dict[str, Any]] = [
@@ -213,6 +219,7 @@ def _chart(
         "title": title,
         "unit": unit,
         "digits": digits,
+        "zero": zero,
         "rounds": rounds,
         "lines": lines,
         "rows": [
@@ -233,7 +240,10 @@ def matrices(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     measure, made = found["measure"]["name"], []
     if found["comparison"]:
         rows = {row["model"]: {s: d["mean"] for s, d in row["values"].items()} for row in found["comparison"]["matrix"]}
-        return [_matrix(f"Test {measure}: {found['labels'][0]}", rows, {}, None)]
+        return [_matrix(f"Test {measure}: {found['labels'][0]}", rows)]
+    away = {
+        site: f"{state_of(seat)}: {seat['reason']}".removesuffix(": ") for site, seat in found["not_tested"].items()
+    }
     for label, test in found["test"].items():
         models = {"federated": {site: row["value"] for site, row in test["sites"].items()}}
         if test["personalised"]:
@@ -242,14 +252,20 @@ def matrices(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             models["federated"] = {ALL: test["all_cases"]["value"]}
         cases = {site: row["cases"] for site, row in test["sites"].items()}
         if any(models["federated"].values()):
-            made.append(_matrix(f"Test {measure}: {label}", models, cases, test["worst"]))
+            made.append(_matrix(f"Test {measure}: {label}", models, cases, away, test["worst"]))
     return made
 
 
 def _matrix(
-    title: str, models: Mapping[str, Mapping[str, float | None]], cases: Mapping[str, int], worst: str | None
+    title: str,
+    models: Mapping[str, Mapping[str, float | None]],
+    cases: Mapping[str, int] | None = None,
+    away: Mapping[str, str] | None = None,
+    worst: str | None = None,
 ) -> dict[str, Any]:
-    names = sorted({site for values in models.values() for site in values})
+    """`away`: sites that were not tested, and why."""
+    cases, away = cases or {}, away or {}
+    names = sorted({*away, *(site for values in models.values() for site in values)})
     low, high = plots.bounds([[nan if v is None else v for v in values.values()] for values in models.values()])
 
     def cell(value: float | None) -> dict[str, Any]:
@@ -264,6 +280,7 @@ def _matrix(
                 "site": site,
                 "cases": cases.get(site),
                 "worst": site == worst and len(names) > 1,
+                "note": away.get(site, ""),
                 "cells": [cell(values.get(site)) for values in models.values()],
             }
             for site in names

@@ -124,10 +124,13 @@ function made(place, told) {
     cursor: { y: false, drag: { x: false, y: false }, points: { show: false } },
     scales: {
       x: { time: false, range: (u, low, high) => (low === high ? [low - 1, high + 1] : [low - 0.3, high + 0.3]) },
-      y: { range: (u, low, high) => (low === null ? [0, 1] : high > low ? uPlot.rangeNum(low, high, 0.1, true)
-        : [low - (Math.abs(low) || 1) / 10, low + (Math.abs(low) || 1) / 10]) },
+      y: { range: (u, low, high) => {
+        if (told.zero) return [Math.min(0, low || 0), Math.max(high || 0, 1e-3) * 1.05];
+        const room = low === null ? 1 : (high - low || Math.abs(low) || 1) / 10;
+        return low === null ? [0, 1] : [low - room, high + room];
+      } },
     },
-    axes: [{ ...axis, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], space: 34 }, { ...axis, size: 52 }],
+    axes: [{ ...axis, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000], space: 34, size: 28 }, { ...axis, size: 52 }],
     series: [{}, ...told.lines.map((line) => ({
       label: line.site,
       stroke: colour(line.colour),
