@@ -1,4 +1,4 @@
-"""`fedserver dashboard, doctor, pause, resume, logs, backup, restore`: what keeps a coordinator going from day to day."""
+"""`fedserver dashboard, doctor, pause, resume, logs, backup, restore`: what keeps a coordinator going day to day."""
 
 import sys
 from pathlib import Path

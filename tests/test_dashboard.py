@@ -2,17 +2,22 @@
 
 import asyncio
 import html
+import http.client
 import json
 import os
 import re
+import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from typer.testing import CliRunner
 
 import fedserver.cli
@@ -25,6 +30,7 @@ from fedserver.dashboard.web import STATIC, application, dashboard_app
 from shared_models.database import writing
 from shared_models.errors import StateInvalid
 from shared_models.files import read_json, write_json
+from shared_models.heads import Heads
 from tests.asking import Browser
 from tests.test_submit import STUDY
 from tests.watched import LUNGS, SITES, Watched, queued, watched
@@ -504,6 +510,32 @@ def test_a_listener_who_takes_nothing_is_cut():
     played(story)
 
 
+def test_on_a_real_connection_who_takes_nothing_is_hung_up_on(here):
+    """What he has not taken would otherwise stay in memory for as long as he keeps the connection."""
+    looks, sessions = looker(here.folder), login(here.folder)
+    feed = Feed(lambda focus: {"a": "x" * 20_000_000}, stall_s=0.2)
+    app = application(looks, sessions, feed)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, http=Heads, loop="asyncio", log_level="warning")
+    server, listening = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
+    thread.start()
+    cookie = f"{sessions.name}={sessions.begin(sessions.token)}"
+    with closing(http.client.HTTPConnection(*listening.getsockname(), timeout=30)) as client:
+        client.request("GET", "/events", headers={"cookie": cookie})
+        assert client.getresponse().status == 200
+        waited = time.monotonic() + 20
+        while not feed.listeners and time.monotonic() < waited:
+            time.sleep(0.01)
+        while feed.listeners and time.monotonic() < waited:
+            time.sleep(0.01)
+        assert feed.listeners == 0
+        while server.server_state.connections and time.monotonic() < waited:
+            time.sleep(0.01)
+        assert not server.server_state.connections, "the connection is gone with what lay in it"
+    server.should_exit = True
+    thread.join(10)
+
+
 def test_a_listener_who_has_left_frees_his_place():
     async def story(feed: Feed, _: Changing) -> None:
         async def send(_: Any) -> None:
@@ -513,7 +545,7 @@ def test_a_listener_who_has_left_frees_his_place():
             await asyncio.sleep(0.05)
             return {"type": "http.disconnect"}
 
-        await sent(Stream(feed.events(None, "", lambda: True)), send, receive)
+        await sent(Stream(feed.events(None, "", lambda: True), 5.0), send, receive)
         assert feed.listeners == 0
 
     played(story)

@@ -50,6 +50,7 @@ class Feed:
     look: Look
     look_s: float = LOOK_S
     beat_s: float = BEAT_S
+    stall_s: float = STALL_S
     boot: str = field(default_factory=lambda: secrets.token_hex(4))
     number: int = 0
     trouble: str = ""
@@ -173,7 +174,7 @@ class Stream:
     """The answer that sends frames as they come, and cuts off who does not take them."""
 
     frames: AsyncIterator[bytes]
-    stall_s: float = STALL_S
+    stall_s: float
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]

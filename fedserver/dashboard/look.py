@@ -21,6 +21,7 @@ from fedserver.dashboard.book import Book
 from fedserver.enrol import Federation, open_federation, signer
 from fedserver.overview import overview
 from fedserver.page import duration_text, size_text
+from fedserver.state import find_run
 from shared_models.alarms import day
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.expiry import date_text
@@ -109,7 +110,7 @@ class Looker:
         return {name: self.pages.get_template(f"{name}.html").render(values) for name in SECTIONS}
 
     def knows(self, run: str) -> bool:
-        return any(each["id"] == run for each in overview(self.federation)["runs"])
+        return find_run(self.federation.state, run) is not None
 
     def _of_run(self, run: Mapping[str, Any] | None) -> dict[str, Any]:
         empty: dict[str, Any] = {

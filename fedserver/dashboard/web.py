@@ -178,7 +178,7 @@ class Events:
         if run is not None and not await asyncio.to_thread(self.looks.knows, run):
             return PlainTextResponse("There is no such run.\n", 404)
         last_id = request.headers.get("last-event-id") or request.query_params.get("after", "")
-        return Stream(self.feed.events(run, last_id, lambda: self.allowed(request)))
+        return Stream(self.feed.events(run, last_id, lambda: self.allowed(request)), self.feed.stall_s)
 
 
 if __name__ == "__main__":
