@@ -1,6 +1,7 @@
 """The dashboard: who gets in, what leaves it, how changes travel, and that words of others stay words."""
 
 import asyncio
+import hashlib
 import html
 import http.client
 import json
@@ -210,6 +211,16 @@ def test_only_listed_files_are_served(visitor):
     for name in ("dashboard.js", "login.js", "dashboard.css", "palette.css", "uPlot.iife.min.js", "uPlot.min.css"):
         assert visitor.get(f"/static/{name}").status_code == 200
     assert "MIT License" in visitor.get("/static/uPlot.LICENSE").text
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [("uPlot.iife.min.js", "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"),
+     ("uPlot.min.css", "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04")],
+)  # fmt: skip
+def test_the_vendored_library_is_that_of_npm(name, digest):
+    """Of uplot 1.6.32, whose archive has the integrity sha512-KIMVnG68zvu5XXUbC4LQEPnhwOxBuLyW1AHtpm6IKTXI..."""
+    assert hashlib.sha256((STATIC / name).read_bytes()).hexdigest() == digest
 
 
 def test_its_own_scripts_and_styles_name_nobody_else():

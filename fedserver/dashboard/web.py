@@ -1,5 +1,4 @@
-"""The coordinator's dashboard: read-only, on loopback, behind a login, live by server-sent events; nothing from
-elsewhere.
+"""The coordinator's dashboard: read-only, on loopback, behind a login, live by server-sent events.
 
 http://127.0.0.1:PORT/            how the federation stands, with the run that is carried out
 http://127.0.0.1:PORT/runs/RUN    the same, with another run
