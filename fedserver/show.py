@@ -29,6 +29,7 @@ from shared_models.scores import NAMES, value_in
 
 PHASES = {
     "gathering": "waiting for sites",
+    "statistics": "counting for the plan",
     "train": "training",
     "evaluate": "final test",
     "paused": "paused, too few sites have answered",

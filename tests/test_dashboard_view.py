@@ -42,7 +42,7 @@ def log(quick_folder: Path) -> AuditLog:
 
 
 def book_of(log: AuditLog) -> Book:
-    made = Book(log.path.parent, identity_public_key(KEY))
+    made = Book(log.path.parent, lambda: identity_public_key(KEY))
     made.look()
     return made
 
@@ -82,7 +82,7 @@ def test_a_log_that_was_cut_or_is_gone_is_told_and_so_is_its_return(log):
 
 
 def test_a_log_that_is_not_there_yet_is_no_trouble(tmp_path):
-    book = Book(tmp_path, identity_public_key(KEY))
+    book = Book(tmp_path, lambda: identity_public_key(KEY))
     book.look()
     assert view.chain(book)["words"] == "Nothing is written yet."
     assert book.chain.bad is None
@@ -96,6 +96,18 @@ def test_another_log_in_its_place_is_not_taken_for_it(log):
     book.look()
     assert book.chain.bad is not None
     assert book.chain.bad[0] == 1
+
+
+def test_a_log_that_was_begun_with_a_renewed_key_is_whole_again(log):
+    key = [identity_public_key(KEY)]
+    book = Book(log.path.parent, lambda: key[0])
+    book.look()
+    renewed = new_site_keys().identity
+    key[0] = identity_public_key(renewed)
+    AuditLog(log.path, "coordinator", renewed).add("founded", name="x")
+    book.look()
+    assert book.chain == Chain(2, 2, None)
+    assert [event.what for event in book.latest] == ["log begun", "federation founded"]
 
 
 def test_a_line_that_is_still_being_written_is_waited_for(log):
@@ -113,7 +125,7 @@ def test_a_line_that_is_still_being_written_is_waited_for(log):
 
 
 def test_a_long_log_is_verified_bit_by_bit_and_says_so(log):
-    book = Book(log.path.parent, identity_public_key(KEY))
+    book = Book(log.path.parent, lambda: identity_public_key(KEY))
     book.look(most_s=0.0)
     assert (book.chain.lines, book.chain.known) == (0, 7)
     assert view.chain(book)["mark"] == "work"

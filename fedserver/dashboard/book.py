@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,13 +88,13 @@ class Book:
     """Reads audit.jsonl of a federation on from where it was; from the start where what was read has been changed.
 
     Attributes:
-        key: Ed25519 public key of the coordinator (32 bytes).
+        key: gives the Ed25519 public key of the coordinator (32 bytes); a renewed key begins a new log.
         latest: the newest last.
         last_words: site -> what was last heard of its work.
     """
 
     folder: Path
-    key: bytes
+    key: Callable[[], bytes]
     chain: Chain = Chain(0, 0, None)
     latest: deque[Event] = field(default_factory=lambda: deque(maxlen=MOST_EVENTS))
     last_words: dict[str, Event] = field(default_factory=dict)
@@ -137,7 +137,7 @@ class Book:
         self.chain = Chain(self._verifier.tree.size, self._known, bad)
 
     def _begin(self) -> None:
-        self._verifier, self._digest = Verifier(self.key), hashlib.sha256()
+        self._verifier, self._digest = Verifier(self.key()), hashlib.sha256()
         self._read = self._known = self._verified = 0
         self._stamp, self._again = (), False
         self.latest.clear()

@@ -189,7 +189,7 @@ def looker(folder: Path) -> Looker:
         StateInvalid: no federation, or one that is damaged or exposed.
     """
     federation = open_federation(folder)
-    return Looker(federation, Book(federation.folder, identity_public_key(signer(federation).key)))
+    return Looker(federation, Book(federation.folder, lambda: identity_public_key(signer(federation).key)))
 
 
 def likely(facts: Mapping[str, Any]) -> str | None:
