@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from fedserver.audit_commands import audit
 from fedserver.monitor import monitor
-from fedserver.operate import backup, doctor, logs, pause, restore, resume
+from fedserver.operate import backup, dashboard, doctor, logs, pause, restore, resume
 from fedserver.release_commands import (
     release,
     release_approve,
@@ -73,6 +73,9 @@ def serve(
     metrics: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port on loopback where Prometheus may ask for figures.")
     ] = None,
+    dashboard: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port on loopback of the dashboard, as `fedserver dashboard`.")
+    ] = None,
     federation: Folder = HERE,
 ) -> None:
     """Serves hospitals and carries out queued runs until Ctrl-C; restarts whatever dies."""
@@ -91,6 +94,7 @@ def serve(
         stop,
         at_once=at_once,
         metrics=metrics,
+        dashboard=dashboard,
         begun=lambda: console.print(words),
         say=lambda it: print(it, flush=True),
     )
@@ -265,6 +269,7 @@ for command in (
     withdraw,
     retrain,
     monitor,
+    dashboard,
     doctor,
     pause,
     resume,

@@ -280,44 +280,72 @@ class Verdict:
     refused: tuple[str, ...] = ()
 
 
-def verify_log(content: bytes, key: bytes | None, head: bytes | None = None) -> Verdict:
-    """Reads a whole log and names the first bad line.
+@dataclass(slots=True)
+class Verifier:
+    """Verifies a log line by line, so that one that grows need not be read anew; takes nothing after a bad line.
 
-    Args:
-        content: of audit.jsonl.
-        key: Ed25519 public key of its owner (32 bytes); None takes the one of the first line on trust.
-        head: of audit.head.json, the last head that was signed.
+    Attributes:
+        key: Ed25519 public key of the log's owner (32 bytes); None takes the one of the first line on trust.
+        bad, heads, refused: as of a Verdict.
     """
-    tree, prev, last, log, party = Tree(), FIRST, 0.0, "", ""
-    heads: list[Mapping[str, Any]] = []
-    refused: list[str] = []
+
+    key: bytes | None
+    tree: Tree = field(default_factory=Tree, repr=False)
     bad: tuple[int, str] | None = None
-    lines = content.split(b"\n")
-    torn = lines.pop()
-    for number, text in enumerate(lines, start=1):
-        line = _line(text)
+    log: str = ""
+    party: str = ""
+    heads: list[Mapping[str, Any]] = field(default_factory=list, repr=False)
+    refused: list[str] = field(default_factory=list)
+    _prev: str = FIRST
+    _last: float = 0.0
+
+    def take(self, text: bytes) -> None:
+        """The next line, without its end."""
+        if self.bad is not None:
+            return
+        number, line = self.tree.size + 1, _line(text)
         if line is None:
-            bad = number, "is no line of a log: it was edited, or its writer died in the middle of it"
-        else:
-            if key is None and number == 1 and isinstance(line["facts"].get("key"), str):
-                key = bytes.fromhex(line["facts"]["key"])
-            wrong = _wrong(line, number, prev, last, key or b"")
-            bad = (number, wrong) if wrong else None
-        if bad or line is None:
-            break
-        prev, last = hashlib.sha256(text).hexdigest(), float(line["time"])
+            self.bad = number, "is no line of a log: it was edited, or its writer died in the middle of it"
+            return
+        if self.key is None and number == 1 and isinstance(line["facts"].get("key"), str):
+            self.key = bytes.fromhex(line["facts"]["key"])
+        if wrong := _wrong(line, number, self._prev, self._last, self.key or b""):
+            self.bad = number, wrong
+            return
+        self._prev, self._last = hashlib.sha256(text).hexdigest(), float(line["time"])
         if number == 1:
-            log, party = prev, str(line["facts"].get("party", ""))
+            self.log, self.party = self._prev, str(line["facts"].get("party", ""))
         if line["event"] == "witnessed":
-            heads.append(line["facts"])
+            self.heads.append(line["facts"])
         elif line["event"] == "witness-refused":
-            refused.append(f"line {number}: {line['facts']['problem']} of {line['facts']['peer']}")
-        tree.append(text)
-    if bad is None and torn:
-        bad = len(lines) + 1, "is torn: its writer died in the middle of it. The next entry cuts it off"
-    if bad is None and head is not None:
-        bad = _against_head(tree, log, key or b"", parse_json(Head, head, "audit.head.json", StateInvalid))
-    return Verdict(tree.size, bad, tree, log, party, (key or b"").hex(), tuple(heads), tuple(refused))
+            self.refused.append(f"line {number}: {line['facts']['problem']} of {line['facts']['peer']}")
+        self.tree.append(text)
+
+    def verdict(self, torn: bytes = b"", head: bytes | None = None) -> Verdict:
+        """What was found in the lines so far.
+
+        Args:
+            torn: what stands after the last line end.
+            head: of audit.head.json, the last head that was signed; read before the log was, which goes on growing.
+        """
+        bad, key = self.bad, self.key or b""
+        if bad is None and torn:
+            words = "is torn: its writer died in the middle of it. The next entry cuts it off"
+            bad = self.tree.size + 1, words
+        if bad is None and head is not None:
+            bad = _against_head(self.tree, self.log, key, parse_json(Head, head, "audit.head.json", StateInvalid))
+        return Verdict(
+            self.tree.size, bad, self.tree, self.log, self.party, key.hex(), tuple(self.heads), tuple(self.refused)
+        )
+
+
+def verify_log(content: bytes, key: bytes | None, head: bytes | None = None) -> Verdict:
+    """Reads a whole log and names the first bad line; arguments as of `Verifier` and its `verdict`."""
+    verifier, lines = Verifier(key), content.split(b"\n")
+    torn = lines.pop()
+    for text in lines:
+        verifier.take(text)
+    return verifier.verdict(torn, head)
 
 
 def _line(text: bytes) -> dict[str, Any] | None:

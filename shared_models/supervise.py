@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from shared_models.errors import ProcessFailed
+from shared_models.errors import ProcessFailed, StateInvalid
 from shared_models.files import read_json, write_atomic, write_json
 from shared_models.identity import load_secret
 from shared_models.logs import parsed
@@ -365,6 +365,20 @@ def kept_secret(path: Path) -> bytes:
     if not path.exists():
         write_atomic(path, secrets.token_bytes(32))
     return load_secret(path)
+
+
+def kept_token(path: Path) -> str:
+    """What lets a browser in, in a file of the owner alone, made when it is first asked for.
+
+    Raises:
+        StateInvalid: a file that holds none, or that others may read.
+    """
+    if not path.exists():
+        write_atomic(path, secrets.token_urlsafe(32).encode())
+    token = load_secret(path).decode("ascii", "replace").strip()
+    if len(token) < 32:
+        raise StateInvalid(f"{path}: holds no token of 32 letters or more. Delete it; a new one is made.")
+    return token
 
 
 def read_port(path: Path) -> int:
