@@ -22,6 +22,7 @@ from fedclient.renewal import SITE_KEYS, certificate_of, expiry_warning
 from fedclient.site import SiteFile, check_data, open_site, read_site_file
 from fedclient.welcome import shut_out
 from shared_models.alarms import alarm_words
+from shared_models.authority import read_files
 from shared_models.doctor import (
     Check,
     Line,
@@ -175,7 +176,7 @@ def _coordinator(folder: Path, address: str) -> Iterator[Line]:
     if proxy_of(host) is None:
         _reach(host, port, "Check the firewall (one outbound port), and that `fedserver serve` runs there.")
         yield Line("reach", "ok", f"something listens at {address}.")
-    context, authority = site_context(folder / "keys"), (folder / "keys/ca.pem").read_bytes()
+    context, authority = site_context(folder / "keys"), read_files(folder / "keys")
     try:
         with closing(connect(address, context, TIMEOUT_S)) as connection:
             connection.connect()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from fedclient.authorities import refresh
 from fedclient.clock import check_clock
 from fedclient.renewal import Keeper, certificate_of, check_keys
 from fedclient.tls import ClientTls
@@ -150,6 +151,8 @@ def run_node(files: NodeFiles, port: int) -> None:
     os.environ.update(quiet_flower(home, os.environ))
     start_log(files.data_folders())
     check_keys(files.site)
+    with suppress(FederationError):  # it is away, or a list that is refused is told by what comes next
+        refresh(files.site, certificate_of(files.site).name, files.coordinator())
     await_welcome(files.site, files.coordinator())
     tls = ClientTls(files.keys)
     check_clock(files.coordinator(), tls.context)

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedclient.enrol import MOST_BYTES, ROSTER, TurnedAway, ask, store_certificate
+from fedclient.ask import MOST_BYTES, TurnedAway, ask
+from fedclient.authorities import is_orphaned, refresh
+from fedclient.enrol import ROSTER, store_certificate
 from fedclient.welcome import note_refusal
+from shared_models.authority import read_files
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.expiry import date_text, due, warning
 from shared_models.files import write_atomic
@@ -109,7 +112,7 @@ def fetch_roster(site: Path, address: str) -> SignedRoster:
         StateInvalid: what came is not signed, or not what follows from what was seen: see `follow`.
         EnrolmentFailed: the coordinator refuses or cannot be reached.
     """
-    context, authority = site_context(site / "keys"), (site / "keys/ca.pem").read_bytes()
+    context, authority = site_context(site / "keys"), read_files(site / "keys")
     while True:
         known = read_roster(site)
         since = 0 if known is None else known.roster.epoch
@@ -144,9 +147,14 @@ class Keeper:
                 return
 
     def look(self) -> None:
-        """Renews the certificate if that is due and fetches the roster; a trouble is logged and tried again."""
+        """Fetches the list of issuing keys, renews the certificate if that is due and fetches the roster.
+
+        A trouble is logged and tried again.
+        """
         try:
-            if due(certificate_of(self.site), self.clock()):
+            if refresh(self.site, self.name, self.address):
+                log.info("the federation's authority has a new revocation list")
+            if due(certificate_of(self.site), self.clock()) or is_orphaned(self.site):
                 facts = renew(self.site, self.name, self.address)
                 log.info("renewed this site's certificate; the new one is good until %s", date_text(facts.expires_at_s))
             words = expiry_warning(self.site, self.clock())

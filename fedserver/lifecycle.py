@@ -16,6 +16,7 @@ from fedserver.state import (
 from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.expiry import date_text, due, warning
 from shared_models.identity import (
+    is_issued_by,
     issue_server,
     issue_site,
     load_credential,
@@ -28,6 +29,8 @@ from shared_models.identity import (
 from shared_models.invite import RENEWAL, JoinAnswer, RenewRequest, read_message, statement, write_message
 
 MOST_REASON = 500
+HEARD_S = 600.0  # a node fetches the authority's list every minute; one that was off, before it connects
+RENEW_ISSUER = "Bring the root key, and `fedserver ca renew --root FOLDER`: after that nobody gets in or is renewed."
 
 
 def revoke(federation: Federation, site: str, reason: str, now_s: float | None = None) -> Site:
@@ -116,12 +119,19 @@ def renew_server(federation: Federation, always: bool = False, now_s: float | No
     Hospitals notice nothing: they trust the authority, not this certificate.
     """
     now = time.time() if now_s is None else now_s
-    shown = read_certificate(load_credential(federation.server_certificate).certificate)
-    if not always and not due(shown, now):
+    own = load_credential(federation.server_certificate).certificate
+    if not always and not due(read_certificate(own), now) and not _outdated(federation, own, now):
         return False
     host, _ = split_address(federation.address)
     save_credential(federation.server_certificate, issue_server(authority_of(federation), [host]))
     return True
+
+
+def _outdated(federation: Federation, own: bytes, now: float) -> bool:
+    """Whether sites have had the time to hear of an issuing key that is newer than the one of this certificate."""
+    if not federation.offline or now - federation.listed.stat().st_mtime < HEARD_S:
+        return False
+    return not is_issued_by(own, authority_of(federation).certificate)
 
 
 def warnings(federation: Federation, now_s: float | None = None) -> list[str]:
@@ -129,7 +139,9 @@ def warnings(federation: Federation, now_s: float | None = None) -> list[str]:
     now = time.time() if now_s is None else now_s
     own = read_certificate(load_credential(federation.server_certificate).certificate)
     ca = read_certificate(federation.ca_certificate.read_bytes())
+    by = [read_certificate(load_credential(federation.issuing).certificate)] if federation.offline else []
     found = [
+        *(warning("The issuing key's", each, now, RENEW_ISSUER) for each in by),
         warning("The coordinator's", own, now, "`fedserver serve` renews it; `fedserver renew` does so at once."),
         warning("The authority's", ca, now, "Found a new federation and invite the sites to it."),
     ]

@@ -24,6 +24,7 @@ Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers: TypeAlias = Sequence[tuple[str, str]]
+Note: TypeAlias = Callable[[str, str], None]  # of a refusal: its code, and the name in the peer's certificate or ""
 
 MOST_CONNECTIONS = 256  # beyond it 503, which Flower's client takes as "try again"
 MOST_STRANGERS = 32  # connections without a certificate; one more is cut, so that they never crowd out the sites
@@ -31,6 +32,7 @@ HEAD_S = 15.0
 HEAD_BYTES = 32 << 10
 STALL_S = 60.0  # longest wait for the next bytes of a body, and for room to send the next
 KEEP_ALIVE_S = 75
+CERTIFICATE_EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 DRAIN_BYTES = 64 << 20  # of a refused body still read: a client that is cut off while it sends cannot hear why, and
 DRAIN_S = 30.0  # Flower's tries again for ever after a broken connection but gives up after a 413
 
@@ -43,12 +45,14 @@ class Refused(FederationError):
     Attributes:
         status: of HTTP.
         headers: of the answer, besides the usual.
+        code: what the audit log calls it; "" for what is no sign of harm.
     """
 
-    def __init__(self, status: int, message: str, headers: Headers = ()) -> None:
+    def __init__(self, status: int, message: str, headers: Headers = (), code: str = "") -> None:
         super().__init__(message)
         self.status = status
         self.headers = headers
+        self.code = code
 
 
 class Gone(Exception):
@@ -79,7 +83,8 @@ class Body:
     async def read(self, limit_bytes: int) -> bytes:
         """All of it; raises Refused (413) when that is more than `limit_bytes`."""
         if self.size_bytes > limit_bytes:
-            raise Refused(413, f"body of {self.size_bytes} bytes: at most {limit_bytes} are taken here.")
+            words = f"body of {self.size_bytes} bytes: at most {limit_bytes} are taken here."
+            raise Refused(413, words, code="BODY_TOO_LARGE")
         return b"".join([block async for block in self.blocks()])
 
     async def drain(self) -> bool:
@@ -145,8 +150,8 @@ def as_count(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
 
 
-def application(handle: Callable[[Request], Awaitable[None]]) -> Asgi:
-    """`handle` as uvicorn wants it: a Refused becomes its answer, another trouble of ours a 503."""
+def application(handle: Callable[[Request], Awaitable[None]], note: Note) -> Asgi:
+    """`handle` as uvicorn wants it: a Refused becomes its answer and is noted, another trouble of ours a 503."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -155,12 +160,14 @@ def application(handle: Callable[[Request], Awaitable[None]]) -> Asgi:
         try:
             try:
                 if "transfer-encoding" in request.headers:
-                    raise Refused(411, "a body needs a content-length here.")
+                    raise Refused(411, "a body needs a content-length here.", code="NO_LENGTH")
                 await handle(request)
             except Refused as refused:
+                if refused.code:
+                    note(refused.code, request.certificate.name if request.certificate else "")
                 await _refuse(request, refused)
             except FederationError as error:
-                log.error("%s %s: %s", request.method, request.path, error)
+                log.error("%s %r: %s", request.method, request.path[:100], error)
                 await _refuse(request, Refused(503, "the coordinator has a trouble of its own. Try again."))
         except Gone:
             return
@@ -200,6 +207,7 @@ def _read_head(scope: Scope, receive: Receive, send: Send) -> Request:
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with what its settings do not offer: see the top of the file."""
 
+    note: Note = staticmethod(lambda code, name: None)
     certificate: Certificate | None = None
     since = 0.0  # of the connection, by the loop's clock
     lost = False
@@ -215,6 +223,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.certificate = read_certificate(der) if der else None
         strangers = sum(getattr(other, "certificate", None) is None for other in self.connections)
         if self.certificate is None and strangers > MOST_STRANGERS:
+            self.note("TOO_MANY_STRANGERS", "")
             transport.abort()
             return
         self._expect_head()
@@ -229,6 +238,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
         super().data_received(data)
         if self._in_head and self._head_bytes > HEAD_BYTES and not self.transport.is_closing():
+            self._refused("HEAD_TOO_LONG")
             self.send_400_response("Request head too long.")
 
     def on_message_begin(self) -> None:
@@ -244,7 +254,14 @@ class GuardedProtocol(HttpToolsProtocol):
     def _expect_head(self) -> None:
         self._in_head, self._head_bytes = True, 0
         self._stop_timer()
-        self._timer = self.loop.call_later(HEAD_S, self.transport.abort)
+        self._timer = self.loop.call_later(HEAD_S, self._give_up)
+
+    def _give_up(self) -> None:
+        self._refused("HEAD_TOO_LATE")
+        self.transport.abort()
+
+    def _refused(self, code: str) -> None:
+        self.note(code, self.certificate.name if self.certificate else "")
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -252,13 +269,36 @@ class GuardedProtocol(HttpToolsProtocol):
             self._timer = None
 
 
-def make_server(app: Asgi, context: ssl.SSLContext, certificate: str, host: str, port: int) -> uvicorn.Server:
+def watched_handshake(note: Note) -> type[ssl.SSLObject]:
+    """TLS that notes each handshake which fails: asyncio drops such a connection without a word to anybody."""
+
+    class Handshake(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            try:
+                super().do_handshake()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise
+            except ssl.SSLCertVerificationError as error:
+                expired = error.verify_code == CERTIFICATE_EXPIRED
+                note("CERTIFICATE_EXPIRED" if expired else "CERTIFICATE_NOT_OURS", "")
+                raise
+            except ssl.SSLError:
+                note("TLS_HANDSHAKE", "")
+                raise
+
+    return Handshake
+
+
+def make_server(
+    app: Asgi, context: ssl.SSLContext, certificate: str, host: str, port: int, note: Note
+) -> uvicorn.Server:
     """A uvicorn that serves `app` on `host`:`port` with `context`, which holds `certificate` and its key already."""
+    noting = type("NotingProtocol", (GuardedProtocol,), {"note": staticmethod(note)})
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
-        http=GuardedProtocol,
+        http=noting,
         loop="asyncio",  # measured: uvloop is no faster here, most of the time is OpenSSL's
         ws="none",
         lifespan="off",

@@ -302,6 +302,13 @@ def list_rosters(path: Path, since: int, most: int) -> tuple[int, list[bytes]]:
         return int(newest), [bytes(row[0]) for row in rows]
 
 
+def sign_rosters_anew(path: Path, again: Callable[[bytes], bytes]) -> None:
+    """Puts `again` of every signed epoch in its place: the same rosters, signed with another key."""
+    with writing(path) as db:
+        rows = db.execute("SELECT epoch, content FROM rosters").fetchall()
+        db.executemany("UPDATE rosters SET content = ? WHERE epoch = ?", [(again(bytes(c)), e) for e, c in rows])
+
+
 def _add_certificate(db: sqlite3.Connection, row: CertificateRow) -> None:
     values = (row.serial, row.site, row.pem, row.issued_at, row.expires_at, row.used_at, row.ended, row.ended_at)
     db.execute("INSERT INTO certificates VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)

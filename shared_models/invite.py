@@ -26,6 +26,7 @@ class Invite:
         address: `host:port` that the hospital dials.
         ca: SHA-256 of the coordinator's CA certificate (DER), hexadecimal.
         token: 128 random bits, hexadecimal; worth one enrolment.
+        listed: number of the authority's revocation list, where its root key is kept offline: no older one is taken.
     """
 
     __pydantic_config__ = STRICT
@@ -33,6 +34,7 @@ class Invite:
     ca: str
     site: str
     token: str = field(repr=False)
+    listed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ def read_invite(text: str) -> Invite:
             "invite: its fingerprint or token is malformed. Paste the whole line of `fedserver invite`, "
             "or ask the coordinator for a new one."
         )
+    if not re.fullmatch(r"[0-9]{0,9}", invite.listed):
+        raise EnrolmentFailed("invite: the number of its list is malformed. Ask the coordinator for a new one.")
     split_address(invite.address)
     check_site_name(invite.site)
     return invite
@@ -125,7 +129,7 @@ def read_message(kind: type[T], content: bytes, where: str) -> T:
 
 
 def write_message(message: Invite | JoinRequest | RenewRequest | JoinAnswer) -> bytes:
-    return canonical_json(plain(message))
+    return canonical_json({key: value for key, value in plain(message).items() if (key, value) != ("listed", "")})
 
 
 def statement(request: JoinRequest | RenewRequest) -> bytes:

@@ -16,8 +16,9 @@ import typer
 from typer.testing import CliRunner
 
 from fedclient import welcome
+from fedclient.ask import TurnedAway
 from fedclient.cli import app as hospital
-from fedclient.enrol import Joined, TurnedAway, join, rejoin
+from fedclient.enrol import Joined, join, rejoin
 from fedclient.renewal import Keeper, certificate_of, check_keys, expiry_warning, fetch_roster, read_roster, renew
 from fedclient.welcome import await_welcome, refused_words, shut_out
 from fedserver import gateway as gateways

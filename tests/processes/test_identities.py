@@ -5,7 +5,7 @@ import time
 import psutil
 import pytest
 
-from fedclient.enrol import TurnedAway, ask
+from fedclient.ask import TurnedAway, ask
 from fedclient.renewal import renew
 from fedclient.site import read_site_file
 from fedserver.checkpoint import read_progress
