@@ -12,19 +12,16 @@ import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import Field
 
 from fedserver.enrol import Federation, Found, ca_fingerprint, open_log, signer
 from fedserver.lifecycle import renew_server
 from fedserver.passphrase import SALT_BYTES, check_passphrase, stretched
 from fedserver.state import sign_rosters_anew
 from shared_models.authority import (
-    MOST_BYTES,
     Authority,
     issuer_certificate,
     new_root,
@@ -55,7 +52,6 @@ ISSUER_DAYS = 180.0
 MOST_ISSUER_DAYS = 398.0
 KEY, KEPT = "root.key", "authority.pem"
 _SALT = re.compile(rb"scrypt-salt: ([0-9a-f]{32})\n")
-Pem = Annotated[str, Field(max_length=MOST_BYTES)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +67,8 @@ class IssuerRequest:
     __pydantic_config__ = STRICT
     federation: str
     authority: Sha256
-    issuer: Pem
-    signer: Pem
+    issuer: str
+    signer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +76,8 @@ class IssuerAnswer:
     """What the root gives: the authority as it is from now on, and the certificate of a new key of statements or ""."""
 
     __pydantic_config__ = STRICT
-    authority: Pem
-    signer: Pem
+    authority: str
+    signer: str
 
 
 @dataclass(frozen=True, slots=True)

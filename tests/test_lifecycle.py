@@ -36,8 +36,10 @@ from shared_models.identity import (
     issue_site,
     load_credential,
     load_secret,
+    new_authority,
     new_site_keys,
     new_tls_key,
+    public_digest,
     read_certificate,
     request_certificate,
     save_credential,
@@ -225,12 +227,15 @@ def test_an_expired_site_is_told_before_it_connects_and_comes_back_with_an_invit
     assert len(list(home(site).glob("keys.*"))) == 1, "the old keys are put aside"
 
 
+PEM = issue_site(new_authority("Test"), request_certificate("north", new_tls_key()), "north").decode()
+
+
 def row(serial: str, used_at: float | None = None, ended: str = "") -> CertificateRow:
-    return CertificateRow(serial, "north", "", 0.0, 9e9, used_at, ended, 1000.0)  # type: ignore[arg-type]
+    return CertificateRow(serial, "north", PEM, 0.0, 9e9, used_at, ended, 1000.0)  # type: ignore[arg-type]
 
 
 def test_an_older_certificate_counts_until_a_newer_one_was_seen_for_a_day() -> None:
-    active, shown = Site("north", "active"), Certificate("north", "a", "", "", 0.0, 9e9)
+    active, shown = Site("north", "active"), Certificate("north", "a", public_digest(PEM.encode()), "", 0.0, 9e9)
     now = 10 * DAY
     assert refusal(active, [row("a")], shown, now) is None
     assert refusal(active, [row("a"), row("b")], shown, now) is None, "its answer may have been lost"
@@ -243,6 +248,8 @@ def test_an_older_certificate_counts_until_a_newer_one_was_seen_for_a_day() -> N
     assert "has expired on" in str(refusal(active, [row("a")], replace(shown, expires_at_s=now), now))
     assert "not active" in str(refusal(Site("north", "invited"), [row("a")], shown, now))
     assert "not active" in str(refusal(active, [row("b")], shown, now))
+    forged = replace(shown, fingerprint="f" * 64)
+    assert "not active" in str(refusal(active, [row("a")], forged, now)), "of the same number, by a stolen issuing key"
 
 
 # Revocation
