@@ -110,6 +110,7 @@ def rejoin(
 @guarded
 def renew(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     """Renews this site's certificate now; a node that runs does so by itself when a third of its life is left."""
+    from fedclient.authorities import refresh
     from fedclient.renewal import check_keys
     from fedclient.renewal import renew as ask_anew
     from fedclient.site import read_site_file
@@ -118,6 +119,7 @@ def renew(site: Folder = Path("site"), as_json: AsJson = False) -> None:
 
     file = read_site_file(site)
     check_keys(site)
+    refresh(site, file.name, file.coordinator)
     facts = ask_anew(site, file.name, file.coordinator)
     if as_json:
         print_json({"site": file.name, "expires_at": facts.expires_at_s, "serial": facts.serial})

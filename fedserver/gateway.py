@@ -28,11 +28,10 @@ import uvicorn
 
 from fedserver.admission import ORPHANED, Admission, Doubt
 from fedserver.enrol import Federation, RegisterNode, enrol, open_federation, open_log
-from fedserver.fleet import PUSH_MESSAGES, activated_node, message_sources
+from fedserver.fleet import PUSH_MESSAGES, activated_node, check_object, message_sources
 from fedserver.intake import BLOB_PATH, Intake, give_blob, sweep, take_blob, tell_blob
 from fedserver.lifecycle import renew
-from fedserver.listener import Headers, Refused, Request, application, make_server, watched_handshake
-from fedserver.refusals import Refusals
+from fedserver.listener import Headers, Refused, Request, application, brace, make_server, watched_handshake
 from fedserver.state import Site, list_rosters, remember_node, saw_site
 from fedserver.watch import UnregisterNode, watch
 from shared_models import logs
@@ -42,6 +41,7 @@ from shared_models.errors import FederationError, UpdateRejected
 from shared_models.files import canonical_json
 from shared_models.identity import SITE_NAME, load_secret, node_public_pem
 from shared_models.parse import plain
+from shared_models.refusals import Refusals
 from shared_models.roster import MOST_EPOCHS, History, read_signed
 
 FLEET_CALLS = frozenset(
@@ -249,7 +249,7 @@ async def forward(gateway: Gateway, request: Request, site: Site) -> None:
                 site.name, "NODE_KEY", "shows a node key that it has not enrolled. Use the node.key of its `keys`."
             )
         body = await request.body.read(FLEET_BYTES)
-        _check_sources(request.path, body, site)
+        _check_content(request.path, body, site)
         response = await _ask_superlink(gateway, request, body)
         if response.status_code == 200:
             await _learn_node(gateway, request.path, response.content, site)
@@ -270,11 +270,12 @@ async def _ask_superlink(gateway: Gateway, request: Request, body: bytes) -> htt
         raise Refused(503, "the SuperLink cannot be reached. Try again.", [("retry-after", "1")]) from error
 
 
-def _check_sources(path: str, body: bytes, site: Site) -> None:
+def _check_content(path: str, body: bytes, site: Site) -> None:
     try:
         sources = message_sources(path, body)
+        check_object(path, body)
     except UpdateRejected as error:
-        raise Refused(400, str(error), code="MESSAGE_UNREADABLE") from error
+        raise Refused(400, str(error), code=error.code) from error
     if sources - {site.flower_node_id}:
         words = "sends messages in the name of another node. They were not passed on."
         raise _forbidden(site.name, "FORGED_SOURCE", words)
@@ -381,6 +382,7 @@ def main() -> None:
     parser.add_argument("--superlink", required=True, metavar="127.0.0.1:PORT")
     arguments = parser.parse_args()
     os.umask(0o077)
+    brace()
     logs.start()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each call otherwise
     try:

@@ -7,6 +7,7 @@ client certificates, and lets idle strangers use up the connections of those who
 import asyncio
 import json
 import logging
+import resource
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ Note: TypeAlias = Callable[[str, str], None]  # of a refusal: its code, and the 
 
 MOST_CONNECTIONS = 256  # beyond it 503, which Flower's client takes as "try again"
 MOST_STRANGERS = 32  # connections without a certificate; one more is cut, so that they never crowd out the sites
+MOST_OF_ONE = 64  # connections of one certificate's name, so that no site crowds out the others; a node has a few
+HANDSHAKE_S = 15.0  # asyncio: 60 s, in which a stranger holds a file handle for nothing
+MOST_FILES = 1 << 16
 HEAD_S = 15.0
 HEAD_BYTES = 32 << 10
 STALL_S = 60.0  # longest wait for the next bytes of a body, and for room to send the next
@@ -221,12 +225,17 @@ class GuardedProtocol(HttpToolsProtocol):
         tls = transport.get_extra_info("ssl_object")
         der = tls.getpeercert(True) if tls is not None else None
         self.certificate = read_certificate(der) if der else None
-        strangers = sum(getattr(other, "certificate", None) is None for other in self.connections)
-        if self.certificate is None and strangers > MOST_STRANGERS:
-            self.note("TOO_MANY_STRANGERS", "")
+        name = self.certificate.name if self.certificate else None
+        like = sum(isinstance(other, GuardedProtocol) and other.is_of(name) for other in self.connections)
+        if like > (MOST_STRANGERS if name is None else MOST_OF_ONE):
+            self._refused("TOO_MANY_STRANGERS" if name is None else "TOO_MANY_CONNECTIONS")
             transport.abort()
             return
         self._expect_head()
+
+    def is_of(self, name: str | None) -> bool:
+        """Whether the peer's certificate has this name; None is a stranger's."""
+        return (self.certificate.name if self.certificate else None) == name
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
@@ -267,6 +276,14 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def brace() -> None:
+    """Makes this process hard to starve: as many file handles as it may have, and short handshakes."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    asyncio.constants.SSL_HANDSHAKE_TIMEOUT = HANDSHAKE_S  # type: ignore[attr-defined]  # uvicorn hands none over
 
 
 def watched_handshake(note: Note) -> type[ssl.SSLObject]:

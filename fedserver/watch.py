@@ -12,9 +12,9 @@ from fedserver.admission import Admission
 from fedserver.enrol import Federation
 from fedserver.lifecycle import drop_uploads, renew_server, revoked_sites, warnings
 from fedserver.listener import GuardedProtocol
-from fedserver.refusals import Refusals
 from fedserver.state import forget_node, retired_nodes
 from shared_models.errors import FederationError
+from shared_models.refusals import Refusals
 
 WATCH_S = 1.0
 EXPIRY_S = 60.0  # between two looks at every certificate of the federation

@@ -501,8 +501,7 @@ def test_an_issuing_key_that_has_ended_vouches_for_nobody_though_it_is_on_the_li
         if not isinstance(extension.value, x509.SubjectKeyIdentifier | x509.AuthorityKeyIdentifier):
             forged = forged.add_extension(extension.value, extension.critical)
     shown = Credential(forged.sign(old, hashes.SHA384()).public_bytes(serialization.Encoding.PEM), pem(old))
-    with posing(tmp_path, shown, ended) as address:
-        with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
-            handshake(address, trusting(authority))
+    with posing(tmp_path, shown, ended) as address, pytest.raises(ssl.SSLCertVerificationError, match="expired"):
+        handshake(address, trusting(authority))
     with posing(tmp_path, issue_server(Credential(current, own), ["127.0.0.1"])) as address:
         assert handshake(address, trusting(authority)) == "TLSv1.3"

@@ -1,4 +1,4 @@
-"""What the gateway has refused, for the audit log: the first of a kind at once, and a flood of it as a count.
+"""What a port has refused, for the audit log: the first of a kind at once, and a flood of it as a count.
 
 Strangers decide how often they try. A line for each would let them fill the disk and slow the chain down.
 """
