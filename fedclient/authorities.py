@@ -8,7 +8,7 @@ import ssl
 from pathlib import Path
 
 from fedclient.ask import MOST_BYTES, ask
-from fedclient.own_log import log_of
+from fedclient.own_log import complain, log_of
 from shared_models.authority import LIST, newer, read_authority, read_files
 from shared_models.errors import StateInvalid
 from shared_models.files import write_atomic
@@ -37,16 +37,15 @@ def refresh(site: Path, name: str, address: str) -> bool:
     if not read_authority(known).offline:
         return False
     told = offered(address)
-    log = log_of(site, name)
     try:
         if not newer(known, told):
             return False
         found = read_authority(told)
     except StateInvalid as error:
-        log.add("authority-refused", list=read_authority(known).number, why=str(error))
+        complain(site, name, "authority-refused", str(error))
         raise
     write_atomic(site / "keys" / LIST, told.removeprefix(found.root))
-    log.add("authority", list=found.number, issuers=len(found.issuers), revoked=len(found.revoked))
+    log_of(site, name).add("authority", list=found.number, issuers=len(found.issuers), revoked=len(found.revoked))
     return True
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from fedclient.ask import MOST_BYTES, TurnedAway, ask
 from fedclient.authorities import is_orphaned, refresh
 from fedclient.enrol import ROSTER, store_certificate
+from fedclient.own_log import complain
 from fedclient.welcome import note_refusal
 from shared_models.authority import read_files
 from shared_models.errors import FederationError, StateInvalid
@@ -118,7 +119,11 @@ def fetch_roster(site: Path, address: str) -> SignedRoster:
         since = 0 if known is None else known.roster.epoch
         content = ask(address, context, "GET", f"/roster/{since}", most=MOST_HISTORY_BYTES)
         history = parse_json(History, content, f"roster of the coordinator at {address}", StateInvalid)
-        newest = follow(known, history, authority)
+        try:
+            newest = follow(known, history, authority)
+        except StateInvalid as error:
+            complain(site, certificate_of(site).name, "roster-refused", str(error))
+            raise
         if known is None or newest.roster.epoch > known.roster.epoch:
             write_atomic(site / ROSTER, write_signed(newest))
         if newest.roster.epoch >= history.newest or (known is not None and newest.roster.epoch == known.roster.epoch):

@@ -360,11 +360,11 @@ def test_a_coordinator_that_was_rolled_back_is_refused_and_written_down(served: 
     served.change()
     assert refresh(home(site), "north", site.address)
     served.federation.listed.write_bytes(before.removeprefix(read_authority(before).root))
-    with pytest.raises(StateInvalid, match="revocation list 1 is stale, list 2 was seen here before"):
-        refresh(home(site), "north", site.address)
-    line = read_lines(home(site) / "audit.jsonl")[-1]
-    assert (line["event"], line["facts"]["list"]) == ("authority-refused", 2)
-    assert "is stale" in line["facts"]["why"]
+    for _ in range(3):
+        with pytest.raises(StateInvalid, match="revocation list 1 is stale, list 2 was seen here before"):
+            refresh(home(site), "north", site.address)
+    lines = [line["facts"] for line in read_lines(home(site) / "audit.jsonl") if line["event"] == "authority-refused"]
+    assert ["is stale" in line["why"] for line in lines] == [True], "once"
     with pytest.raises(StateInvalid, match="list 1 is in use already"):
         install(served.federation, json.dumps({"authority": before.decode(), "signer": ""}).encode())
 
