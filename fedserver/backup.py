@@ -144,7 +144,8 @@ def _signed(federation: Federation, manifest: Manifest) -> Manifest:
 
 def _names(folder: Path) -> list[str]:
     """What is copied as it is, in the order in which it must be: see `FIRST`."""
-    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    whole = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    found = [path.relative_to(folder).as_posix() for path in whole]
     kept = [name for name in found if not name.startswith((*SECRET, *LEFT_OUT)) and not _is_passing(name)]
     return sorted(kept, key=lambda name: (PurePosixPath(name).name not in FIRST, name))
 
@@ -211,7 +212,7 @@ def _entry(name: str, size: int) -> tarfile.TarInfo:
 
 def _sealed(folder: Path, passphrase: str) -> bytes:
     """The private keys and secrets of a folder: salt, nonce, and the encrypted JSON of path -> hexadecimal bytes."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     names = {path.relative_to(folder).as_posix(): path for path in files}
     content = {name: path.read_bytes().hex() for name, path in names.items() if name.startswith(SECRET)}
     salt, nonce = os.urandom(SALT_BYTES), os.urandom(NONCE_BYTES)

@@ -7,6 +7,7 @@ client certificates, and lets idle strangers use up the connections of those who
 import asyncio
 import json
 import logging
+import re
 import resource
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
@@ -37,6 +38,7 @@ HEAD_BYTES = 32 << 10
 STALL_S = 60.0  # longest wait for the next bytes of a body, and for room to send the next
 KEEP_ALIVE_S = 75
 CERTIFICATE_EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
+READ_S = 300.0  # for a body that is held in memory
 DRAIN_BYTES = 64 << 20  # of a refused body still read: a client that is cut off while it sends cannot hear why, and
 DRAIN_S = 30.0  # Flower's tries again for ever after a broken connection but gives up after a 413
 
@@ -85,11 +87,24 @@ class Body:
             yield message.get("body", b"")
 
     async def read(self, limit_bytes: int) -> bytes:
-        """All of it; raises Refused (413) when that is more than `limit_bytes`."""
-        if self.size_bytes > limit_bytes:
-            words = f"body of {self.size_bytes} bytes: at most {limit_bytes} are taken here."
+        """All of it; raises Refused (413) when that is more than `limit_bytes`, whatever was announced."""
+        blocks, size = list[bytes](), self.size_bytes
+        if size <= limit_bytes:
+            size = 0
+            try:
+                async with asyncio.timeout(READ_S):
+                    async for block in self.blocks():
+                        blocks.append(block)
+                        size += len(block)
+                        if size > limit_bytes:
+                            break
+            except TimeoutError as error:
+                words = f"the body was not here within {READ_S:.0f} s. Try again."
+                raise Refused(408, words, code="BODY_TOO_LATE") from error
+        if size > limit_bytes:
+            words = f"body of {size} bytes or more: at most {limit_bytes} are taken here."
             raise Refused(413, words, code="BODY_TOO_LARGE")
-        return b"".join([block async for block in self.blocks()])
+        return b"".join(blocks)
 
     async def drain(self) -> bool:
         """Reads and forgets what is left, within bounds; whether there is nothing left."""
@@ -129,6 +144,8 @@ class Request:
         announced = len(content) if size is None else size
         pairs = [(b"content-length", str(announced).encode())]
         pairs += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        if self.certificate is None and (b"connection", b"close") not in pairs:
+            pairs.append((b"connection", b"close"))  # a stranger asks once; there are few places for strangers
         await self._put({"type": "http.response.start", "status": status, "headers": pairs})
         if self.method == "HEAD" or announced == len(content):
             await self._put({"type": "http.response.body", "body": content})
@@ -150,8 +167,8 @@ class Request:
 
 
 def as_count(text: str) -> int | None:
-    """A header's value as a count of bytes; None for anything else."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
+    """A header's value as a count of bytes, in the one way to write it; None for anything else."""
+    return int(text) if re.fullmatch(r"0|[1-9][0-9]{0,14}", text) else None
 
 
 def application(handle: Callable[[Request], Awaitable[None]], note: Note) -> Asgi:
@@ -163,6 +180,8 @@ def application(handle: Callable[[Request], Awaitable[None]], note: Note) -> Asg
         request = _read_head(scope, receive, send)
         try:
             try:
+                if as_count(request.headers.get("content-length", "0")) is None:  # the parser below takes more of them
+                    raise Refused(400, "content-length: is no plain number.", code="NO_LENGTH")
                 if "transfer-encoding" in request.headers:
                     raise Refused(411, "a body needs a content-length here.", code="NO_LENGTH")
                 await handle(request)
@@ -180,11 +199,11 @@ def application(handle: Callable[[Request], Awaitable[None]], note: Note) -> Asg
 
 
 async def _refuse(request: Request, refused: Refused) -> None:
-    chunked = "transfer-encoding" in request.headers
+    unsized = "transfer-encoding" in request.headers or as_count(request.headers.get("content-length", "0")) is None
     headers = [*refused.headers]
     if request.method == "HEAD":
         headers.append((DETAIL_HEADER, str(refused)))
-    if chunked or not await request.body.drain():
+    if unsized or not await request.body.drain():
         headers.append(("connection", "close"))
     await request.respond_json(refused.status, {"detail": str(refused)}, headers)
 

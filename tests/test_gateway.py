@@ -1,3 +1,4 @@
+import asyncio
 import hashlib
 import http.client
 import logging
@@ -346,6 +347,49 @@ def test_a_body_without_a_length_is_refused(edge: Edge, north: Site) -> None:
             connection.putheader(name, value)
         connection.endheaders()  # and no body: the answer comes before it, and the connection ends with it
         assert connection.getresponse().status == 411
+
+
+@pytest.mark.parametrize("length", ["00000000000000000000000009000000", "+9000000", "9e6", "0x1", " ", "5, 9000000"])
+def test_a_length_that_is_written_otherwise_gets_nobody_past_the_limit(edge: Edge, north: Site, length: str) -> None:
+    host, port = edge.address.split(":")
+    with closing(http.client.HTTPSConnection(host, int(port), context=north.context, timeout=10)) as connection:
+        connection.putrequest("POST", PULL)
+        for name, value in {**node_headers(north.joined), "content-length": length}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        with suppress(ConnectionError, ssl.SSLError):
+            connection.send(bytes(9_000_000))
+        with suppress(ConnectionError, ssl.SSLError, http.client.HTTPException):
+            response = connection.getresponse()
+            assert response.status == 400
+            response.read()
+    assert edge.superlink.arrived == []
+
+
+def test_a_body_in_memory_is_bounded_in_bytes_and_time_whatever_it_announces(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = 0
+
+    async def receive() -> dict[str, object]:
+        nonlocal sent
+        sent += 1
+        return {"type": "http.request", "body": bytes(1000), "more_body": True}
+
+    with pytest.raises(listener.Refused, match="at most 4500") as refused:
+        asyncio.run(listener.Body(receive, size_bytes=10).read(4500))
+    assert (refused.value.status, sent) == (413, 5)
+
+    async def drip() -> dict[str, object]:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    monkeypatch.setattr(listener, "READ_S", 0.1)
+    with pytest.raises(listener.Refused, match="not here within"):
+        asyncio.run(listener.Body(drip, size_bytes=10**6).read(10**6))
+
+
+def test_a_stranger_gets_one_answer_a_connection_and_a_site_many(edge: Edge, north: Site) -> None:
+    assert ask(edge, stranger_context(edge), "GET", "/enrol/ca").headers["connection"] == "close"
+    assert "connection" not in ask(edge, north.context, "GET", "/health").headers
 
 
 def test_a_superlink_that_is_away_is_a_503(edge: Edge, north: Site, monkeypatch: pytest.MonkeyPatch) -> None:

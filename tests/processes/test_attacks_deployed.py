@@ -172,7 +172,9 @@ def test_a_body_of_400_mb_and_a_chunk_that_is_named_a_thousand_times(
             sent.endheaders()
             for _ in range(400):
                 sent.send(bytes(1 << 20))
-            assert sent.getresponse().status in (403, 413)
+            response = sent.getresponse()
+            assert response.status in (403, 413)
+            response.read()
     attacker.audited("BODY_TOO_LARGE", "south")
     array = Array("float32", (256, 1024), "numpy.ndarray", bytes(1 << 20))
     content = RecordDict({"tensors": ArrayRecord({"a": array})})
@@ -207,7 +209,7 @@ def test_400_idle_connections(attacker: Attacker, deployment: Deployment) -> Non
         assert memory(deployment) < 1.5 * before
         with closing(connect(attacker.federation.address, attacker.site("north"), 10)) as site:
             site.request("GET", "/health")
-            assert site.getresponse().status == 200
+            assert b"north" in site.getresponse().read()
         attacker.audited("TOO_MANY_STRANGERS")
         attacker.audited("TOO_MANY_CONNECTIONS", "south")
     wait("end of them", lambda: memory(deployment) < 1.5 * before, 30)
