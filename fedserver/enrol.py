@@ -251,7 +251,8 @@ def open_federation(folder: Path) -> Federation:
         )
     by = federation.issuing if federation.offline else federation.ca_key
     keys = (by, federation.signer, federation.server_certificate, federation.loopback_certificate)
-    for key in (*keys, federation.secrets / "superexec", federation.secrets / "control"):
+    waiting = [path for path in (folder / "ca").glob("*.next")]  # for an answer of the root
+    for key in (*keys, *waiting, federation.secrets / "superexec", federation.secrets / "control"):
         load_secret(key)
     check_state(federation.state)
     return federation

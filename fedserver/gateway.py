@@ -31,15 +31,15 @@ from fedserver.enrol import Federation, RegisterNode, enrol, open_federation, op
 from fedserver.fleet import PUSH_MESSAGES, activated_node, check_object, message_sources
 from fedserver.intake import BLOB_PATH, Intake, give_blob, sweep, take_blob, tell_blob
 from fedserver.lifecycle import renew
-from fedserver.listener import Headers, Refused, Request, application, brace, make_server, watched_handshake
+from fedserver.listener import Headers, Refused, Request, application, brace, make_server
+from fedserver.server_tls import server_context, trust_issuers
 from fedserver.state import Site, list_rosters, remember_node, saw_site
 from fedserver.watch import UnregisterNode, watch
 from shared_models import logs
 from shared_models.archive import quiet_flower
-from shared_models.authority import read_authority
 from shared_models.errors import FederationError, UpdateRejected
 from shared_models.files import canonical_json
-from shared_models.identity import SITE_NAME, load_secret, node_public_pem
+from shared_models.identity import SITE_NAME, node_public_pem
 from shared_models.parse import plain
 from shared_models.refusals import Refusals
 from shared_models.roster import MOST_EPOCHS, History, read_signed
@@ -315,35 +315,6 @@ def _quoted(name: str) -> str:
 
 
 # The process
-
-
-def server_context(federation: Federation, refusals: Refusals | None = None) -> ssl.SSLContext:
-    """TLS 1.3 with our certificate; a client's is asked for, and if it shows one, our CA must have signed it.
-
-    Args:
-        refusals: is told of handshakes that fail, which nothing else would see.
-    """
-    load_secret(federation.server_certificate)  # for its check of owner and mode
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(federation.server_certificate)
-    trust_issuers(federation, context)
-    context.verify_mode = ssl.CERT_OPTIONAL
-    context.num_tickets = 0  # no resumption: each connection shows its certificate
-    if refusals is not None:
-        context.sslobject_class = watched_handshake(refusals.note)
-    return context
-
-
-def trust_issuers(federation: Federation, context: ssl.SSLContext) -> None:
-    """Lets clients in whose certificates are by an issuing key; adds those that are new to a context in use.
-
-    One whose key was revoked since is let in to renew, and refused everything else: see `admit`.
-    """
-    found = read_authority(federation.authority)
-    context.load_verify_locations(cadata=b"".join((*found.issuers, *found.withdrawn)).decode("ascii"))
-    if found.offline:
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
 
 
 def gateway_server(gateway: Gateway, context: ssl.SSLContext, host: str, port: int) -> uvicorn.Server:

@@ -26,7 +26,7 @@ from shared_models.identity import (
     split_address,
     verify,
 )
-from shared_models.invite import RENEWAL, JoinAnswer, RenewRequest, read_message, statement, write_message
+from shared_models.invite import RENEWAL, SUCCESSION, JoinAnswer, RenewRequest, read_message, statement, write_message
 
 MOST_REASON = 500
 HEARD_S = 600.0  # a node fetches the authority's list every minute; one that was off, before it connects
@@ -82,12 +82,13 @@ def renew(federation: Federation, site: Site, body: bytes, now_s: float | None =
             return refused(
                 403, f"renewal of {site.name!r}: is not signed by this site's identity key. Use the keys of one join."
             )
+        identity = _successor(federation, site, asked) if asked.identity_public_key else None
         rows = list_certificates(federation.state, site.name)
         key = request_key(asked.request.encode(), site.name)
         known = [row for row in rows if row.ended == "" and read_certificate(row.pem.encode()).key_sha256 == key]
         if known and known[-1] is not rows[-1]:
             return refused(400, f"renewal of {site.name!r}: its key was certified before. Make a new key.")
-        if known and not due(read_certificate(known[-1].pem.encode()), now):
+        if known and identity is None and not due(read_certificate(known[-1].pem.encode()), now):
             certificate = known[-1].pem
         elif known:
             return refused(400, f"renewal of {site.name!r}: asks for the key that it has. Make a new key.")
@@ -97,15 +98,27 @@ def renew(federation: Federation, site: Site, body: bytes, now_s: float | None =
             )
             certificate = pem.decode()
             fingerprint = read_certificate(pem).fingerprint
-            renew_certificate(federation.state, certificate_row(pem, now), fingerprint, sealer(federation))
-            open_log(federation).add("renewed", site=site.name, certificate=fingerprint)
+            renew_certificate(federation.state, certificate_row(pem, now), fingerprint, sealer(federation), identity)
+            facts = {"certificate": fingerprint} | ({"identity": identity} if identity else {})
+            open_log(federation).add("renewed", site=site.name, **facts)
     except EnrolmentFailed as error:
         return refused(400, str(error))
     return Reply(200, write_message(JoinAnswer(federation.name, site.name, certificate)))
 
 
+def _successor(federation: Federation, site: Site, asked: RenewRequest) -> str:
+    """The new identity key that a site's old one hands over to; raises EnrolmentFailed unless it takes over itself."""
+    new, known = bytes.fromhex(asked.identity_public_key), list_sites(federation.state)
+    if not verify(new, bytes.fromhex(asked.identity_signature), SUCCESSION, statement(asked)):
+        raise EnrolmentFailed(f"renewal of {site.name!r}: its new identity key has not signed it. Run it again.")
+    if any(new.hex() == other.identity_public_key for other in known):
+        raise EnrolmentFailed(f"renewal of {site.name!r}: its new identity key is known already. Make a new one.")
+    return new.hex()
+
+
 def _signature(asked: RenewRequest) -> bytes:
     try:
+        bytes.fromhex(asked.identity_public_key + asked.identity_signature)
         return bytes.fromhex(asked.signature)
     except ValueError as error:
         raise EnrolmentFailed(

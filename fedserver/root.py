@@ -37,7 +37,7 @@ from shared_models.identity import (
     certify_signer,
     load_secret,
     new_authority_key,
-    new_signer_key,
+    new_identity_key,
     public_digest,
     request_issuer,
     request_signer,
@@ -211,7 +211,7 @@ def founding(folder: Path, passphrase: str, days: float = ISSUER_DAYS) -> Found:
 def request(federation: Federation) -> bytes:
     """Makes the keys that are to be certified, keeps them here, and asks; asked again, it asks for the same."""
     ca = federation.folder / "ca"
-    for name, make in (("issuing.next", new_authority_key), ("signer.next", new_signer_key)):
+    for name, make in (("issuing.next", new_authority_key), ("signer.next", new_identity_key)):
         if not (ca / name).exists():
             save_secret(ca / name, make())
     return canonical_json(

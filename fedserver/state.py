@@ -264,16 +264,22 @@ def forget_node(path: Path, flower_node_id: int) -> None:
 # Certificates and the roster
 
 
-def renew_certificate(path: Path, certificate: CertificateRow, fingerprint: str, seal: Seal) -> None:
+def renew_certificate(
+    path: Path, certificate: CertificateRow, fingerprint: str, seal: Seal, identity: str | None = None
+) -> None:
     """Stores a further certificate of an active site, the newest from now on, and a new epoch.
+
+    Args:
+        identity: public key that takes the place of the site's; None keeps it.
 
     Raises:
         EnrolmentFailed: the site was revoked meanwhile.
     """
     with writing(path) as db:
         renewed = db.execute(
-            "UPDATE sites SET certificate_serial = ?, certificate_fingerprint = ? WHERE name = ? AND state = 'active'",
-            (certificate.serial, fingerprint, certificate.site),
+            "UPDATE sites SET certificate_serial = ?, certificate_fingerprint = ?,"
+            " identity_public_key = COALESCE(?, identity_public_key) WHERE name = ? AND state = 'active'",
+            (certificate.serial, fingerprint, identity, certificate.site),
         )
         if renewed.rowcount != 1:
             raise EnrolmentFailed(f"site {certificate.site!r}: is not active in this federation any more.")

@@ -135,7 +135,7 @@ def issue_server(authority: Credential, hosts: Sequence[str], days: float | None
 
 def issue_signer(authority: Credential) -> Credential:
     """The coordinator's key for what it states (Ed25519), vouched for by the authority for as long as that lives."""
-    key = new_signer_key()
+    key = new_identity_key()
     return Credential(certify_signer(authority, request_signer(key)), key)
 
 
@@ -156,8 +156,8 @@ def public_digest(certificate: bytes) -> str:
     return read_certificate(certificate).fingerprint
 
 
-def new_signer_key() -> bytes:
-    """Ed25519, PKCS #8 PEM."""
+def new_identity_key() -> bytes:
+    """Ed25519, PKCS #8 PEM: of a site, or of a coordinator's statements."""
     return _pkcs8(ed25519.Ed25519PrivateKey.generate())
 
 

@@ -16,6 +16,8 @@ T = TypeVar("T")
 PREFIX = "fl1."
 PURPOSE = "enrolment"  # of the identity key's signature over `statement`
 RENEWAL = "renewal"  # the same for a RenewRequest
+SUCCESSION = "identity"  # of a new identity key's signature over the same
+OPTIONAL = ("listed", "identity_public_key", "identity_signature")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +66,16 @@ class RenewRequest:
     Attributes:
         request: signing request for a new TLS key, PEM.
         signature: by the identity key over `statement(self)`, hexadecimal: a stolen TLS key renews nothing.
+        identity_public_key: of a new identity key, or "" to keep the one that is; 32 bytes, hexadecimal.
+        identity_signature: by that new key over the same statement: the old one hands over, the new one takes.
     """
 
     __pydantic_config__ = STRICT
     site: str
     request: str
     signature: str = ""
+    identity_public_key: str = ""
+    identity_signature: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +135,14 @@ def read_message(kind: type[T], content: bytes, where: str) -> T:
 
 
 def write_message(message: Invite | JoinRequest | RenewRequest | JoinAnswer) -> bytes:
-    return canonical_json({key: value for key, value in plain(message).items() if (key, value) != ("listed", "")})
+    return canonical_json(_given(message))
+
+
+def _given(message: Invite | JoinRequest | RenewRequest | JoinAnswer) -> dict[str, str]:
+    """Without what is empty and newer than the first versions, which refuse words that they do not know."""
+    return {key: value for key, value in plain(message).items() if value or key not in OPTIONAL}
 
 
 def statement(request: JoinRequest | RenewRequest) -> bytes:
     """What a site signs: that this certificate request, and in joining these public keys and this invite, are its."""
-    return canonical_json({key: value for key, value in plain(request).items() if key != "signature"})
+    return canonical_json({k: v for k, v in _given(request).items() if k not in ("signature", "identity_signature")})

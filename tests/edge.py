@@ -16,7 +16,8 @@ from pathlib import Path
 
 from fedclient.enrol import Joined, join
 from fedserver.enrol import Federation, Found, init_federation, invite
-from fedserver.gateway import Gateway, gateway_server, open_gateway, server_context, trust_issuers
+from fedserver.gateway import Gateway, gateway_server, open_gateway
+from fedserver.server_tls import server_context, trust_issuers
 from fedserver.watch import watch
 from shared_models.identity import node_public_key, node_public_pem
 from shared_models.transfer import Blobs, site_context, trusting
