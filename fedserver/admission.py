@@ -12,6 +12,7 @@ from shared_models.expiry import date_text
 from shared_models.identity import Certificate, is_issued_by, read_certificate
 
 OVERLAP_S = 86400.0  # for which an older certificate still counts once a newer one was seen
+MOST_KNOWN = 1024
 CACHE_S = 2.0  # longest that a revoked site still gets in
 
 
@@ -90,6 +91,8 @@ class Admission:
 
     async def ask(self, certificate: Certificate) -> tuple[Site | None, Doubt | None]:
         """The site that a certificate stands for, and why it is not let in, None when it is."""
+        if len(self.known) > MOST_KNOWN:  # whoever has stolen an issuing key chooses names
+            self.known.clear()
         known = self.known.get(certificate.name)
         if known is None or time.monotonic() - known.read_at >= CACHE_S:
             known = self.known[certificate.name] = await asyncio.to_thread(self._read, certificate)

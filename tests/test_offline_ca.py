@@ -24,7 +24,7 @@ from fedclient.enrol import Joined, join
 from fedclient.renewal import Keeper, fetch_roster, read_roster, renew
 from fedclient.tls import ClientTls
 from fedserver import lifecycle
-from fedserver.backup import backup
+from fedserver.backup import backup, restore
 from fedserver.cli import app as coordinator
 from fedserver.enrol import Federation, authority_of, init_federation, invite, open_federation, open_log, signer
 from fedserver.root import certify, founding, install, open_root, request
@@ -177,7 +177,7 @@ def test_a_root_serves_one_federation_and_a_failure_leaves_nothing(served: Serve
         certify(open_root(tmp_path / "other", WORDS), request(served.federation))
 
 
-def test_no_private_key_stands_in_a_backup(served: Served, tmp_path: Path) -> None:
+def test_no_private_key_stands_readable_in_a_backup_and_all_come_back(served: Served, tmp_path: Path) -> None:
     request(served.federation)  # one that waits for its answer, too
     backup(served.federation, tmp_path / "b.tar", WORDS)
     with tarfile.open(tmp_path / "b.tar") as archive:
@@ -185,6 +185,10 @@ def test_no_private_key_stands_in_a_backup(served: Served, tmp_path: Path) -> No
         held = [archive.extractfile(name) for name in names]
         assert not [file for file in held if file is not None and b"PRIVATE KEY" in file.read()]
     assert "ca/authorities.pem" in names
+    restore(tmp_path / "b.tar", tmp_path / "again", WORDS)
+    again = open_federation(tmp_path / "again")
+    assert authority_of(again).key == authority_of(served.federation).key
+    assert again.authority == served.federation.authority
 
 
 # What an issuing key may do
