@@ -9,8 +9,8 @@ from flwr.clientapp import ClientApp
 from fedclient.consent import admitted
 from fedclient.egress import release
 from fedclient.gate.ready import ready
+from fedclient.own_log import log_of
 from fedclient.parcels import answered
-from fedclient.records import log_of
 from fedclient.site import Site, open_site
 from fedclient.summing import is_summed, summed
 from fedclient.work import Gate, Learner, carry_out, no_gate, refusal

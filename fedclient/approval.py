@@ -182,6 +182,7 @@ def verify(
 ) -> None:
     """Checks every line of this site's log, and names the first bad one; exits with 1 if there is one."""
     from fedclient.site import read_site_file
+    from shared_models.authority import read_files
     from shared_models.errors import StateInvalid
     from shared_models.evidence import against, read_pack, tell, verdict_of
     from shared_models.identity import identity_public_key, load_secret, vouched
@@ -191,7 +192,7 @@ def verify(
     found = {name: mine}
     if pack is not None:
         files = read_pack(pack)
-        key = vouched((site / "keys" / "ca.pem").read_bytes(), files.get("signer.pem", b""))
+        key = vouched(read_files(site / "keys"), files.get("signer.pem", b""))
         if key is None:
             raise StateInvalid(f"{pack}: its key is not vouched for by the authority that this site pinned at `join`.")
         found[name], found["coordinator"] = against(mine, files, key)
@@ -206,13 +207,14 @@ def export(
 ) -> None:
     """Writes the log, its signed head and the certificates into one file that others can verify."""
     from fedclient.site import read_site_file
+    from shared_models.authority import read_files
     from shared_models.evidence import export as write
     from shared_models.identity import identity_public_key, load_secret
 
     read_site_file(site)
     key = identity_public_key(load_secret(site / "keys" / "identity.key"))
     certificates = {
-        "ca.pem": (site / "keys" / "ca.pem").read_bytes(),
+        "ca.pem": read_files(site / "keys"),
         "tls.pem": (site / "keys" / "tls.pem").read_bytes(),
     }
     write(site, key, certificates, out)

@@ -108,8 +108,15 @@ def rejoin(
 
 @app.command()
 @guarded
-def renew(site: Folder = Path("site"), as_json: AsJson = False) -> None:
+def renew(
+    identity: Annotated[
+        bool, typer.Option("--identity", help="Also a new key of what this site signs; best between two runs.")
+    ] = False,
+    site: Folder = Path("site"),
+    as_json: AsJson = False,
+) -> None:
     """Renews this site's certificate now; a node that runs does so by itself when a third of its life is left."""
+    from fedclient.authorities import refresh
     from fedclient.renewal import check_keys
     from fedclient.renewal import renew as ask_anew
     from fedclient.site import read_site_file
@@ -118,7 +125,8 @@ def renew(site: Folder = Path("site"), as_json: AsJson = False) -> None:
 
     file = read_site_file(site)
     check_keys(site)
-    facts = ask_anew(site, file.name, file.coordinator)
+    refresh(site, file.name, file.coordinator)
+    facts = ask_anew(site, file.name, file.coordinator, identity)
     if as_json:
         print_json({"site": file.name, "expires_at": facts.expires_at_s, "serial": facts.serial})
         return
@@ -126,6 +134,10 @@ def renew(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     console.print(
         f"Its words: [bold]{fingerprint_words(facts.fingerprint)}[/]. A node that runs takes it up by itself."
     )
+    if identity:
+        console.print(
+            "What this site signs is signed with a new key: its audit log begins anew, and names the old one."
+        )
 
 
 app.command()(check)

@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fedclient.own_log import log_of
 from fedclient.policy import objections
-from fedclient.records import log_of
 from fedclient.site import Site
 from fedclient.work import check_signed, study_of
 from shared_models.errors import OrderRefused, StateInvalid

@@ -12,7 +12,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from fedclient.records import hear, log_of, own_head
+from fedclient.own_log import log_of
+from fedclient.records import hear, own_head
 from fedclient.site import Site, read_site_file
 from fedclient.work import study_of
 from shared_models.class_counts import ClassCounts

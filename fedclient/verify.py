@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from shared_models.authority import read_files
 from shared_models.cli import guarded, print_json
 from shared_models.errors import ReleaseInvalid
 from shared_models.evidence import LOG
@@ -30,7 +31,7 @@ def trust_in(site: Path, authority: Path | None, research: bool) -> Trust:
     if authority is not None:
         return Trust((authority.read_bytes(),), research)
     if pinned.exists():
-        return Trust((pinned.read_bytes(),), research)
+        return Trust((read_files(site / "keys"),), research)
     if research:
         return Trust((), True)
     raise ReleaseInvalid(

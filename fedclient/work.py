@@ -11,6 +11,7 @@ import numpy as np
 from fedclient.memory import memory_folder, own_path, recall, remember
 from fedclient.site import Site
 from fedclient.spending import check_budget, check_order, reserved
+from shared_models.authority import read_files
 from shared_models.control import without_control
 from shared_models.drift import Profile
 from shared_models.errors import OrderRefused
@@ -157,7 +158,7 @@ def check_signed(proof: Proof | None, site: Site, purpose: str, content: bytes, 
             f"{purpose.upper()}_UNSIGNED", f"run {run}: the coordinator has not signed its {purpose}. Ask it why."
         )
     certificate, signature = proof.certificate.encode(), bytes.fromhex(proof.signature)
-    if not stated((site.folder / "keys" / "ca.pem").read_bytes(), certificate, signature, purpose, content):
+    if not stated(read_files(site.folder / "keys"), certificate, signature, purpose, content):
         raise OrderRefused(
             f"{purpose.upper()}_SIGNATURE",
             f"run {run}: the {purpose}'s signature is not the coordinator's for this run and study. Telephone it.",

@@ -120,7 +120,7 @@ def backup(
     from fedserver.enrol import open_federation
 
     opened = open_federation(federation)
-    made = copy(opened, file, None if no_secrets else _passphrase(passphrase_file, twice=True))
+    made = copy(opened, file, None if no_secrets else passphrase(passphrase_file, twice=True))
     if as_json:
         print_json({"file": str(file), "at": made.at_s, "files": len(made.files), "secrets": made.secrets})
         return
@@ -143,7 +143,7 @@ def restore(
     from shared_models.expiry import date_text
     from shared_models.identity import fingerprint_words
 
-    made = unpack(file, federation, _passphrase(passphrase_file, twice=False))
+    made = unpack(file, federation, passphrase(passphrase_file, twice=False))
     if as_json:
         print_json({"federation": made.federation, "folder": str(federation), "at": made.at_s})
         return
@@ -154,7 +154,7 @@ def restore(
     console.print("the last round in it. Serve it in one place only. Next: `fedserver doctor`, `fedserver serve`.")
 
 
-def _passphrase(file: Path | None, twice: bool) -> str:
+def passphrase(file: Path | None, twice: bool) -> str:
     """From a file, or asked for: a command line and an environment are seen by others."""
     if file is not None:
         return (file.read_text(encoding="utf-8").splitlines() or [""])[0]

@@ -264,16 +264,22 @@ def forget_node(path: Path, flower_node_id: int) -> None:
 # Certificates and the roster
 
 
-def renew_certificate(path: Path, certificate: CertificateRow, fingerprint: str, seal: Seal) -> None:
+def renew_certificate(
+    path: Path, certificate: CertificateRow, fingerprint: str, seal: Seal, identity: str | None = None
+) -> None:
     """Stores a further certificate of an active site, the newest from now on, and a new epoch.
+
+    Args:
+        identity: public key that takes the place of the site's; None keeps it.
 
     Raises:
         EnrolmentFailed: the site was revoked meanwhile.
     """
     with writing(path) as db:
         renewed = db.execute(
-            "UPDATE sites SET certificate_serial = ?, certificate_fingerprint = ? WHERE name = ? AND state = 'active'",
-            (certificate.serial, fingerprint, certificate.site),
+            "UPDATE sites SET certificate_serial = ?, certificate_fingerprint = ?,"
+            " identity_public_key = COALESCE(?, identity_public_key) WHERE name = ? AND state = 'active'",
+            (certificate.serial, fingerprint, identity, certificate.site),
         )
         if renewed.rowcount != 1:
             raise EnrolmentFailed(f"site {certificate.site!r}: is not active in this federation any more.")
@@ -300,6 +306,13 @@ def list_rosters(path: Path, since: int, most: int) -> tuple[int, list[bytes]]:
         newest = db.execute("SELECT COALESCE(MAX(epoch), 0) FROM rosters").fetchone()[0]
         rows = db.execute("SELECT content FROM rosters WHERE epoch >= ? ORDER BY epoch LIMIT ?", (since, most))
         return int(newest), [bytes(row[0]) for row in rows]
+
+
+def sign_rosters_anew(path: Path, again: Callable[[bytes], bytes]) -> None:
+    """Puts `again` of every signed epoch in its place: the same rosters, signed with another key."""
+    with writing(path) as db:
+        rows = db.execute("SELECT epoch, content FROM rosters").fetchall()
+        db.executemany("UPDATE rosters SET content = ? WHERE epoch = ?", [(again(bytes(c)), e) for e, c in rows])
 
 
 def _add_certificate(db: sqlite3.Connection, row: CertificateRow) -> None:

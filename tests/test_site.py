@@ -157,7 +157,7 @@ def test_threads_that_make_the_secret_at_once_get_the_same_one(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"ab" * 31, b"zz" * 32, b"\xff" * 64, b"ab" * 32 + b"\n"])
 def test_a_secret_that_was_cut_or_overwritten_is_not_used(tmp_path, content):
-    (tmp_path / "case-keys").write_bytes(content)
+    write_atomic(tmp_path / "case-keys", content)
     with pytest.raises(StateInvalid, match="Restore it from your backup") as refused:
         secret(tmp_path / "case-keys")
     assert "abab" not in str(refused.value)

@@ -24,6 +24,7 @@ from fedclient.predict.model import Model, load_model
 from fedclient.predict.outputs import write_case
 from fedclient.serving.logs import own_lines_only, where
 from fedclient.serving.view import colours, write_view
+from shared_models.authority import ROOT, read_files
 from shared_models.errors import FederationError, ImageUnreadable
 from shared_models.release import Trust, open_release
 
@@ -118,7 +119,9 @@ def main(arguments: list[str] | None = None) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     try:
-        trust = Trust(tuple(path.read_bytes() for path in asked.authority), asked.research)
+        keys = asked.site / "keys"
+        pinned = [read_files(keys)] if not asked.authority and (keys / ROOT).exists() else []
+        trust = Trust((*(path.read_bytes() for path in asked.authority), *pinned), asked.research)
         release = open_release(asked.release, trust)
         model = load_model(release, asked.device, asked.threads)
     except FederationError as error:
