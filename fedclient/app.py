@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 from fedclient.consent import admitted
 from fedclient.egress import release
 from fedclient.gate.ready import ready
+from fedclient.overdue import limited
 from fedclient.parcels import answered
 from fedclient.records import log_of
 from fedclient.site import Site, open_site
@@ -28,7 +29,8 @@ def client_app(learner: Learner, gate: Gate = no_gate) -> ClientApp:
         order, site = read_order(message), open_site(context.node_config)
         try:
             if site.deployed:
-                reply = answered(order, admitted(order, site), learner, gate=gate)
+                here = limited(admitted(order, site), message.metadata.ttl)
+                reply = answered(order, here, learner, gate=gate)
                 return write_reply(release(reply, order, site), message)
             weights = tensors_of(message, f"order of round {order.round}") or {}
             if is_summed(order):
