@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from fedclient.clock import check_clock
+from fedclient.clock import await_clock
 from fedclient.renewal import Keeper, certificate_of, check_keys
 from fedclient.tls import ClientTls
 from fedclient.welcome import await_welcome, shut_out
@@ -152,7 +152,7 @@ def run_node(files: NodeFiles, port: int) -> None:
     check_keys(files.site)
     await_welcome(files.site, files.coordinator())
     tls = ClientTls(files.keys)
-    check_clock(files.coordinator(), tls.context)
+    await_clock(files.site, files.coordinator(), tls.context)
     loop = flower_module("flwr.supernode.start_client_internal")
     state_factory = _state_factory()
     state = state_factory.state()

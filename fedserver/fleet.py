@@ -1,9 +1,11 @@
-"""The two fields of Flower's fleet messages that the gateway reads, so that a node speaks for itself alone."""
+"""What the gateway reads of Flower's fleet messages, so that a node speaks for itself alone and sends no tensors."""
 
 from shared_models.errors import UpdateRejected
 
 ACTIVATE_NODE = "/v1/fleet/activate-node"
 PUSH_MESSAGES = "/v1/fleet/push-messages"
+PUSH_OBJECT = "/v1/fleet/push-object"
+TENSORS = b"Array"  # how objects of the classes Array, ArrayChunk and ArrayRecord begin
 
 
 def message_sources(path: str, body: bytes) -> set[int]:
@@ -26,6 +28,26 @@ def message_sources(path: str, body: bytes) -> set[int]:
             "MESSAGE_UNREADABLE", f"{path}: not a PushMessagesRequest. Use flwr==1.41.0 at the site."
         ) from error
     return {int(message.metadata.src_node_id) for message in request.messages_list}
+
+
+def carries_tensors(path: str, body: bytes) -> bool:
+    """Whether a fleet call uploads a piece of a tensor: an array may name one small chunk a thousand times, and Flower
+    1.41 inflates it in the memory of the ServerApp before our code sees the reply. Tensors travel as blobs.
+
+    Raises:
+        UpdateRejected: `body` is not what this call carries.
+    """
+    if path != PUSH_OBJECT:
+        return False
+    from flwr.proto.message_pb2 import PushObjectRequest
+    from google.protobuf.message import DecodeError
+
+    try:
+        return bool(PushObjectRequest.FromString(body).object_content.startswith(TENSORS))
+    except DecodeError as error:
+        raise UpdateRejected(
+            "MESSAGE_UNREADABLE", f"{path}: not a PushObjectRequest. Use flwr==1.41.0 at the site."
+        ) from error
 
 
 def activated_node(path: str, answer: bytes) -> int | None:

@@ -27,7 +27,7 @@ import uvicorn
 
 from fedserver.admission import Admission
 from fedserver.enrol import Federation, RegisterNode, enrol, open_federation
-from fedserver.fleet import PUSH_MESSAGES, activated_node, message_sources
+from fedserver.fleet import PUSH_MESSAGES, activated_node, carries_tensors, message_sources
 from fedserver.intake import BLOB_PATH, Intake, give_blob, sweep, take_blob, tell_blob
 from fedserver.lifecycle import renew
 from fedserver.listener import Headers, Refused, Request, application, make_server
@@ -231,7 +231,7 @@ async def forward(gateway: Gateway, request: Request, site: Site) -> None:
         if request.headers.get(NODE_KEY_HEADER) != _node_header(site):
             raise _forbidden(site.name, "shows a node key that it has not enrolled. Use the node.key of its `keys`.")
         body = await request.body.read(FLEET_BYTES)
-        _check_sources(request.path, body, site)
+        _check_content(request.path, body, site)
         response = await _ask_superlink(gateway, request, body)
         if response.status_code == 200:
             await _learn_node(gateway, request.path, response.content, site)
@@ -252,11 +252,14 @@ async def _ask_superlink(gateway: Gateway, request: Request, body: bytes) -> htt
         raise Refused(503, "the SuperLink cannot be reached. Try again.", [("retry-after", "1")]) from error
 
 
-def _check_sources(path: str, body: bytes, site: Site) -> None:
+def _check_content(path: str, body: bytes, site: Site) -> None:
     try:
-        sources = message_sources(path, body)
+        sources, tensors = message_sources(path, body), carries_tensors(path, body)
     except UpdateRejected as error:
         raise Refused(400, str(error)) from error
+    if tensors:
+        log.warning("refused: site %s sends tensors inside a message", site.name)
+        raise Refused(413, f"site {site.name!r}: tensors travel as blobs, never inside a message. Nothing was kept.")
     if sources - {site.flower_node_id}:
         raise _forbidden(site.name, "sends messages in the name of another node. They were not passed on.")
 

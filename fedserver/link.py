@@ -209,9 +209,7 @@ def serve_link(folder: Path, port: int) -> None:
     patch_flower()
     kept_secret(folder / "secrets/superexec")
     app = guarded(_flower_app(folder, database, port), kept_secret(folder / "secrets/control"))
-    if not database.exists():
-        raise ProcessFailed(f"{database}: Flower did not open it, and a state in memory is lost with the process.")
-    database.chmod(0o600)
+    require_file(database)
     write_json(home / "port", port)
 
     import uvicorn
@@ -280,6 +278,13 @@ def check_database(path: Path) -> None:
             "invite the sites anew: registered keys and the orders under way were in it, models and studies were not."
         )
     path.chmod(0o600)
+
+
+def require_file(database: Path) -> None:
+    """Raises ProcessFailed unless Flower has opened its database as a file; nodes are lost with a state in memory."""
+    if not database.exists():
+        raise ProcessFailed(f"{database}: Flower did not open it, and a state in memory is lost with the process.")
+    database.chmod(0o600)
 
 
 def guarded(app: Asgi, control_secret: bytes) -> Asgi:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, PushMessagesRequest
-from flwr.proto.message_pb2 import Message, Metadata
+from flwr.proto.message_pb2 import Message, Metadata, PushObjectRequest
 
 from fedclient.enrol import Joined
 from fedserver import gateway as gateways
@@ -43,6 +43,7 @@ from tests.edge import Answer, Edge, ask, joined_site, node_headers, running_edg
 BLOB = random.Random(1).randbytes(699_999) + b"."  # known, so that tests have the same names in every process
 DIGEST = hashlib.sha256(BLOB).hexdigest()
 PULL, PUSH, ACTIVATE = "/v1/fleet/pull-messages", "/v1/fleet/push-messages", "/v1/fleet/activate-node"
+PUSH_OBJECT = "/v1/fleet/push-object"
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +297,21 @@ def test_a_node_answers_for_itself_alone(edge: Edge, north: Site, south: Site) -
     unreadable = fleet(edge, north, PUSH, b"\xff\xff\xff")
     assert (unreadable.status, "not a PushMessagesRequest" in unreadable.detail) == (400, True)
     assert len(edge.superlink.arrived) == 2
+
+
+@pytest.mark.parametrize("kind", ["Array", "ArrayChunk", "ArrayRecord"])
+def test_tensors_inside_a_message_are_refused_before_flower_can_inflate_them(
+    edge: Edge, north: Site, kind: str
+) -> None:
+    facts = PushObjectRequest(object_content=b"ConfigRecord  2\0{}").SerializeToString()
+    assert fleet(edge, north, PUSH_OBJECT, facts).status == 200
+    refused = fleet(
+        edge, north, PUSH_OBJECT, PushObjectRequest(object_content=f"{kind}  2\0..".encode()).SerializeToString()
+    )
+    assert (refused.status, "tensors travel as blobs" in refused.detail) == (413, True)
+    unreadable = fleet(edge, north, PUSH_OBJECT, b"\xff\xff\xff")
+    assert (unreadable.status, "not a PushObjectRequest" in unreadable.detail) == (400, True)
+    assert [arrived.body for arrived in edge.superlink.arrived] == [facts]
 
 
 def test_a_large_body_is_refused_and_the_client_hears_why(edge: Edge, north: Site) -> None:

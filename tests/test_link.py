@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fedserver.link import CONTROL_HEADER, Link, Receive, Scope, Send, check_database, guarded, run_states
+from fedserver.link import CONTROL_HEADER, Link, Receive, Scope, Send, check_database, guarded, require_file, run_states
 from shared_models.errors import ProcessFailed, StateInvalid
 from shared_models.identity import new_authority
 from shared_models.supervise import kept_port
@@ -65,6 +65,14 @@ def test_a_database_is_made_its_owners_alone(tmp_path: Path) -> None:
     path.touch(0o644)
     check_database(path)
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_superlink_that_would_keep_its_state_in_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ProcessFailed, match="a state in memory is lost with the process"):
+        require_file(tmp_path / "state.db")
+    (tmp_path / "state.db").touch(0o644)
+    require_file(tmp_path / "state.db")
+    assert (tmp_path / "state.db").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_superlink_that_does_not_answer_is_named_with_its_log(tmp_path: Path) -> None:
