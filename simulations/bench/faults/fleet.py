@@ -22,7 +22,7 @@ from fedclient.policy import Policy
 from fedclient.site import Data, SiteFile, site_toml
 from fedserver.checkpoint import RunFolder, create_run, read_progress, read_state
 from fedserver.enrol import Federation, init_federation, invite
-from fedserver.state import Run, add_run, find_run
+from fedserver.state import Run, add_run, change_run, find_run
 from shared_models.errors import ProcessFailed
 from shared_models.files import read_lines, write_atomic, write_json
 from shared_models.study import Evaluate, Rounds, Study, sha256
@@ -194,6 +194,12 @@ class Fleet:
         found = self.run(name)
         if found.state != "finished":
             raise FellShort(f"run {name}: is {found.state}: {found.message}")
+        return RunFolder(self.federation.runs / name)
+
+    def cease(self, name: str) -> RunFolder:
+        """Stops a run that has shown what it was to show, and waits until its process has ended."""
+        change_run(self.federation.state, name, time.time(), "stopped")
+        await_that(f"the process of {name} has ended", lambda: self.run_pid() is None, 30)
         return RunFolder(self.federation.runs / name)
 
 

@@ -89,7 +89,7 @@ def killed_while_cut_off(here: Fleet) -> str:
     began, at = time.monotonic(), round_of(run)
     counted = await_that("s3 is counted again", lambda: counted_after(run, "s3", at), 90)
     took = time.monotonic() - began
-    here.finish("f2b", 240)
+    here.cease("f2b")
     sound(run)
     check(took < 60, f"s3 was counted again {took:.0f} s after the line was whole")
     return f"counted again in round {counted}, {took:.0f} s after the line was whole; the others' rounds went on"
@@ -188,7 +188,7 @@ def short_silence(here: Fleet) -> None:
 
 def long_silence(here: Fleet) -> str:
     here.honest(1.0)
-    run = here.begin("f8-long", study("f8-long", 60, deadline_s=10.0, gather_s=0.0, pause_s=60.0))
+    run = here.begin("f8-long", study("f8-long", 200, deadline_s=10.0, gather_s=0.0, pause_s=60.0))
     in_work(here, run, "s1", 1)
     with here.lines["s1"].silent():
         began, before = time.monotonic(), round_of(run)
@@ -200,7 +200,7 @@ def long_silence(here: Fleet) -> str:
     began, at = time.monotonic(), round_of(run)
     counted = await_that("s1 is counted again", lambda: counted_after(run, "s1", at), 90)
     took = time.monotonic() - began
-    here.finish("f8-long", 300)
+    here.cease("f8-long")
     sound(run)
     return f"{without} rounds closed without it, each in time; counted again in round {counted}, {took:.0f} s after"
 

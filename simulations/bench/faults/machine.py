@@ -105,7 +105,7 @@ def full_site(here: Fleet) -> str:
         here.start("s4")
         try:
             here.ready("s4")
-            run = here.begin("f11", study("f11", 40, deadline_s=30.0))
+            run = here.begin("f11", study("f11", 400, deadline_s=30.0))
             await_that("s4 was counted", lambda: round_of(run) and "s4" in told(run, round_of(run))["sites"])
             with full(here.folder("s4")):
                 at = round_of(run) + 1
@@ -113,7 +113,7 @@ def full_site(here: Fleet) -> str:
                 await_that("rounds go on", lambda: round_of(run) >= at + 2, 60)
             at = round_of(run) + 1
             await_that("s4 is counted again", lambda: _counted(run, at, "s4"), 90)
-            here.finish("f11", 240)
+            here.cease("f11")
             sound(run)
             check(here.restarts("s4", "node") == 0, f"its node was restarted {here.restarts('s4', 'node')} times")
         finally:

@@ -4,8 +4,8 @@ import http.client
 import socket
 import ssl
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fedserver.checkpoint import RunFolder
 from shared_models.protect.privacy import Privacy, Protect
 from shared_models.study import Strategy, Study, Train
 from shared_models.transfer import site_context
-from simulations.bench.faults.fleet import COORDINATOR, Fleet, await_that, round_of, study, told
+from simulations.bench.faults.fleet import COORDINATOR, Fleet, await_finished, await_that, round_of, study, told
 from simulations.bench.faults.kills import check, everybody, sound
 
 MIB = 1 << 20
@@ -103,7 +103,7 @@ def resident(here: Fleet) -> dict[str, int]:
 def flood(here: Fleet) -> str:
     """While a run goes on: a body of 400 MB, one without a length, 400 idle connections, a bomb inside a reply."""
     here.honest(1.0)
-    run = here.begin("f16", study("f16", 12, deadline_s=30.0))
+    run = here.begin("f16", study("f16", 200, deadline_s=30.0))
     await_that("round 1 is finished", lambda: round_of(run) >= 1)
     before, most, answers = resident(here), dict[str, int](), []
     host, context = "127.0.0.1", site_context(here.folder("s1") / "keys")
@@ -125,7 +125,7 @@ def flood(here: Fleet) -> str:
     number = await_that("the bomb is refused", lambda: _refused_in(run, at), 90)
     found = left_out(run, number, LIAR)
     here.honest()
-    here.finish("f16", 240)
+    here.cease("f16")
     sound(run)
     growth = max(resident(here)[child] / before[child] for child in before)
     check(growth < MOST_GROWTH, f"memory grew {growth:.2f} times after the bomb")
@@ -179,33 +179,43 @@ def policy_conflict(here: Fleet) -> str:
 
 
 def endless_work(here: Fleet) -> str:
-    """An order that hangs in a call that holds the interpreter, one that is slow, one that finds no memory."""
-    file = read_site_file(here.folder(LIAR))
-    here.write_site(replace(file, limits=replace(file.limits, order_s=4.0)))
-    try:
-        here.honest(0.5)
-        here.script(LIAR, do="hang", rounds=[1])
-        run = here.begin("f25", study("f25", 3, deadline_s=100.0))
-        await_that("round 1 is finished", lambda: round_of(run) >= 1, 120)
-        took = float(told(run, 1)["seconds"])
-        hung = left_out(run, 1, LIAR)
-        check(hung == "failed TRAIN_TIMEOUT", f"a call that never returns: {hung}")
-        here.finish("f25")
-        check(LIAR in told(run, 2)["sites"], "its next order was not carried out")
-        sound(run)
-        where = "fault" in here.log(LIAR, "executor") and "learn" in here.log(LIAR, "executor")
-        check(where, "its log does not tell where it hung")
+    """An order that hangs, one that is slow, one that finds no memory, one that is private."""
+    hung = hanging_call(here)
+    with order_limit(here, 4.0):
         slow = lies_by_work(here, "f25-slow", seconds=60.0)
-        check(slow == "refused TRAIN_TIMEOUT", f"slow steps: {slow}")
-    finally:
-        here.write_site(file)
+    check(slow == "refused TRAIN_TIMEOUT", f"slow steps: {slow}")
     memory = lies_by_work(here, "f25-memory", do="out-of-memory")
     check(memory == "failed OUT_OF_MEMORY", f"no memory: {memory}")
-    spent = _private_hang(here)
-    return (
-        f"hung: ended from outside, {hung} after {took:.0f} s (limit 4 s and 20 s of grace), counted again in the next "
-        f"round; slow steps: {slow}; no memory: {memory}; {spent}"
-    )
+    return f"{hung}; slow steps: {slow}; no memory: {memory}; {_private_hang(here)}"
+
+
+@contextmanager
+def order_limit(here: Fleet, seconds: float) -> Iterator[None]:
+    """`[limits] order_s` of s3, until the block ends."""
+    file = read_site_file(here.folder(LIAR))
+    here.write_site(replace(file, limits=replace(file.limits, order_s=seconds)))
+    try:
+        yield
+    finally:
+        here.write_site(file)
+
+
+def hanging_call(here: Fleet) -> str:
+    """Training hangs in a call that holds the interpreter, so that no thread of its process runs any more."""
+    here.honest(0.5)
+    here.script(LIAR, do="hang", rounds=[1])
+    with order_limit(here, 4.0):
+        run = here.begin("f25", study("f25", 2, deadline_s=100.0))
+        await_finished(run, 1, 120)
+        here.finish("f25")
+    found, took = left_out(run, 1, LIAR), float(told(run, 1)["seconds"])
+    check(found == "failed TRAIN_TIMEOUT", f"a call that never returns: {found}")
+    everybody(here, run, 2)
+    sound(run)
+    check("app.py" in here.log(LIAR, "executor"), "its log does not tell where it hung")
+    words = overview(here.folder(LIAR))["warnings"]
+    check(any("TRAIN_TIMEOUT" in each for each in words), f"`fedclient status` does not tell: {words}")
+    return f"a call that never returns: ended from outside, {found} after {took:.0f} s, counted in the next round"
 
 
 def lies_by_work(here: Fleet, name: str, do: str = "", seconds: float = 0.0) -> str:
@@ -238,15 +248,11 @@ def with_budgets(here: Fleet, most: float) -> None:
 def _private_hang(here: Fleet) -> str:
     """What is reserved for work that hangs stays spent."""
     with_budgets(here, 50.0)
-    file = read_site_file(here.folder(LIAR))
-    here.write_site(replace(file, limits=replace(file.limits, order_s=2.0)))
     here.honest()
     here.script(LIAR, seconds=60.0, rounds=[1])
-    try:
+    with order_limit(here, 2.0):
         run = here.begin("f25-private", private("f25-private", 1))
         here.finish("f25-private")
-    finally:
-        here.write_site(file)
     accounts = {site: open_ledger(here.folder(site)).accounts()[0] for site in here.sites}
     open_now = {site: account.open for site, account in accounts.items()}
     check(open_now == {"s1": 0, "s2": 0, "s3": 1}, f"reservations that were never settled: {open_now}")
