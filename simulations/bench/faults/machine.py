@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from simulations.bench.faults.kills import check, everybody, in_work, sound
 from simulations.bench.faults.sent import LIAR, left_out
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+MIB = 1 << 20
+BLOCK_BYTES = 1 << 12
 DISK_MIB = 512  # the gateway takes no upload that would leave less than 256 MiB
 OTHER_VERSION = "9.9.9"
 
@@ -54,19 +56,21 @@ def small_disk(folder: Path, size_mib: int = DISK_MIB) -> Iterator[None]:
 
 
 @contextmanager
-def full(folder: Path) -> Iterator[None]:
-    """No byte is left on the disk of a folder, until the block ends."""
-    ballast = folder / "ballast"
+def ballast(folder: Path, size_bytes: int) -> Iterator[None]:
+    """So many bytes less are left on the disk of a folder, or none, until the block ends."""
+    path = folder / "ballast"
     try:
-        with suppress(OSError), ballast.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(1 << 16))
-        with suppress(OSError), ballast.open("ab", buffering=0) as file:
-            while True:
-                file.write(b"\0")
+        with suppress(OSError), path.open("wb", buffering=0) as file:
+            for _ in range(size_bytes // BLOCK_BYTES):
+                file.write(bytes(BLOCK_BYTES))
         yield
     finally:
-        ballast.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def full(folder: Path) -> AbstractContextManager[None]:
+    """No block is left on the disk of a folder, until the block ends."""
+    return ballast(folder, 1 << 40)
 
 
 def full_coordinator(here: Fleet) -> str:
@@ -94,7 +98,21 @@ def full_coordinator(here: Fleet) -> str:
     words = "went on by itself" if state == "running" else f"was {state} and went on when it was resumed"
     return (
         f"no round on a full disk, last checkpoint intact, {lived} of 3 processes lived on; with room again it {words}"
+        f". {_nearly_full(here)}"
     )
+
+
+def _nearly_full(here: Fleet) -> str:
+    """A run that begins while less is left than a round wants."""
+    disk = here.federation.folder.parent
+    with ballast(disk, shutil.disk_usage(disk).free - 200 * MIB):
+        run = here.begin("f10-room", study("f10-room", 1))
+        await_that("the run pauses", lambda: here.run("f10-room").state == "paused", 60)
+        check("MiB are free on the coordinator's disk" in here.run("f10-room").message, here.run("f10-room").message)
+    resume(here.federation, "f10-room")
+    here.finish("f10-room")
+    sound(run)
+    return "With too little left for a round: paused before anybody was asked, saying how much is wanted"
 
 
 def full_site(here: Fleet) -> str:
