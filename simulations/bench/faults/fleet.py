@@ -33,10 +33,10 @@ from simulations.demo import ONE_THREAD, await_port
 
 APP = "simulations.bench.faults.app:app"
 ROOT = Path(__file__).resolve().parents[3]
-SERVE = (  # what `fedserver serve` does
+SERVE = (  # what `fedserver serve` does, with another app where one is named
     "import sys; from pathlib import Path; from fedserver.serve import serve; "
     "from shared_models.supervise import stop_on_signals; "
-    "serve(Path(sys.argv[1]), '127.0.0.1', int(sys.argv[2]), stop_on_signals())"
+    "serve(Path(sys.argv[1]), '127.0.0.1', int(sys.argv[2]), stop_on_signals(), *sys.argv[3:])"
 )
 START = (  # what `fedclient start` does, with another app
     "import sys; from pathlib import Path; from fedclient.start import start; "

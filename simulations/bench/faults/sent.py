@@ -38,7 +38,7 @@ def lies(here: Fleet, name: str, words: dict[str, str]) -> str:
     """A round for each word, in which s3 tells it; it must be left out for that reason, and the others counted."""
     here.honest()
     here.script(LIAR, each=dict(enumerate(words, start=1)))
-    run = here.begin(name, study(name, len(words), deadline_s=20.0))
+    run = here.begin(name, study(name, len(words), deadline_s=60.0))
     here.finish(name)
     for number, (word, reason) in enumerate(words.items(), start=1):
         found = left_out(run, number, LIAR)
@@ -83,7 +83,7 @@ def replayed(here: Fleet) -> str:
 
 def _replay(here: Fleet) -> str:
     """The first reply is kept and is honest; the same bytes in the next round are not."""
-    run = here.begin("f17-replay", study("f17-replay", 2, deadline_s=20.0))
+    run = here.begin("f17-replay", study("f17-replay", 2, deadline_s=60.0))
     here.script(LIAR, do="replay")
     here.finish("f17-replay")
     found = left_out(run, 2, LIAR)

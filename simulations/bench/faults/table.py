@@ -311,6 +311,10 @@ FAULTS: tuple[Fault, ...] = (
                 "the_executor_of_an_order_whose_time_and_grace_are_over_is_to_be_killed",
             ),
             *_of("test_supervise", "a_child_that_hangs_and_holds_its_interpreter_is_killed_with_all_that_it_started"),
+            *_of(
+                "processes/test_faults",
+                "training_that_hangs_is_ended_from_outside_named_and_its_site_takes_the_next_order",
+            ),
             *_of("test_micro", "a_single_example_that_does_not_fit_is_refused_with_the_keys_to_raise"),
         ),
     ),
