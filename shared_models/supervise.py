@@ -97,6 +97,7 @@ class _Watched:
     began: float = 0.0
     failures: int = 0
     next_start: float = 0.0
+    hung: str = ""  # why it was killed
 
 
 def supervise(
@@ -145,18 +146,17 @@ def _attend(one: _Watched, patience: Patience) -> bool:
         one.shown.pid, one.shown.state, one.shown.since = one.process.pid, "running", time.time()
         return True
     rotate(one.child.log)
-    code, hanging = reap(one.process), ""
+    code = reap(one.process)
     if code is None:
-        hanging = one.child.hangs(one.process.pid)
-        if not hanging:
-            return False
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(one.process.pid, signal.SIGKILL)
-        code = _await_end(one.process, now)
+        one.hung = one.hung or one.child.hangs(one.process.pid)
+        if one.hung:  # waited for at the next looks: a driver may hold a process for a while after SIGKILL
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(one.process.pid, signal.SIGKILL)
+        return False
     one.failures = 1 if now - one.began >= patience.healthy_s else one.failures + 1
     pause_s = min(patience.longest_s, patience.first_s * 2 ** (one.failures - 1)) * random.uniform(0.75, 1.25)
     one.process, one.next_start = None, now + pause_s
-    words = hanging or (_last_line(one.child.log) if code > 0 else "")
+    words, one.hung = one.hung or (_last_line(one.child.log) if code > 0 else ""), ""
     one.shown = Shown(None, "waiting", one.shown.restarts + 1, code, time.time(), words)
     return True
 
