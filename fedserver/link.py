@@ -269,7 +269,7 @@ def check_database(path: Path) -> None:
         return
     try:
         with closing(sqlite3.connect(path)) as database:
-            found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+            found = database.execute("PRAGMA quick_check(1)").fetchone()[0].replace("\n", " ")
     except sqlite3.DatabaseError as error:
         found = str(error)
     if found != "ok":

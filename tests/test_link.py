@@ -1,5 +1,7 @@
 import asyncio
+import sqlite3
 from collections.abc import MutableMapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,21 @@ def test_a_damaged_database_is_refused_with_what_was_in_it(tmp_path: Path) -> No
     path.write_bytes(b"not a database, but long enough to be read as one" * 100)
     with pytest.raises(StateInvalid, match=r"state\.db: is damaged .*backup"):
         check_database(path)
+
+
+def test_a_damaged_page_is_told_in_one_line_so_that_a_supervisors_last_words_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE nodes (key TEXT)")
+        database.executemany("INSERT INTO nodes VALUES (?)", [("x" * 500,)] * 100)
+        database.commit()
+    with path.open("r+b") as file:
+        file.seek(3 * 4096)
+        file.write(b"\xff" * 4096)
+    with pytest.raises(StateInvalid) as refused:
+        check_database(path)
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).startswith(f"{path}: is damaged (")
 
 
 def test_a_database_is_made_its_owners_alone(tmp_path: Path) -> None:
