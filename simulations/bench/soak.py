@@ -85,7 +85,7 @@ class Soak:
     # ---- disturbances: each ends by itself ----
 
     def disturb(self) -> None:
-        """One, chosen by chance among those whose target is left alone now."""
+        """One, chosen by chance; none where its target is not to be disturbed now."""
         site = self.rng.choice(self.here.sites)
         restart, serve = (lambda: self.here.start(site)), self.here.serve
         choices: list[tuple[str, str, Callable[[], None]]] = [
@@ -102,13 +102,14 @@ class Soak:
             (COORDINATOR, "power cut of the coordinator", lambda: self._power_cut(COORDINATOR, serve, 0.5, 5)),
         ]
         whom, what, act = self.rng.choice(choices)
-        if whom in self.busy:
-            return
+        finished = round_of(self.run)
+        if whom in self.busy or (whom == COORDINATOR and self.struck and self.struck[-1][0] > finished):
+            return  # the coordinator is left alone until a round was finished: else it might never come up
         with suppress(FellShort, psutil.Error):  # it is down already, by another disturbance
             act()
             self.done[what] += 1
             if whom == COORDINATOR:
-                self.struck.append((round_of(self.run) + 1, what))
+                self.struck.append((finished + 1, what))
 
     def _hold(self, whom: str, seconds: float, release: Callable[[], None]) -> None:
         """Nobody else disturbs `whom` until `release`, in `seconds`, and a while after."""
@@ -199,8 +200,8 @@ def soak(here: Fleet, rounds: int, seed: int, every_s: float) -> Soak:
             going.sample()
             sampled_at = now
             if round_of(going.run) > last:
-                last, moved_at = round_of(going.run), now
-                if last % 10 == 0:
+                before, last, moved_at = last, round_of(going.run), now
+                if last // 10 > before // 10:
                     print(f"  round {last}, {sum(going.done.values())} disturbances", file=sys.stderr, flush=True)
             if now - moved_at > 3 * (DEADLINE_S + SLACK_S + OUTAGE_S):
                 raise FellShort(f"round {last + 1} has not ended for {now - moved_at:.0f} s: it hangs")

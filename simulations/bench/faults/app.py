@@ -8,10 +8,11 @@ import ctypes
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from flwr.app import Array as FlowerArray
@@ -106,9 +107,12 @@ app = ClientApp()
 def answer(message: Message, context: Context) -> Message:
     """The honest answer, or the lie that the script wants in its place."""
     order, site = read_order(message), open_site(context.node_config)
-    reply = honest(message, context)
     word, _ = wanted(site.folder, order.round)
-    if word not in LIES or reply.has_error():
+    if word not in LIES:
+        return honest(message, context)
+    with nullcontext() if word in WITH_HONEST_UPLOAD else patch.object(Blobs, "send"):
+        reply = honest(message, context)
+    if reply.has_error():
         return reply
     told = read_reply(reply, site.name)
     return LIES[word](message, told, site, kept_path(order, site.folder).with_suffix(".safetensors"))
@@ -220,3 +224,5 @@ LIES: Mapping[str, Lie] = {
     "other-version": other_version,
     "bomb": bomb,
 }
+# the coordinator holds few uploads of a site that no reply names: an honest one goes only with a reply that names it
+WITH_HONEST_UPLOAD = {"negative", "none", "huge", "other-site", "other-study", "other-weights"}

@@ -1,5 +1,6 @@
 """Faults of what a site sends or refuses: lies about updates, floods, versions, policies, and work that never ends."""
 
+import base64
 import http.client
 import socket
 import ssl
@@ -15,6 +16,9 @@ from fedclient.ledger import open_ledger
 from fedclient.overview import overview
 from fedclient.site import read_site_file
 from fedserver.checkpoint import RunFolder
+from fedserver.fleet import PUSH_MESSAGES
+from fedserver.gateway import NODE_KEY_HEADER
+from shared_models.identity import node_public_key, node_public_pem
 from shared_models.protect.privacy import Privacy, Protect
 from shared_models.study import Strategy, Study, Train
 from shared_models.transfer import site_context
@@ -105,11 +109,11 @@ def flood(here: Fleet) -> str:
     here.honest(1.0)
     run = here.begin("f16", study("f16", 200, deadline_s=30.0))
     await_that("round 1 is finished", lambda: round_of(run) >= 1)
-    before, most, answers = resident(here), dict[str, int](), []
+    before, most = resident(here), dict[str, int]()
     host, context = "127.0.0.1", site_context(here.folder("s1") / "keys")
     with ExitStack() as held:
-        answers.append(_big_body(host, here.port, context))
-        check(answers[-1] in (413, 403), f"400 MB were answered with {answers[-1]}")
+        status = _big_body(here, "s1", context)
+        check(status == 413, f"400 MB were answered with {status}")
         stranger = ssl.create_default_context(cafile=str(here.federation.ca_certificate))
         kept = [c for c in (_idle(held, host, here.port, stranger) for _ in range(IDLE)) if c]
         for _ in range(20):
@@ -130,7 +134,7 @@ def flood(here: Fleet) -> str:
     growth = max(resident(here)[child] / before[child] for child in before)
     check(growth < MOST_GROWTH, f"memory grew {growth:.2f} times after the bomb")
     return (
-        f"400 MB: {answers[0]}; {len(kept)} of {IDLE} idle strangers' connections kept; tensors in a message: 413, "
+        f"400 MB: {status}; {len(kept)} of {IDLE} idle strangers' connections kept; tensors in a message: 413, "
         f"{LIAR} {found.split(':')[0]}; memory grew {growth:.2f} times, rounds went on"
     )
 
@@ -139,10 +143,12 @@ def _refused_in(run: RunFolder, after: int) -> int | None:
     return next((n for n in range(after + 1, round_of(run) + 1) if LIAR in told(run, n)["left_out"]), None)
 
 
-def _big_body(host: str, port: int, context: ssl.SSLContext) -> int:
-    """The status of an answer to 400 MB; they are announced, and sent for as long as they are taken."""
-    with closing(http.client.HTTPSConnection(host, port, context=context, timeout=60)) as connection:
-        connection.putrequest("POST", "/v1/fleet/push-messages")
+def _big_body(here: Fleet, site: str, context: ssl.SSLContext) -> int:
+    """The status of an answer to 400 MB of an enrolled node; they are announced, and sent while they are taken."""
+    key = node_public_pem(node_public_key((here.folder(site) / "keys/node.key").read_bytes()))
+    with closing(http.client.HTTPSConnection("127.0.0.1", here.port, context=context, timeout=60)) as connection:
+        connection.putrequest("POST", PUSH_MESSAGES)
+        connection.putheader(NODE_KEY_HEADER, base64.b64encode(key).decode())
         connection.putheader("content-length", str(BIG_BYTES))
         connection.endheaders()
         with suppress(OSError):
