@@ -19,7 +19,7 @@ from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedclient.app import client_app
+from fedclient.client import client_app
 from fedclient.kept import kept_path
 from fedclient.site import Site, open_site
 from fedclient.work import Holding, Learned

@@ -18,6 +18,7 @@ from fedclient.site import read_site_file
 from fedserver.checkpoint import RunFolder
 from fedserver.fleet import PUSH_MESSAGES
 from fedserver.gateway import NODE_KEY_HEADER
+from fedserver.listener import MOST_STRANGERS
 from shared_models.identity import node_public_key, node_public_pem
 from shared_models.protect.privacy import Privacy, Protect
 from shared_models.study import Strategy, Study, Train
@@ -115,12 +116,14 @@ def flood(here: Fleet) -> str:
         status = _big_body(here, "s1", context)
         check(status == 413, f"400 MB were answered with {status}")
         stranger = ssl.create_default_context(cafile=str(here.federation.ca_certificate))
-        kept = [c for c in (_idle(held, host, here.port, stranger) for _ in range(IDLE)) if c]
+        idle = [c for c in (_idle(held, host, here.port, stranger) for _ in range(IDLE)) if c]
         for _ in range(20):
             most = {child: max(size, most.get(child, 0)) for child, size in resident(here).items()}
             time.sleep(0.1)
         at = round_of(run)
         await_that("rounds go on meanwhile", lambda: round_of(run) > at, 60)
+        kept = sum(map(_is_open, idle))
+        check(kept <= MOST_STRANGERS, f"{kept} idle connections of strangers are kept")
     for child, size in most.items():
         growth = size / before[child]
         check(growth < MOST_GROWTH, f"{child}: memory grew {growth:.2f} times")
@@ -134,7 +137,7 @@ def flood(here: Fleet) -> str:
     growth = max(resident(here)[child] / before[child] for child in before)
     check(growth < MOST_GROWTH, f"memory grew {growth:.2f} times after the bomb")
     return (
-        f"400 MB: {status}; {len(kept)} of {IDLE} idle strangers' connections kept; tensors in a message: 413, "
+        f"400 MB: {status}; {kept} of {IDLE} idle connections of strangers kept; tensors in a message: 413, "
         f"{LIAR} {found.split(':')[0]}; memory grew {growth:.2f} times, rounds went on"
     )
 
@@ -167,6 +170,17 @@ def _idle(held: ExitStack, host: str, port: int, context: ssl.SSLContext) -> ssl
         return held.enter_context(context.wrap_socket(plain, server_hostname=host))
     except OSError:
         return None
+
+
+def _is_open(connection: ssl.SSLSocket) -> bool:
+    """Whether the other side has not hung up."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) != b""
+    except (ssl.SSLWantReadError, BlockingIOError):
+        return True
+    except OSError:
+        return False
 
 
 def policy_conflict(here: Fleet) -> str:
