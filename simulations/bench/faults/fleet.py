@@ -1,6 +1,7 @@
 """A federation of real processes on this machine whose sites work by a script: coordinator, nodes, executors, TLS.
 
 Each site dials the coordinator through a line of its own, which can be cut. Processes end with the one that made them.
+Waits are long, because a machine may be busy; they say nothing of how long a thing takes.
 """
 
 import os
@@ -95,7 +96,7 @@ class Fleet:
             self.marks[site] = len(self.log(site, "executor"))
             self._supervise(site, [START, str(self.folder(site)), APP], env or {})
 
-    def ready(self, *sites: str, timeout_s: float = 180.0) -> None:
+    def ready(self, *sites: str, timeout_s: float = 300.0) -> None:
         """Waits until the executors have loaded their app, and the coordinator's side of every node is known."""
         for site in sites:
             await_that(f"{site} is ready", partial(self._is_ready, site), timeout_s)
@@ -184,7 +185,7 @@ class Fleet:
             raise FellShort(f"run {name}: is gone")
         return found
 
-    def finish(self, name: str, timeout_s: float = 120.0) -> RunFolder:
+    def finish(self, name: str, timeout_s: float = 240.0) -> RunFolder:
         """Waits until a run is finished.
 
         Raises:
@@ -241,7 +242,7 @@ def study(name: str, rounds: int, **bounds: Any) -> Study:
     return Study(name, rounds=Rounds(rounds, **given), evaluate=Evaluate(every=0))
 
 
-def await_that(what: str, done: Callable[[], Any], timeout_s: float = 60.0) -> Any:
+def await_that(what: str, done: Callable[[], Any], timeout_s: float = 120.0) -> Any:
     """The first true answer; raises FellShort with `what` once the time is over."""
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
@@ -251,7 +252,7 @@ def await_that(what: str, done: Callable[[], Any], timeout_s: float = 60.0) -> A
     raise FellShort(f"after {timeout_s:.0f} s still not: {what}")
 
 
-def await_finished(run: RunFolder, number: int, timeout_s: float = 60.0) -> None:
+def await_finished(run: RunFolder, number: int, timeout_s: float = 120.0) -> None:
     """Waits until a round is finished."""
     await_that(f"round {number} of {run.id} is finished", lambda: round_of(run) >= number, timeout_s)
 

@@ -108,7 +108,7 @@ def _nearly_full(here: Fleet) -> str:
     disk = here.federation.folder.parent
     with ballast(disk, shutil.disk_usage(disk).free - 200 * MIB):
         run = here.begin("f10-room", study("f10-room", 1))
-        await_that("the run pauses", lambda: here.run("f10-room").state == "paused", 60)
+        await_that("the run pauses", lambda: here.run("f10-room").state == "paused")
         check("MiB are free on the coordinator's disk" in here.run("f10-room").message, here.run("f10-room").message)
     resume(here.federation, "f10-room")
     here.finish("f10-room")
@@ -128,8 +128,8 @@ def full_site(here: Fleet) -> str:
             await_that("s4 was counted", lambda: round_of(run) and "s4" in told(run, round_of(run))["sites"])
             with full(here.folder("s4")):
                 at = round_of(run) + 1
-                reason = await_that("s4 is left out", lambda: _reason_after(run, at, "s4"), 60)
-                await_that("rounds go on", lambda: round_of(run) >= at + 2, 60)
+                reason = await_that("s4 is left out", lambda: _reason_after(run, at, "s4"))
+                await_that("rounds go on", lambda: round_of(run) >= at + 2)
             at = round_of(run) + 1
             await_that("s4 is counted again", lambda: _counted(run, at, "s4"), 90)
             here.cease("f11")
@@ -291,7 +291,7 @@ def revoked_in_the_round(here: Fleet) -> str:
     sound(run)
     check(all(LIAR not in told(run, n)["sites"] for n in (1, 2)), "its update was counted")
     here.honest()
-    await_that("it hears why", lambda: "was revoked on" in here.log(LIAR, "node"), 60)
+    await_that("it hears why", lambda: "was revoked on" in here.log(LIAR, "node"))
     rejoin(invite(here.federation, LIAR), here.folder(LIAR), LIAR, here.federation.address)
     back = here.begin("f19-back", study("f19-back", 1, quorum=3, deadline_s=120.0))
     here.finish("f19-back", 180)

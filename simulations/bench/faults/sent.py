@@ -121,7 +121,7 @@ def flood(here: Fleet) -> str:
             most = {child: max(size, most.get(child, 0)) for child, size in resident(here).items()}
             time.sleep(0.1)
         at = round_of(run)
-        await_that("rounds go on meanwhile", lambda: round_of(run) > at, 60)
+        await_that("rounds go on meanwhile", lambda: round_of(run) > at)
         kept = sum(map(_is_open, idle))
         check(kept <= MOST_STRANGERS, f"{kept} idle connections of strangers are kept")
     for child, size in most.items():
