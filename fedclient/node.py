@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from fedclient.authorities import refresh
-from fedclient.clock import check_clock
+from fedclient.clock import await_clock
 from fedclient.own_log import log_of
 from fedclient.renewal import Keeper, certificate_of, check_keys
 from fedclient.runtime_port import serve_executor
@@ -157,7 +157,12 @@ def run_node(files: NodeFiles, port: int) -> None:
         refresh(files.site, certificate_of(files.site).name, files.coordinator())
     await_welcome(files.site, files.coordinator())
     tls = ClientTls(files.keys)
-    check_clock_or_note(files, tls)
+    await_clock(
+        files.site,
+        files.coordinator(),
+        tls.context,
+        lambda: log_of(files.site, certificate_of(files.site).name).add("refused", code="CLOCK"),
+    )
     loop = flower_module("flwr.supernode.start_client_internal")
     state_factory = _state_factory()
     state = state_factory.state()
@@ -185,15 +190,6 @@ def run_node(files: NodeFiles, port: int) -> None:
         superexec_auth_secret=kept_secret(files.secret),
         runtime_dependency_install=False,
     )
-
-
-def check_clock_or_note(files: NodeFiles, tls: ClientTls) -> None:
-    """Raises ProcessFailed where this clock is too far from the coordinator's, once it stands in the audit log."""
-    try:
-        check_clock(files.coordinator(), tls.context)
-    except ProcessFailed:
-        log_of(files.site, certificate_of(files.site).name).add("refused", code="CLOCK")
-        raise
 
 
 def _state_factory() -> Any:

@@ -46,7 +46,8 @@ def carry_out(setting: Setting) -> State:
     """Runs every round that is still to do, then the final evaluation; returns the last state.
 
     Raises:
-        RoundPaused: the quorum was missing for longer than `rounds.pause_s`; the same run can be carried on later.
+        RoundPaused: the quorum was missing for longer than `rounds.pause_s`, or the disk has no room for a round; the
+            same run can be carried on later.
     """
     folder = setting.folder
     state = read_state(folder)
@@ -66,6 +67,7 @@ def carry_out(setting: Setting) -> State:
         write_json(folder.path / "plan-proof.json", plain(table.proof))
     schema = schema_on_disk(folder, state.round)
     while state.round < study.rounds.count:
+        setting.courier.check_room(size_bytes(schema), len(setting.presence().sites), state.round + 1)
         began = setting.clock()
         state = one_round(setting, table, state, schema)
         table.durations.append(setting.clock() - began)

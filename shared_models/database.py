@@ -47,7 +47,7 @@ def check(path: Path, version: int, made_by: str) -> None:
         raise StateInvalid(f"{path}: must be ours alone (mode {facts.st_mode & 0o777:o}). Mend it: `chmod 600 {path}`.")
     with reading(path) as db:
         found_version = db.execute("PRAGMA user_version").fetchone()[0]
-        found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        found = db.execute("PRAGMA integrity_check(1)").fetchone()[0].replace("\n", " ")
     if found != "ok":
         raise StateInvalid(f"{path}: is damaged ({found}). Restore it from a backup.")
     if found_version != version:

@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from fedclient.app import client_app
+from fedclient.client import client_app
 from fedclient.consent import Decision, admitted, check_decision, decide, find_asked, list_asked, read_decision
 from fedclient.explain import explained
 from fedclient.policy import Policy, in_words, objections

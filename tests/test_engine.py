@@ -15,7 +15,7 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_to_proto
 
-from fedclient.app import client_app
+from fedclient.client import client_app
 from fedclient.site import Site
 from fedclient.work import Learned
 from fedserver.checkpoint import RunFolder, create_run, finish_round, read_state

@@ -17,7 +17,7 @@ RESULTS = "fedclient/predict/"  # which are files in the formats of images
 DOORS: dict[str, tuple[str, ...]] = {
     "flwr": (
         "shared_models/wire.py",
-        "fedclient/app.py", "fedclient/node.py", "fedclient/executor.py",
+        "fedclient/client.py", "fedclient/node.py", "fedclient/executor.py",
         "fedserver/app.py", "fedserver/rounds.py", "fedserver/conversation.py", "fedserver/secure_round.py",
         "fedserver/courier.py", "fedserver/link.py",
         "fedserver/dispatch.py", "fedserver/fleet.py",

@@ -41,7 +41,7 @@ def test_a_site_file_comes_back_whatever_its_names_hold(tmp_path_factory, folder
 
 def test_every_setting_comes_back(tmp_path):
     file = SiteFile("a-1_b", "[::1]:1", "f", Data("d", "s"), Compute("cuda:3", 7, 2), Policy(25), Cache(12.5))
-    file = replace(file, limits=Limits(memory_gib=12.5, gpu_memory_share=0.5))
+    file = replace(file, limits=Limits(memory_gib=12.5, gpu_memory_share=0.5, order_s=7200.0))
     assert read_site_file(site_folder(tmp_path, file)) == file
 
 
@@ -79,6 +79,7 @@ WRONG = [
     ("cache", "quota_gib", "0", "`cache.quota_gib` is 0; allowed: greater than 0"),
     ("limits", "memory_gib", "0", "`limits.memory_gib` is 0; allowed: greater than 0"),
     ("limits", "gpu_memory_share", "1.5", "`limits.gpu_memory_share` is 1.5; allowed: less than or equal to 1"),
+    ("limits", "order_s", "0", "`limits.order_s` is 0; allowed: greater than 0"),
     ("policy", "smallest_count", "0", "`policy.smallest_count` is 0; allowed: greater than or equal to 1"),
     ("policy", "smallest_cout", "5", "`policy.smallest_cout` is not a key here. Did you mean `smallest_count`?"),
 ]

@@ -8,7 +8,7 @@ import numpy as np
 from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 
-from fedclient.app import client_app
+from fedclient.client import client_app
 from fedclient.site import Site
 from fedclient.work import Holding, Learned
 from fedserver.checkpoint import RunFolder, create_run
