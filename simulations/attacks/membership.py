@@ -60,7 +60,7 @@ def reach(scores: Floats, members: Bools) -> Reach:
 
 
 def reach_between(scores: Floats, members: Bools, study: Study) -> Reach:
-    """`reach`, with the interval of what is found: a patient is drawn with all of its networks (percentile bootstrap)."""
+    """`reach`, and between what bounds: patients are drawn anew, each with all of its networks (percentile bootstrap)."""
     draw, patients = rng(study.seed, "membership interval"), scores.shape[1]
     drawn = (draw.integers(0, patients, patients) for _ in range(RESAMPLES))
     found = [_found(scores[:, of], members[:, of]) for of in drawn]
@@ -209,9 +209,9 @@ def attack(study: Study, people: Sequence[Patient], networks: int, tick: Callabl
     return Finding(
         "membership",
         "Membership inference, by patient",
-        f"{networks} networks (a layer of {UNITS} units on {known[0].slices.shape[2]} whitened coordinates of slices of "
-        f"{people[0].slices.shape[1]}x{people[0].slices.shape[2]}), each on a random half of {len(people)} patients, "
-        f"whose labels are a coin's; "
+        f"{networks} networks (a layer of {UNITS} units on {known[0].slices.shape[2]} whitened coordinates of slices "
+        f"of {people[0].slices.shape[1]}x{people[0].slices.shape[2]}), each on a random half of {len(people)} "
+        f"patients, whose labels are a coin's; "
         f"each in turn is the victim, the others are the attacker's. Differential privacy with noise "
         f"{privacy.noise_multiplier:g}, sample rate {privacy.sample_rate:g}, {steps} steps, delta {privacy.delta:g}.",
         tuple(rows),
