@@ -60,7 +60,7 @@ def reach(scores: Floats, members: Bools) -> Reach:
 
 
 def reach_between(scores: Floats, members: Bools, study: Study) -> Reach:
-    """`reach`, and between what bounds: patients are drawn anew, each with all of its networks (percentile bootstrap)."""
+    """`reach`, and its bounds where patients are drawn anew, each with all its networks (percentile bootstrap)."""
     draw, patients = rng(study.seed, "membership interval"), scores.shape[1]
     drawn = (draw.integers(0, patients, patients) for _ in range(RESAMPLES))
     found = [_found(scores[:, of], members[:, of]) for of in drawn]
