@@ -9,13 +9,13 @@ the steps, and that none is done twice, is `fedclient.sums`'s.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from shared_models.errors import OrderRefused
 from shared_models.identity import sign, verify
 from shared_models.parse import STRICT
-from shared_models.protect.context import LEAST_SITES, Context
+from shared_models.protect.context import LEAST_SITES, Context, least_threshold
 from shared_models.protect.masking import (
     about_shares,
     channel_key,
@@ -56,12 +56,23 @@ class Member:
         identity_key: Ed25519, PEM.
         roster: as the federation's authority signed it, verified.
         least_cohort: the site's own rule; an order can ask for more, never for less.
+        partners: whom the site trusts to be hospitals, where it names them; nobody else counts towards any rule, so
+            that sites which a coordinator has made up fill no cohort and outvote nobody. None named are all.
     """
 
     name: str
     identity_key: bytes = field(repr=False)
     roster: Roster
     least_cohort: int = LEAST_SITES
+    partners: frozenset[str] = frozenset()
+
+    def counted(self, sites: Iterable[str]) -> set[str]:
+        """Those of `sites` that count here: this one, and its partners."""
+        return {site for site in sites if not self.partners or site == self.name or site in self.partners}
+
+    @property
+    def least(self) -> int:
+        return max(LEAST_SITES, self.least_cohort)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +167,14 @@ def check_context(member: Member, context: Context, held: Held) -> None:
     where, n = f"secure sum of round {context.round}", len(context.cohort)
     if list(context.cohort) != sorted(set(context.cohort)) or member.name not in context.cohort:
         raise OrderRefused("COHORT_INVALID", f"{where}: its cohort is not a sorted list of sites with this one in it.")
-    least = max(LEAST_SITES, member.least_cohort)
+    least = member.least
     if n < least or context.least_cohort < least:
         raise OrderRefused(
             "COHORT_SMALL",
             f"{where}: may be made of {min(n, context.least_cohort)} sites, this site wants at least {least}. "
             f"Wait for more sites.",
         )
+    _check_partners(member, context, context.cohort, least)
     if not 2 * n < 3 * context.threshold <= 3 * n:
         raise OrderRefused(
             "THRESHOLD_SMALL",
@@ -209,6 +221,7 @@ def share(
         raise OrderRefused("KEYS_FORGED", f"{where}: this site's own keys are not among those passed on.")
     if len(adverts) < context.fewest:
         raise OrderRefused("COHORT_SMALL", f"{where}: {len(adverts)} sites take part, {context.fewest} are needed.")
+    _check_partners(member, context, adverts, member.least)
     places = [context.place(site) for site in sorted(adverts)]
     own_mask = split(bytes.fromhex(state.secret), context.threshold, places, random_bytes)
     pair_key = split(bytes.fromhex(state.mask), context.threshold, places, random_bytes)
@@ -241,6 +254,7 @@ def mask(state: Shared, member: Member, inbox: Inbox) -> tuple[Masked, Masks]:
         raise OrderRefused(
             "COHORT_SMALL", f"{where}: {len(inbox.boxes) + 1} sites have shared, {context.fewest} are needed."
         )
+    _check_partners(member, context, (member.name, *inbox.boxes), member.least)
     shares = {member.name: state.kept}
     keys = [(self_mask_key(bytes.fromhex(state.secret), context.digest, member.name), +1)]
     for site in sorted(inbox.boxes):
@@ -276,6 +290,7 @@ def confirm(state: Masked, member: Member, survivors: Survivors) -> tuple[Confir
         raise OrderRefused(
             "SURVIVORS_FEW", f"{where}: {len(sites)} sites are left, {context.fewest} are needed. Nothing is revealed."
         )
+    _check_partners(member, context, sites, max(member.least, _most(member, context)))
     confirmed = Confirmed(context, state.shares, state.identities, survivors)
     return confirmed, confirmation(confirmed, member)
 
@@ -305,10 +320,27 @@ def unmask(state: Confirmed, member: Member, confirmations: Confirmations) -> Re
             "CONFIRMATIONS_FEW",
             f"{where}: {len(confirmations.signatures)} sites have confirmed, {context.threshold} are needed.",
         )
+    _check_partners(member, context, confirmations.signatures, _most(member, context))
     survivors = set(state.survivors.sites)
     own_masks = {site: kept.own_mask for site, kept in state.shares.items() if site in survivors}
     pair_keys = {site: kept.pair_key for site, kept in state.shares.items() if site not in survivors}
     return Revealed(member.name, context.id, own_masks, pair_keys)
+
+
+def _most(member: Member, context: Context) -> int:
+    """How many of the cohort's partners must mean the same sum: above two thirds, so that two sums have one in both."""
+    return least_threshold(len(member.counted(context.cohort)))
+
+
+def _check_partners(member: Member, context: Context, sites: Iterable[str], needed: int) -> None:
+    """Raises OrderRefused, `PARTNERS_FEW`, unless so many of `sites` are those that this site has named."""
+    there = member.counted(sites)
+    if member.partners and len(there) < needed:
+        raise OrderRefused(
+            "PARTNERS_FEW",
+            f"secure sum of round {context.round}: {len(there)} of its sites are partners of this one or itself, "
+            f"{needed} are needed. They are named under [policy] partners in site.toml.",
+        )
 
 
 def _signed(member: Member, advert: Advert) -> Advert:

@@ -22,7 +22,7 @@ from shared_models.errors import OrderRefused, StateInvalid
 from shared_models.files import canonical_json, replacing, write_atomic
 from shared_models.identity import load_secret
 from shared_models.parse import parse_json, plain
-from shared_models.protect.context import LEAST_SITES, Context
+from shared_models.protect.context import Context
 from shared_models.protect.counted import counts_of
 from shared_models.protect.messages import Revealed
 from shared_models.protect.ring import Layout
@@ -143,8 +143,10 @@ def _roster(site: Site, wanted_sha256: str | None) -> Roster:
 
 
 def _member(site: Site, roster: Roster) -> Member:
-    least = max(LEAST_SITES, site.policy.least_cohort) if site.deployed else LEAST_SITES
-    return Member(site.name, load_secret(site.sums / "keys" / "identity.key"), roster, least)
+    key = load_secret(site.sums / "keys" / "identity.key")
+    if not site.deployed:
+        return Member(site.name, key, roster)
+    return Member(site.name, key, roster, site.policy.least_cohort, frozenset(site.policy.partners))
 
 
 def _kept(order_round: int, kept: Path) -> tuple[Reply, OnDisk]:

@@ -284,6 +284,35 @@ def test_fewer_than_three_sites_or_than_the_site_wants_are_refused():
     assert refusal_of(made) == "COHORT_SMALL"
 
 
+def with_partners(sites: int, *partners: str) -> Federation:
+    """A federation in which site-00 alone names with whom it sums."""
+    made = federation(sites)
+    made.parties["site-00"].member = replace(made.parties["site-00"].member, partners=frozenset(partners))
+    return made
+
+
+def test_sites_that_a_coordinator_has_made_up_fill_no_cohort():
+    assert refusal_of(with_partners(9, "site-01", "elsewhere")) == "PARTNERS_FEW"
+    assert with_partners(9, "site-01", "site-02").run().sites == tuple(names(9))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 3.5])
+def test_partners_that_are_lost_before_the_survivors_are_told_end_the_sum_though_others_are_left(step):
+    made = with_partners(9, "site-01", "site-02")  # seven are needed, three of them these
+    made.lost_at = {"site-02": step}
+    assert refusal_of(made) == "PARTNERS_FEW"
+    made = with_partners(9, "site-01", "site-02", "site-03")  # of these four, three
+    made.lost_at = {"site-02": step}
+    assert "site-02" not in made.run().sites
+
+
+def test_no_share_is_given_out_before_two_thirds_of_the_partners_mean_the_same_sum():
+    """Five made-up sites of nine sign whatever is wanted, so that two halves of the others could be told two sums."""
+    made = with_partners(9, "site-01", "site-02", "site-03")
+    made.lost_at = {"site-01": 4, "site-02": 4}  # seven confirm, two of the four partners among them
+    assert refusal_of(made) == "PARTNERS_FEW"
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [

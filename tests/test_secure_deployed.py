@@ -77,6 +77,14 @@ def test_a_sites_own_least_cohort_holds_whatever_the_study_says(hospitals):
     assert left == {"careful": {"state": "refused", "reason": "OUTSIDE_POLICY (least_cohort)"}}
 
 
+def test_a_site_sums_with_the_partners_that_its_own_file_names_and_is_left_out_where_they_are_few(hospitals):
+    hospitals.join("choosy", replace(INSIDE, partners=("a", "elsewhere")))
+    state, run = secure(hospitals, replace(STUDY, evaluate=Evaluate(every=0)))
+    assert state.cohort == NAMES
+    left = next(iter(read_lines(run.metrics)))["left_out"]
+    assert left == {"choosy": {"state": "refused", "reason": "PARTNERS_FEW"}}
+
+
 def test_a_coordinator_that_shows_an_older_roster_gets_no_keys(hospitals, edge):
     older = newest_roster(edge.federation)
     hospitals.join("newer", INSIDE)
