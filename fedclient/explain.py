@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from fedclient.consent import Asked, list_asked
+from fedclient.consent import Asked, alike_here, list_asked
 from fedclient.data.truths import has_truth
 from fedclient.policy import objections
 from fedclient.site import Site
@@ -23,7 +23,7 @@ def explained(site: Site, asked: Asked) -> dict[str, Any]:
     return {
         "trains": list(_trains(asked.study)),
         "sees": list(_sees(site, asked.study)),
-        "leaves": list(_leaves(site, asked.study)),
+        "leaves": [*_leaves(site, asked.study), *_alike(site, asked)],
         "costs": list(_costs(site, asked)),
         "changes": list(_changes(site, asked)),
         "policy": [str(objection) for objection in objections(site.policy, asked.study)]
@@ -130,6 +130,16 @@ def _summed(study: Study) -> Iterator[str]:
         yield (
             "The sum of examples is known. When this site alone comes or goes between two rounds, the difference is "
             'its number of examples; weighting = "uniform" would tell none.'
+        )
+
+
+def _alike(site: Site, asked: Asked) -> Iterator[str]:
+    """With which studies the sums of this one could be compared; no policy approves such a one by itself."""
+    for other in alike_here(site, asked.sha256, asked.study):
+        yield (
+            f"Its sums could be compared with those of {other.study.name} ({other.sha256[:12]}), which trains the same "
+            f"network here: if one site more takes part in one than in the other, their difference is nearly that "
+            f"site's update. Ask the coordinator who takes part in both; a person approves it with --also-alike."
         )
 
 

@@ -224,6 +224,15 @@ def _unheard_of() -> OrderRefused:
     return OrderRefused("CONTEXT_SPLIT", "secure sum: a message is about a context that this site has not seen.")
 
 
+def summed_studies(folder: Path) -> frozenset[str]:
+    """Digests of the studies for which the site in `folder` has confirmed a sum."""
+    path = folder / "sums.db"
+    if not path.exists():
+        return frozenset()
+    with connected(path) as db:
+        return frozenset(row[0] for row in db.execute("SELECT DISTINCT policy_sha256 FROM sums WHERE confirmed"))
+
+
 def open_sums(member: Member, folder: Path) -> Sums:
     """The secure sums of the site in `folder`, made on first use: `sums.db`, then its key and witness in `secrets`.
 
