@@ -20,6 +20,7 @@ from shared_models.protect.masking import (
     about_shares,
     channel_key,
     commitment,
+    dealt_digests,
     is_weak,
     pair_mask_key,
     public_key,
@@ -226,6 +227,10 @@ def share(
     own_mask = split(bytes.fromhex(state.secret), context.threshold, places, random_bytes)
     pair_key = split(bytes.fromhex(state.mask), context.threshold, places, random_bytes)
     boxes = {}
+    dealt = {
+        site: dealt_digests(own_mask[at], pair_key[at], context.digest, member.name, site)
+        for site, at in zip(sorted(adverts), places, strict=True)
+    }
     for site in sorted(adverts.keys() - {member.name}):
         place = context.place(site)
         key = _channel(state, member.name, adverts[site])
@@ -235,14 +240,15 @@ def share(
     kept = Shares(own_mask[here].hex(), pair_key[here].hex())
     listed = tuple(adverts[site] for site in sorted(adverts))
     shared = Shared(context, listed, kept, state.channel, state.mask, state.secret)
-    return shared, Sealed(member.name, context.id, boxes)
+    return shared, Sealed(member.name, context.id, boxes, dealt)
 
 
 def mask(state: Shared, member: Member, inbox: Inbox) -> tuple[Masked, Masks]:
     """Opens the others' shares; the masks are for this site's vector, and for nothing else ever.
 
     Raises:
-        OrderRefused: a box that does not open, of a site that has sent no keys, or too few of them.
+        OrderRefused: a box that does not open or holds other shares than its site says (`SHARE_FORGED`, which accuses
+            it), one of a site that has sent no keys, or too few of them.
     """
     context, where = state.context, f"secure sum of round {state.context.round}"
     _same(context, inbox.context)
@@ -262,10 +268,13 @@ def mask(state: Shared, member: Member, inbox: Inbox) -> tuple[Masked, Masks]:
         try:
             opened = unseal(_channel(state, member.name, adverts[site]), bytes.fromhex(inbox.boxes[site]), about)
         except ValueError:
-            raise OrderRefused(
-                "SHARE_FORGED", f"{where}: the shares from {site!r} were changed on their way."
-            ) from None
-        shares[site] = Shares(opened[:SHARE_BYTES].hex(), opened[SHARE_BYTES:].hex())
+            words = f"{where}: the shares from {site!r} were changed on their way."
+            raise OrderRefused("SHARE_FORGED", words, accused=site) from None
+        own_mask, pair_key = opened[:SHARE_BYTES], opened[SHARE_BYTES:]
+        if dealt_digests(own_mask, pair_key, context.digest, site, member.name) != inbox.dealt.get(site):
+            words = f"{where}: the shares from {site!r} are not those that it says it has dealt."
+            raise OrderRefused("SHARE_FORGED", words, accused=site)
+        shares[site] = Shares(own_mask.hex(), pair_key.hex())
         pair = pair_mask_key(
             bytes.fromhex(state.mask), bytes.fromhex(adverts[site].mask), context.digest, member.name, site
         )

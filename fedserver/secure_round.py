@@ -15,6 +15,7 @@ may wait.
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from fedserver.checkpoint import RunFolder, State, finish_round
 from fedserver.cohort import choose
-from fedserver.conversation import Patience, Setting, Table, converse, gather, note, order_of
+from fedserver.conversation import Patience, Seat, Setting, Table, converse, gather, note, order_of
 from fedserver.courier import Parcel
 from fedserver.optimizers import optimizer_of
 from fedserver.secagg import Gathered, SecureSum, SecureTotal
@@ -54,6 +55,7 @@ from shared_models.update import Expected
 from shared_models.weights import Schema, size_bytes
 from shared_models.wire import STEPS, Order, Reply
 
+BELIEVED = 2  # sites that accuse the same one
 MOST_TRIES = 5  # attempts of one round, one after the other, before it is paused
 log = logging.getLogger("fedserver")
 
@@ -66,8 +68,8 @@ class Sum:
         order: what the sites carried out for it, `train` or `evaluate`.
         schema: of the update; empty where scores alone are summed.
         left_out: sites that are not in the sum, with the state and reason of their last answer.
-        failing: the same of sites that answered a step of a failed attempt with something else; the next attempts do
-            without them, where enough are left.
+        failing: the same of sites that answered a step of a failed attempt with something else, or are said by others
+            to have dealt false shares; the next attempts do without them, where enough are left.
     """
 
     setting: Setting
@@ -286,10 +288,15 @@ def _ended(making: Sum, found: SecureSum) -> SecureTotal:
     try:
         return found.finish()
     except SumAborted as error:
+        if error.culprits:
+            facts = {"code": error.code, "sites": list(error.culprits)}
+            note(making.setting, "sum-lied", making.state.run, round=making.number, **facts)
+        without = f" without {' and '.join(error.culprits)} (`fedserver revoke`)" if error.culprits else ""
         raise SumAborted(
             error.code,
             f"{error} No site adds an update to two sums, so this run cannot go on from here: run the study with "
-            f"another seed.",
+            f"another seed{without}.",
+            error.culprits,
         ) from error
 
 
@@ -328,12 +335,28 @@ def _ask(
         if not repeatable:
             raise
         _leave_out(making)
-        for site, seat in making.table.seats.items():
-            if seat.state in ("refused", "rejected", "failed"):
-                making.failing[site] = {"state": seat.state, "reason": seat.reason}
+        making.failing |= _to_blame(making.table.seats)
         raise SumAborted("SUM_BELOW_THRESHOLD", f"{error} Nothing was revealed.") from error
     if repeatable:
         _leave_out(making)
+
+
+def _to_blame(seats: Mapping[str, Seat]) -> dict[str, dict[str, str]]:
+    """Whom the next attempts do without: who answered with something else than was asked, and who is accused.
+
+    Of two sites by themselves nobody can tell which of them lies, so both are left out; two who accuse a third one are
+    believed.
+    """
+    accused = Counter(seat.accused for seat in seats.values() if seat.accused in seats)
+    found = {
+        site: {"state": seat.state, "reason": seat.reason}
+        for site, seat in seats.items()
+        if seat.state in ("refused", "rejected", "failed") and accused[seat.accused] < BELIEVED
+    }
+    for site, times in accused.items():
+        if site is not None:
+            found[site] = {"state": "rejected", "reason": f"SHARE_FORGED: {times} of the others say so"}
+    return found
 
 
 def _leave_out(making: Sum) -> None:

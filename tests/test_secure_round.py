@@ -223,6 +223,70 @@ def test_sites_that_refuse_a_step_keep_the_others_from_no_sum(quick_folder, monk
     np.testing.assert_allclose(bias(run), mean("a", "b", "c"), atol=1e-6)
 
 
+def dealing_falsely(monkeypatch, *, to: str, by: str = "d") -> None:
+    """Site `by` seals what does not open at the sites `to`."""
+    share = Sums.share
+
+    def lying(sums: Sums, adverts: Adverts) -> Sealed:
+        told = share(sums, adverts)
+        if sums.member.name != by:
+            return told
+        return replace(told, boxes={s: "0" * 188 if s in to else box for s, box in told.boxes.items()})
+
+    monkeypatch.setattr(Sums, "share", lying)
+
+
+def test_a_site_that_deals_what_does_not_open_is_accused_and_the_next_attempt_does_without_it(
+    quick_folder, monkeypatch
+):
+    dealing_falsely(monkeypatch, to="abc")
+    _, run, _ = play(quick_folder, replace(STUDY, evaluate=Evaluate(every=0)))
+    told = line(run)
+    assert (told["together"]["sites"], told["together"]["attempt"]) == (["a", "b", "c", "e"], 2)
+    assert told["left_out"] == {"d": {"state": "rejected", "reason": "SHARE_FORGED: 3 of the others say so"}}
+    np.testing.assert_allclose(bias(run), mean("a", "b", "c", "e"), atol=1e-6)
+
+
+def test_where_one_site_accuses_one_other_the_sum_does_without_the_vector_of_the_one_and_names_both(
+    quick_folder, monkeypatch
+):
+    dealing_falsely(monkeypatch, to="a")
+    _, run, _ = play(quick_folder, replace(STUDY, evaluate=Evaluate(every=0)))
+    told = line(run)
+    assert (told["together"]["sites"], told["together"]["attempt"]) == (["b", "c", "d", "e"], 1)
+    assert told["left_out"] == {"a": {"state": "refused", "reason": "SHARE_FORGED (from d)"}}
+
+
+def test_of_two_sites_of_which_one_must_lie_the_next_attempt_has_neither(quick_folder, monkeypatch):
+    dealing_falsely(monkeypatch, to="a")
+
+    def until_asked_anew(site: str, kind: str, times: int) -> str | None:
+        return "before" if (site, kind) == ("b", "mask") and times <= 5 else None  # so that three of four mask
+
+    _, run, _ = play(quick_folder, replace(STUDY, evaluate=Evaluate(every=0)), until_asked_anew)
+    told = line(run)
+    assert told["together"]["sites"] == ["b", "c", "e"]
+    assert told["left_out"] == {
+        "a": {"state": "refused", "reason": "SHARE_FORGED (from d)"},
+        "d": {"state": "rejected", "reason": "SHARE_FORGED: 1 of the others say so"},
+    }
+
+
+def test_a_site_that_deals_shares_of_no_secret_of_its_own_ends_the_run_and_is_named(quick_folder, monkeypatch):
+    from fedclient import secagg
+
+    share = secagg.share
+
+    def lying(state, member, message, random_bytes):
+        false = replace(state, secret="11" * 32) if member.name == "d" else state
+        return share(false, member, message, random_bytes)
+
+    monkeypatch.setattr(secagg, "share", lying)
+    with pytest.raises(SumAborted, match=r"'d' dealt shares of another secret.*another seed without d") as aborted:
+        play(quick_folder, replace(STUDY, evaluate=Evaluate(every=0)))
+    assert aborted.value.culprits == ("d",)
+
+
 def test_fewer_sites_than_the_quorum_never_make_a_sum(quick_folder):
     gone = at(*((site, "train", "before") for site in "cde"))
     with pytest.raises(RoundPaused, match="2 of 3 sites needed"):
