@@ -206,7 +206,7 @@ def _masked(inbox: Any, study: Study, kept: Path, sums: Sums, vector: Path) -> B
     reply, delta = _kept(0, kept)
     trained, layout = reply.kind == "update", _layout(study, reply, delta)
     scored = reply.scored is not None
-    counts = counts_of(study, trained, scored, reply.losses, reply.scores, reply.own_scores)
+    counts = counts_of(study, trained, scored, reply.losses, reply.scores, reply.own_scores, reply.validation)
     weight = weight_in_sum(study, reply.examples, trained)
     digest, size = hashlib.sha256(), 0
     with replacing(vector, synced=False) as file:

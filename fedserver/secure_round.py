@@ -25,6 +25,7 @@ import numpy as np
 from flwr.app import Message
 from numpy.typing import NDArray
 
+from fedserver.calibration import calibration
 from fedserver.checkpoint import RunFolder, State, finish_round
 from fedserver.cohort import choose
 from fedserver.conversation import Patience, Seat, Setting, Table, converse, gather, note, order_of
@@ -176,6 +177,7 @@ def secure_evaluation(setting: Setting, table: Table, state: State) -> None:
             "sites": {},
             "together": _together(making, total, told),
             "federation": {n: row_of(told.scores[n]) if n in told.scores else None for n in table.study.task.answers},
+            **calibration(table.study, told.scores, told.validation),
             "left_out": {site: why for site, why in making.left_out.items() if site not in seats},
         },
     )

@@ -161,6 +161,17 @@ def test_classes_and_survival_add_up_and_what_all_withhold_stays_withheld():
         assert made.scores[lives.task.answers[0]] == together(pair)
 
 
+def test_validation_counts_of_a_classification_are_in_the_last_sum_and_in_no_other():
+    classes = replace(SECURE, task=Task(kind="classification", labels=("sick",), loss="bce"), model=RESNET)
+    test, val = ClassCounts(positives=1, negatives=2, wins=2, pairs=2), ClassCounts(positives=4, negatives=3)
+    last = names_of(classes, False, True)
+    assert len(last) == 2 * (len(names_of(classes, True, True)) - 2)  # but for the losses
+    assert names_of(SECURE, False, True) == names_of(SECURE, True, True)[2:]  # a segmentation has none
+    parts = [counts_of(classes, False, True, (), {"sick": test}, {}, {"sick": val}) for _ in range(2)]
+    told = told_in(classes, False, True, {name: sum(part[name] for part in parts) for name in last})
+    assert (told.scores["sick"], told.validation["sick"]) == (together([test, test]), together([val, val]))
+
+
 def test_lesions_add_up_and_a_network_that_marks_nothing_has_told_so():
     made = replace(SECURE, task=Task(kind="detection", labels=("nodule",), loss="centre"))
     bins = [0] * BINS

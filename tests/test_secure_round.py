@@ -1,7 +1,7 @@
 """Rounds through secure sums, with sites that go away and a coordinator that is killed: the right mean, or none."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +9,26 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
+from fedclient.site import Site
 from fedclient.sums import Sums
+from fedclient.work import Holding, Learned
 from fedserver.checkpoint import RunFolder, State, read_progress, read_state
 from fedserver.cohort import Presence
 from fedserver.conversation import Setting
 from fedserver.courier import Inline
-from fedserver.report import facts
+from fedserver.report import facts, write_report
 from fedserver.rounds import carry_out
+from shared_models.class_counts import ClassCounts, class_counts, temperature
 from shared_models.errors import OrderRefused, RoundPaused, SumAborted
 from shared_models.files import read_lines
 from shared_models.protect.messages import Adverts, Sealed
 from shared_models.protect.privacy import Protect
 from shared_models.protect.secure import SecureAggregation
 from shared_models.roster import Roster
-from shared_models.study import Evaluate, Rounds, Strategy, Study
-from shared_models.weights import load
-from shared_models.wire import read_order
+from shared_models.scores import total
+from shared_models.study import Evaluate, Model, Rounds, Strategy, Study, Task
+from shared_models.weights import Arrays, load
+from shared_models.wire import Split, read_order
 from simulations.engine import LocalGrid, run_local, with_members
 from simulations.roster import roster_of
 from tests.order_path import FLOATS, SECURE
@@ -328,6 +332,42 @@ def test_a_killed_coordinator_sends_the_confirmations_that_it_had_sent_though_mo
     np.testing.assert_allclose(bias(run), mean(*SITES), atol=1e-6)
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """A toy that tells the sick from the well, too sure of itself."""
+
+    toy: ToyLearner = LEARNER
+
+    def learn(self, *words: Any) -> Learned:
+        return self.toy.learn(*words)
+
+    def holding(self, *words: Any) -> Holding:
+        return self.toy.holding(*words)
+
+    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> dict[str, ClassCounts]:
+        return {"sick": answers_of(split)}
+
+
+def answers_of(split: Split) -> ClassCounts:
+    truth = np.arange(24) % 3 > 0
+    logits = np.where(truth, 1.0, -1.0) + np.linspace(-2, 2, 24)
+    return class_counts(1 / (1 + np.exp(-(3.0 if split == "val" else 2.0) * logits)), truth, truth)
+
+
+def test_probabilities_are_calibrated_by_the_validation_patients_of_all_sites_together(quick_folder):
+    task = Task(kind="classification", labels=("sick",), loss="bce")
+    study = replace(STUDY, task=task, model=Model(name="resnet18"))
+    run = new_run(quick_folder, study, FLOATS)
+    run_local(run.path, nodes(SITES, quick_folder), toy_app(Doctor()))
+    final = read_lines(run.metrics)[-1]
+    told = final["calibration"]["sick"]
+    whole = total(answers_of("val") for _ in SITES)
+    assert isinstance(whole, ClassCounts)
+    assert told["temperature"] == pytest.approx(temperature(whole), abs=1e-6)
+    assert (told["cases"], final["sites"], facts(run)["calibration"]["sick"]) == (5 * 24, {}, told)
+    assert write_report(run).read_text().count("all sites together") >= 2  # the reliability curve is theirs
+
+
 def test_a_killed_final_evaluation_is_summed_once(quick_folder):
     confirms = len(SITES) + 1  # of the round, then the second of the evaluation
     with pytest.raises(Killed):
@@ -389,6 +429,19 @@ def test_a_site_that_spoils_the_sum_of_the_last_scores_costs_them_and_not_the_ru
     assert (state.round, final["final"], final["federation"]) == (1, True, {"lung": None})
     assert final["left_out"]["c"]["reason"] == "SUM_MASK_RESIDUE: the sum of the scores"
     assert (facts(run)["finished"], facts(run)["test"]["lung"]["all_cases"]) == (True, None)
+
+
+def test_a_ring_of_24_bits_sends_three_quarters_and_gives_the_mean_to_its_own_resolution(quick_folder):
+    sent = {}
+    for bits in (24, 32):
+        protect = Protect(secure_aggregation=SecureAggregation(clip=8.0, most_examples=64, ring_bits=bits))
+        study = replace(STUDY, protect=protect, evaluate=Evaluate(every=0))
+        _, run, _ = play(quick_folder / str(bits), study)
+        whole = 5 * 64 / sum(LEARNER.examples.values())  # what the bound on the weights costs
+        np.testing.assert_allclose(bias(run), mean(*SITES), atol=5 / 2 * 8.0 * 2.0 ** (1 - bits) * whole + 1e-6)
+        assert line(run)["together"]["clipped"] == 0
+        sent[bits] = line(run)["bytes_up"]
+    assert 4 * sent[24] == 3 * sent[32]
 
 
 def test_uniform_weighting_tells_no_number_of_examples_at_all(quick_folder):
