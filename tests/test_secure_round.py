@@ -1,5 +1,6 @@
 """Rounds through secure sums, with sites that go away and a coordinator that is killed: the right mean, or none."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +22,12 @@ from fedserver.rounds import carry_out
 from shared_models.class_counts import ClassCounts, class_counts, temperature
 from shared_models.errors import OrderRefused, RoundPaused, SumAborted
 from shared_models.files import read_lines
+from shared_models.metrics import counts
 from shared_models.protect.messages import Adverts, Sealed
 from shared_models.protect.privacy import Protect
 from shared_models.protect.secure import SecureAggregation
 from shared_models.roster import Roster
-from shared_models.scores import total
+from shared_models.scores import row_of, total
 from shared_models.study import Evaluate, Model, Rounds, Strategy, Study, Task
 from shared_models.weights import Arrays, load
 from shared_models.wire import Split, read_order
@@ -366,6 +368,19 @@ def test_probabilities_are_calibrated_by_the_validation_patients_of_all_sites_to
     assert told["temperature"] == pytest.approx(temperature(whole), abs=1e-6)
     assert (told["cases"], final["sites"], facts(run)["calibration"]["sick"]) == (5 * 24, {}, told)
     assert write_report(run).read_text().count("all sites together") >= 2  # the reliability curve is theirs
+
+
+def test_the_sites_own_models_have_one_figure_of_all_cases_together(quick_folder):
+    _, run, _ = play(quick_folder)
+    *rounds, final = read_lines(run.metrics)
+    own = {"lung": row_of(counts([0.75] * 12, 1))}
+    final["together"]["personalised"] = own
+    rounds[0]["together"]["personalised"] = own
+    run.metrics.write_text("".join(json.dumps(each) + "\n" for each in (*rounds, final)))
+    told = facts(run)
+    assert told["test"]["lung"]["personalised_all_cases"]["value"] == 0.75
+    assert told["rounds"][0]["together"]["personalised"]["lung"]["dice"] == 0.75
+    assert "its own model" in write_report(run).read_text()
 
 
 def test_a_killed_final_evaluation_is_summed_once(quick_folder):
