@@ -59,10 +59,12 @@ def _sees(site: Site, study: Study) -> Iterator[str]:
 
 
 def _leaves(site: Site, study: Study) -> Iterator[str]:
+    secure = study.protect.secure_aggregation is not None
+    summed = " inside the masked sum" * secure
     if study.plan == "federated":
         yield (
-            "Once, before training: counts of spacing, size and grey values over all training cases, no image. "
-            f"Nothing of fewer than {site.smallest_count} cases."
+            f"Once, before training{summed}: counts of spacing, size and grey values over all training cases, no "
+            f"image. Nothing of fewer than {site.smallest_count} cases."
         )
         yield "Each round: the change of each weight. The counts decide the network, so its size is not known before."
     else:
@@ -76,12 +78,11 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
             f"Each round: the change of each weight, {len(tensors) * times} tensors, {bytes_ / MIB:.1f} MiB; in "
             f"{study.rounds.count} rounds {bytes_ * study.rounds.count / MIB:.0f} MiB."
         )
-        yield from _shortened(study)
-        if study.protect.secure_aggregation is None:
-            yield "Each round: the number of examples and steps, ten mean losses, seconds, and cpu or cuda."
-        else:
-            yield from _summed(study)
-    summed = " inside the masked sum" * (study.protect.secure_aggregation is not None)
+    yield from _shortened(study)
+    if secure:
+        yield from _summed(study)
+    elif study.protect.privacy is None:
+        yield "Each round: the number of examples and steps, ten mean losses, seconds, and cpu or cuda."
     if study.evaluate.every and study.task.kind == "detection":
         yield (
             f"Every {study.evaluate.every} rounds and at the end{summed}, for each of "

@@ -1,5 +1,6 @@
 """The rounds of a run: who is asked, what is counted, when a round ends, and what is told meanwhile."""
 
+import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from fedserver.cohort import choose
 from fedserver.conversation import Setting, Table, converse, gather, note, order_of, show
 from fedserver.courier import Parcel
 from fedserver.optimizers import optimizer_of
-from fedserver.secure_round import secure_evaluation, secure_round
+from fedserver.secure_round import secure_evaluation, secure_round, secure_statistics
 from shared_models import study as study_file
 from shared_models.drift import Profile, reference
 from shared_models.drift import doubted as doubted_profile
@@ -83,6 +84,11 @@ def statistics(setting: Setting, table: Table, state: State) -> State:
         StudyInvalid: the memory that the study allows is too small for any plan.
     """
     study, parts = table.study, dict[str, Fingerprint]()
+    if study.protect.secure_aggregation is not None:
+        whole, sites = secure_statistics(setting, table, state)
+        adopted = _adopted(setting, state, study, whole, sites)
+        shutil.rmtree(setting.folder.sum, ignore_errors=True)  # now that its plan is durable
+        return adopted
 
     def add(site: str, reply: Reply, message: Message, asked: Expected, late: bool) -> None:
         if reply.kind != "statistics" or reply.fingerprint is None:
@@ -94,10 +100,14 @@ def statistics(setting: Setting, table: Table, state: State) -> State:
     expected = Expected(state.run, 0, state.study_sha256, state.weights_sha256, {})
     order, cohort = order_of("statistics", table, state, 0), gather(setting, table, state).sites
     converse(setting, table, order, Parcel(None, None), cohort, expected, add, study.rounds.quorum)
-    whole = merged(parts.values())
+    return _adopted(setting, state, study, merged(parts.values()), tuple(sorted(parts)))
+
+
+def _adopted(setting: Setting, state: State, study: Study, whole: Fingerprint, sites: tuple[str, ...]) -> State:
+    """The run with the plan that follows from the histograms of `sites`."""
     plan = derive(whole, constraints(study))
-    adopted = adopt_plan(setting.folder, state, plan, whole, tuple(sorted(parts)), setting.first_weights)
-    note(setting, "plan-made", state.run, plan=adopted.plan_sha256, sites=sorted(parts))
+    adopted = adopt_plan(setting.folder, state, plan, whole, sites, setting.first_weights)
+    note(setting, "plan-made", state.run, plan=adopted.plan_sha256, sites=list(sites))
     return adopted
 
 

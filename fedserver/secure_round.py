@@ -43,8 +43,10 @@ from shared_models.files import (
     write_json,
 )
 from shared_models.parse import parse_json, plain
+from shared_models.plan import Fingerprint, doubted
 from shared_models.protect.context import Context
 from shared_models.protect.counted import Told, told_in
+from shared_models.protect.counted_plan import fingerprint_in
 from shared_models.protect.messages import Confirmations, Inbox
 from shared_models.protect.prg import CHUNK
 from shared_models.protect.ring import Layout, bytes_of
@@ -66,8 +68,8 @@ class Sum:
     """One secure sum under way.
 
     Attributes:
-        order: what the sites carried out for it, `train` or `evaluate`.
-        schema: of the update; empty where scores alone are summed.
+        order: what the sites carried out for it, `train`, `evaluate` or `statistics`.
+        schema: of the update; empty where scores or histograms alone are summed.
         left_out: sites that are not in the sum, with the state and reason of their last answer.
         failing: the same of sites that answered a step of a failed attempt with something else, or are said by others
             to have dealt false shares; the next attempts do without them, where enough are left.
@@ -101,7 +103,7 @@ class Sum:
 
     @property
     def layout(self) -> Layout:
-        return layout_of(self.study, self.schema, self.trained, self.scored)
+        return layout_of(self.study, self.schema, self.trained, self.scored, self.order.kind == "statistics")
 
     @property
     def expected(self) -> Expected:
@@ -109,7 +111,7 @@ class Sum:
 
     @property
     def number(self) -> int:
-        """Of the sum: the round's, and of the last scores one more."""
+        """Of the sum: the round's, and of the last scores one more; 0 before there is a plan."""
         return round_of(self.order.kind, self.order.round)
 
 
@@ -184,16 +186,37 @@ def secure_evaluation(setting: Setting, table: Table, state: State) -> None:
     _closed(making)
 
 
+def secure_statistics(setting: Setting, table: Table, state: State) -> tuple[Fingerprint, tuple[str, ...]]:
+    """The histograms of all sites' training cases together, and whose they are.
+
+    Raises:
+        RoundPaused: too few sites; the same run can be carried on later.
+        SumAborted: a sum that cannot be ended nor repeated, or of numbers that no cases can have.
+    """
+    making = Sum(setting, table, state, order_of("statistics", table, state, 0), {})
+    total, study = made(making), table.study
+    try:
+        whole = fingerprint_in(total.counts)
+        doubted(whole, "all sites together", study.modality == "ct", len(study.task.labels), len(total.sites))
+    except (ValueError, UpdateRejected) as error:
+        raise SumAborted(
+            "PLAN_COUNTS", f"the histograms in the sum cannot be, so a site has lied: {error} Take another seed."
+        ) from error
+    return whole, total.sites
+
+
 def made(making: Sum) -> SecureTotal:
     """The sum: one that was gathered before a restart, or a new one."""
     setting, state = making.setting, making.state
-    weights, digest = setting.folder.weights(state.round), state.weights_sha256
-    parcel = setting.courier.publish(weights, digest)
+    digest, parcel = state.weights_sha256, Parcel(None, None)
+    if making.order.kind != "statistics":
+        parcel = setting.courier.publish(setting.folder.weights(state.round), digest)
     found = _on_disk(setting.folder, making)
     if found is None:
         found = _gathered(making, parcel)
     total = _ended(making, found)
-    setting.courier.retire(digest)
+    if making.order.kind != "statistics":
+        setting.courier.retire(digest)
     return total
 
 
@@ -207,6 +230,8 @@ def _gathered(making: Sum, parcel: Parcel) -> SecureSum:
     for tries in range(1, MOST_TRIES + 1):
         if making.trained:
             asked = choose(making.study, making.order.round, gather(setting, table, making.state))
+        elif making.order.kind == "statistics":
+            asked = gather(setting, table, making.state).sites
         else:
             asked = setting.presence().sites
         try:

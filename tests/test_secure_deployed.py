@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedclient.consent import alike_here, decide, find_asked
+from fedclient.alike import alike
+from fedclient.consent import Asked, alike_here, decide, find_asked
 from fedclient.egress import sent
 from fedclient.explain import explained
 from fedclient.policy import Policy
@@ -154,3 +155,11 @@ def test_a_study_stays_alike_after_its_approval_was_withdrawn_for_its_sums_are_o
     )
     assert alike_here(site, sha256(private), private) == []
     assert alike_here(site, sha256(PLAIN_STUDY), PLAIN_STUDY) == []
+
+
+def test_histograms_of_a_plan_are_the_same_in_every_study_that_asks_for_them(hospitals):
+    first = replace(STUDY, name="plan-1", plan="federated")
+    known = Asked("f" * 64, first, "", 0.0, None, "approved")
+    other = replace(first, name="plan-2", seed=7, train=replace(first.train, learning_rate=1e-5))
+    assert alike(hospitals.site("a"), other, [known]) == [known]
+    assert alike(hospitals.site("a"), STUDY, [known]) == []
