@@ -119,11 +119,14 @@ def approve(
     days: Annotated[
         int | None, typer.Option(min=1, max=3650, help="How long it holds; else as the policy says.")
     ] = None,
+    also_alike: Annotated[
+        bool, typer.Option("--also-alike", help="Although its secure sums could be compared with another study's.")
+    ] = False,
     reason: Reason = "",
     site: Folder = Path("site"),
 ) -> None:
     """Lets this site take part in a study, as it is now: any change of it asks anew."""
-    _decide(site, study, "approved", reason, days)
+    _decide(site, study, "approved", reason, days, also_alike)
 
 
 @guarded
@@ -138,12 +141,14 @@ def withdraw(study: StudyName, reason: Reason = "", site: Folder = Path("site"))
     _decide(site, study, "withdrawn", reason)
 
 
-def _decide(site: Path, study: str, verdict: "Verdict", reason: str, days: int | None = None) -> None:
+def _decide(
+    site: Path, study: str, verdict: "Verdict", reason: str, days: int | None = None, also_alike: bool = False
+) -> None:
     from fedclient.consent import decide, find_asked
 
     here = _here(site)
     asked = find_asked(here, study)
-    decision = decide(here, asked.sha256, verdict, reason, days)
+    decision = decide(here, asked.sha256, verdict, reason, days, also_alike)
     until = f" until {_day(decision.until_s)}" if decision.until_s else ""
     console.print(f"{asked.study.name} ({asked.sha256[:12]}) is {verdict}{until}.", highlight=False)
 

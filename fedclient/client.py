@@ -51,7 +51,8 @@ def _refused(order: Order, site: Site, error: FederationError, message: Message)
     """Tells the coordinator a code and the site's own log the words."""
     code = error.code if isinstance(error, OrderRefused) else CODES.get(type(error).__name__, "SITE_ERROR")
     log.error("order of run %s, round %s refused as %s: %s", order.run, order.round, code, error)
-    reply = refusal(order, site, code, error.keys if isinstance(error, OrderRefused) else ())
+    told = (error.keys, error.accused) if isinstance(error, OrderRefused) else ()
+    reply = refusal(order, site, code, *told)
     if site.deployed:
         log_of(site.folder, site.name).add(
             "order-refused", run=order.run, round=order.round, kind=order.kind, study=order.study_sha256, code=code

@@ -45,7 +45,7 @@ MAY_LEAVE: dict[str, set[str]] = {
         "blob",
     },
     "evaluation": {"scored", "scores", "own_scores", "validation", "profile", "seconds"},
-    "refusal": {"refusal", "refusal_keys"},
+    "refusal": {"refusal", "refusal_keys", "accused"},
     "ready": set(),
     "advert": {"advert"},
     "sealed": {"sealed"},

@@ -282,7 +282,7 @@ def _rememberer(learner: Learner) -> Rememberer:
     return learner
 
 
-def refusal(order: Order, site: Site, code: str, keys: tuple[str, ...] = ()) -> Reply:
+def refusal(order: Order, site: Site, code: str, keys: tuple[str, ...] = (), accused: str | None = None) -> Reply:
     """A refused order; the reason's words stay in the site's log."""
     return Reply(
         kind="refusal",
@@ -295,4 +295,5 @@ def refusal(order: Order, site: Site, code: str, keys: tuple[str, ...] = ()) -> 
         plan_sha256=order.plan_sha256,
         refusal=code,
         refusal_keys=keys,
+        accused=accused,
     )

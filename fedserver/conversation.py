@@ -100,13 +100,18 @@ class Seat:
     """One site in one phase.
 
     `state` is away, asked, lost, pending, counted, refused, rejected, failed, late or revoked.
+
+    Attributes:
+        put_off: how often it has answered `LATER`.
+        accused: the site whose message it has refused, in a secure sum.
     """
 
     state: str = "away"
     reason: str = "is not online"
     attempt: int = 0
     asked_at: float = 0.0
-    put_off: int = 0  # times that it answered `LATER`
+    put_off: int = 0
+    accused: str | None = None
 
     @property
     def open(self) -> bool:
@@ -368,7 +373,8 @@ def _put_off(seat: Seat, reply: Reply) -> None:
 
 def _refused(seat: Seat, reply: Reply) -> None:
     keys = f" ({', '.join(reply.refusal_keys)})" if reply.refusal_keys else ""
-    seat.state, seat.reason = "refused", f"{reply.refusal or 'REFUSED'}{keys}"
+    about = f" (from {reply.accused})" if reply.accused else ""
+    seat.state, seat.reason, seat.accused = "refused", f"{reply.refusal or 'REFUSED'}{keys}{about}", reply.accused
 
 
 def _forget(setting: Setting, site: str, message: Message) -> None:

@@ -272,6 +272,7 @@ def _in_a_sum(together: Mapping[str, Any]) -> dict[str, Any]:
         **{key: together[key] for key in ("examples", "clipped", "attempt")},
         "loss": _mean_loss(together["losses"]),
         "validation": {label: _without_bins(row) for label, row in together["scores"].items()},
+        "personalised": {label: _without_bins(row) for label, row in together.get("personalised", {}).items()},
     }
 
 
@@ -317,12 +318,14 @@ def _test(final: Mapping[str, Any], label: str) -> dict[str, Any]:
     whole = final["federation"].get(label)
     worst, best = min(known, key=known.__getitem__, default=None), max(known, key=known.__getitem__, default=None)
     own = {site: part.get("personalised", {}) for site, part in final["sites"].items()}
+    together = final.get("together", {}).get("personalised", {}).get(label)
     return {
         "sites": rows,
         "personalised": {
             site: _with_value(_without_bins(scores[label])) for site, scores in own.items() if label in scores
         },
         "all_cases": _with_value(whole) if whole else None,
+        "personalised_all_cases": _with_value(_without_bins(together)) if together else None,
         "mean_over_sites": round(fmean(known.values()), 6) if known else None,
         "worst": worst,
         "best": best,

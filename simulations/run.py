@@ -189,10 +189,11 @@ def federation(name: str, study: Study, nodes: Mapping[str, NodeConfig]) -> Job:
 
 def plain_study(study: Study) -> Study:
     """The study for one site: what combines sites, or keeps them together, has no meaning there."""
+    private = study.protect.privacy is not None
     return replace(
         study,
         train=replace(study.train, proximal_mu=0.0, scaffold=False, moon_mu=0.0),
-        strategy=Strategy(),
+        strategy=Strategy(weighting="uniform") if private else Strategy(),  # of one; no count of examples is told
         personal=Personal(keep=("norm",) if study.model.norm == "batch" else ()),
         rounds=replace(study.rounds, quorum=1, cohort=1.0),
         evaluate=replace(study.evaluate, every=0, reference=False),

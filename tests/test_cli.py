@@ -322,7 +322,8 @@ def test_a_queued_run_is_shown_and_stopped_and_goes_on(federation):
 def test_the_ready_studies_are_listed():
     assert "lung-ct-quick" in call("fedsim", "studies")[1]
     ready = {"brats-tumour", "chest-xray", "ct-nodule", "hippocampus", "lung-ct", "lung-ct-quick", "lung-nodule"}
-    ready |= {"brca-prognosis", "lung-ct-private", "lung-ct-secure", "nodule-malignancy", "nodule-presence"}
+    ready |= {"brca-prognosis", "lung-ct-private", "lung-ct-private-secure", "lung-ct-secure", "nodule-malignancy"}
+    ready |= {"nodule-presence"}
     ready |= {"chest-xray-masked", "ct-lesion", "lung-detect"}
     assert set(parsed("fedsim", "studies", "--json")) == ready
 

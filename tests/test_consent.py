@@ -112,7 +112,9 @@ def test_hours_that_are_none_are_refused(change):
 
 def test_every_key_of_the_policy_is_told_in_words():
     told = " ".join(
-        in_words(Policy(17, "ask", 93, ("t1",), ("m1",), 71, 5, ("secure-sum",), ("20:00-06:00",), "UTC", 0.79))
+        in_words(
+            Policy(17, "ask", 93, ("t1",), ("m1",), 71, 5, ("secure-sum",), ("20:00-06:00",), "UTC", 0.79, ("west-7",))
+        )
     )
     for word in (
         "79%",
@@ -125,6 +127,7 @@ def test_every_key_of_the_policy_is_told_in_words():
         "5 or more",
         "secure-sum",
         "20:00",
+        "west-7",
     ):
         assert word in told
 

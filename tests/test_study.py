@@ -450,6 +450,7 @@ def test_the_ready_studies_load_and_are_called_what_they_are():
         "hippocampus",
         "lung-ct",
         "lung-ct-private",
+        "lung-ct-private-secure",
         "lung-ct-quick",
         "lung-ct-secure",
         "lung-detect",
