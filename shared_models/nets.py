@@ -3,6 +3,7 @@
 No batch statistics but where norm layers stay at their site: they leak what a batch held, and differ between sites.
 """
 
+import threading
 from collections.abc import Callable
 from math import gcd, log
 from typing import Any
@@ -165,10 +166,12 @@ MAKERS: dict[str, Callable[[Model, int, int], nn.Module]] = {
     "mlp": perceptron,
 }
 
+DRAWING = threading.Lock()  # PyTorch's generator is one for all threads, and simulations begin several runs at once
+
 
 def network(study: Study) -> nn.Module:
     """The network of a study with weights that are a function of its seed."""
-    with torch.random.fork_rng(devices=[]):
+    with DRAWING, torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which seeds the GPUs as well: they would drop out alike in every round
         torch.default_generator.manual_seed(seed_of(study.seed, study.name, "initial weights"))
         inputs = len(study.task.covariates) if study.table_only else max(1, len(study.channels))

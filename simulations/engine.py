@@ -5,6 +5,7 @@ reply is in memory at a time; with workers it hands orders to processes of their
 """
 
 import json
+import os
 import selectors
 import subprocess
 import sys
@@ -68,7 +69,8 @@ class LocalGrid(Grid):
         self._queue: dict[str, Message] = {}
         self._replies: dict[str, Message] = {}
         self._ids = count(1)
-        self._pool = Pool(workers) if app is None else None
+        threads = max((int(config.get("threads", 0)) for config in nodes.values()), default=0)
+        self._pool = Pool(workers, threads) if app is None else None
         self._run: Run | None = None
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -135,9 +137,14 @@ class _Worker:
 
 @dataclass(slots=True)
 class Pool:
-    """Worker processes that each carry out one order at a time; one that dies is replaced, its order fails."""
+    """Worker processes that each carry out one order at a time; one that dies is replaced, its order fails.
+
+    Attributes:
+        threads: of numpy's own library in each, as of PyTorch's; 0 for as many as there are cores.
+    """
 
     size: int
+    threads: int = 0
     workers: list[_Worker] = field(default_factory=list)
     queue: deque[tuple[str, Message, NodeConfig]] = field(default_factory=deque)
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
@@ -182,7 +189,8 @@ class Pool:
 
     def _start(self) -> _Worker:
         command = [sys.executable, "-m", "simulations.worker"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        env = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}  # read by OpenBLAS and MKL too
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**env, **os.environ})
         worker = _Worker(process)
         self.workers.append(worker)
         self.selector.register(cast(IO[bytes], process.stdout), selectors.EVENT_READ, worker)

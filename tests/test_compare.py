@@ -1,6 +1,7 @@
 """A comparison: which runs it takes, what is done once, what its tables say, and what each site's page shows."""
 
 import csv
+import threading
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from shared_models.metrics import as_row, counts
 from shared_models.study import Evaluate, Model, Personal, Preprocess, Rounds, Study, Train
 from simulations.compare import Asked, compare, planned_runs
 from simulations.compare_page import harmed, site_page, write_all
-from simulations.compare_run import data_of
+from simulations.compare_run import data_of, machine_of
 from simulations.compare_tables import holm, latex, markdown, summary, verdict_of
 from simulations.engine import NodeConfig
 from simulations.phantoms import PhantomPlan, phantom
@@ -97,6 +98,26 @@ def test_a_comparison_is_carried_out_once_and_its_files_hold_every_figure(tmp_pa
     again = compare([Asked(STUDY, where)], SETTINGS, 1, out, how, said.append, lambda done, of: None)
     assert again["studies"]["tiny"]["rows"] == results["studies"]["tiny"]["rows"]
     assert stamps == {p: p.stat().st_mtime_ns for p in out.glob("tiny/seed-0/*/state.json")}, "done runs stay"
+
+
+def test_several_runs_share_the_one_gpu_that_was_named_each_with_its_own_worker(monkeypatch):
+    together, begun = threading.Barrier(3, timeout=20), []
+
+    def carry_out(job, folder, how, stop):
+        together.wait()  # all three at once, or it breaks
+        begun.append((how.workers, {(c["device"], c["threads"]) for c in job.nodes.values()}))
+
+    def scored(*_):
+        raise StudyInvalid("far enough")
+
+    monkeypatch.setattr(comparing, "carry_out", carry_out)
+    monkeypatch.setattr(comparing, "check_cases", lambda *_: None)
+    monkeypatch.setattr(comparing, "scored", scored)
+    how = machine_of(3, None, "cuda:0")
+    where = {site: {**config, "threads": how.threads} for site, config in sites_in(Path("/nowhere")).items()}
+    with pytest.raises(StudyInvalid, match="far enough"):
+        compare([Asked(STUDY, where)], SETTINGS, 3, Path("out"), how, lambda _: None, lambda done, of: None)
+    assert begun == [(1, {("cuda:0", 1)})] * 15
 
 
 def row(kind: str, setting: str, seed: int, site: str, split: str, dice: float, trained: str = "") -> dict[str, Any]:

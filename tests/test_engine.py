@@ -220,15 +220,15 @@ while True:
 
 
 @pytest.fixture
-def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Pool]]:
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Pool]]:
     """Makes pools of stand-in workers."""
     script = tmp_path / "worker"
     script.write_text(WORKER.format(python=sys.executable))
     script.chmod(0o700)
     made: list[Pool] = []
 
-    def make(size: int) -> Pool:
-        made.append(Pool(size))
+    def make(size: int, threads: int = 0) -> Pool:
+        made.append(Pool(size, threads))
         return made[-1]
 
     monkeypatch.setattr(sys, "executable", str(script))
@@ -322,6 +322,17 @@ def test_closing_the_pool_ends_its_workers_also_those_with_an_order_that_nobody_
     workers.close()
     assert time.monotonic() - began < 10
     assert [process.returncode is not None for process in processes] == [True, True]
+
+
+def test_a_worker_takes_no_more_threads_than_it_was_given_unless_the_environment_says_so(pool, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for said, expected in ((None, b"OMP_NUM_THREADS=2"), ("5", b"OMP_NUM_THREADS=5")):
+        if said:
+            monkeypatch.setenv("OMP_NUM_THREADS", said)
+        workers = pool(1, threads=2)
+        submit(workers, "m1")
+        environ = Path(f"/proc/{workers.workers[0].process.pid}/environ").read_bytes()
+        assert expected in environ.split(b"\0")
 
 
 def test_a_worker_that_cannot_start_is_told(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Networks: no batch statistics, weights that are a function of the study, and only the study's own arrays go in."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -171,3 +172,11 @@ def test_every_ready_study_has_a_network_that_answers(name):
     assert answer.shape == (1, outputs, *(edges if pixelwise else ()))
     assert torch.isfinite(answer).all()
     assert schema(net) == schema_of(initial_weights(study))
+
+
+def test_runs_that_begin_at_once_begin_from_the_weights_of_their_own_seeds():
+    of = [replace(TINY, seed=n % 3) for n in range(12)]
+    alone = [initial_weights(study) for study in of]
+    with ThreadPoolExecutor(12) as pool:
+        at_once = list(pool.map(initial_weights, of))
+    assert all(same(one, other) for one, other in zip(alone, at_once, strict=True))
