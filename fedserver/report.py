@@ -32,6 +32,7 @@ _PROPER = {
     "fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad",
     "median": "the coordinate-wise median", "trimmed_mean": "the trimmed mean", "krum": "Krum",
     "multi_krum": "Multi-Krum", "bulyan": "Bulyan", "norm_bound": "the mean of updates of bounded length",
+    "centred_clip": "centred clipping",
     "residual-unet": "Residual U-Net", "segresnet": "SegResNet", "resnet18": "ResNet-18",
     "resnet34": "ResNet-34", "resnet50": "ResNet-50", "vgg11": "VGG-11", "vgg13": "VGG-13", "vgg16": "VGG-16",
     "vgg19": "VGG-19", "densenet121": "DenseNet-121", "efficientnet-b0": "EfficientNet-B0", "mlp": "Perceptron",

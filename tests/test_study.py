@@ -109,7 +109,7 @@ WRONG = [
     ("rounds", "cohort", 0.0, "`rounds.cohort` is 0.0; allowed: greater than 0"),
     ("strategy", "name", "scaffold", "`strategy.name` is 'scaffold'; allowed: 'fedavg', 'fedavgm', 'fedadam'"),
     ("strategy", "robust", "median", 'robust = "median" needs weighting = "uniform": a site that claims many'),
-    ("strategy", "norm_bound", 1.0, 'norm_bound is for robust = "norm_bound", which is "none"'),
+    ("strategy", "norm_bound", 1.0, 'norm_bound is for robust = "norm_bound" or "centred_clip", and it is'),
     ("strategy", "malicious", 1, 'malicious = 1 with robust = "none", which promises nothing'),
     ("strategy", "normalise_steps", True, 'strategy.normalise_steps needs train.optimizer = "sgd"'),
     ("strategy", "weighting", "votes", "'examples', 'uniform' or 'inverse_variance'"),
