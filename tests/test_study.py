@@ -43,7 +43,7 @@ WRONG = [
     ("", "seed", "5", "`seed` is '5'; allowed: a valid integer"),
     ("", "seed", 5.0, "`seed` is 5.0; allowed: a valid integer"),
     ("", "seed", True, "`seed` is True; allowed: a valid integer"),
-    ("", "modality", "pet", "`modality` is 'pet'; allowed: 'ct', 'xray' or 'mr'"),
+    ("", "modality", "pet", "`modality` is 'pet'; allowed: 'ct', 'xray', 'mr' or 'photo'"),
     ("", "taks", {}, "`taks` is not a key here. Did you mean `task`?"),
     ("", "task", 3, "`task` is 3; allowed: an object"),
     ("", "task", [], r"`task` is \[\]; allowed: an object"),
