@@ -32,6 +32,7 @@ from shared_models.unlabelled_table import check_unlabelled
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
+MODALITIES = {"ct": "CT", "xray": "X-ray", "mr": "MR", "photo": "colour picture"}  # as people write them
 COLOURS = ("red", "green", "blue")  # channels by these names are those of one coloured picture
 
 

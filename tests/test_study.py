@@ -447,6 +447,10 @@ def test_a_message_does_not_repeat_a_long_value():
 def test_the_ready_studies_load_and_are_called_what_they_are():
     assert ready[:6] == ["brats-tumour", "brca-prognosis", "chest-xray", "chest-xray-masked", "ct-lesion", "ct-nodule"]
     assert ready[6:] == [
+        "fed-camelyon16",
+        "fed-isic2019",
+        "fed-ixi",
+        "fed-kits19",
         "hippocampus",
         "lung-ct",
         "lung-ct-private",

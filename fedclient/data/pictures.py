@@ -29,10 +29,10 @@ _TURN = 274  # EXIF and TIFF: 1 is as stored
 def read_picture(path: Path) -> Volume:
     """A PNG, JPEG or TIFF as grey levels, rows first as the file has them.
 
-    Grey of 8, 16 or 32 bit and real numbers keep their depth; colour and palettes become luminance (ITU-R 601) where
-    nobody asks for colours, transparency is dropped, and Pillow hands out 16-bit colour as 8 bit. A picture that says that it must be turned for
-    display (EXIF orientation) is refused: scanners write none, some programs turn it and some do not, so that image
-    and mask may lie differently.
+    Grey of 8, 16 or 32 bit and real numbers keep their depth; colour and palettes become luminance (ITU-R 601; see
+    `read_colours` for who wants them), transparency is dropped, and Pillow hands out 16-bit colour as 8 bit. A picture
+    that says that it must be turned for display (EXIF orientation) is refused: scanners write none, some programs turn
+    it and some do not, so that image and mask may lie differently.
     """
     with _picture(path) as image:
         grey = image.convert("RGBA").convert("L") if image.mode in _COLOUR else _without_alpha(image)

@@ -149,8 +149,7 @@ def _bag(case: Case, root: Path, needs: Needs, secret: str, state: str) -> Looke
     found = list(_of_paths(case, root, NOTHING))
     shown: tuple[str, ...] = ()
     if needs.modality and needs.tile_features is None:
-        what = "it is a bag of features, and the study trains on images."
-        found.append(finding("MODALITY_MISMATCH", what, case=case.key, row=case.row))
+        raise ImageUnreadable("it is a bag of features, and the study trains on images.", "MODALITY_MISMATCH")
     bag = read_bag(case, needs.tile_features)
     if needs.task is not None and has_truth(case, needs.task):
         shown = _shown(case, None, needs.task)

@@ -46,7 +46,7 @@ def ce(logits: Tensor, truth: Tensor, class_weights: Tensor) -> Tensor:
 
 
 def focal(logits: Tensor, truth: Tensor, class_weights: Tensor, gamma: float) -> Tensor:
-    """Focal loss over a softmax (Lin et al. 2017, equation 5), each example weighing by its class; mean over a batch."""
+    """Focal loss over a softmax (Lin et al. 2017, equation 5), each example weighing by its class, mean over them."""
     wanted = truth.argmax(dim=1)
     log_chance = -F.cross_entropy(logits, wanted, reduction="none")
     return (-class_weights.to(logits)[wanted] * (1 - log_chance.exp()) ** gamma * log_chance).mean()
