@@ -15,8 +15,9 @@ from typing import Any
 from fedclient.data.listing import list_cases
 from fedclient.data.truths import has_truth
 from fedclient.site import open_site
-from fedserver.comparison import DASH, spread, spread_text
+from fedserver.comparison import spread, spread_text
 from shared_models.errors import ManifestInvalid, StudyInvalid
+from shared_models.figure_text import DASH
 from shared_models.files import write_atomic, write_json
 from shared_models.study import Study, load_study
 from simulations.compare import Asked, compare
