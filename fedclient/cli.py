@@ -17,6 +17,7 @@ from fedclient.operate import doctor, logs, page, status
 from fedclient.predict.commands import predict
 from fedclient.serving.commands import drift, serve_model
 from fedclient.verify import verify
+from fedclient.worth_command import worth
 from shared_models.cli import guarded, print_json
 from shared_models.errors import EnrolmentFailed
 from shared_models.files import write_atomic
@@ -145,6 +146,7 @@ app.command()(waive)
 app.command()(card)
 app.command()(explain)
 app.command()(worklist)
+app.command()(worth)
 for command in (policy, studies, show, approve, refuse, withdraw, sent, verify, predict, serve_model, drift):
     app.command()(command)
 app.add_typer(audit, name="audit")

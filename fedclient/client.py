@@ -8,8 +8,8 @@ from flwr.clientapp import ClientApp
 
 from fedclient.consent import admitted
 from fedclient.egress import release
-from fedclient.own_log import log_of
 from fedclient.overdue import limited
+from fedclient.own_log import log_of
 from fedclient.parcels import answered
 from fedclient.site import Site, open_site
 from fedclient.summing import is_summed, summed

@@ -42,7 +42,8 @@ def _sees(site: Site, study: Study) -> Iterator[str]:
     from fedclient.data.listing import list_cases  # imports the image readers
 
     channels = f" ({', '.join(study.channels)})" if study.channels else ""
-    yield f"{study.modality} images{channels} and labels in {site.data}; on this machine alone."
+    what = "bags of features" if study.of_bags else "rows of tables" if study.table_only else f"{study.modality} images"
+    yield f"{what}{channels} and labels in {site.data}; on this machine alone."
     try:
         cases = list_cases(site.where, site.salt).cases
     except FederationError as error:

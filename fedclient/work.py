@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from fedclient.memory import memory_folder, own_path, recall, remember
+from fedclient.memory import keep_final, memory_folder, own_path, recall, remember
 from fedclient.site import Site
 from fedclient.spending import check_budget, check_order, reserved
 from shared_models.authority import read_files
@@ -221,6 +221,8 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         if study.task.kind == "classification" and order.evaluate == "test":
             reply = replace(reply, validation=learner.score(site, study, without_control(weights), "val"))
         reply = replace(reply, profile=_profile(order, study, weights, site, learner))
+        if site.deployed:
+            keep_final(memory_folder(site, order.run, order.study_sha256), study, without_control(weights))
         return Answer(replace(reply, kind="evaluation", seconds=time.monotonic() - began))
     spending = reserved(order, study, site, patients) if private else None
     folder = memory_folder(site, order.run, order.study_sha256)

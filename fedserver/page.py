@@ -8,8 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from fedserver import plots
-from fedserver.comparison import ALL, DASH, points_text, spread_of, spread_text, value_text
+from fedserver.comparison import ALL, points_text, spread_of, spread_text
 from shared_models.detection_counts import RATES
+from shared_models.figure_text import DASH, value_text
 
 PARTS = {  # a seat's last state -> words, and how high its cell stands (colour alone would not do for everyone)
     "counted": ("counted", 20),

@@ -21,10 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fedserver.checkpoint import RunFolder, read_progress
-from fedserver.comparison import ALL, points_text, spread_of, spread_text, value_text
+from fedserver.comparison import ALL, points_text, spread_of, spread_text
 from fedserver.page import duration_text
 from shared_models.alarms import day
 from shared_models.expiry import date_text
+from shared_models.figure_text import value_text
 from shared_models.scores import NAMES, value_in
 
 PHASES = {

@@ -280,7 +280,7 @@ class Constraints:
 
     memory_bytes: int
     spatial_dims: Literal[2, 3]
-    modality: Literal["ct", "xray", "mr"]
+    modality: Literal["ct", "xray", "mr", "photo"]
     labels: int = 1
     batch_least: int = 2
     batch_most: int = 256
@@ -352,7 +352,7 @@ def derive(fingerprint: Fingerprint, constraints: Constraints) -> Plan:
         fingerprint_sha256=hashlib.sha256(canonical_json(plain(fingerprint))).hexdigest(),
         cases=fingerprint.cases,
         spatial_dims=dims,
-        spacing_mm=None if constraints.modality == "xray" else target_mm[:dims],
+        spacing_mm=None if constraints.modality in ("xray", "photo") else target_mm[:dims],
         median_shape=(i, j, k),
         patch=chosen.patch,
         strides=chosen.strides,

@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, cast
 
+from fedclient.alone import plain_study
 from fedclient.data.cases import state_of
 from fedclient.data.listing import list_cases
 from fedclient.data.truths import has_truth
@@ -37,7 +38,6 @@ from shared_models.files import canonical_json, read_json, write_json
 from shared_models.protect.context import LEAST_SITES
 from shared_models.scores import NAMES, Score, measure_of, row_of
 from shared_models.size import size_in_words
-from shared_models.strategy import Personal, Strategy
 from shared_models.study import Study, sha256
 from shared_models.weights import Arrays, load, schema_of
 from shared_models.wire import Order
@@ -185,20 +185,6 @@ def federation(name: str, study: Study, nodes: Mapping[str, NodeConfig]) -> Job:
             f"or leave out protect.secure_aggregation."
         )
     return Job(name, replace(study, rounds=replace(study.rounds, quorum=quorum)), nodes)
-
-
-def plain_study(study: Study) -> Study:
-    """The study for one site: what combines sites, or keeps them together, has no meaning there."""
-    private = study.protect.privacy is not None
-    return replace(
-        study,
-        train=replace(study.train, proximal_mu=0.0, scaffold=False, moon_mu=0.0),
-        strategy=Strategy(weighting="uniform") if private else Strategy(),  # of one; no count of examples is told
-        personal=Personal(keep=("norm",) if study.model.norm == "batch" else ()),
-        rounds=replace(study.rounds, quorum=1, cohort=1.0),
-        evaluate=replace(study.evaluate, every=0, reference=False),
-        protect=replace(study.protect, secure_aggregation=None),
-    )
 
 
 def left_out_jobs(study: Study, nodes: Mapping[str, NodeConfig]) -> list[Job]:

@@ -11,8 +11,8 @@ import torch
 from scipy.stats import ttest_rel
 
 import simulations.compare as comparing
-from fedserver.comparison import MINUS
 from shared_models.errors import StudyInvalid
+from shared_models.figure_text import MINUS
 from shared_models.files import read_json
 from shared_models.metrics import as_row, counts
 from shared_models.study import Evaluate, Model, Personal, Preprocess, Rounds, Study, Train

@@ -61,8 +61,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("shared_models/onnx_session.py", "fedclient/predict/model.py"),
     "gdcm": ("fedclient/data/dicom_pixels.py",),
     "torch": (
-        "shared_models/nets.py", "shared_models/vgg.py", "shared_models/pretrained.py", "shared_models/tasks/",
-        "shared_models/runtimes.py", "shared_models/parity.py", "fedserver/publish/exports.py",
+        "shared_models/nets.py", "shared_models/mil.py", "shared_models/vgg.py", "shared_models/pretrained.py",
+        "shared_models/tasks/", "shared_models/runtimes.py", "shared_models/parity.py", "fedserver/publish/exports.py",
         "fedserver/publish/bundle.py", "shared_models/bundle_steps.py",
         "fedclient/training/", "fedclient/data/augment.py", "fedclient/predict/torch_network.py",
         "simulations/bench/", "simulations/attacks/",  # an attacker inverts and trains networks

@@ -16,11 +16,10 @@ from pydantic import Field
 from fedserver.report import in_words
 from shared_models.files import write_atomic, write_json
 from shared_models.parse import STRICT, parse, read_toml
-from shared_models.study import Study
+from shared_models.study import MODALITIES, Study
 
 UNKNOWN = "not known"
 NORMAL = 1.96  # of a 95 % interval
-MODALITIES = {"ct": "CT", "xray": "X-ray", "mr": "MR"}
 Line = Annotated[str, Field(max_length=2000)]
 
 
