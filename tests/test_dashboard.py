@@ -531,7 +531,7 @@ def test_on_a_real_connection_who_takes_nothing_is_hung_up_on(here):
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
     thread.start()
     cookie = f"{sessions.name}={sessions.begin(sessions.token)}"
-    with closing(http.client.HTTPConnection(*listening.getsockname(), timeout=30)) as client:
+    with closing(http.client.HTTPConnection("127.0.0.1", listening.getsockname()[1], timeout=30)) as client:
         client.request("GET", "/events", headers={"cookie": cookie})
         assert client.getresponse().status == 200
         waited = time.monotonic() + 20

@@ -10,13 +10,14 @@ import pytest
 from fedserver import plots, report
 from fedserver.backup import SECRET
 from fedserver.checkpoint import RunFolder, create_run
-from fedserver.comparison import ALL, DASH
+from fedserver.comparison import ALL
 from fedserver.dashboard import view
 from fedserver.dashboard.book import MOST_EVENTS, Book, Chain
 from fedserver.dashboard.login import TOKEN, token_path
 from fedserver.dashboard.look import ICONS, likely, palette
 from fedserver.dashboard.web import STATIC
 from shared_models.audit import AuditLog, verify_log
+from shared_models.figure_text import DASH
 from shared_models.files import append_json
 from shared_models.identity import identity_public_key, new_site_keys
 from shared_models.protect.privacy import Protect

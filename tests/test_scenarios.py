@@ -78,7 +78,7 @@ def test_the_table_has_pooled_first_then_each_site_alone_and_the_settings():
 
 
 def test_balanced_accuracy_is_the_mean_sensitivity_of_the_labels_that_are_there():
-    rows = [
+    rows: list[dict[str, float | None]] = [
         {"sensitivity": 0.5, "auroc": 0.9},
         {"sensitivity": 1.0, "auroc": 0.1},
         {"sensitivity": None, "auroc": None},

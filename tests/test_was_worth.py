@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from fedclient import egress
 from fedclient.alone import plain_study, train_alone
-from fedclient.app import client_app
 from fedclient.cli import app
+from fedclient.client import client_app
 from fedclient.consent import decide, find_asked
 from fedclient.memory import memory_folder
 from fedclient.policy import Policy

@@ -15,7 +15,6 @@ from markupsafe import Markup
 
 from fedserver import plots, registry, report
 from fedserver.checkpoint import RunFolder
-from fedserver.comparison import DASH
 from fedserver.dashboard import view
 from fedserver.dashboard.book import Book
 from fedserver.enrol import Federation, open_federation, signer
@@ -25,6 +24,7 @@ from fedserver.state import find_run
 from shared_models.alarms import day
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.expiry import date_text
+from shared_models.figure_text import DASH
 from shared_models.files import read_json
 from shared_models.identity import identity_public_key
 

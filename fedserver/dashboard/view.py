@@ -6,11 +6,12 @@ from typing import Any
 
 from fedserver import plots
 from fedserver.checkpoint import RunFolder, schema_on_disk
-from fedserver.comparison import ALL, value_text
+from fedserver.comparison import ALL
 from fedserver.dashboard.book import Book
 from fedserver.report import curves, drawn, updates_told
 from fedserver.show import PHASES, QUIET_S, UNDER_WAY, WAITED_FOR, progress_of, state_of, turn, why_not_online
 from shared_models.errors import FederationError
+from shared_models.figure_text import value_text
 from shared_models.scores import value_in
 from shared_models.weights import size_bytes
 
