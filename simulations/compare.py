@@ -26,7 +26,7 @@ from shared_models.errors import StateInvalid
 from shared_models.scores import measure_of, value_in
 from shared_models.study import Study
 from simulations.at_once import at_once
-from simulations.engine import NodeConfig
+from simulations.engine import NodeConfig, kept_workers
 from simulations.run import Job, Machine, Say, carry_out, check_cases, federation, jobs, left_out_jobs
 from simulations.scoring import Model, Told, score_site
 from simulations.settings import Changes, changed
@@ -126,7 +126,7 @@ def compare(
         run = todo[place]
         say(f"{of} of {len(todo)}: {run.job.study.name} seed {run.model.seed} {run.job.name}")
 
-    with watched(todo, rounds):
+    with watched(todo, rounds), kept_workers():
         at_once(range(len(todo)), train, how.workers, done)
     say("scoring every model at every site")
     told = scored(asked, runs, how, devices)

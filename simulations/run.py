@@ -42,7 +42,7 @@ from shared_models.study import Study, sha256
 from shared_models.weights import Arrays, load, schema_of
 from shared_models.wire import Order
 from simulations.at_once import at_once
-from simulations.engine import NodeConfig, run_local
+from simulations.engine import NodeConfig, kept_workers, run_local
 from simulations.phantoms import PhantomPlan, Shift, TestLabels, phantom
 from simulations.sources import config_of, pooled, sites_at
 from simulations.vois import RegionPlan, regions
@@ -227,7 +227,10 @@ def side_by_side(todo: Sequence[Job], folder: Path, how: Machine, say: Say) -> d
     Returns the run folders by the names of the jobs.
     """
     one_each = replace(how, workers=min(1, how.workers))
-    runs = at_once(todo, lambda j, stop: carry_out(j, folder, one_each, stop), how.workers, lambda j, _: say(j.name))
+    with kept_workers():
+        runs = at_once(
+            todo, lambda j, stop: carry_out(j, folder, one_each, stop), how.workers, lambda j, _: say(j.name)
+        )
     return {job.name: run for job, run in zip(todo, runs, strict=True)}
 
 
