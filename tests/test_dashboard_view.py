@@ -151,7 +151,9 @@ def test_events_are_told_without_the_routine_and_only_the_latest(log):
 
 
 def test_each_site_has_its_last_word(log):
+    log.add("refused", code="REVOKED", times=3, site="north")
     book = book_of(log)
+    assert (book.latest[-1].what, book.latest[-1].words) == ("turned away at the gateway", "REVOKED, 3 times")
     assert (book.last_words["north"].what, book.last_words["north"].round) == ("reply counted", 3)
     assert "south" not in book.last_words
 

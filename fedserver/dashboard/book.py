@@ -49,6 +49,8 @@ KINDS = {  # event -> what happened, and how it is marked
     "witness-refused": ("log contradicted", "bad"),
     "witness-unsigned": ("log head not signed", "bad"),
     "witness-missing": ("log without a witness", "bad"),
+    "refused": ("turned away at the gateway", "look"),
+    "authority": ("authority's list signed", ""),
     "backed-up": ("backup made", ""),
     "restored": ("restored from a backup", "look"),
 }
@@ -173,7 +175,7 @@ class Book:
         with suppress(StateInvalid, KeyError, TypeError, ValueError, AttributeError):
             event = told(parse_json(dict[str, Any], text, LOG, StateInvalid), self._known)
             self.latest.append(event)
-            if event.site:
+            if event.site and event.what != KINDS["refused"][0]:  # who shows a site's old certificate is not that site
                 self.last_words[event.site] = event
 
     def _verify(self, file: BinaryIO, until: float) -> None:
@@ -194,6 +196,9 @@ def told(line: Mapping[str, Any], number: int) -> Event:
     extra = []
     if counted := facts.get("counted"):
         extra.append(f"{len(counted)} counted")
+    if code := facts.get("code"):
+        times = facts.get("times", 1)
+        extra.append(f"{code}, {times} times" if times != 1 else str(code))
     if facts.get("release") and isinstance(facts["release"], str):
         extra.append(facts["release"])
     if facts.get("by"):
