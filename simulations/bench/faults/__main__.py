@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedserver.state import change_run, list_runs
-from shared_models.errors import FederationError
 from simulations.bench.faults import kills, machine, sent, sums, told
 from simulations.bench.faults.fleet import COORDINATOR, ROOT, FellShort, Fleet, fleet
 from simulations.bench.faults.machine import NotHere, small_disk
@@ -91,9 +90,9 @@ def tried(stage: Stage, fault: Fault, scenario: Callable[[Fleet], str], seen: Se
         seen.outcome, seen.ran = scenario(here), True
     except NotHere as why:
         seen.not_run.append(str(why))
-    except (FellShort, FederationError, OSError) as error:
+    except Exception as error:  # of the system or of the scenario: told, and the next fault is tried
         seen.ran = True
-        seen.failed.append(str(error) or type(error).__name__)
+        seen.failed.append(str(error) if isinstance(error, FellShort) else f"{type(error).__name__}: {error}")
         stage.strike()
     stage.tidy()
 

@@ -73,10 +73,11 @@ class Fleet:
     def folder(self, who: str) -> Path:
         return self.federation.folder if who == COORDINATOR else self.out / who
 
-    def serve(self, env: Mapping[str, str] | None = None) -> None:
-        """Starts the coordinator, with more in its environment where that is given, and waits for its port."""
+    def serve(self, env: Mapping[str, str] | None = None, awaited: bool = True) -> None:
+        """Starts the coordinator, with more in its environment where that is given, and waits until it listens."""
         self._supervise(COORDINATOR, [SERVE, str(self.federation.folder), str(self.port)], env or {})
-        await_port(f"127.0.0.1:{self.port}")
+        if awaited:
+            await_port(f"127.0.0.1:{self.port}", 180.0)
 
     def join(self, site: str, policy: Policy | None = None) -> None:
         """Enrols a site, as `fedclient join` does; it will dial through a line of its own."""

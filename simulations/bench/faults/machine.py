@@ -178,16 +178,17 @@ def damaged_database(here: Fleet) -> str:
 
 def _refusal(here: Fleet, child: str) -> str:
     """What the supervisor says of a process that cannot start."""
-    with suppress(Exception):
-        here.serve()
+    here.serve(awaited=False)
     try:
-        return str(await_that(f"{child} says why", lambda: _last_words(here, child), 60))
+        return str(await_that(f"{child} says why", lambda: _last_words(here, child)))
     finally:
         here.stop(COORDINATOR)
 
 
 def _last_words(here: Fleet, child: str) -> str:
-    shown = read_status(here.federation.folder)["children"].get(child, {})
+    """Of a process that this supervisor has seen end, not an earlier one."""
+    status = read_status(here.federation.folder)
+    shown = status["children"].get(child, {}) if status["supervisor"] == here.running[COORDINATOR].pid else {}
     return str(shown.get("last_words", "")) if shown.get("restarts") else ""
 
 

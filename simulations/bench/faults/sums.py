@@ -20,13 +20,13 @@ def killed_in_a_sum(here: Fleet) -> str:
     """The executor of a site, then the run's process, killed at each step: two times five rounds."""
     here.honest(0.3)
     bounds = SecureAggregation(clip=8.0, most_examples=128, step_s=25.0)
-    made = replace(study("f24", 2 * len(STEPS), quorum=3, deadline_s=100.0), protect=Protect(secure_aggregation=bounds))
+    made = replace(study("f24", 2 * len(STEPS), quorum=3, deadline_s=300.0), protect=Protect(secure_aggregation=bounds))
     run, seen = here.begin("f24", made), list[str]()
     for number, (victim, step) in enumerate(((v, s) for v in ("site", "coordinator") for s in STEPS), start=1):
-        at = await_that(f"{step} in round {number}", partial(_reached, here, number, step), 150)
+        at = await_that(f"{step} in round {number}", partial(_reached, here, number, step), 300)
         here.killed(VICTIM, "executor") if victim == "site" else here.killed(COORDINATOR, "run")
         seen.append(f"{victim} at {at}")
-        await_finished(run, number, 150)
+        await_finished(run, number, 300)
     here.finish("f24", 180)
     for number in range(1, 2 * len(STEPS) + 1):
         check(sorted(_summed(run, number)) == list(here.sites), f"round {number}: the sum is of {_summed(run, number)}")
