@@ -7,11 +7,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fedclient.own_log import lines_of
 from shared_models.authority import read_files
 from shared_models.cli import guarded, print_json
 from shared_models.errors import ReleaseInvalid
-from shared_models.evidence import LOG
-from shared_models.files import read_lines
 from shared_models.release import Release, Trust, open_release
 
 console = Console(soft_wrap=True)
@@ -73,8 +72,7 @@ def verify(
 
 def kept_heads(site: Path) -> list[dict[str, Any]]:
     """Heads of other parties' logs that this site has written into its own."""
-    lines = read_lines(site / LOG) if (site / LOG).exists() else []
-    return [line["facts"] for line in lines if line["event"] == "witnessed"]
+    return [line["facts"] for line in lines_of(site) if line["event"] == "witnessed"]
 
 
 def facts_of(opened: Release) -> dict[str, Any]:

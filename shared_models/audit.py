@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from shared_models.alarms import events
 from shared_models.errors import StateInvalid
 from shared_models.files import append_json, canonical_json, locked, replacing
 from shared_models.identity import identity_public_key, sign, verify
@@ -179,10 +180,12 @@ class AuditLog:
     def _catch_up(self) -> None:
         """Reads what other processes have added; a line that a killed writer left torn is cut off by the next."""
         if not self.tree.size:
-            before = self._put_away()
+            before, kept = self._put_away()
             if not self.path.exists():
                 key = identity_public_key(self.key).hex()
                 self._write("opened", {"party": self.party, "key": key, "before": before})
+                for facts in kept:
+                    self._write("witnessed", facts)
                 return
         elif not self.path.exists():
             raise StateInvalid(f"{self.path}: has gone while in use. Restore it from a backup.")
@@ -199,23 +202,28 @@ class AuditLog:
                     "file as evidence, and move it away to begin a new log."
                 ) from error
 
-    def _put_away(self) -> str | None:
-        """Moves a log of an earlier key aside, under its own name; the new log names it."""
+    def _put_away(self) -> tuple[str | None, list[dict[str, Any]]]:
+        """Moves a log of an earlier key aside, under its own name; the new log names it.
+
+        Returns:
+            Its name, and the last head of each other party that it keeps: the new log begins with them.
+        """
         if not self.path.exists():
-            return None
+            return None, []
         with self.path.open("rb") as file:
             first = file.readline().removesuffix(b"\n")
         try:
             key = str(json.loads(first)["facts"]["key"])
         except (ValueError, KeyError, TypeError):
-            return None  # damaged, or torn before its first line was whole: read on
+            return None, []  # damaged, or torn before its first line was whole: read on
         if key == identity_public_key(self.key).hex():
-            return None
+            return None, []
+        kept = {line["facts"]["peer"]: line["facts"] for line in events(self.path, ("witnessed",))}
         log = hashlib.sha256(first).hexdigest()
         for path in (self.path, self.path.with_suffix(".head.json")):
             if path.exists():
                 path.rename(path.with_name(path.name.replace("audit", f"audit-{log[:8]}", 1)))
-        return log
+        return log, [{**facts, "since": 0, "proof": []} for facts in kept.values()]
 
 
 @dataclass(slots=True)

@@ -67,9 +67,13 @@ ATTACKS = {
     "local user on the site's runtime port": (
         DEPLOYED + "test_another_user_of_the_hospitals_machine_at_the_port_of_its_node",
     ),
-    "changed app": ("test_executor.py::test_another_archive_is_refused_with_its_digest_and_no_app_is_called",),
+    "changed app": (
+        "test_executor.py::test_another_archive_is_refused_with_its_digest_and_no_app_is_called",
+        "test_executor.py::test_another_archive_is_written_down_at_the_site",
+    ),
     "changed study": (
         "test_consent.py::test_any_change_of_a_study_asks_anew",
+        "test_consent.py::test_a_study_that_is_refused_is_written_down_at_the_site",
         "test_consent.py::test_a_study_that_the_coordinator_did_not_sign_for_this_run_is_not_looked_at",
         "test_work.py::test_a_study_that_is_not_the_one_named_is_refused_also_after_the_right_one_was_seen",
     ),

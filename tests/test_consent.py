@@ -158,6 +158,15 @@ def test_a_study_that_the_coordinator_did_not_sign_for_this_run_is_not_looked_at
     assert admitted(good, site).name == "north"
 
 
+def test_a_study_that_is_refused_is_written_down_at_the_site(edge, hospitals):
+    hospitals.join("north", INSIDE)
+    with pytest.raises(RoundPaused):
+        hospitals.run(STUDY, "unsigned", sign=None)
+    lines = read_lines(hospitals.sites["north"] / "audit.jsonl")
+    codes = {line["facts"]["code"] for line in lines if line["event"] == "order-refused"}
+    assert codes == {"STUDY_UNSIGNED"}
+
+
 # The decision
 
 

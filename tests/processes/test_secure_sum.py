@@ -45,6 +45,21 @@ quorum = 3
 gather_s = 5
 deadline_s = {deadline}
 """
+PLANNED = """
+name = "planned"
+plan = "federated"
+[planning]
+memory_gib = 0.1
+batch_most = 4
+[train]
+local_steps = 2
+precision = "float32"
+[rounds]
+count = 1
+quorum = 3
+gather_s = 5
+deadline_s = {deadline}
+"""
 MOST = 64  # examples that a site weighs at most
 SECURE = PLAIN + f"[protect.secure_aggregation]\nstep_s = {{step}}\nmost_examples = {MOST}\n"
 
@@ -107,7 +122,7 @@ def test_five_hospitals_one_killed_after_masking_and_the_coordinator_holds_no_by
         sent = {name: secret for name, secret in secrets.items() if name.split()[0] in there and " ring" not in name}
         assert holding(tmp_path / "plain", mostly(sent, "score")).keys() == mostly(sent, "score").keys()
 
-        (tmp_path / "planned.toml").write_text(PLAIN.format(deadline=deadline) + 'plan = "federated"\n')
+        (tmp_path / "planned.toml").write_text(PLANNED.format(deadline=deadline))
         here.fedserver("run", str(tmp_path / "planned.toml"), "--name", "planned", "--no-wait")
         until(lambda: here.run("planned")["state"] == "finished", 2 * deadline, "the planned run is finished", logs)
         names_nobody(taps[0].sent(tmp_path / "secrets"), here, {s: vectors[s][:64] for s in there}, data, logs)
@@ -118,8 +133,8 @@ def names_nobody(
 ):
     """Every connection was read but those that ask whose authority it is; what was sent is found, and no identifier."""
     clear, closed = sent
-    assert len(closed) == len(here.sites)
-    assert max(closed) < 2500
+    assert len(closed) >= len(here.sites)
+    assert max(closed) < 2500, "a handshake and a question"
     whole = b"".join(clear)
     assert b"POST /v1/fleet/push-object" in whole
     assert b"POST /enrol" in whole
@@ -130,8 +145,9 @@ def names_nobody(
     kept += [path for path in logs.rglob("*.log*") if path.is_file()]
     shown = [json.dumps(here.status()).encode(), here.fedserver("logs", "--last", "0").encode()]
     everything = [whole, *(path.read_bytes() for path in kept), *shown]
+    there = str(data) + (data / "manifest.csv").read_text()
     for canary in CANARIES:
-        assert any(canary in str(path) or canary in path.read_text("latin-1") for path in [data, *data.glob("*.csv")])
+        assert canary in there
         for content in everything:
             assert canary.lower().encode() not in content.lower()
             assert canary.lower().encode("utf-16-le") not in content.lower()
