@@ -15,6 +15,7 @@ from fedclient.explain_command import explain, worklist
 from fedclient.gate.commands import card, check, waive
 from fedclient.operate import doctor, logs, page, status
 from fedclient.predict.commands import predict
+from fedclient.score_command import score
 from fedclient.serving.commands import drift, serve_model
 from fedclient.verify import verify
 from fedclient.worth_command import worth
@@ -147,7 +148,7 @@ app.command()(card)
 app.command()(explain)
 app.command()(worklist)
 app.command()(worth)
-for command in (policy, studies, show, approve, refuse, withdraw, sent, verify, predict, serve_model, drift):
+for command in (policy, studies, show, approve, refuse, withdraw, sent, verify, predict, serve_model, drift, score):
     app.command()(command)
 app.add_typer(audit, name="audit")
 

@@ -80,6 +80,7 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
             f"{study.rounds.count} rounds {bytes_ * study.rounds.count / MIB:.0f} MiB."
         )
     yield from _shortened(study)
+    yield from _noised(study)
     if secure:
         yield from _summed(study)
     elif study.protect.privacy is None:
@@ -101,6 +102,15 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
             "At the end, for those who use the model to tell a drift by: how many validation and test cases have which "
             "voxel size, size, grey values and answers, on coarse grids, if there are "
             f"{site.smallest_count} cases or more. Users of the release see it, without this site's name."
+        )
+
+
+def _noised(study: Study) -> Iterator[str]:
+    """What does not leave where updates are differentially private."""
+    if study.protect.privacy is not None:
+        yield (
+            "The change carries noise for each patient, and nothing else leaves: no score, loss, count, time or "
+            "histogram. What the model is worth here `fedclient score` tells of a release, and nobody else."
         )
 
 
