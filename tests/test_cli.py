@@ -325,6 +325,7 @@ def test_the_ready_studies_are_listed():
     ready |= {"brca-prognosis", "lung-ct-private", "lung-ct-private-secure", "lung-ct-secure", "nodule-malignancy"}
     ready |= {"nodule-presence"}
     ready |= {"chest-xray-masked", "ct-lesion", "lung-detect"}
+    ready |= {"fed-camelyon16", "fed-isic2019", "fed-ixi", "fed-kits19"}
     assert set(parsed("fedsim", "studies", "--json")) == ready
 
 
