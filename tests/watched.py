@@ -13,9 +13,11 @@ import numpy as np
 from fedclient.policy import Policy
 from fedclient.site import Site
 from fedclient.work import Learned
+from fedserver.checkpoint import RunFolder
 from fedserver.cohort import Presence
 from fedserver.enrol import Federation, invite
 from fedserver.lifecycle import revoke
+from fedserver.queue import finished_round
 from fedserver.state import Run, RunState, add_run, change_run, saw_site
 from fedserver.submit import submit
 from shared_models.metrics import counts
@@ -60,10 +62,12 @@ class Watched:
 
     Attributes:
         online: sites whose node is there; the others are away.
+        rests_after: the round after which all but the first site are away, whoever is online.
     """
 
     hospitals: Hospitals
     online: set[str] = field(default_factory=set)
+    rests_after: int = 10_000
     _thread: threading.Thread | None = None
     _over: threading.Event = field(default_factory=threading.Event)
 
@@ -91,7 +95,8 @@ class Watched:
         def presence() -> Presence:
             if self._over.is_set():
                 raise _Over
-            here = {site: number for site, number in numbers.items() if site in self.online}
+            rests = finished_round(RunFolder(self.federation.runs / name)) >= self.rests_after
+            here = {site: i for site, i in numbers.items() if site in self.online and not (rests and i > 1)}
             return Presence(here, {site: "last heard of 42 s ago" for site in SITES if site not in here})
 
         def carry_out() -> None:

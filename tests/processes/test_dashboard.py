@@ -25,7 +25,7 @@ from tests.watched import LUNGS, SITES, Watched, queued, watched
 pytestmark = [pytest.mark.process, pytest.mark.skipif(bool(missing("chromium")), reason=missing("chromium"))]
 REACHED = """[...document.querySelectorAll('a[href], button, summary, input, [tabindex="0"]')]
     .filter((each) => each.checkVisibility()).length"""
-until = partial(wait_until, seconds=60.0)
+until = partial(wait_until, seconds=120.0)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,11 @@ def test_a_run_in_progress_shows_without_a_reload_on_a_wide_and_a_narrow_screen(
         assert "last heard of 42 s ago, for " in text(page, "now")
         assert "Curves begin with the first finished round" in text(page, "run")
 
+        here.rests_after = 3
         here.online |= {*SITES}
-        until(lambda: "round 3 of 8" in text(page, "now"), "rounds go by")
+        until(lambda: "round 4 of 8" in text(page, "now"), "rounds go by")
         until(lambda: page.value("document.querySelectorAll('[data-section=charts] canvas').length") == 2, "are drawn")
+        here.rests_after = 10_000
         until(lambda: "finished" in text(page, "run"), "it ends")
         until(lambda: "Test Dice: lung" in text(page, "matrix"), "the final test is there")
         assert page.value("window.before") == "kept", "no reload"
