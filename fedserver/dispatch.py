@@ -55,6 +55,7 @@ LINK_PATIENCE_S = 2.0  # the loop comes back to what it could not do
 MOST_DEATHS, WITHIN_S = 5, 120.0
 ACQUIRE_S = 30.0  # a Flower run whose task has not been handed out by then is given up
 GRACE_S = 8.0  # from SIGTERM to SIGKILL; Flower ends by force after 5
+LEASE_S, STARTS_S = 10.0, 300.0  # Flower takes a task back after 30 s; how long a process may take to begin
 REPLY_S = 15.0  # for the content of a reply, which follows it at once: a site that keeps it back holds up the round
 FINISHED, PAUSED = 40, 41  # exit codes of the ServerApp's process; Flower itself ends with 0 when it is told to stop
 
@@ -91,6 +92,9 @@ class Job:
         stale: Flower runs that have lost their process and are still to be stopped.
         deaths: when its processes died, without a finished round between.
         ending_since: when its process was told to end.
+        token: of the task that the process has.
+        child_at: when its process was started.
+        leased_at: when Flower last heard from here that the task is in hand.
         resting: a person has paused it; one that lacks its quorum ends by itself.
     """
 
@@ -103,6 +107,9 @@ class Job:
     deaths: list[float] = field(default_factory=list)
     round: int = 0
     ending_since: float | None = None
+    token: str = field(default="", repr=False)
+    child_at: float = 0.0
+    leased_at: float = 0.0
     resting: bool = False
 
 
@@ -187,12 +194,28 @@ def watch(desk: Desk, job: Job, run: Run) -> None:
         os.kill(job.child.pid, signal.SIGKILL)
     rotate(desk.folder / f"logs/run-{job.run_id}.log")
     code = reap(job.child)
-    if code is not None:
+    if code is None:
+        hold(desk, job, now)
+    else:
         job.child, job.ending_since, job.resting = None, None, False
         if job.flower_run_id is not None and code != FINISHED:  # then Flower has finished it itself
             job.stale.append(job.flower_run_id)
         job.flower_run_id = None
         settle(desk, job, run, code)
+
+
+def hold(desk: Desk, job: Job, now: float) -> None:
+    """Keeps the task of a process that is still starting: under load its imports take longer than Flower's lease.
+
+    Later the process speaks for itself, and one that hangs loses its task.
+    """
+    if now - job.child_at > STARTS_S or now - job.leased_at < LEASE_S:
+        return
+    from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
+
+    job.leased_at = now
+    with _task_client(desk, job.token) as client, suppress(httpx.HTTPError):  # it is tried again
+        client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
 
 
 def rest(desk: Desk, job: Job, run: Run) -> Run:
@@ -265,7 +288,8 @@ def acquire(desk: Desk, jobs: Mapping[str, Job], client: "RuntimeHttpClient") ->
             ],
             desk.folder / f"logs/run-{job.run_id}.log",
         )
-        job.child = spawn(child, stdin=subprocess.PIPE)
+        job.child, job.token = spawn(child, stdin=subprocess.PIPE), answer.token
+        job.child_at = job.leased_at = time.monotonic()
         if job.child.stdin is not None:
             with suppress(BrokenPipeError), job.child.stdin as stdin:  # a child that died already is settled later
                 stdin.write(answer.token.encode() + b"\n")
@@ -282,17 +306,22 @@ def find_state(desk: Desk, run_id: str) -> str:
     return run.state if run else "stopped"
 
 
-def _task_client(desk: Desk) -> "RuntimeHttpClient":
-    """A client that may ask the SuperLink for tasks."""
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+def _task_client(desk: Desk, token: str = "") -> "RuntimeHttpClient":
+    """A client that may ask the SuperLink for tasks, or speak for the one task of `token`."""
+    from flwr.supercore.interceptors import (
+        RuntimeTokenHttpInterceptor,
+        RuntimeVersionHttpInterceptor,
+        SuperExecAuthHttpInterceptor,
+    )
     from flwr.supercore.runtime import RuntimeHttpClient
 
-    methods = flower_module("flwr.supercore.superexec.run_superexec")._SUPEREXEC_AUTH_METHODS
-    secret = kept_secret(desk.folder / "secrets/superexec")
-    interceptors: list[Any] = [
-        RuntimeVersionHttpInterceptor("fedserver"),
-        SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=methods),
-    ]
+    interceptors: list[Any] = [RuntimeVersionHttpInterceptor("fedserver")]
+    if token:
+        interceptors.append(RuntimeTokenHttpInterceptor(token))
+    else:
+        methods = flower_module("flwr.supercore.superexec.run_superexec")._SUPEREXEC_AUTH_METHODS
+        secret = kept_secret(desk.folder / "secrets/superexec")
+        interceptors.append(SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=methods))
     ca_pem = (desk.folder / "ca/ca.pem").read_bytes()
     return RuntimeHttpClient.from_server_address(desk.superlink, False, ca_pem, interceptors)
 

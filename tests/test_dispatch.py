@@ -1,8 +1,10 @@
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from flwr.app import Context, RecordDict
 
@@ -125,3 +127,29 @@ def test_an_error_of_ours_is_kept_for_status_and_one_of_others_is_not(desk: Desk
     change_run(desk.state, "a", 2.0, "running")
     assert call_app(desk, ValueError("whatever")) == 1
     assert run_of(desk).message == ""
+
+
+class Superlink:
+    """Counts the heartbeats that come for each token."""
+
+    def __init__(self, away: bool = False) -> None:
+        self.away, self.heard = away, list[str]()
+
+    def client(self, _desk: Desk, token: str) -> Any:
+        def beat(_request: object) -> None:
+            self.heard.append(token)
+            if self.away:
+                raise httpx.ConnectError("refused")
+
+        return nullcontext(SimpleNamespace(SendTaskHeartbeat=beat))
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_the_task_of_a_process_that_is_still_starting_is_held(desk: Desk, monkeypatch, away: bool) -> None:
+    superlink = Superlink(away)
+    monkeypatch.setattr(dispatch, "_task_client", superlink.client)
+    job = Job("a", 5, token="t", child_at=0.0)
+    for second in range(400):
+        dispatch.hold(desk, job, float(second))
+    assert superlink.heard == ["t"] * 30, "every ten seconds of the first five minutes"
+    assert "'t'" not in repr(job)
