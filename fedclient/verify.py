@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from shared_models.calibration import temperatures_of
 from shared_models.cli import guarded, print_json
 from shared_models.errors import ReleaseInvalid
 from shared_models.evidence import LOG
@@ -100,15 +101,16 @@ def facts_of(opened: Release) -> dict[str, Any]:
 
 
 def _run(opened: Release) -> dict[str, dict[str, float]]:
-    """Every form of the network on the stored cases, against what was stored."""
-    from shared_models.parity import compared, stored_cases  # imports torch
+    """Every form of the network on the stored cases, against what was stored; of bytes that were compared once read."""
+    from shared_models.parity import ARRAYS, compared, stored_cases  # imports torch
     from shared_models.release import ONNX, TORCHSCRIPT, WEIGHTS
-    from shared_models.runtimes import network_of, onnx_runner, torch_runner, torchscript_runner
+    from shared_models.runtimes import network_from, onnx_runner, torch_runner, torchscript_runner
 
-    cases, wanted = stored_cases(opened.folder, opened.study)
+    by = temperatures_of(opened.study, opened.calibration)
+    cases, wanted = stored_cases(opened.content(ARRAYS), opened.study, by)
     forms = {
-        WEIGHTS: torch_runner(network_of(opened.study, opened.weights)),
-        ONNX: onnx_runner(opened.onnx),
-        TORCHSCRIPT: torchscript_runner(opened.folder / TORCHSCRIPT),
+        WEIGHTS: torch_runner(network_from(opened.study, opened.content(WEIGHTS))),
+        ONNX: onnx_runner(opened.content(ONNX)),
+        TORCHSCRIPT: torchscript_runner(opened.content(TORCHSCRIPT)),
     }
-    return compared(opened.study, cases, wanted, forms)
+    return compared(opened.study, cases, wanted, forms, by)

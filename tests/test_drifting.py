@@ -83,9 +83,10 @@ def test_a_case_lies_in_the_cells_that_its_numbers_say():
 
     assert says("spacing.rows") == "0.951 to 1.13"
     assert (says("size.rows"), says("size.planes")) == ("8 to 11.3", "4 to 5.66")
-    assert (says("raw.p10"), says("raw.p50"), says("raw.p90")) == ("-800 to -784", "-800 to -784", "32 to 48")
-    assert (says("input.p10"), says("input.p50"), says("input.p90")) == ("below 0.025", "0.3 to 0.325", "from 0.975")
+    assert (says("raw.p5"), says("raw.p50"), says("raw.p95")) == ("-800 to -784", "-800 to -784", "32 to 48")
+    assert (says("input.p5"), says("input.p50"), says("input.p95")) == ("below 0.025", "0.3 to 0.325", "from 0.975")
     assert says("input.texture") == "0.5 to 0.595"  # of steps between neither darkest nor brightest: 0.11 to 0.65
+    assert says("inside.lung") == "32 to 48"  # 24 of 25 voxels are of the fifth with 40 HU
     assert says("share.lung") == "0.0442 to 0.0625"  # 25 / 480 = 0.052
     assert says("lesions.lung") == "0.5 to 1.5"
     assert says("chance.lung") == "from 0.95"
@@ -135,7 +136,7 @@ def test_counts_that_no_cases_can_have_are_refused():
 def test_a_reference_names_no_site_and_its_order_tells_none():
     one, two = (profile_of(STUDY, [dict.fromkeys(grids(STUDY), at)] * 12) for at in (0, 1))
     assert reference([one, two]) == reference([two, one])
-    assert sorted(read_reference(reference([one, two]), STUDY, "r"), key=lambda p: p.counts["input.p10"]) == [two, one]
+    assert sorted(read_reference(reference([one, two]), STUDY, "r"), key=lambda p: p.counts["input.p5"]) == [two, one]
     assert read_reference(None, STUDY, "r") == ()
     with pytest.raises(StateInvalid, match="of another study"):
         read_reference(reference([toy([[0, 0]])]), STUDY, "r")

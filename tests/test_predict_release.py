@@ -91,7 +91,7 @@ def test_a_cpu_needs_no_pytorch(release, tmp_path):
 
 
 def test_a_temperature_below_zero_is_refused(release):
-    spoilt = replace(release, calibration={"lung": -1.0})
+    spoilt = replace(release, calibration={"temperature": {"lung": -1.0}})
     with pytest.raises(Exception, match="temperature"):
         load_model(spoilt, threads=1)
 
