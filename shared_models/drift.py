@@ -96,7 +96,8 @@ def grids(study: Study) -> dict[str, Edges]:
 
 def levels(study: Study) -> Edges:
     """Inner edges of the cells of grey levels as they are read."""
-    return HU if study.modality == "ct" else GREY
+    edges: Edges = HU if study.modality == "ct" else GREY
+    return edges
 
 
 def cells_of(

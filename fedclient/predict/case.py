@@ -89,6 +89,8 @@ class Prediction:
         answers: in the task's order.
         marks: bool[answers, I, J] for each plane k, on the image's own grid; None where the task marks nothing.
         measures: of each answer that is marked, for numbering its parts.
+        places: of each answer the plane k in which most of it is marked, or in which it is likeliest; 0 where nothing
+            is, and of a class that a network tells of a whole volume.
         cells: where the image lies on the grids of `shared_models.drift`.
         doubts: why the answer may not hold for this image, each with a code.
     """
@@ -99,6 +101,7 @@ class Prediction:
     answers: tuple[Answer, ...]
     marks: Marks | None = field(repr=False)
     measures: tuple[Measure, ...] = field(repr=False)
+    places: tuple[int, ...]
     key: KeyPlane = field(repr=False)
     cells: Mapping[str, int] = field(repr=False)
     doubts: tuple[Doubt, ...]
@@ -180,6 +183,7 @@ class _Tally:
         self.mean_chances: list[NDArray[np.float32]] = []
         self.key: KeyPlane | None = None
         self.most = -1
+        self.places, self.peaks = [0] * len(names), [0.0] * len(names)
         self.stride = max(1, k // LOOKED_AT)
         self.looked: list[Volume] = []
         self.examples: list[NDArray[Any]] = []
@@ -192,6 +196,7 @@ class _Tally:
         if self.marks is None:
             self.raw.append(chances_of(self.task, logits))
             self.chances.append(chances_of(self.task, self._tempered(logits)))
+            self._see_places(self.chances[-1].T)
             if self.variants:
                 self.mean_chances.append(self._mean(examples.images))
         else:
@@ -227,6 +232,7 @@ class _Tally:
             answers=answers,
             marks=self.marks,
             measures=self.measures,
+            places=tuple(self.places),
             key=self.key,
             cells=cells,
             doubts=doubts_of(self.model, NOBODY if source is None else source.case, look, cells, self.grid.picture),
@@ -278,6 +284,7 @@ class _Tally:
                 measure.add(marked[n, ..., k])
 
     def _see_key(self, volume: Volume, marked: NDArray[np.bool_]) -> None:
+        self._see_places(marked.sum(axis=(1, 2), dtype=np.float64))
         areas = marked.sum(axis=(0, 1, 2))
         k = int(areas.argmax())
         if areas[k] > max(self.most, 0):
@@ -285,6 +292,13 @@ class _Tally:
         middle = self.grid.shape[2] // 2
         if self.key is None and self.seen <= middle < self.seen + len(areas):
             self.key = KeyPlane(middle, volume.voxels[0, :, :, middle - self.seen].copy())
+
+    def _see_places(self, strength: NDArray[np.floating[Any]]) -> None:
+        """Of each answer how much of it there is in each plane of a run: [answers, planes]."""
+        for n, planes in enumerate(strength[: len(self.places)]):
+            k = int(planes.argmax())
+            if planes[k] > self.peaks[n]:
+                self.places[n], self.peaks[n] = self.seen + k, float(planes[k])
 
     def _middle(self, look: Volume) -> KeyPlane:
         """Of what was looked at."""

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedclient.explain_command import methods_named
 from shared_models.cli import guarded, print_json
 from shared_models.errors import FederationError
 
 if TYPE_CHECKING:  # they import the readers
-    from fedclient.predict.run import Done, Failed
+    from fedclient.predict.run import Done, Explain, Failed
 
 console = Console(soft_wrap=True)
 SHOWN = 20  # cases on the screen; all of them are in results.csv
@@ -46,6 +47,12 @@ def predict(
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="How sure it is, by test-time augmentation: several times the time.")
     ] = False,
+    explained: Annotated[
+        bool, typer.Option("--explain", help="A picture of what moved each answer, in PyTorch: seconds for each.")
+    ] = False,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Of --explain: grad-cam, occlusion or smooth-grad; repeated.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
     authority: Annotated[
         Path | None, typer.Option(help="Certificate of the authority that the release must come from.")
@@ -67,18 +74,27 @@ def predict(
     from shared_models.release import open_release
 
     give_back()
-    wanted = _formats(formats)
+    wanted, methods = _formats(formats), methods_named(method)
+    if method and not explained:
+        raise FederationError("--method: is a choice of --explain. Give both, or neither.")
     check_free(out, overwrite)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedclient-")))
         opened = open_release(release, trust_in(site, authority, research), scratch=scratch)
         model = load_model(opened, device.value, threads)
+        explain: Explain | None = None
+        if explained:
+            from fedclient.predict.explained import explainer_of  # 4 to 12 s of PyTorch
+
+            explain = explainer_of(opened, model, device.value, methods)
         if model.study.table_only:
             total, outcomes = None, predict_table(model, inputs, out, wanted, overwrite=overwrite)
         else:
             found = list_inputs(inputs, model.study)
             total = len(found.found)
-            outcomes = predict_all(model, found, out, wanted, overwrite=overwrite, uncertainty=uncertainty)
+            outcomes = predict_all(
+                model, found, out, wanted, overwrite=overwrite, uncertainty=uncertainty, explain=explain
+            )
         done: list[Done | Failed] = []
         to = Console(stderr=True)
         columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

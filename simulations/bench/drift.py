@@ -61,8 +61,9 @@ CHANGES = {
 def scans(site: Site, rng: np.random.Generator) -> Iterator[Scan]:
     """Patients of a hospital without end, two slices of each from somewhere in the chest."""
     while True:
-        body, low_mm = grow(rng, site), float(rng.uniform(-30, 40))
-        yield acquire(body, site, low_mm + site.thickness_mm * np.arange(PLANES), EDGE, rng)
+        body = grow(rng, site)
+        planes_mm = np.linspace(0, site.thickness_mm, PLANES) + rng.uniform(-30, 40)
+        yield acquire(body, site, planes_mm, EDGE, rng)
 
 
 def volume(scan: Scan) -> Volume:
