@@ -160,8 +160,8 @@ def test_the_command_draws_a_picture_for_each_method_and_says_in_json_what_is_on
     assert {each["method"] for each in maps} == {"grad-cam", "occlusion"}
     for each in maps:
         assert each["file"] in told["files"]
-        picture = Image.open(result.parent / each["file"])
-        assert picture.info["Title"] == NOT_FOR_DIAGNOSIS
+        with Image.open(result.parent / each["file"]) as picture:
+            assert picture.info["Title"] == NOT_FOR_DIAGNOSIS
         answer = next(a for a in told["answers"] if a["name"] == each["answer"])
         assert 0 < each["chance"] < 1
         assert answer["called"] or answer["chance"] == max(a["chance"] for a in told["answers"])

@@ -61,6 +61,9 @@ def serve_model(
     return_to: Annotated[
         str | None, typer.Option(help="Where results go: AE@host:port, or a DICOMweb URL. Nowhere without it.")
     ] = None,
+    insecure_return: Annotated[
+        bool | None, typer.Option("--insecure-return", help="Let results go to another machine by http, unencrypted.")
+    ] = None,
     quiet_s: Annotated[float | None, typer.Option(min=0, help="Silence after which a series is whole.")] = None,
     join_s: Annotated[
         float | None, typer.Option(min=0, help="How long a received series is kept, to be joined with what comes late.")
@@ -90,7 +93,8 @@ def serve_model(
 
     given = {
         "host": host, "port": port, "token": token, "dicom_host": dicom_host, "dicom_port": dicom_port,
-        "ae_title": ae_title, "allow": tuple(allow) if allow else None, "return_to": return_to, "quiet_s": quiet_s,
+        "ae_title": ae_title, "allow": tuple(allow) if allow else None, "return_to": return_to,
+        "insecure_return": insecure_return, "quiet_s": quiet_s,
         "join_s": join_s, "quota_gib": quota_gib, "most_mib": most_mib, "queue": queue, "time_limit_s": time_limit_s,
         "keep_hours": keep_hours, "tls_certificate": tls_certificate, "tls_key": tls_key, "tls_ca": tls_ca,
     }  # fmt: skip
