@@ -7,6 +7,7 @@ A release is a candidate when it is made, approved once everybody needed has app
 longer be used. Nothing is ever removed: what was used once can be asked about later.
 """
 
+import hashlib
 import shutil
 import tempfile
 import time
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -40,8 +41,7 @@ from shared_models.release import (
     write_approvals,
     write_file,
 )
-
-Stage = Literal["candidate", "approved", "retired"]
+from shared_models.standing import Stage, Standing, Standings, sign_standings
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +251,25 @@ def retire_release(federation: Federation, which: str, reason: str) -> Entry:
         raise StateInvalid("reason: 1 to 500 characters, for those who ask later. Give one with --reason.")
     with _alone(federation):
         return _said(federation, find_release(federation, which), "retired", "coordinator", "release-retired", words)
+
+
+def status_list(federation: Federation, days: float) -> bytes:
+    """A signed list of all releases and what has become of them, good for so many days, for hospitals to keep."""
+    now = round(time.time(), 3)
+    releases = {
+        entry.digest: Standing(entry.label, entry.stage, entry.history[-1].at, _told(entry)) for entry in
+        list_releases(federation)
+    }  # fmt: skip
+    made = Standings("fedstatus/1", federation.name, now, round(now + days * 86400, 3), releases)
+    content = sign_standings(signer(federation), made)
+    digest = hashlib.sha256(content).hexdigest()
+    open_log(federation).add("release-status", sha256=digest, releases=len(releases), days=days)
+    return content
+
+
+def _told(entry: Entry) -> str:
+    """Why it is retired; who approved it is not told."""
+    return entry.history[-1].words if entry.stage == "retired" else ""
 
 
 def _alone(federation: Federation) -> AbstractContextManager[None]:

@@ -138,7 +138,32 @@ def release_retire(
     if as_json:
         print_json({"release": entry.label, "digest": entry.digest, "stage": entry.stage})
         return
-    console.print(f"[bold]{entry.label}[/] is retired. Tell the hospitals that have it.", highlight=False)
+    console.print(f"[bold]{entry.label}[/] is retired. Hospitals that have it hear of it by the next list: "
+                  f"`fedserver release-status FILE`.", highlight=False)  # fmt: skip
+
+
+@guarded
+def release_status(
+    to: Annotated[Path, typer.Argument(help="File to write the list to, for all hospitals that have a release.")],
+    days: Annotated[
+        float, typer.Option(min=0.01, max=3650, help="For which it is good; hospitals are warned after them.")
+    ] = 30.0,
+    federation: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Writes a signed list of all releases, the retired ones among them; hospitals give it to `fedclient verify`."""
+    from fedserver.enrol import open_federation
+    from fedserver.registry import list_releases, status_list
+    from shared_models.files import write_atomic
+
+    opened = open_federation(federation)
+    write_atomic(to, status_list(opened, days))
+    retired = [entry.label for entry in list_releases(opened) if entry.stage == "retired"]
+    if as_json:
+        print_json({"file": str(to), "days": days, "retired": retired})
+        return
+    console.print(f"{to}: good for {days:g} days; retired: {', '.join(retired) or 'none'}.", highlight=False)
+    console.print("A hospital keeps it with `fedclient verify RELEASE --status FILE`.", highlight=False)
 
 
 @guarded

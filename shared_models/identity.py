@@ -142,13 +142,17 @@ def issue_signer(authority: Credential) -> Credential:
 
 
 def vouched(authority: bytes, certificate: bytes) -> bytes | None:
-    """The key (32 bytes) of a coordinator whom `authority` (a CA certificate, PEM) vouches for now, or None."""
+    """The key (32 bytes) of a coordinator whom `authority` (CA certificates, PEM) vouches for now, or None.
+
+    A file of several is one federation's, while its authority is renewed: each of them may have issued `certificate`.
+    """
     try:
-        issuer, signer = x509.load_pem_x509_certificate(authority), x509.load_pem_x509_certificate(certificate)
-        signer.verify_directly_issued_by(issuer)
+        signer = x509.load_pem_x509_certificate(certificate)
+        if not any(_issued(signer, issuer) for issuer in x509.load_pem_x509_certificates(authority)):
+            return None
         uses = signer.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         key = signer.public_key()
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound):
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound):
         return None
     valid = signer.not_valid_before_utc <= datetime.now(UTC) <= signer.not_valid_after_utc
     if not valid or DOCUMENT_SIGNING not in uses or not isinstance(key, ed25519.Ed25519PublicKey):
@@ -156,8 +160,17 @@ def vouched(authority: bytes, certificate: bytes) -> bytes | None:
     return key.public_bytes_raw()
 
 
+def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Whether `issuer` signed `certificate`; times are not looked at."""
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True
+
+
 def stated(authority: bytes, certificate: bytes, signature: bytes, purpose: str, content: bytes) -> bool:
-    """Whether a coordinator whom `authority` (a CA certificate, PEM) vouches for signed `content` for `purpose`."""
+    """Whether a coordinator whom `authority` (CA certificates, PEM) vouches for signed `content` for `purpose`."""
     key = vouched(authority, certificate)
     return key is not None and verify(key, signature, purpose, content)
 
@@ -236,13 +249,12 @@ def read_certificate(certificate: bytes) -> Certificate:
 
 
 def is_issued_by(certificate: bytes, authority: bytes) -> bool:
-    """Whether `authority` (a CA certificate, PEM) signed `certificate` (DER); times and names are not looked at."""
+    """Whether one of `authority` (CA certificates, PEM) signed `certificate` (DER); times are not looked at."""
     try:
         shown = x509.load_der_x509_certificate(certificate)
-        shown.verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return any(_issued(shown, issuer) for issuer in x509.load_pem_x509_certificates(authority))
+    except ValueError:
         return False
-    return True
 
 
 def whose(certificate: bytes) -> str:

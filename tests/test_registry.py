@@ -231,6 +231,26 @@ def test_stages_go_from_candidate_over_approved_to_retired_and_stand_in_the_log(
     assert events == ["release-made", "release-approved", "release-retired"]
 
 
+def test_the_list_of_releases_reaches_a_hospital_which_then_refuses_what_is_retired(hospitals, tmp_path):
+    federation, site = hospitals.edge.federation, str(hospitals.sites["south"])
+    made = registry.register(federation, RunFolder(federation.runs / "lung"), "listed")
+    path = str(registry.export_release(federation, made, tmp_path, single_file=False))
+    assert "no list of the federation's releases was handed in" in typed(fedclient, "verify", path, "--site", site)
+
+    def listed(name: str) -> list[str]:
+        typed(fedserver, "release-status", str(tmp_path / name), "--federation", str(federation.folder))
+        return ["--status", str(tmp_path / name)]
+
+    first = json.loads(typed(fedclient, "verify", path, "--site", site, *listed("first"), "--json"))
+    assert any("candidate by the list of" in words for words in first["shown"])
+    assert any("candidate" in words for words in first["warnings"])
+    registry.retire_release(federation, made.label, "a fault was found")
+    assert "a fault was found" in typed(fedclient, "verify", path, "--site", site, *listed("second"), code=1)
+    assert "a fault was found" in typed(fedclient, "verify", path, "--site", site, code=1)  # kept
+    assert [line["facts"]["days"] for line in read_lines(federation.folder / LOG)
+            if line["event"] == "release-status"] == [30.0, 30.0]  # fmt: skip
+
+
 def test_an_approval_that_waits_for_a_retirement_does_not_undo_it(hospitals):
     federation = hospitals.edge.federation
     made = registry.register(federation, RunFolder(federation.runs / "lung"), version="twice")

@@ -1021,7 +1021,7 @@ def test_the_token_is_made_once_and_for_its_owner_alone(tmp_path):
 )  # fmt: skip
 def test_a_ready_link_is_told_to_a_terminal_and_no_token_to_a_log(monkeypatch, capsys, token, terminal, told):
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    model = {"name": "m", "version": "1", "sha256": "0" * 64, "engine": "onnx"}
+    model = {"name": "m", "version": "1", "sha256": "0" * 64, "engine": "onnx", "warnings": ["stale"]}
     _say(heard(warm=heard(model=model), serve=Serve(), port=8484, token=token, site=Path("site"), receiver=None))
     out = capsys.readouterr().out
     assert told in out

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedclient.explain_command import methods_named
+from fedclient.verify import Authority, Status
 from shared_models.cli import guarded, print_json
 from shared_models.errors import FederationError
 
@@ -54,9 +55,8 @@ def predict(
         list[str] | None, typer.Option(help="Of --explain: grad-cam, occlusion or smooth-grad; repeated.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
-    authority: Annotated[
-        Path | None, typer.Option(help="Certificate of the authority that the release must come from.")
-    ] = None,
+    authority: Authority = None,
+    status: Status = None,
     research: Annotated[
         bool, typer.Option("--research", help="Take a release that no federation has signed; never for patients.")
     ] = False,
@@ -70,7 +70,7 @@ def predict(
     from fedclient.predict.inputs import list_inputs
     from fedclient.predict.model import load_model
     from fedclient.predict.run import check_free, predict_all, predict_table
-    from fedclient.verify import trust_in
+    from fedclient.trust import Watch, trust_in
     from shared_models.release import open_release
 
     give_back()
@@ -80,7 +80,9 @@ def predict(
     check_free(out, overwrite)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedclient-")))
-        opened = open_release(release, trust_in(site, authority, research), scratch=scratch)
+        trust = trust_in(site, authority or (), research)
+        opened = open_release(release, trust, scratch=scratch)
+        warnings = Watch(site, opened, trust, status).warnings()
         model = load_model(opened, device.value, threads)
         explain: Explain | None = None
         if explained:
@@ -104,7 +106,7 @@ def predict(
                 done.append(outcome)
                 bars.advance(bar)
     passed = {} if model.study.table_only else dict(found.passed)
-    failed = _tell(done, model.stamp, model.engine, passed, out, as_json)
+    failed = _tell(done, model.stamp, model.engine, passed, out, warnings, as_json)
     if failed:
         raise typer.Exit(1)
 
@@ -121,7 +123,13 @@ def _formats(given: str) -> tuple[str, ...]:
 
 
 def _tell(
-    done: "list[Done | Failed]", stamp: str, engine: str, passed: dict[str, int], out: Path, as_json: bool
+    done: "list[Done | Failed]",
+    stamp: str,
+    engine: str,
+    passed: dict[str, int],
+    out: Path,
+    warnings: list[str],
+    as_json: bool,
 ) -> int:
     """Shows what became of the cases; returns how many failed."""
     from fedclient.predict.run import Done, Failed
@@ -133,6 +141,7 @@ def _tell(
             {
                 "release": stamp,
                 "engine": engine,
+                "warnings": warnings,
                 "out": str(out),
                 "predicted": [
                     {"case": d.name, "input": d.given, "doubts": list(d.doubts), "not_written": d.missing,
@@ -154,6 +163,8 @@ def _tell(
     lacking = {f"{name}: {why}" for each in good for name, why in each.missing.items()}
     for words in sorted(lacking):
         console.print(f"not written, {escape(words)}", highlight=False)
+    for words in warnings:
+        console.print(f"warning: {words}", highlight=False, markup=False, style="yellow")
     shown = ", ".join(f"{count} {kind}" for kind, count in sorted(passed.items()) if count)
     doubtful_count = sum(bool(each.doubts) for each in good)
     besides = f"; passed over: {shown}" if shown else ""

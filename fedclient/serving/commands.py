@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedclient.verify import Authority, Status
 from shared_models.cli import guarded, print_json
 
 if TYPE_CHECKING:  # they import the readers, pydicom and more
@@ -27,7 +28,6 @@ Folder = Annotated[
     typer.Option("--site", envvar="FEDCLIENT_SITE", help="Folder of this node: settings, trust, what is kept."),
 ]
 ReleasePath = Annotated[Path, typer.Argument(help="A release: its folder, or its .fedrelease file.")]
-Authority = Annotated[Path | None, typer.Option(help="Certificate of the authority that the release must come from.")]
 Research = Annotated[
     bool, typer.Option("--research", help="Take a release that no federation has signed; never for patients.")
 ]
@@ -79,6 +79,7 @@ def serve_model(
     device: Annotated[Device, typer.Option(help="cpu takes onnxruntime, cuda PyTorch.")] = Device.CPU,
     threads: Annotated[int, typer.Option(min=0, help="Of the CPU; 0 for as many as there are cores.")] = 0,
     authority: Authority = None,
+    status: Status = None,
     research: Research = False,
 ) -> None:
     """Answers images from PACS, DICOMweb, REST and a page with a released model, until Ctrl-C. Not for diagnosis.
@@ -88,7 +89,7 @@ def serve_model(
     from fedclient.serving.logs import own_lines_only
     from fedclient.serving.service import Service
     from fedclient.serving.warm import python
-    from fedclient.verify import trust_in
+    from fedclient.trust import authorities_of, trust_in
     from shared_models.supervise import only_one
 
     given = {
@@ -103,8 +104,10 @@ def serve_model(
     with only_one(site / "serve"):
         arguments = [str(_unpacked(release, site)), "--site", str(site), "--device", device.value]
         arguments += ["--threads", str(threads), *(["--research"] if research else [])]
-        if trust_in(site, authority, research).authorities:
-            arguments += ["--authority", str(authority or site / "keys" / "ca.pem")]
+        trust_in(site, authority or (), research)  # says what to do where nobody is trusted
+        for path in authorities_of(site, authority or ()):
+            arguments += ["--authority", str(path)]
+        arguments += ["--status", str(status)] if status is not None else []
         service = Service(site, serve, python("fedclient.serving.worker", *arguments))
         try:
             service.start()
@@ -141,6 +144,7 @@ def _say(service: "Service") -> None:
     scheme = "https" if serve.tls_key else "http"
     shown = f"[{serve.host}]" if ":" in serve.host else serve.host
     lines = [f"{model['name']} {model['version']} ({model['sha256'][:16]}), {model['engine']}. Not for diagnosis."]
+    lines += [f"warning: {words}" for words in model["warnings"]]
     lines.append(
         f"page and REST: {scheme}://{shown}:{service.port}/   DICOMweb: {scheme}://{shown}:{service.port}/dicom-web"
     )
@@ -200,11 +204,11 @@ def drift(
     _tell(found, opened)
 
 
-def _opened(release: Path, site: Path, authority: Path | None, research: bool, scratch: Path) -> "Release":
-    from fedclient.verify import trust_in
+def _opened(release: Path, site: Path, authority: list[Path] | None, research: bool, scratch: Path) -> "Release":
+    from fedclient.trust import trust_in
     from shared_models.release import open_release
 
-    return open_release(release, trust_in(site, authority, research), scratch=scratch)
+    return open_release(release, trust_in(site, authority or (), research), scratch=scratch)
 
 
 def _tell(found: "Drift", release: "Release") -> None:
