@@ -742,6 +742,28 @@ def test_a_message_that_trickles_is_cut_off_and_one_after_a_pause_is_not(tmp_pat
         assert cut == ["slow"]
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+def test_of_connections_that_say_nothing_no_more_are_held_than_there_is_room_for(tmp_path, series, monkeypatch):
+    monkeypatch.setattr("fedclient.serving.receiver.MOST_LINKS", 3)
+    monkeypatch.setattr("fedclient.serving.receiver.STALL_S", 3.0)  # half of it for the request of an association
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        receiver = Receiver(Serve(dicom_port=0, allow=("PACS",)), Intake(tmp_path / "serve", jobs, room, 60), room)
+        receiver.start()
+        links = [socket.create_connection(("127.0.0.1", receiver.port), timeout=10) for _ in range(4)]
+        try:
+            assert links[3].recv(1) == b""  # hung up on
+            links[0].close()
+            links[3].close()
+            until(lambda: send(receiver.port, "PACS", series[:1]) == [0])
+        finally:
+            for link in links:
+                link.close()
+            receiver.stop()
+        gc.collect()
+
+
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_unit_that_trickles_or_stops_is_given_up(monkeypatch, alive):
     monkeypatch.setattr("fedclient.serving.receiver.STALL_S", 0.2)

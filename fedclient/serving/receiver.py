@@ -34,6 +34,7 @@ MOST_PDU = 1 << 20  # of one protocol data unit; peers are told 64 KiB
 SAID_PDU = 1 << 16
 MOST_COMMAND = 1 << 16  # bytes of the command of a message, which pynetdicom keeps in memory; they have some hundred
 MOST_ASSOCIATIONS = 16
+MOST_LINKS = 64  # connections, with those on which nobody has asked for an association yet; two threads each
 STALL_S = 60.0
 SLOWEST = 1 << 16  # bytes a second on the mean over a unit, and over a message, once `STALL_S` are over
 
@@ -83,6 +84,7 @@ class Receiver:
         self._command_bytes: dict[int, int] = {}  # of a command that has not ended
         self._begun: dict[int, float] = {}  # when it began
         self._links: WeakSet[Any] = WeakSet()
+        self._held: WeakSet[threading.Thread] = WeakSet()  # of each connection
 
     @property
     def port(self) -> int:
@@ -149,6 +151,11 @@ class Receiver:
         link.settimeout(STALL_S)
         with self._lock:
             self._links.add(link)
+            crowded = sum(each.is_alive() for each in self._held) >= MOST_LINKS
+            self._held.add(event.assoc)
+        if crowded:
+            with suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
 
         def recv(size: int) -> bytearray:
             if size > MOST_PDU:
