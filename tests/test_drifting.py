@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedclient import drift as log
 from fedclient.egress import sent
-from fedclient.monitoring import exported
+from fedclient.monitoring import exported, forget
 from fedclient.policy import Policy
 from fedclient.site import Data, SiteFile, site_toml
 from fedserver.monitor import merged
@@ -344,6 +344,46 @@ def test_counts_of_too_few_cases_do_not_leave(tmp_path):
         exported(here, release, tmp_path / "north.json")
     assert not (tmp_path / "north.json").exists()
     assert sent(here) == []
+
+
+def test_two_exports_are_as_many_cases_apart_as_a_distribution_needs_or_they_are_the_same(tmp_path):
+    rng = np.random.default_rng(4)
+    here, release = site_folder(tmp_path / "site", smallest_count=11), released_with([])
+    came = iter(spread(rng, 2))
+
+    def more(count: int) -> None:
+        for cells_ in islice(came, count):
+            log.note(here, STUDY, release.digest, cells_)
+
+    more(20)
+    assert exported(here, release, tmp_path / "first.json") == 20
+    assert exported(here, release, tmp_path / "again.json") == 20
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "first.json").read_bytes()
+    more(1)
+    with pytest.raises(OrderRefused, match="1 cases since the last export"):
+        exported(here, release, tmp_path / "second.json")
+    more(9)
+    with pytest.raises(OrderRefused, match="10 cases since the last export"):
+        exported(here, release, tmp_path / "second.json")
+    assert not (tmp_path / "second.json").exists()
+    assert len(sent(here)) == 2
+    more(1)
+    assert exported(here, release, tmp_path / "second.json") == 31
+
+
+def test_a_log_that_was_begun_anew_needs_as_many_cases_as_the_first_did(tmp_path):
+    rng = np.random.default_rng(4)
+    here, release = site_folder(tmp_path / "site"), released_with([])
+    for cells_ in spread(rng, 2)[:20]:
+        log.note(here, STUDY, release.digest, cells_)
+    exported(here, release, tmp_path / "first.json")
+    forget(here, release.digest)
+    for cells_ in spread(rng, 2)[:10]:
+        log.note(here, STUDY, release.digest, cells_)
+    with pytest.raises(OrderRefused, match="fewer than 11"):
+        exported(here, release, tmp_path / "second.json")
+    log.note(here, STUDY, release.digest, spread(rng, 2)[0])
+    assert exported(here, release, tmp_path / "second.json") == 11
 
 
 def test_the_coordinator_merges_counts_and_sees_which_site_is_far(tmp_path):

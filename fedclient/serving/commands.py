@@ -184,13 +184,14 @@ def drift(
     """Says whether what a release is asked here, and what it answers, is still like what it was measured on."""
     import tempfile
 
-    from fedclient.drift import log_path, told
+    from fedclient.drift import told
     from fedclient.monitoring import exported
+    from fedclient.monitoring import forget as begin_anew
 
     with tempfile.TemporaryDirectory(prefix="fedclient-") as scratch:
         opened = _opened(release, site, authority, research, Path(scratch))
     if forget:
-        log_path(site, opened.digest).unlink(missing_ok=True)
+        begin_anew(site, opened.digest)
         console.print("Forgotten; the next case is the first.")
         return
     if export is not None:
