@@ -15,6 +15,7 @@ from fedserver.operate import backup, doctor, logs, pause, restore, resume
 from fedserver.release_commands import (
     release,
     release_approve,
+    release_export_mlflow,
     release_key,
     release_retire,
     release_status,
@@ -263,6 +264,7 @@ for command in (
     release_approve,
     release_retire,
     release_status,
+    release_export_mlflow,
     release_key,
     withdraw,
     retrain,

@@ -167,6 +167,28 @@ def release_status(
 
 
 @guarded
+def release_export_mlflow(
+    which: Which,
+    uri: Annotated[str, typer.Argument(help="Of MLflow's tracking server, or a folder as file:///PATH.")],
+    experiment: Annotated[str, typer.Option(help="That the run is written to.")] = "federated releases",
+    federation: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Copies a release with its figures and digests to MLflow, as a run; needs the extra `mlflow`."""
+    from fedserver.enrol import open_federation
+    from fedserver.publish.to_mlflow import to_mlflow
+    from fedserver.registry import find_release
+
+    opened = open_federation(federation)
+    entry = find_release(opened, which)
+    run = to_mlflow(opened, entry, uri, experiment)
+    if as_json:
+        print_json({"release": entry.label, "digest": entry.digest, "run": run, "experiment": experiment})
+        return
+    console.print(f"[bold]{entry.label}[/] is run {run} of {experiment!r} at {uri}.", highlight=False)
+
+
+@guarded
 def release_key(
     to: Annotated[Path, typer.Argument(help="File to write the key to; it stays with the approver.")],
     as_json: AsJson = False,

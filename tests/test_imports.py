@@ -58,6 +58,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "highdicom": (RESULTS,),
     "SimpleITK": (),  # a second opinion in tests, not installed at a hospital
     "onnxruntime": ("shared_models/onnx_session.py", "fedclient/predict/model.py"),
+    "mlflow": ("fedserver/publish/to_mlflow.py",),
     "gdcm": ("fedclient/data/dicom_pixels.py",),
     "torch": (
         "shared_models/nets.py", "shared_models/vgg.py", "shared_models/pretrained.py", "shared_models/tasks/",
