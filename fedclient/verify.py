@@ -94,8 +94,14 @@ def facts_of(opened: Release) -> dict[str, Any]:
 def _run(opened: Release) -> dict[str, dict[str, float]]:
     """Every form of the network on the stored cases, against what was stored; of bytes that were compared once read."""
     from shared_models.parity import ARRAYS, compared, stored_cases  # imports torch
-    from shared_models.release import ONNX, TORCHSCRIPT, WEIGHTS
-    from shared_models.runtimes import network_from, onnx_runner, torch_runner, torchscript_runner
+    from shared_models.release import BUNDLE_SCRIPT, BUNDLE_STATE, ONNX, TORCHSCRIPT, WEIGHTS
+    from shared_models.runtimes import (
+        network_from,
+        onnx_runner,
+        state_dict_runner,
+        torch_runner,
+        torchscript_runner,
+    )
 
     by = temperatures_of(opened.study, opened.calibration)
     cases, wanted = stored_cases(opened.content(ARRAYS), opened.study, by)
@@ -104,4 +110,7 @@ def _run(opened: Release) -> dict[str, dict[str, float]]:
         ONNX: onnx_runner(opened.content(ONNX)),
         TORCHSCRIPT: torchscript_runner(opened.content(TORCHSCRIPT)),
     }
+    if BUNDLE_STATE in opened.manifest.files:  # its tensors; its configuration can run code, and is not run
+        forms[BUNDLE_STATE] = state_dict_runner(opened.study, opened.content(BUNDLE_STATE))
+        forms[BUNDLE_SCRIPT] = torchscript_runner(opened.content(BUNDLE_SCRIPT))
     return compared(opened.study, cases, wanted, forms, by)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shared_models.class_counts import STEEPEST
 from shared_models.errors import ReleaseInvalid
 from shared_models.study import Study
 
@@ -29,10 +30,15 @@ def carried(study: Study, fitted: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     task = study.task
     if task.kind != "classification" or (task.exclusive and task.outputs > 2):
         return None
-    found = {label: fitted[label][KEY] for label in task.answers if fitted.get(label, {}).get(KEY) is not None}
+    found = {label: fitted[label][KEY] for label in task.answers if _sound(fitted.get(label, {}).get(KEY))}
     if task.exclusive and len(set(found.values())) != 1:  # two labels are one question, asked from both sides
         return None
     return {KEY: found} if found else None
+
+
+def _sound(temperature: float | None) -> bool:
+    """Whether a run has found one: at an end of what is searched it has not, and would say a half of everything."""
+    return temperature is not None and 1 / STEEPEST < temperature < STEEPEST
 
 
 def temperatures_of(study: Study, calibration: Mapping[str, Any] | None) -> NDArray[np.float32] | None:

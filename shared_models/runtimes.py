@@ -80,12 +80,13 @@ def torchscript_runner(network: Path | bytes) -> Runner:
         return torch_runner(torch.jit.load(content, map_location="cpu").eval())  # type: ignore[no-untyped-call]
 
 
-def state_dict_runner(study: Study, path: Path) -> Runner:
-    """A file of torch.save, of which tensors alone are read."""
+def state_dict_runner(study: Study, network: Path | bytes) -> Runner:
+    """What torch.save wrote, a file or its bytes, of which tensors alone are read."""
     net = nets.network(study)
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    content = io.BytesIO(network.read_bytes() if isinstance(network, Path) else network)
+    state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise WeightsInvalid(f"{path}: holds other tensors than the study's network. Make it again.") from error
+        raise WeightsInvalid("state dict: holds other tensors than the study's network. Make it again.") from error
     return torch_runner(net.eval())

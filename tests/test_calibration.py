@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 
 from fedclient.predict.model import load_model
+from fedserver.checkpoint import create_run, finish_round, read_state
+from fedserver.optimizers import optimizer_of
 from fedserver.publish.card import Words, calibration_words, card
+from fedserver.publish.of_run import Maker, recipe_of
 from shared_models.calibration import carried, temperatures_of, tempered
 from shared_models.errors import ReleaseInvalid
-from shared_models.files import canonical_json
+from shared_models.files import append_json, canonical_json
+from shared_models.identity import issue_signer, new_authority
 from shared_models.parity import ARRAYS, FIGURES, answer, made_up_cases, stored_cases
 from shared_models.release import CALIBRATION, open_release
-from shared_models.weights import load
+from shared_models.update import Total
+from shared_models.weights import InMemory, load, schema_of
 from tests.releases import facts, made_release, tiny_study
 
 LABELS = ("cyst", "solid")
@@ -31,6 +36,9 @@ def test_a_temperature_for_each_label_is_carried_and_what_was_not_fitted_is_not(
     assert carried(CLASSES, {"cyst": {"temperature": None}, "solid": FITTED["solid"]}) == {
         "temperature": {"solid": 0.5}
     }
+    assert (
+        carried(CLASSES, {"cyst": {"temperature": 20.0}, "solid": {"temperature": 0.05}}) is None
+    )  # ends of the search
     assert carried(CLASSES, {}) is None
     assert carried(tiny_study(), FITTED) is None  # a segmentation
 
@@ -85,3 +93,24 @@ def test_the_card_says_by_what_it_is_calibrated_and_what_that_does():
     assert calibration_words({"cyst": told["calibration"]["cyst"]}) == (
         "cyst: calibrated by a temperature of 2.000, calibration error then 0.050"
     )
+
+
+def test_a_run_hands_what_it_has_fitted_to_the_release_of_its_last_round_and_of_no_earlier_one(tmp_path):
+    initial = {"w": np.zeros(3, np.float32)}
+    run = create_run(tmp_path, "toy", CLASSES, initial)
+    for _ in range(2):
+        total = Total(schema_of(initial))
+        total.add(InMemory({"w": np.ones(3, np.float32)}), 10)
+        optimizer = optimizer_of(CLASSES.strategy)
+        seat = {"examples": 10, "steps": 1, "seconds": 1.0, "attempt": 1, "device": "", "losses": [], "scores": {}}
+        line = {"sites": {"a": seat}, "left_out": {}, "bytes_down": 1, "bytes_up": 1, "seconds": 1.0}
+        finish_round(run, read_state(run), total, optimizer, ("a",), line)
+    final = {"round": 2, "final": True, "scored_round": 2, "sites": {}, "federation": {}, "left_out": {}}
+    append_json(run.metrics, final | {"calibration": FITTED})
+    ca = new_authority("f")
+    maker = Maker("federation", "f", issue_signer(ca), ca.certificate)
+    last, earlier = (recipe_of(run, "1", maker, Words(), number) for number in (2, 1))
+    assert json.loads(last.members[CALIBRATION]) == {"temperature": {"cyst": 2.0, "solid": 0.5}}
+    assert last.card["calibration"]["solid"]["temperature"] == 0.5
+    assert CALIBRATION not in earlier.members
+    assert earlier.card["calibration"] == "not known"

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -345,6 +346,27 @@ def test_results_are_deleted_when_their_time_is_over_or_when_asked(tmp_path):
         assert jobs.find(old) is None
         assert room.used_bytes == 0
         assert not jobs.forget(old)
+
+
+def test_of_more_jobs_than_are_kept_those_that_failed_go_first_and_what_pacs_waits_for_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedclient.serving.jobs.MOST_KEPT", 2)
+    now = [1000.0]
+    with queue(tmp_path, Told(), clock=lambda: now[0], started=False, most=9) as (jobs, _):
+        ids = []
+        for state, returned in (
+            ("done", "waiting"),
+            ("done", "off"),
+            ("failed", "off"),
+            ("done", "off"),
+            ("done", "off"),
+        ):
+            now[0] += 1
+            ids.append(put(jobs))
+            jobs._set(replace(jobs.find(ids[-1]), state=state, returned=returned))
+        jobs.sweep()
+        kept = [n for n, job in enumerate(ids) if jobs.find(job) is not None]
+        assert kept == [0, 3, 4]
+        assert not jobs.place(ids[2]).exists()
 
 
 # ---- series ----

@@ -21,13 +21,13 @@ from fedserver.publish.exports import to_state_dict
 from shared_models import nets
 from shared_models.files import write_atomic, write_json
 from shared_models.parse import plain
-from shared_models.release import TORCHSCRIPT
+from shared_models.release import BUNDLE_SCRIPT, BUNDLE_STATE, TORCHSCRIPT
 from shared_models.runtimes import Runner, torch_runner
 from shared_models.study import Study
 
 FOLDER = "bundle"
 METADATA, INFERENCE = f"{FOLDER}/configs/metadata.json", f"{FOLDER}/configs/inference.json"
-STATE, SCRIPT = f"{FOLDER}/models/model.pt", f"{FOLDER}/models/model.ts"
+STATE, SCRIPT = BUNDLE_STATE, BUNDLE_SCRIPT
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
 MODALITIES = {"ct": "CT", "xray": "X-ray", "mr": "MR"}
 PLANES = 32  # shown to the network at once
