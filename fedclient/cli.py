@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedclient.approval import approve, audit, policy, refuse, sent, show, studies, withdraw
+from fedclient.authorities import trust
 from fedclient.explain_command import explain, worklist
 from fedclient.gate.commands import card, check, waive
 from fedclient.operate import doctor, logs, page, status
@@ -133,7 +134,7 @@ app.command()(waive)
 app.command()(card)
 app.command()(explain)
 app.command()(worklist)
-for command in (policy, studies, show, approve, refuse, withdraw, sent, verify, predict, serve_model, drift):
+for command in (policy, studies, show, approve, refuse, withdraw, sent, verify, predict, serve_model, drift, trust):
     app.command()(command)
 app.add_typer(audit, name="audit")
 

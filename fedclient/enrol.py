@@ -15,6 +15,7 @@ from shared_models.files import sync_folder, write_atomic
 from shared_models.identity import (
     Certificate,
     Credential,
+    authorities_in,
     fingerprint_words,
     identity_public_key,
     new_site_keys,
@@ -124,7 +125,10 @@ def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
         if keys.exists():
             for left in ("session.json", "order.pb"):  # of the old node, which the coordinator lets go
                 (folder / "node" / left).unlink(missing_ok=True)
-            if (keys / "ca.pem").read_bytes() != ca:  # founded anew, with a history of its own
+            known = (keys / "ca.pem").read_bytes()
+            if asked.ca in {each.fingerprint for each in authorities_in(known, str(keys / "ca.pem"))}:
+                write_atomic(part / "ca.pem", known)  # with others that were taken since
+            else:  # founded anew, with a history of its own
                 (folder / ROSTER).unlink(missing_ok=True)
             keys.rename(folder / f"keys.{time.time_ns()}")
         part.rename(keys)

@@ -76,6 +76,16 @@ class Certificate:
     expires_at_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """One certificate authority of a file: its certificate as PEM, SHA-256 of its DER form, and its life."""
+
+    pem: bytes
+    fingerprint: str
+    since_s: float
+    expires_at_s: float
+
+
 def check_site_name(name: str) -> str:
     """`name` as it came, or raises EnrolmentFailed."""
     if not SITE_NAME.fullmatch(name):
@@ -113,6 +123,30 @@ def new_authority(name: str, now: datetime | None = None) -> Credential:
         .sign(key, hashes.SHA384())
     )
     return Credential(certificate.public_bytes(serialization.Encoding.PEM), _pkcs8(key))
+
+
+def authorities_in(content: bytes, where: str) -> tuple[Authority, ...]:
+    """The certificate authorities of a PEM file, in its order.
+
+    Raises:
+        StateInvalid: none can be read, or one is no certificate of an authority.
+    """
+    try:
+        loaded = x509.load_pem_x509_certificates(content)
+        may = [each.extensions.get_extension_for_class(x509.BasicConstraints).value.ca for each in loaded]
+    except (ValueError, x509.ExtensionNotFound):
+        may = [False]
+    if not all(may):
+        raise StateInvalid(f"{where}: holds no certificate of an authority, or one that is of something else.")
+    return tuple(
+        Authority(
+            pem=each.public_bytes(serialization.Encoding.PEM),
+            fingerprint=hashlib.sha256(each.public_bytes(serialization.Encoding.DER)).hexdigest(),
+            since_s=each.not_valid_before_utc.timestamp(),
+            expires_at_s=each.not_valid_after_utc.timestamp(),
+        )
+        for each in loaded
+    )
 
 
 def issue_server(authority: Credential, hosts: Sequence[str], days: float | None = SERVER_DAYS) -> Credential:

@@ -34,11 +34,12 @@ SUBCOMMANDS = {
     "fedserver": [
         "init", "serve", "invite", "revoke", "renew", "run", "stop", "status", "audit", "doctor", "pause", "resume",
         "logs", "backup", "restore", "monitor", "release", "releases", "withdraw", "retrain",
+        "release-status", "release-export-mlflow",
     ],
     "fedclient": [
         "join", "rejoin", "renew", "check", "waive", "card", "policy", "studies", "show", "approve", "refuse",
         "withdraw", "sent", "audit", "start", "status", "budget", "ledger", "doctor", "logs", "page", "serve-model",
-        "drift", "predict", "verify", "explain", "worklist",
+        "drift", "predict", "verify", "explain", "worklist", "trust",
     ],
     "fedsim": ["run", "compare", "settings", "studies", "privacy", "tables", "demo", "phantom", "attack"],
 }  # fmt: skip

@@ -29,12 +29,14 @@ from fedserver.lifecycle import renew_server, revoke, warnings
 from fedserver.state import CertificateRow, Site, find_site, list_certificates
 from shared_models.errors import EnrolmentFailed, ProcessFailed, StateInvalid
 from shared_models.expiry import due, span_text, stage
+from shared_models.files import write_atomic
 from shared_models.identity import (
     Certificate,
     Credential,
     issue_site,
     load_credential,
     load_secret,
+    new_authority,
     new_site_keys,
     new_tls_key,
     read_certificate,
@@ -268,8 +270,11 @@ def test_a_revoked_site_hears_it_waits_and_comes_back_under_new_keys_only(
         renew(home(site), site.site, site.address)
     Keeper(home(site), site.site, site.address).look()
     assert "was revoked on" in str(refused_words(home(site)))
+    both = (site.keys / "ca.pem").read_bytes() + new_authority("its successor").certificate
+    write_atomic(site.keys / "ca.pem", both)
     rejoin(invite(edge.federation, site.site), home(site), site.site, site.address)
     assert shut_out(home(site), site.address) is None
+    assert (site.keys / "ca.pem").read_bytes() == both, "an authority that was taken since stays"
     save_credential(site.keys / "old.pem", old)
     context = ssl.create_default_context(cafile=str(site.keys / "ca.pem"))
     context.load_cert_chain(site.keys / "old.pem")
