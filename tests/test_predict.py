@@ -360,6 +360,14 @@ def test_an_image_beyond_every_case_of_the_release_is_flagged_with_its_distance(
     assert "raw.p50" in doubt.words
 
 
+def test_a_reference_of_another_version_is_a_doubt_about_every_image_and_fails_none():
+    older = {"profiles": [{"cases": 12, "counts": {"raw.p10": [12, 0]}}]}
+    found = predict_case(model(fingerprint=older), volume(chest_hu()))
+    (doubt,) = found.doubts
+    assert doubt.code == "REFERENCE_UNKNOWN"
+    assert "another study or version" in doubt.words
+
+
 # ---- inputs ----
 
 
