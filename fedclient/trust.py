@@ -7,7 +7,7 @@ site/release-status/<name>.json   the newest list of each federation's releases 
 import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,25 @@ def trust_in(site: Path, given: Sequence[Path], research: bool) -> Trust:
             "--site, or the certificate of a federation's authority with --authority FILE."
         )
     return Trust(tuple(path.read_bytes() for path in found), research)
+
+
+def kept_lists(site: Path) -> list[Standings]:
+    """The lists of releases that this site keeps, as those vouch for them whom it trusts.
+
+    Raises:
+        ReleaseInvalid: one for which none of them does.
+    """
+    found = []
+    trusted = [path.read_bytes() for path in authorities_of(site, ())]
+    for path in sorted((site / "release-status").glob("*.json")):
+        content = path.read_bytes()
+        for authority in trusted[:-1]:
+            with suppress(ReleaseInvalid):
+                found.append(read_standings(content, authority, str(path)))
+                break
+        else:
+            found.append(read_standings(content, trusted[-1] if trusted else b"", str(path)))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +134,12 @@ class Watch:
     def _newest(self) -> tuple[Standings | None, list[str]]:
         authority, kept_at = self._authority(), self._kept_at()
         with locked(kept_at.with_suffix(".lock")) if self._keeps() else nullcontext():
-            kept = read_standings(kept_at.read_bytes(), authority, str(kept_at)) if kept_at.exists() else None
             if self.given is None:
-                return kept, []
+                return self._kept(kept_at, authority), []
+            try:
+                kept = self._kept(kept_at, authority)
+            except ReleaseInvalid:  # of an authority that was dropped since, or spoilt: the new one takes its place
+                kept = None
             content = self.given.read_bytes()
             handed = read_standings(content, authority, str(self.given))
             if handed.federation != self.release.manifest.origin.federation:
@@ -130,6 +152,9 @@ class Watch:
             if self._keeps() and handed != kept:
                 write_atomic(kept_at, content)
             return handed, []
+
+    def _kept(self, path: Path, authority: bytes) -> Standings | None:
+        return read_standings(path.read_bytes(), authority, str(path)) if path.exists() else None
 
     def _authority(self) -> bytes:
         """Of those who are trusted the one that vouches for the release."""

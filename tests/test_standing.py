@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fedclient import doctor
 from fedclient.cli import app
 from fedclient.release_policy import Releases
 from fedclient.serving import worker
@@ -153,6 +154,16 @@ def test_a_list_is_kept_and_an_older_one_does_not_bring_a_release_back(made, sit
         asked(made, site, made.listed(tmp_path / "old", at=MADE + DAY))
 
 
+def test_a_kept_list_that_is_spoilt_stops_use_until_another_is_handed_in(made, site, tmp_path):
+    assert asked(made, site, made.listed(tmp_path / "s")) == []
+    (kept,) = (site / "release-status").glob("*.json")
+    kept.write_bytes(kept.read_bytes()[:-9])
+    with pytest.raises(ReleaseInvalid, match="release-status"):
+        asked(made, site)
+    assert asked(made, site, made.listed(tmp_path / "t")) == []
+    assert asked(made, site) == []
+
+
 def test_an_older_list_that_is_handed_in_is_said_to_be_one(made, site, tmp_path):
     assert asked(made, site, made.listed(tmp_path / "new", at=MADE + 2 * DAY)) == []
     (warning,) = asked(made, site, made.listed(tmp_path / "old", at=MADE + DAY), MADE + 3 * DAY)
@@ -166,6 +177,17 @@ def test_where_there_is_no_site_a_list_is_looked_at_and_not_kept(made, tmp_path)
 
 
 # ---- commands ----
+
+
+def test_the_doctor_tells_of_a_list_that_is_not_good_any_more_and_of_one_that_is_asked_for(made, site, tmp_path):
+    asks = Releases(status_required=True)
+    assert [line.state for line in doctor._releases(site, Releases())] == []
+    assert [line.state for line in doctor._releases(site, asks)] == ["fail"]
+    asked(made, site, made.listed(tmp_path / "s", days=30_000))
+    assert [line.state for line in doctor._releases(site, asks)] == ["ok"]
+    past = made.listed(tmp_path / "t", at=1.0e9)
+    (site / "release-status").joinpath(f"{'0' * 16}.json").write_bytes(past.read_bytes())
+    assert [line.state for line in doctor._releases(site, asks)] == ["warn", "ok"]
 
 
 def test_verify_keeps_the_list_and_predict_then_refuses(made, site, tmp_path):
@@ -196,7 +218,7 @@ def test_a_service_that_runs_stops_answering_once_a_list_retires_its_release(mad
 
     (tmp_path / "case" / "in").mkdir(parents=True)
     answers = io.StringIO()
-    worker.serve(model(), site, watch, sent(), answers)  # type: ignore[arg-type]
+    worker.serve(model(), site, watch, sent(), answers)
     codes = [json.loads(line)["unread"][0]["code"] for line in answers.getvalue().splitlines()]
     assert codes == ["FILE_MISSING", "FILE_MISSING", "RELEASE_RETIRED"]
 
