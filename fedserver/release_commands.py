@@ -232,6 +232,8 @@ def withdraw(
         console.print(
             f"  run {run}, from round {first} on: `fedserver retrain {run} --without {site}`", highlight=False
         )
+    if gone.releases and retire:
+        console.print("Hospitals that have them hear of it by the next list: `fedserver release-status FILE`.")
     if not gone.releases and not gone.runs:
         console.print("  nothing: it was never counted.")
 

@@ -36,9 +36,9 @@ CPU = torch.device("cpu")
 class Dark(nn.Module):
     """Marks what is darker than -650 HU, as tests/marking.py does."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: type[nn.Conv2d] | type[nn.Conv3d] = nn.Conv2d) -> None:
         super().__init__()
-        self.features = nn.Conv2d(1, 1, 1, bias=False)
+        self.features = layer(1, 1, 1, bias=False)
         self.bias = nn.Parameter(torch.tensor([10.0]))
         nn.init.constant_(self.features.weight, -40.0)
 
@@ -91,6 +91,19 @@ def test_of_a_long_series_the_plane_with_most_of_the_answer_is_explained(tmp_pat
     assert any("dark 1.0, sha256 dddddddddddddddd" in line for line in captions[0])
     assert any(line.startswith("lung: probability") for line in captions[0])
     assert any("occlusion" in line for line in captions[0])
+
+
+def test_of_a_network_that_sees_volumes_the_whole_is_explained(tmp_path, captions):
+    study = replace(LUNG, model=Model(spatial_dims=3), preprocess=replace(LUNG.preprocess, size=(32, 32, 16)))
+    hu = np.full((1, 32, 32, 16), 40, np.float32)
+    hu[0, 8:24, 8:24, 4:10] = -850
+    write_dicom_series(tmp_path, volume(hu))
+    net = Dark(nn.Conv3d)
+    asked = model(study, torch_runner(net.eval()))
+    (map_,) = Explainer(asked, net, CPU, ("smooth-grad",))(predict_case(asked, only(tmp_path, study)))
+    assert (map_.answer, map_.plane) == ("lung", None)
+    assert map_.picture is not None
+    assert len(captions) == 1
 
 
 def test_where_nothing_is_marked_nothing_is_explained(tmp_path):

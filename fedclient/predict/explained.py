@@ -64,7 +64,7 @@ class Explainer:
         images, left_right_axis = seen[place]
         image, _ = example_of(self.net, images, study, answer, None, self.device)
         channel = channel_of(study, answer)
-        told = Explanation(n + 1, answer, method, place)
+        told = Explanation(n + 1, answer, method, place if len(study.preprocess.size) == 2 else None)
         try:
             found = explain(self.net, image, study, answer, method)
         except ExplanationFailed as error:

@@ -23,8 +23,8 @@ class Explanation:
 
     Attributes:
         number: of the answer, from 1.
-        plane: that is shown.
-        chance: of the answer in that plane; `deviation`: over changed copies of it.
+        plane: that is shown; None of a network that sees volumes, whose picture is of the plane with most of the map.
+        chance: of the answer in what is explained; `deviation`: over changed copies of it.
         layer: that Grad-CAM looked at.
         why: there is no picture; empty where there is one.
         picture: PNG.
@@ -33,7 +33,7 @@ class Explanation:
     number: int
     answer: str
     method: str
-    plane: int
+    plane: int | None
     chance: float | None = None
     deviation: float | None = None
     layer: str = ""
