@@ -7,7 +7,7 @@ site/release-status/<name>.json   the newest list of each federation's releases 
 import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,25 +133,30 @@ class Watch:
 
     def _newest(self) -> tuple[Standings | None, list[str]]:
         authority, kept_at = self._authority(), self._kept_at()
-        with locked(kept_at.with_suffix(".lock")) if self._keeps() else nullcontext():
-            if self.given is None:
-                return self._kept(kept_at, authority), []
-            try:
-                kept = self._kept(kept_at, authority)
-            except ReleaseInvalid:  # of an authority that was dropped since, or spoilt: the new one takes its place
-                kept = None
-            content = self.given.read_bytes()
-            handed = read_standings(content, authority, str(self.given))
-            if handed.federation != self.release.manifest.origin.federation:
-                raise ReleaseInvalid(
-                    f"{self.given}: is the list of {handed.federation!r}, the release is of "
-                    f"{self.release.manifest.origin.federation!r}. Give the list of that federation."
-                )
-            if kept is not None and kept.made_at > handed.made_at:
-                return kept, [f"{self.given}: is older than the list of {day(kept.made_at)} that is kept here"]
-            if self._keeps() and handed != kept:
-                write_atomic(kept_at, content)
+        if self.given is None:
+            return self._kept(kept_at, authority), []
+        content = self.given.read_bytes() if self.given.is_file() else b""
+        handed = read_standings(content, authority, str(self.given))
+        if handed.federation != self.release.manifest.origin.federation:
+            raise ReleaseInvalid(
+                f"{self.given}: is the list of {handed.federation!r}, the release is of "
+                f"{self.release.manifest.origin.federation!r}. Give the list of that federation."
+            )
+        if not (self.site / "keys").is_dir():
             return handed, []
+        try:
+            with locked(kept_at.with_suffix(".lock")):
+                try:
+                    kept = self._kept(kept_at, authority)
+                except ReleaseInvalid:  # of an authority that was dropped since, or spoilt: the new one takes its place
+                    kept = None
+                if kept is not None and kept.made_at > handed.made_at:
+                    return kept, [f"{self.given}: is older than the list of {day(kept.made_at)} that is kept here"]
+                if handed != kept:
+                    write_atomic(kept_at, content)
+        except OSError as error:  # a folder that is only read
+            return handed, [f"{self.given}: could not be kept here ({error.strerror}), and counts for this time alone"]
+        return handed, []
 
     def _kept(self, path: Path, authority: bytes) -> Standings | None:
         return read_standings(path.read_bytes(), authority, str(path)) if path.exists() else None
@@ -164,9 +169,6 @@ class Watch:
         if not found:
             raise ReleaseInvalid(f"{SIGNATURE}: was changed since the release was opened. Get it again.", SIGNATURE)
         return found[0]
-
-    def _keeps(self) -> bool:
-        return (self.site / "keys").is_dir()
 
     def _kept_at(self) -> Path:
         name = hashlib.sha256(self.release.manifest.origin.federation.encode()).hexdigest()[:16]

@@ -126,7 +126,7 @@ def release_approve(
 @guarded
 def release_retire(
     which: Which,
-    reason: Annotated[str, typer.Option(help="Why, for those who ask later.")],
+    reason: Annotated[str, typer.Option(help="Why; hospitals read it in the list of `fedserver release-status`.")],
     federation: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:

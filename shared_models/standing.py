@@ -26,7 +26,7 @@ Time = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Of one release; `since` is seconds since the epoch."""
+    """Of one release; `since` is seconds since the epoch, `words` what hospitals are told besides."""
 
     __pydantic_config__ = STRICT
     label: Annotated[str, Field(max_length=128)]
@@ -112,6 +112,8 @@ def warned(standings: Standings, digest: str, made_at: float, now_s: float) -> l
         warnings.append(f"the list of {day(standings.made_at)} is older than the release, and does not know it yet")
     elif known.stage == "candidate":
         warnings.append(f"a candidate on {day(standings.made_at)}: its federation had not approved it")
+    if known is not None and known.words:
+        warnings.append(f"{known.words}, as the list of {day(standings.made_at)} says")
     if now_s > standings.good_until:
         warnings.append(
             f"the list of releases was good until {day(standings.good_until)}: whether this one was retired since is "

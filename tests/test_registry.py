@@ -35,6 +35,7 @@ from shared_models.protect.privacy import Protect
 from shared_models.protect.secure import SecureAggregation
 from shared_models.provenance import AUDIT, ENVIRONMENT, ROSTER, against_kept, check_provenance
 from shared_models.release import MANIFEST, Manifest, Trust, open_release, seal
+from shared_models.standing import read_standings
 from shared_models.study import Model, Study, canonical, sha256
 from simulations.release import research_release
 from tests.edge import running_edge
@@ -372,6 +373,16 @@ def test_a_site_leaves_its_releases_are_named_and_the_run_is_trained_again_witho
         e.version: 1 for e in registry.list_releases(federation) if e.round == 3
     }
     assert gone.runs == {"lung": 3}
+    listed = registry.status_list(federation, 30)
+    said = read_standings(listed, federation.ca_certificate.read_bytes(), "list").releases
+    assert {said[e.digest].words for e in gone.releases if e.stage != "retired"} == {registry.SITE_LEFT}
+    assert gone.releases[-1].stage != "retired"
+    withdraw(federation, "east", "its board has decided so", retire=True)
+    retired = read_standings(registry.status_list(federation, 30), federation.ca_certificate.read_bytes(), "list")
+    told = retired.releases[gone.releases[-1].digest]
+    assert (told.stage, told.words) == ("retired", registry.SITE_LEFT)
+    assert b"board" not in listed
+    assert "board" not in str(retired)
     found = find_site(federation.state, "east")
     assert found is not None
     assert found.state == "revoked"

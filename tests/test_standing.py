@@ -123,6 +123,11 @@ def test_a_candidate_is_called_one(made, site, tmp_path):
     assert "candidate" in warning
 
 
+def test_that_a_site_has_left_is_said_of_a_release_that_goes_on_in_use(made, site, tmp_path):
+    (warning,) = asked(made, site, made.listed(tmp_path / "s", words="a site whose updates it holds has withdrawn"))
+    assert warning.startswith("a site whose updates it holds has withdrawn")
+
+
 @pytest.mark.parametrize("spoil", [
     lambda c: c.replace(b"approved", b"retired!"), lambda c: c.replace(b'"good_until":18', b'"good_until":19'),
     lambda c: c[:-1], lambda c: b"{}",
@@ -168,6 +173,16 @@ def test_an_older_list_that_is_handed_in_is_said_to_be_one(made, site, tmp_path)
     assert asked(made, site, made.listed(tmp_path / "new", at=MADE + 2 * DAY)) == []
     (warning,) = asked(made, site, made.listed(tmp_path / "old", at=MADE + DAY), MADE + 3 * DAY)
     assert "older than the list" in warning
+
+
+def test_a_list_that_cannot_be_kept_counts_all_the_same_and_that_is_said(made, site, tmp_path):
+    (site / "release-status").write_bytes(b"no folder")  # as on a disk that is only read
+    (warning,) = asked(made, site, made.listed(tmp_path / "s"))
+    assert "could not be kept here" in warning
+    with pytest.raises(ReleaseInvalid, match="retired"):
+        asked(made, site, made.listed(tmp_path / "t", "retired"))
+    with pytest.raises(ReleaseInvalid, match="nowhere"):
+        asked(made, site, tmp_path / "nowhere")
 
 
 def test_where_there_is_no_site_a_list_is_looked_at_and_not_kept(made, tmp_path):
