@@ -1,5 +1,6 @@
 # setup: a virtual environment in .venv    demo: a coordinator and three hospitals on this machine
 # test: the tests    check: format, lint, types, tests    bench: the benchmarks, each against its target
+# bench-faults: the fault table against real processes (20 minutes)    soak: 200 rounds under kills and partitions (long)
 # wheels: a folder to install from without a network, with the digest of each file
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ BIN := .venv/bin
 unit = $(BIN)/python -m pytest -m "not process" -n auto --dist loadfile
 processes = $(BIN)/python -m pytest -m process
 
-.PHONY: setup demo test check bench wheels clean
+.PHONY: setup demo test check bench bench-faults soak wheels clean
 
 setup: .venv/installed
 
@@ -47,6 +48,12 @@ bench: setup
 	$(BIN)/python -m simulations.bench.audit
 	$(BIN)/python -m simulations.bench.predict
 	$(BIN)/python -m simulations.bench.drift
+
+bench-faults: setup
+	$(BIN)/python -m simulations.bench.faults
+
+soak: setup
+	$(BIN)/python -m simulations.bench.soak --sites 8 --rounds 200
 
 wheels: setup
 	PYTHON=$(BIN)/python deploy/wheels.sh wheels

@@ -119,11 +119,14 @@ def approve(
     days: Annotated[
         int | None, typer.Option(min=1, max=3650, help="How long it holds; else as the policy says.")
     ] = None,
+    also_alike: Annotated[
+        bool, typer.Option("--also-alike", help="Although its secure sums could be compared with another study's.")
+    ] = False,
     reason: Reason = "",
     site: Folder = Path("site"),
 ) -> None:
     """Lets this site take part in a study, as it is now: any change of it asks anew."""
-    _decide(site, study, "approved", reason, days)
+    _decide(site, study, "approved", reason, days, also_alike)
 
 
 @guarded
@@ -138,12 +141,14 @@ def withdraw(study: StudyName, reason: Reason = "", site: Folder = Path("site"))
     _decide(site, study, "withdrawn", reason)
 
 
-def _decide(site: Path, study: str, verdict: "Verdict", reason: str, days: int | None = None) -> None:
+def _decide(
+    site: Path, study: str, verdict: "Verdict", reason: str, days: int | None = None, also_alike: bool = False
+) -> None:
     from fedclient.consent import decide, find_asked
 
     here = _here(site)
     asked = find_asked(here, study)
-    decision = decide(here, asked.sha256, verdict, reason, days)
+    decision = decide(here, asked.sha256, verdict, reason, days, also_alike)
     until = f" until {_day(decision.until_s)}" if decision.until_s else ""
     console.print(f"{asked.study.name} ({asked.sha256[:12]}) is {verdict}{until}.", highlight=False)
 
@@ -182,6 +187,7 @@ def verify(
 ) -> None:
     """Checks every line of this site's log, and names the first bad one; exits with 1 if there is one."""
     from fedclient.site import read_site_file
+    from shared_models.authority import read_files
     from shared_models.errors import StateInvalid
     from shared_models.evidence import against, read_pack, tell, verdict_of
     from shared_models.identity import identity_public_key, load_secret, vouched
@@ -191,7 +197,7 @@ def verify(
     found = {name: mine}
     if pack is not None:
         files = read_pack(pack)
-        key = vouched((site / "keys" / "ca.pem").read_bytes(), files.get("signer.pem", b""))
+        key = vouched(read_files(site / "keys"), files.get("signer.pem", b""))
         if key is None:
             raise StateInvalid(f"{pack}: its key is not vouched for by the authority that this site pinned at `join`.")
         found[name], found["coordinator"] = against(mine, files, key)
@@ -206,13 +212,14 @@ def export(
 ) -> None:
     """Writes the log, its signed head and the certificates into one file that others can verify."""
     from fedclient.site import read_site_file
+    from shared_models.authority import read_files
     from shared_models.evidence import export as write
     from shared_models.identity import identity_public_key, load_secret
 
     read_site_file(site)
     key = identity_public_key(load_secret(site / "keys" / "identity.key"))
     certificates = {
-        "ca.pem": (site / "keys" / "ca.pem").read_bytes(),
+        "ca.pem": read_files(site / "keys"),
         "tls.pem": (site / "keys" / "tls.pem").read_bytes(),
     }
     write(site, key, certificates, out)

@@ -1,117 +1,55 @@
-"""`fedclient trust`: the authority of a federation is renewed, and hospitals take the new one beside the old one.
+"""Whom a hospital takes for its coordinator: the root that it pinned, and what the root says of issuing keys since.
 
-keys/ca.pem holds every certificate that this site takes for its federation's authority. The first came with the invite;
-another is added by a person who has compared its eight words by telephone, and the old one is dropped when it is done
-with. TLS, orders, rosters, releases and lists of releases are all taken by any of them.
+Where the coordinator's root key is kept offline, issuing keys come and go. Their list is fetched over a connection that
+proves nothing, because the root's signature does: a site that was away while all keys were changed finds its way back.
 """
 
-from datetime import UTC, datetime
+import ssl
 from pathlib import Path
-from typing import Annotated
 
-import typer
-from rich.console import Console
-
-from fedclient.records import log_of
-from fedclient.site import read_site_file
-from shared_models.cli import guarded, print_json
+from fedclient.ask import MOST_BYTES, ask
+from fedclient.own_log import complain, log_of
+from shared_models.authority import LIST, newer, read_authority, read_files
 from shared_models.errors import StateInvalid
-from shared_models.expiry import date_text
-from shared_models.files import locked, write_atomic
-from shared_models.identity import Authority, authorities_in, fingerprint_words
-
-console = Console(soft_wrap=True)
+from shared_models.files import write_atomic
+from shared_models.identity import is_issued_by, load_credential
 
 
-def pinned(site: Path) -> tuple[Authority, ...]:
-    """Those whom the site takes for its federation's authority."""
-    return authorities_in((site / "keys" / "ca.pem").read_bytes(), str(site / "keys" / "ca.pem"))
+def offered(address: str) -> bytes:
+    """The authority (PEM) that `address` shows to strangers, whoever that is; nothing of it is verified."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return ask(address, context, "GET", "/enrol/ca", most=MOST_BYTES)
 
 
-def take(site: Path, file: Path, words: str) -> Authority:
-    """Adds the authority in a file, whose words somebody has heard from the coordinator.
+def refresh(site: Path, name: str, address: str) -> bool:
+    """Brings the site's list of issuing keys up to the coordinator's; whether there was a new one.
 
-    Raises:
-        StateInvalid: not one authority that is good today, or of other words.
-    """
-    found = one_in(file)
-    if fingerprint_words(found.fingerprint).split() != words.lower().split():
-        raise StateInvalid(f"{file}: has other words than those given. Do not trust it; telephone the coordinator.")
-    if not found.since_s <= datetime.now(UTC).timestamp() <= found.expires_at_s:
-        raise StateInvalid(f"{file}: is good from {date_text(found.since_s)} to {date_text(found.expires_at_s)} alone.")
-    return _changed(site, "authority-trusted", found, add=True)
-
-
-def drop(site: Path, file: Path) -> Authority:
-    """Takes an authority out; the last one stays.
+    A root whose key is at the coordinator has no list, and nobody is asked.
 
     Raises:
-        StateInvalid: it is not pinned, or no other one is.
+        StateInvalid: what is offered is not of the pinned root, or older than what was seen: written down, too.
+        EnrolmentFailed: the coordinator cannot be reached.
     """
-    return _changed(site, "authority-dropped", one_in(file), add=False)
+    known = read_files(site / "keys")
+    if not read_authority(known).offline:
+        return False
+    told = offered(address)
+    try:
+        if not newer(known, told):
+            return False
+        found = read_authority(told)
+    except StateInvalid as error:
+        complain(site, name, "authority-refused", str(error))
+        raise
+    write_atomic(site / "keys" / LIST, told.removeprefix(found.root))
+    log_of(site, name).add("authority", list=found.number, issuers=len(found.issuers), revoked=len(found.revoked))
+    return True
 
 
-def one_in(file: Path) -> Authority:
-    """The one authority in a file; raises StateInvalid where there is none or another number."""
-    if not file.is_file():
-        raise StateInvalid(f"{file}: is not there. Give the certificate of the authority, a PEM file.")
-    found = authorities_in(file.read_bytes(), str(file))
-    if len(found) != 1:
-        raise StateInvalid(f"{file}: holds {len(found)} certificates. Give one at a time.")
-    return found[0]
-
-
-def _changed(site: Path, event: str, one: Authority, *, add: bool) -> Authority:
-    name, path = read_site_file(site).name, site / "keys" / "ca.pem"
-    with locked(path.with_suffix(".lock")):
-        now = pinned(site)
-        others = [each for each in now if each.fingerprint != one.fingerprint]
-        if add == (len(others) < len(now)):
-            return one if add else _missing(path)
-        if not add and not others:
-            raise StateInvalid(f"{path}: holds this authority alone. Take its successor first, with --words.")
-        log_of(site, name).add(event, fingerprint=one.fingerprint, until=date_text(one.expires_at_s))
-        write_atomic(path, b"".join(each.pem for each in [*others, *([one] if add else [])]))
-    return one
-
-
-def _missing(path: Path) -> Authority:
-    raise StateInvalid(f"{path}: this authority is not in it. `fedclient trust` lists those that are.")
-
-
-@guarded
-def trust(
-    certificate: Annotated[
-        Path | None, typer.Argument(help="The new authority's certificate, of the coordinator; else those in use.")
-    ] = None,
-    words: Annotated[
-        str, typer.Option(help="Its eight words, as the coordinator says them over the telephone: then it is taken.")
-    ] = "",
-    dropped: Annotated[bool, typer.Option("--drop", help="Take it out of those that are trusted.")] = False,
-    site: Annotated[Path, typer.Option("--site", envvar="FEDCLIENT_SITE", help="Folder of this node.")] = Path("site"),
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-) -> None:
-    """Lists the authorities of this site's federation, takes a new one beside the old, or drops one."""
-    if dropped and words:
-        raise StateInvalid("--drop and --words: the one takes out, the other takes in. Give one of them.")
-    if (dropped or words) and certificate is None:
-        raise StateInvalid("give the file of the certificate that is meant.")
-    if certificate is not None and words:
-        take(site, certificate, words)
-    elif certificate is not None and dropped:
-        drop(site, certificate)
-    elif certificate is not None:
-        shown = one_in(certificate)
-        if as_json:
-            print_json({"words": fingerprint_words(shown.fingerprint), "expires_at": shown.expires_at_s})
-            return
-        console.print(f"[bold]{fingerprint_words(shown.fingerprint)}[/], until {date_text(shown.expires_at_s)}")
-        console.print("Nothing is changed. Hear these words from the coordinator by telephone, then give --words.")
-        return
-    listed = pinned(site)
-    if as_json:
-        print_json([{"words": fingerprint_words(a.fingerprint), "expires_at": a.expires_at_s} for a in listed])
-        return
-    for each in listed:
-        console.print(f"[bold]{fingerprint_words(each.fingerprint)}[/], until {date_text(each.expires_at_s)}")
-    console.print("Releases are taken at once; a node that runs connects by them after `fedclient start` anew.")
+def is_orphaned(site: Path) -> bool:
+    """Whether the site's certificate is by a key that counts no more: it is then to be renewed."""
+    own = load_credential(site / "keys/tls.pem").certificate
+    return not is_issued_by(own, read_files(site / "keys"))

@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedclient.approval import approve, audit, policy, refuse, sent, show, studies, withdraw
-from fedclient.authorities import trust
 from fedclient.explain_command import explain, worklist
 from fedclient.gate.commands import card, check, waive
 from fedclient.operate import doctor, logs, page, status
 from fedclient.predict.commands import predict
+from fedclient.score_command import score
 from fedclient.serving.commands import drift, serve_model
 from fedclient.verify import verify
+from fedclient.worth_command import worth
 from shared_models.cli import guarded, print_json
 from shared_models.errors import EnrolmentFailed
 from shared_models.files import write_atomic
@@ -109,8 +110,15 @@ def rejoin(
 
 @app.command()
 @guarded
-def renew(site: Folder = Path("site"), as_json: AsJson = False) -> None:
+def renew(
+    identity: Annotated[
+        bool, typer.Option("--identity", help="Also a new key of what this site signs; best between two runs.")
+    ] = False,
+    site: Folder = Path("site"),
+    as_json: AsJson = False,
+) -> None:
     """Renews this site's certificate now; a node that runs does so by itself when a third of its life is left."""
+    from fedclient.authorities import refresh
     from fedclient.renewal import check_keys
     from fedclient.renewal import renew as ask_anew
     from fedclient.site import read_site_file
@@ -119,7 +127,8 @@ def renew(site: Folder = Path("site"), as_json: AsJson = False) -> None:
 
     file = read_site_file(site)
     check_keys(site)
-    facts = ask_anew(site, file.name, file.coordinator)
+    refresh(site, file.name, file.coordinator)
+    facts = ask_anew(site, file.name, file.coordinator, identity)
     if as_json:
         print_json({"site": file.name, "expires_at": facts.expires_at_s, "serial": facts.serial})
         return
@@ -127,6 +136,10 @@ def renew(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     console.print(
         f"Its words: [bold]{fingerprint_words(facts.fingerprint)}[/]. A node that runs takes it up by itself."
     )
+    if identity:
+        console.print(
+            "What this site signs is signed with a new key: its audit log begins anew, and names the old one."
+        )
 
 
 app.command()(check)
@@ -134,7 +147,8 @@ app.command()(waive)
 app.command()(card)
 app.command()(explain)
 app.command()(worklist)
-for command in (policy, studies, show, approve, refuse, withdraw, sent, verify, predict, serve_model, drift, trust):
+app.command()(worth)
+for command in (policy, studies, show, approve, refuse, withdraw, sent, verify, predict, serve_model, drift, score):
     app.command()(command)
 app.add_typer(audit, name="audit")
 

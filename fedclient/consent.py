@@ -3,7 +3,8 @@
     site/studies/<sha256>/study.json      the study as it came
     site/studies/<sha256>/decision.json   the last decision on it; none while nobody has decided
 
-Any change of a study is another digest, and asks anew. A decision is read before each step of work under way.
+Any change of a study is another digest, and asks anew. A decision is read before each step of work under way. On a
+study whose secure sums could be compared with those of another one no policy decides, only a person who says so.
 """
 
 import getpass
@@ -15,8 +16,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fedclient.alike import alike
+from fedclient.own_log import log_of
 from fedclient.policy import objections
-from fedclient.records import log_of
 from fedclient.site import Site
 from fedclient.work import check_signed, study_of
 from shared_models.errors import OrderRefused, StateInvalid
@@ -123,22 +125,40 @@ def _ask(order: Order, study: Study, site: Site, now_s: float) -> None:
             write_atomic(folder / "study.json", order.study.encode())
         decision = read_decision(site.folder, order.study_sha256)
         over = decision is not None and decision.by == POLICY and _is_over(decision, now_s)
-        if site.policy.approval == "inside-policy" and (decision is None or over):
+        decides = site.policy.approval == "inside-policy" and (decision is None or over)
+        if decides and not alike_here(site, order.study_sha256, study):
             until = now_s + site.policy.approval_days * DAY_S
             _write(site, order.study_sha256, Decision("approved", POLICY, now_s, until))
 
 
-def decide(site: Site, digest: str, verdict: Verdict, reason: str = "", days: int | None = None) -> Decision:
+def alike_here(site: Site, digest: str, study: Study) -> list[Asked]:
+    """The other studies at this site with whose secure sums those of `study` could be compared."""
+    return alike(site, study, [other for other in list_asked(site) if other.sha256 != digest])
+
+
+def decide(
+    site: Site, digest: str, verdict: Verdict, reason: str = "", days: int | None = None, also_alike: bool = False
+) -> Decision:
     """A person's decision; work under way on a study that is not approved ends at its next step.
 
+    Args:
+        also_alike: approves a study although its secure sums could be compared with those of another one.
+
     Raises:
-        StateInvalid: a study outside the policy cannot be approved.
+        StateInvalid: a study outside the policy cannot be approved, nor one that is like another unless `also_alike`.
     """
     asked = read_asked(site, digest)
     if verdict == "approved" and (found := list(objections(site.policy, asked.study))):
         raise StateInvalid(
             f"study {asked.study.name!r} is outside the policy and would be refused all the same. "
             f"{'. '.join(map(str, found))}. Change [policy] in {site.folder / 'site.toml'} first, or refuse the study."
+        )
+    if verdict == "approved" and not also_alike and (others := alike_here(site, digest, asked.study)):
+        raise StateInvalid(
+            f"study {asked.study.name!r}: its secure sums could be compared with those of "
+            f"{', '.join(f'{a.study.name} ({a.sha256[:12]})' for a in others)}, which trains the same network. If one "
+            f"site more takes part in one than in the other, their difference is nearly that site's update. Where the "
+            f"same sites take part in both, or you accept it: `fedclient approve {digest[:12]} --also-alike`."
         )
     now_s = time.time()
     until = now_s + (days or site.policy.approval_days) * DAY_S if verdict == "approved" else None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from fedclient.authorities import refresh
 from fedclient.clock import clock_gap, gap_words, too_far
 from fedclient.consent import undecided
 from fedclient.data.quota import cache_bytes
@@ -24,6 +25,7 @@ from fedclient.site import SiteFile, check_data, open_site, read_site_file
 from fedclient.trust import kept_lists
 from fedclient.welcome import shut_out
 from shared_models.alarms import alarm_words
+from shared_models.authority import read_files
 from shared_models.doctor import (
     Check,
     Line,
@@ -179,7 +181,14 @@ def _coordinator(folder: Path, address: str) -> Iterator[Line]:
     if proxy_of(host) is None:
         _reach(host, port, "Check the firewall (one outbound port), and that `fedserver serve` runs there.")
         yield Line("reach", "ok", f"something listens at {address}.")
-    context, authority = site_context(folder / "keys"), (folder / "keys/ca.pem").read_bytes()
+    try:
+        refresh(folder, certificate_of(folder).name, address)
+    except StateInvalid as error:
+        yield failed("authority", error)
+        return
+    except FederationError:
+        pass  # the next lines say why it cannot be reached
+    context, authority = site_context(folder / "keys"), read_files(folder / "keys")
     try:
         with closing(connect(address, context, TIMEOUT_S)) as connection:
             connection.connect()

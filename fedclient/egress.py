@@ -12,13 +12,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from fedclient.records import hear, log_of, own_head
+from fedclient.own_log import lines_of, log_of
+from fedclient.records import hear, own_head
 from fedclient.site import Site, read_site_file
 from fedclient.work import study_of
 from shared_models.class_counts import ClassCounts
 from shared_models.detection_counts import DetectionCounts
 from shared_models.errors import FederationError, OrderRefused
-from shared_models.files import read_lines
 from shared_models.protect.stages import on_the_wire
 from shared_models.restored_counts import RestoredCounts
 from shared_models.scores import Score
@@ -44,7 +44,7 @@ MAY_LEAVE: dict[str, set[str]] = {
         "blob",
     },
     "evaluation": {"scored", "scores", "own_scores", "validation", "profile", "seconds"},
-    "refusal": {"refusal", "refusal_keys"},
+    "refusal": {"refusal", "refusal_keys", "accused"},
     "ready": set(),
     "advert": {"advert"},
     "sealed": {"sealed"},
@@ -161,5 +161,4 @@ def _note(folder: Path, name: str, kind: str, content: bytes, order: Order | Non
 
 def sent(folder: Path) -> list[dict[str, Any]]:
     """What has left the site, in order: time, kind, bytes, digest, run and round."""
-    lines = read_lines(folder / "audit.jsonl")
-    return [{"time": line["time"], **line["facts"]} for line in lines if line["event"] == "sent"]
+    return [{"time": line["time"], **line["facts"]} for line in lines_of(folder) if line["event"] == "sent"]

@@ -1,21 +1,19 @@
 """How a hospital joins a federation, or joins it again with new keys: an invite in, keys and a certificate out."""
 
-import http.client
-import json
 import shutil
-import ssl
 import tempfile
 import time
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedclient.ask import ask
+from fedclient.authorities import offered
+from shared_models.authority import LIST, ROOT, read_authority
 from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.files import sync_folder, write_atomic
 from shared_models.identity import (
     Certificate,
     Credential,
-    authorities_in,
     fingerprint_words,
     identity_public_key,
     new_site_keys,
@@ -37,10 +35,8 @@ from shared_models.invite import (
     statement,
     write_message,
 )
-from shared_models.transfer import connect
+from shared_models.transfer import trusting
 
-TIMEOUT_S = 45.0  # the coordinator waits up to 20 s for its SuperLink
-MOST_BYTES = 64 << 10
 ROSTER = "roster.json"  # in the site's folder: the newest epoch that it has seen
 
 
@@ -50,7 +46,8 @@ class Joined:
 
     Attributes:
         address: `host:port` of the coordinator.
-        keys: folder with ca.pem, tls.pem (key and certificate), node.key, identity.key.
+        keys: folder with ca.pem, tls.pem (key and certificate), node.key, identity.key; and authorities.pem where the
+            root's key is kept offline.
         authority_words: eight words for the coordinator's CA, to be compared with `fedserver init`'s over a telephone.
         certificate_words: the same for this site's certificate, to be compared with `fedserver status`'s.
         expires_at_s: when the certificate ends, seconds since the epoch.
@@ -102,15 +99,16 @@ def rejoin(invite: str, folder: Path, site: str, address: str) -> Joined:
 
 def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
     ca = _fetch_authority(asked)
-    context = ssl.create_default_context(cadata=ca.decode("ascii"))
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context, root = trusting(ca), read_authority(ca).root
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = Path(tempfile.mkdtemp(prefix=".keys.", dir=folder))  # before the invite is spent: the disk may be full
     try:
         made = new_site_keys()
         save_secret(part / "node.key", made.node)
         save_secret(part / "identity.key", made.identity)
-        write_atomic(part / "ca.pem", ca)
+        write_atomic(part / ROOT, root)
+        if ca != root:
+            write_atomic(part / LIST, ca.removeprefix(root))
         request = JoinRequest(
             site=asked.site,
             token=asked.token,
@@ -125,10 +123,7 @@ def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
         if keys.exists():
             for left in ("session.json", "order.pb"):  # of the old node, which the coordinator lets go
                 (folder / "node" / left).unlink(missing_ok=True)
-            known = (keys / "ca.pem").read_bytes()
-            if asked.ca in {each.fingerprint for each in authorities_in(known, str(keys / "ca.pem"))}:
-                write_atomic(part / "ca.pem", known)  # with others that were taken since
-            else:  # founded anew, with a history of its own
+            if (keys / ROOT).read_bytes() != root:  # founded anew, with a history of its own
                 (folder / ROSTER).unlink(missing_ok=True)
             keys.rename(folder / f"keys.{time.time_ns()}")
         part.rename(keys)
@@ -148,16 +143,18 @@ def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
 
 
 def _fetch_authority(invite: Invite) -> bytes:
-    """The coordinator's CA certificate, PEM, over a connection that proves nothing: the invite's fingerprint does."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    ca = ask(invite.address, context, "GET", "/enrol/ca")
+    """The coordinator's authority, PEM, over a connection that proves nothing: the invite's fingerprint does."""
+    ca = offered(invite.address)
     if read_certificate(ca).fingerprint != invite.ca:
         raise EnrolmentFailed(
             f"coordinator at {invite.address}: is not the one of the invite, its CA has another fingerprint. "
             "Check the address with the coordinator by telephone; somebody may stand in between."
+        )
+    found = read_authority(ca)
+    if found.number < int(invite.listed or 0):
+        raise EnrolmentFailed(
+            f"coordinator at {invite.address}: shows revocation list {found.number}, which is stale: the invite names "
+            f"{invite.listed}. Telephone the coordinator; somebody may stand in between with a stolen key."
         )
     return ca
 
@@ -171,47 +168,3 @@ def store_certificate(path: Path, certificate: bytes, key: bytes, site: str) -> 
         raise EnrolmentFailed(f"coordinator: signed a certificate for {facts.name!r}, not {site!r}. Ask for an invite.")
     save_credential(path, Credential(certificate, key))
     return facts
-
-
-class TurnedAway(EnrolmentFailed):
-    """The coordinator's refusal, in its own words.
-
-    Attributes:
-        status: of HTTP.
-        words: what it said, without where.
-    """
-
-    def __init__(self, where: str, status: int, words: str) -> None:
-        super().__init__(f"{where} (HTTP {status}): {words}")
-        self.status, self.words = status, words
-
-
-def ask(
-    address: str, context: ssl.SSLContext, method: str, path: str, body: bytes | None = None, most: int = MOST_BYTES
-) -> bytes:
-    """The content of a successful answer; raises TurnedAway with what the coordinator says, else EnrolmentFailed."""
-    where = f"coordinator at {address}"
-    try:
-        with closing(connect(address, context, TIMEOUT_S)) as connection:
-            headers = {"content-type": "application/json"} if body else {}
-            connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            content = response.read(most)
-    except ssl.SSLCertVerificationError as error:
-        raise EnrolmentFailed(
-            f"{where}: its certificate is not good for this address ({error.verify_message}). "
-            "Check the address and this machine's clock."
-        ) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise EnrolmentFailed(
-            f"{where}: cannot be reached ({str(error) or type(error).__name__}). "
-            "Check the address, the firewall, HTTPS_PROXY, and that `fedserver serve` runs; then try again."
-        ) from error
-    if response.status == 200:
-        return content
-    try:
-        told = str(json.loads(content)["detail"])
-    except (ValueError, KeyError, TypeError):
-        told = response.reason
-    told = "".join(c for c in told[:500] if c.isprintable())  # from a peer not yet known, and bound for a terminal
-    raise TurnedAway(where, response.status, told)

@@ -8,6 +8,7 @@ that is installed. What an app raises stays here; the coordinator gets a code.
 import argparse
 import base64
 import errno
+import faulthandler
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ import httpx
 
 from fedclient.egress import release_code
 from fedclient.node import EXECUTOR_LOST, NodeFiles, pause
+from fedclient.overdue import GRACE_S, TRAIN_TIMEOUT, is_over, longest_at
 from shared_models.archive import (
     CLIENT_APP,
     LOOPBACK,
@@ -60,7 +62,8 @@ class Work:
     """What an executor needs for each task.
 
     Attributes:
-        kept: holds the token and the order of the task under way, for the process that comes after this one.
+        kept: holds the token, the order and the end of the task under way, for the process that comes after this one
+            and for the supervisor (`fedclient.overdue`).
         approved: SHA-256 of the archive built from the installed package.
     """
 
@@ -178,8 +181,8 @@ def carry_out(work: Work, token: str) -> None:
         try:
             with _heartbeat(work.address, token):
                 message, context, _, fab = flower.pull_task_input(client)
-                _note(work.kept, {"token": token, "order": _frozen(message)})
-                reply, failed = answer(work, message, context, fab.content)
+                with _bounded(work, token, message):
+                    reply, failed = answer(work, message, context, fab.content)
                 flower.push_message(client, reply, context)
                 status = "failed" if failed else "completed"
                 flower.push_task_output(client=client, context=context, sub_status=status, details=failed)
@@ -193,7 +196,23 @@ def carry_out(work: Work, token: str) -> None:
     work.kept.unlink(missing_ok=True)
 
 
-def _note(kept: Path, task: Mapping[str, str]) -> None:
+@contextmanager
+def _bounded(work: Work, token: str, message: "Message") -> "Iterator[None]":
+    """Notes by when the order is to be answered; shortly before it is killed for it, a process that hangs says where.
+
+    faulthandler's thread needs no interpreter; it tells files and lines of code, and no value.
+    """
+    longest = longest_at(work.kept.parent.parent, message.metadata.ttl)
+    until = time.monotonic() + longest
+    _note(work.kept, {"token": token, "order": _frozen(message), "pid": os.getpid(), "until": until})
+    faulthandler.dump_traceback_later(longest + GRACE_S / 2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _note(kept: Path, task: Mapping[str, Any]) -> None:
     """Keeps what the process after this one needs, if the disk takes it; the work itself says when it is full."""
     try:
         write_json(kept, task)
@@ -268,6 +287,7 @@ def _frozen(message: "Message") -> str:
 def _answer_lost_task(address: str, path: Path) -> None:
     """Answers the task that the process before this one died over; the coordinator then asks again at once."""
     from flwr.app import Context, Error, Message, RecordDict
+    from flwr.common.constant import ErrorCode
     from flwr.common.serde import message_from_proto
     from flwr.proto.message_pb2 import Message as MessageProto
     from flwr.proto.runtime_pb2 import PullAppMessagesRequest
@@ -279,12 +299,18 @@ def _answer_lost_task(address: str, path: Path) -> None:
     with _client(address, token=kept["token"]) as client, suppress(httpx.HTTPError):
         waiting = client.PullMessages(PullAppMessagesRequest()).messages_list  # one that was not taken before
         protos = [*waiting, *(MessageProto.FromString(base64.b64decode(kept[k])) for k in ("order",) if k in kept)]
+        lost = Error(EXECUTOR_LOST, "EXECUTOR_RESTARTED")
+        if is_over(kept):  # the coordinator does not ask such a site again in this round
+            lost = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, TRAIN_TIMEOUT)
+            release_code(path.parent.parent, TRAIN_TIMEOUT)
         for order in map(message_from_proto, protos[:1]):
-            reply = Message(Error(EXECUTOR_LOST, "EXECUTOR_RESTARTED"), reply_to=order)
+            reply = Message(lost, reply_to=order)
             run_id, node_id = order.metadata.run_id, order.metadata.dst_node_id
             flower.push_message(client, reply, Context(run_id, node_id, {}, RecordDict(), {}))
-            log.warning("told the node that the order of message %s was lost", order.metadata.message_id)
-        flower.push_task_output(client=client, context=None, sub_status="failed", details="EXECUTOR_RESTARTED")
+            log.warning(
+                "told the node that the order of message %s ended as %s", order.metadata.message_id, lost.reason
+            )
+        flower.push_task_output(client=client, context=None, sub_status="failed", details=lost.reason)
     path.unlink(missing_ok=True)
 
 

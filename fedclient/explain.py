@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from fedclient.consent import Asked, list_asked
+from fedclient.consent import Asked, alike_here, list_asked
 from fedclient.data.truths import has_truth
 from fedclient.policy import objections
 from fedclient.site import Site
@@ -23,7 +23,7 @@ def explained(site: Site, asked: Asked) -> dict[str, Any]:
     return {
         "trains": list(_trains(asked.study)),
         "sees": list(_sees(site, asked.study)),
-        "leaves": list(_leaves(site, asked.study)),
+        "leaves": [*_leaves(site, asked.study), *_alike(site, asked)],
         "costs": list(_costs(site, asked)),
         "changes": list(_changes(site, asked)),
         "policy": [str(objection) for objection in objections(site.policy, asked.study)]
@@ -42,7 +42,8 @@ def _sees(site: Site, study: Study) -> Iterator[str]:
     from fedclient.data.listing import list_cases  # imports the image readers
 
     channels = f" ({', '.join(study.channels)})" if study.channels else ""
-    yield f"{study.modality} images{channels} and labels in {site.data}; on this machine alone."
+    what = "bags of features" if study.of_bags else "rows of tables" if study.table_only else f"{study.modality} images"
+    yield f"{what}{channels} and labels in {site.data}; on this machine alone."
     try:
         cases = list_cases(site.where, site.salt).cases
     except FederationError as error:
@@ -59,10 +60,12 @@ def _sees(site: Site, study: Study) -> Iterator[str]:
 
 
 def _leaves(site: Site, study: Study) -> Iterator[str]:
+    secure = study.protect.secure_aggregation is not None
+    summed = " inside the masked sum" * secure
     if study.plan == "federated":
         yield (
-            "Once, before training: counts of spacing, size and grey values over all training cases, no image. "
-            f"Nothing of fewer than {site.smallest_count} cases."
+            f"Once, before training{summed}: counts of spacing, size and grey values over all training cases, no "
+            f"image. Nothing of fewer than {site.smallest_count} cases."
         )
         yield "Each round: the change of each weight. The counts decide the network, so its size is not known before."
     else:
@@ -76,12 +79,12 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
             f"Each round: the change of each weight, {len(tensors) * times} tensors, {bytes_ / MIB:.1f} MiB; in "
             f"{study.rounds.count} rounds {bytes_ * study.rounds.count / MIB:.0f} MiB."
         )
-        yield from _shortened(study)
-        if study.protect.secure_aggregation is None:
-            yield "Each round: the number of examples and steps, ten mean losses, seconds, and cpu or cuda."
-        else:
-            yield from _summed(study)
-    summed = " inside the masked sum" * (study.protect.secure_aggregation is not None)
+    yield from _shortened(study)
+    yield from _noised(study)
+    if secure:
+        yield from _summed(study)
+    elif study.protect.privacy is None:
+        yield "Each round: the number of examples and steps, ten mean losses, seconds, and cpu or cuda."
     if study.evaluate.every and study.task.kind == "detection":
         yield (
             f"Every {study.evaluate.every} rounds and at the end{summed}, for each of "
@@ -99,6 +102,15 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
             "At the end, for those who use the model to tell a drift by: how many validation and test cases have which "
             "voxel size, size, grey values and answers, on coarse grids, if there are "
             f"{site.smallest_count} cases or more. Users of the release see it, without this site's name."
+        )
+
+
+def _noised(study: Study) -> Iterator[str]:
+    """What does not leave where updates are differentially private."""
+    if study.protect.privacy is not None:
+        yield (
+            "The change carries noise for each patient, and nothing else leaves: no score, loss, count, time or "
+            "histogram. What the model is worth here `fedclient score` tells of a release, and nobody else."
         )
 
 
@@ -130,6 +142,16 @@ def _summed(study: Study) -> Iterator[str]:
         yield (
             "The sum of examples is known. When this site alone comes or goes between two rounds, the difference is "
             'its number of examples; weighting = "uniform" would tell none.'
+        )
+
+
+def _alike(site: Site, asked: Asked) -> Iterator[str]:
+    """With which studies the sums of this one could be compared; no policy approves such a one by itself."""
+    for other in alike_here(site, asked.sha256, asked.study):
+        yield (
+            f"Its sums could be compared with those of {other.study.name} ({other.sha256[:12]}), which trains the same "
+            f"network here: if one site more takes part in one than in the other, their difference is nearly that "
+            f"site's update. Ask the coordinator who takes part in both; a person approves it with --also-alike."
         )
 
 

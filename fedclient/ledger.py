@@ -6,7 +6,6 @@ one before it. How far it had come stands in `site/secrets/ledger.head` too, and
 receipt, so that a book that was cut or put back from a backup is refused.
 """
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,24 +14,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared_models.database import check, connected, create, writing
+from fedclient.chain import SCHEMA, Chain, Head
+from shared_models.database import check, create, writing
 from shared_models.errors import OrderRefused, StateInvalid
-from shared_models.files import canonical_json, write_atomic
+from shared_models.files import canonical_json
 from shared_models.parse import STRICT, RunId, Sha256, parse, parse_json, plain
 from shared_models.protect.accounting import Spend, epsilon, epsilon_bound, steps_within
 
 VERSION = 1
-NOTHING = "0" * 64
-_SCHEMA = f"""
-CREATE TABLE entries (
-    number INTEGER PRIMARY KEY,
-    sha256 TEXT NOT NULL,
-    content TEXT NOT NULL
-) STRICT;
-CREATE TRIGGER kept_as_written BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'an entry is never changed'); END;
-CREATE TRIGGER kept_for_good BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'an entry is never removed'); END;
-PRAGMA user_version = {VERSION};
-"""
+_SCHEMA = f"{SCHEMA}PRAGMA user_version = {VERSION};"
 DataSet = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
 
 
@@ -78,15 +68,6 @@ class Settlement:
 
 
 Entry = Annotated[Budget | Reservation | Settlement, Field(discriminator="kind")]
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """How far a ledger has come: a receipt for whoever wants to know later that nothing was taken back."""
-
-    __pydantic_config__ = STRICT
-    entries: Annotated[int, Field(ge=0)]
-    sha256: Sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,49 +161,28 @@ class Ledger:
 
     def check_receipt(self, receipt: Head) -> None:
         """Raises OrderRefused, `LEDGER_ROLLBACK`, unless the ledger still begins with what `receipt` was given for."""
-        digests = [NOTHING, *(digest for digest, _ in self._rows())]
-        if receipt.entries >= len(digests) or digests[receipt.entries] != receipt.sha256:
-            raise OrderRefused(
-                "LEDGER_ROLLBACK",
-                f"{self._path}: had {receipt.entries} entries and has others now, {len(digests) - 1} in number. "
-                f"It was cut, changed or put back from a backup: bring the newest one back. Until then nothing is "
-                f"trained with differential privacy here.",
-            )
+        self._chain.check_receipt(receipt)
 
     @property
-    def _path(self) -> Path:
-        return self.folder / "ledger.db"
-
-    @property
-    def _witness(self) -> Path:
-        return self.folder / "secrets" / "ledger.head"
-
-    def _rows(self) -> list[tuple[str, str]]:
-        with connected(self._path) as db:
-            return db.execute("SELECT sha256, content FROM entries ORDER BY number").fetchall()
+    def _chain(self) -> Chain:
+        until = "Until then nothing is trained with differential privacy here."
+        return Chain(self.folder / "ledger.db", self.folder / "secrets" / "ledger.head", "LEDGER_ROLLBACK", until)
 
     def _read(self) -> tuple[list[Budget | Reservation | Settlement], Head]:
         """All entries, once their chain holds and reaches at least as far as it had come before."""
-        self.check_receipt(parse_json(Head, self._witness.read_bytes(), str(self._witness), StateInvalid))
-        entries, last, rows = [], NOTHING, self._rows()
-        for number, (digest, content) in enumerate(rows, start=1):
-            if digest != _digest(last, number, content):
-                raise OrderRefused(
-                    "LEDGER_ROLLBACK", f"{self._path}: entry {number} is not the one that was written. Restore it."
-                )
-            entries.append(parse_json(_Line, content, f"{self._path}, entry {number}", StateInvalid).entry)
-            last = digest
-        return entries, Head(len(rows), last)
+        rows, head = self._chain.read()
+        where = self._chain.path
+        listed = enumerate(rows, start=1)
+        return [parse_json(_Line, row, f"{where}, entry {n}", StateInvalid).entry for n, row in listed], head
 
     def _append(self, entry: Budget | Reservation | Settlement, after: Head) -> bool:
         """Adds an entry behind `after`, synced, then moves the witness on; False when another process was first."""
-        number, content = after.entries + 1, canonical_json(plain(_Line(entry))).decode()
-        digest = _digest(after.sha256, number, content)
-        with writing(self._path) as db:
+        chain = self._chain
+        with writing(chain.path) as db:
             if db.execute("SELECT count(*) FROM entries").fetchone()[0] != after.entries:
                 return False
-            db.execute("INSERT INTO entries VALUES (?, ?, ?)", [number, digest, content])
-        write_atomic(self._witness, canonical_json(plain(Head(number, digest))))
+            head = chain.add(db, canonical_json(plain(_Line(entry))).decode())
+        chain.seen(head)
         return True
 
 
@@ -234,21 +194,15 @@ def open_ledger(folder: Path) -> Ledger:
         StateInvalid: a file that is damaged, exposed or of another version.
     """
     ledger = Ledger(folder)
-    if not ledger._witness.exists():
-        if not ledger._path.exists():
-            create(ledger._path, _SCHEMA)
-        if ledger._rows():
-            raise OrderRefused("LEDGER_ROLLBACK", f"{ledger._witness}: is missing. Restore it from a backup.")
-        write_atomic(ledger._witness, canonical_json(plain(Head(0, NOTHING))))
-    if not ledger._path.exists():
-        raise OrderRefused("LEDGER_ROLLBACK", f"{ledger._path}: is missing. Restore it from a backup.")
-    check(ledger._path, VERSION, "`fedclient join`")
+    chain = ledger._chain
+    if not chain.witness.exists() and not chain.path.exists():
+        create(chain.path, _SCHEMA)
+    if not chain.path.exists():
+        raise OrderRefused("LEDGER_ROLLBACK", f"{chain.path}: is missing. Restore it from a backup.")
+    chain.begin()
+    check(chain.path, VERSION, "`fedclient join`")
     ledger.head()
     return ledger
-
-
-def _digest(last: str, number: int, content: str) -> str:
-    return hashlib.sha256(f"{last} {number} {content}".encode()).hexdigest()
 
 
 def _account(

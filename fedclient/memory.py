@@ -2,6 +2,7 @@
 
     states/RUN-<study>/SITE/round-0003.safetensors   after the training of round 3
     states/RUN-<study>/SITE/own-<base>.safetensors   the site's own model on the weights of that digest
+    states/RUN-<study>/SITE/final.safetensors, final.json   the run's last weights, and the study as it was trained
 
 The coordinator's order says which round's update it counted last, and the site goes on from what it remembers of that
 round. So an order that comes again, an update that came too late and a process that was killed all leave no trace.
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from fedclient.site import Site
 from shared_models.errors import OrderRefused
+from shared_models.files import write_atomic
+from shared_models.study import Study, canonical
 from shared_models.weights import Array, Arrays, load, save_arrays
 
 MOST_UNCOUNTED = 3  # rounds that were trained and not counted, whose update may still be counted late
@@ -47,6 +50,12 @@ def remember(folder: Path, round_number: int, counted: int, memory: Arrays) -> N
     for path in folder.glob("round-*.safetensors"):
         if _number(path) not in keep:
             path.unlink()
+
+
+def keep_final(folder: Path, study: Study, weights: Arrays) -> None:
+    """Keeps what the run came to, so that the site can ask later what it was worth (`fedclient worth`)."""
+    write_atomic(folder / "final.json", canonical(study))
+    save_arrays(folder / "final.safetensors", weights)  # last: where it is there, both are
 
 
 def own_path(folder: Path, base_sha256: str) -> Path:

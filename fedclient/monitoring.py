@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 
 from fedclient.drift import log_path, noted
-from fedclient.records import log_of
+from fedclient.own_log import log_of
 from fedclient.site import read_site_file
 from shared_models.betting import WINDOW
 from shared_models.drift import Observed, profile_of, released

@@ -23,8 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from fedclient.clock import check_clock
+from fedclient.authorities import refresh
+from fedclient.clock import await_clock
+from fedclient.own_log import log_of
 from fedclient.renewal import Keeper, certificate_of, check_keys
+from fedclient.runtime_port import serve_executor
 from fedclient.tls import ClientTls
 from fedclient.welcome import await_welcome, shut_out
 from shared_models.archive import LOOPBACK, flower_module, patch_client, quiet_flower, replace_name, start_log
@@ -150,9 +153,16 @@ def run_node(files: NodeFiles, port: int) -> None:
     os.environ.update(quiet_flower(home, os.environ))
     start_log(files.data_folders())
     check_keys(files.site)
+    with suppress(FederationError):  # it is away, or a list that is refused is told by what comes next
+        refresh(files.site, certificate_of(files.site).name, files.coordinator())
     await_welcome(files.site, files.coordinator())
     tls = ClientTls(files.keys)
-    check_clock(files.coordinator(), tls.context)
+    await_clock(
+        files.site,
+        files.coordinator(),
+        tls.context,
+        lambda: log_of(files.site, certificate_of(files.site).name).add("refused", code="CLOCK"),
+    )
     loop = flower_module("flwr.supernode.start_client_internal")
     state_factory = _state_factory()
     state = state_factory.state()
@@ -163,9 +173,10 @@ def run_node(files: NodeFiles, port: int) -> None:
     replace_name(fleet, "FleetHttpClient", SimpleNamespace(from_server_address=partial(_fleet_client, files, tls)))
     connect = replace_name(loop, "http_request_response", None)
     replace_name(loop, "http_request_response", partial(_connection, files, tls, pace, connect))
-    _serve_executor(state_factory, kept_secret(files.secret), port)
+    name = certificate_of(files.site).name
+    serve_executor(state_factory, kept_secret(files.secret), port, files.site, name)
     write_json(files.port, port)
-    keeper = Keeper(files.site, certificate_of(files.site).name, files.coordinator())
+    keeper = Keeper(files.site, name, files.coordinator())
     threading.Thread(target=keeper.run, args=(threading.Event(),), name="keeper", daemon=True).start()
     loop.start_client_internal(
         state_factory=state_factory,
@@ -194,22 +205,6 @@ def _node_keys(path: Path) -> Any:
     cli = flower_module("flwr.supernode.cli.flower_supernode")
     named = argparse.Namespace(auth_supernode_private_key=str(path), auth_supernode_public_key=None)
     return cli._try_setup_client_authentication(named)
-
-
-def _serve_executor(state_factory: Any, secret: bytes, port: int) -> None:
-    """Serves the Runtime API for the site's executor on loopback, in a thread."""
-    import uvicorn
-
-    app = flower_module("flwr.supernode.main").create_app(state_factory=state_factory, superexec_auth_secret=secret)
-    server = uvicorn.Server(
-        uvicorn.Config(app, LOOPBACK, port, log_level="warning", access_log=False, timeout_keep_alive=75, ws="none")
-    )
-    thread = threading.Thread(target=server.run, name="runtime-api", daemon=True)
-    thread.start()
-    while not server.started:
-        if not thread.is_alive():
-            raise ProcessFailed(f"{LOOPBACK}:{port}: is taken by another program. Delete node/port, then start again.")
-        time.sleep(0.02)
 
 
 def _fleet_client(
@@ -304,6 +299,7 @@ def _connection(
             run: Run = get_run(run_id)
             if run.primary_task_type != TaskType.SERVER_APP:
                 log.error("run %s: is a %s, which no site takes part in", run_id, run.primary_task_type)
+                log_of(files.site, certificate_of(files.site).name).add("refused", code="TASK_TYPE", run=str(run_id))
                 raise RunNotRunningException
             return run
 

@@ -9,7 +9,8 @@ from zoneinfo import ZoneInfo
 
 from pydantic import Field
 
-from shared_models.parse import STRICT
+from shared_models.parse import STRICT, SiteName
+from shared_models.protect.ring import MOST_SITES
 from shared_models.study import Study
 
 ANY = "any"
@@ -36,6 +37,9 @@ class Policy:
         time_zone: of the hours, by its IANA name.
         least_threshold: share of a secure sum's sites that must stay to its end, where a study has such sums; whatever
             it says, a site takes part in none of fewer than three sites or of a threshold of two thirds or less.
+        partners: names of the sites with which this one sums. Others may be in a secure sum and count for nothing: it
+            needs as many of these as a sum needs sites, and above two thirds of them to its end. None named are all
+            that the federation's roster has.
     """
 
     __pydantic_config__ = STRICT
@@ -50,6 +54,7 @@ class Policy:
     hours: Annotated[tuple[str, ...], Field(max_length=14)] = ()
     time_zone: str = "UTC"
     least_threshold: Annotated[float, Field(gt=2 / 3, le=1)] = 0.67
+    partners: Annotated[tuple[SiteName, ...], Field(max_length=MOST_SITES)] = ()
 
     def __post_init__(self) -> None:
         for window in self.hours:
@@ -129,6 +134,7 @@ def in_words(policy: Policy) -> list[str]:
         f"A round needs {policy.least_cohort} or more sites to be counted.",
         f"Protections required: {', '.join(policy.protections) or 'none'}.",
         f"A secure sum needs three or more sites, and {policy.least_threshold:.0%} or more of them to its end.",
+        f"In a secure sum count {', '.join(policy.partners) or 'all sites of the roster'}.",
         f"Work is done {f'{hours} ({policy.time_zone})' if hours else 'at any hour'}.",
         f"A distribution leaves only of {policy.smallest_count} or more cases.",
     ]

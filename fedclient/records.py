@@ -1,25 +1,13 @@
 """A site's own audit log, and what it keeps of the coordinator's."""
 
-from functools import lru_cache
-from pathlib import Path
-
+from fedclient.own_log import log_of
 from fedclient.site import Site
-from shared_models.audit import HEAD, AuditLog, Head
-from shared_models.identity import load_secret, verify, vouched
+from shared_models.audit import HEAD, Head
+from shared_models.authority import read_files
+from shared_models.identity import verify, vouched
 from shared_models.wire import Order
 
 COORDINATOR = "coordinator"
-
-
-def log_of(folder: Path, name: str) -> AuditLog:
-    """The audit log of the site in `folder`; its lines are signed with the site's identity key."""
-    key = folder / "keys" / "identity.key"
-    return _opened(folder / "audit.jsonl", f"site {name}", load_secret(key))
-
-
-@lru_cache(maxsize=8)
-def _opened(path: Path, party: str, key: bytes) -> AuditLog:
-    return AuditLog(path, party, key)
 
 
 def hear(order: Order, site: Site) -> str | None:
@@ -30,8 +18,7 @@ def hear(order: Order, site: Site) -> str | None:
             log.add("witness-missing", peer=COORDINATOR, run=order.run, round=order.round)
         return None
     certificate, signature = order.head.certificate.encode(), bytes.fromhex(order.head.signature)
-    authority = (site.folder / "keys" / "ca.pem").read_bytes()
-    key = vouched(authority, certificate)
+    key = vouched(read_files(site.folder / "keys"), certificate)
     if key is None or not verify(key, signature, HEAD, order.head.statement):
         log.add("witness-unsigned", peer=COORDINATOR, run=order.run, round=order.round)
         return "HEAD_SIGNATURE"

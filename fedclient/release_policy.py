@@ -13,12 +13,14 @@ class Releases:
     """`[releases]`.
 
     Attributes:
-        authorities: files of certificates (PEM) of further federations whose releases are taken, beside the one that
-            was joined; paths from the site's folder. A file may hold several certificates of one federation: while
-            its authority is renewed, the old one and the new one.
+        authorities: files (PEM) of the authorities of further federations whose releases are taken, beside the one
+            that was joined; paths from the site's folder.
+        predecessors: of earlier authorities of the federation that was joined: it was founded anew, and releases that
+            the old one vouches for are still used.
         status_required: nothing is predicted without a list of the federation's releases that is still good.
     """
 
     __pydantic_config__ = STRICT
     authorities: Annotated[tuple[str, ...], Field(max_length=32)] = ()
+    predecessors: Annotated[tuple[str, ...], Field(max_length=32)] = ()
     status_required: bool = False

@@ -11,15 +11,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedclient.enrol import MOST_BYTES, ROSTER, TurnedAway, ask, store_certificate
+from fedclient.ask import MOST_BYTES, TurnedAway, ask
+from fedclient.authorities import is_orphaned, refresh
+from fedclient.enrol import ROSTER, store_certificate
+from fedclient.own_log import complain
 from fedclient.welcome import note_refusal
+from shared_models.authority import read_files
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.expiry import date_text, due, warning
 from shared_models.files import write_atomic
 from shared_models.identity import (
     Certificate,
+    identity_public_key,
     load_credential,
     load_secret,
+    new_identity_key,
     new_tls_key,
     read_certificate,
     request_certificate,
@@ -27,7 +33,7 @@ from shared_models.identity import (
     save_secret,
     sign,
 )
-from shared_models.invite import RENEWAL, JoinAnswer, RenewRequest, read_message, statement, write_message
+from shared_models.invite import RENEWAL, SUCCESSION, JoinAnswer, RenewRequest, read_message, statement, write_message
 from shared_models.parse import parse_json
 from shared_models.roster import MOST_EPOCHS, History, SignedRoster, follow, read_signed, write_signed
 from shared_models.transfer import site_context
@@ -35,7 +41,9 @@ from shared_models.transfer import site_context
 LONGEST_PAUSE_S = 60.0
 DAY_S = 86400.0
 MOST_HISTORY_BYTES = MOST_EPOCHS * MOST_BYTES
+SUCCESSOR = "identity.next"  # in `keys`: of a key that the coordinator may know already
 SITE_KEYS = ("keys/tls.pem", "keys/node.key", "keys/identity.key")
+MADE_LATER = ("keys/tls.next", f"keys/{SUCCESSOR}", "secrets/superexec", "secrets/case-keys", "secrets/task")
 MEND = "This node renews it while it runs; by hand: `fedclient renew`."
 MEND_EXPIRED = "Ask the coordinator for an invite, then `fedclient rejoin INVITE`."
 
@@ -46,8 +54,9 @@ def check_keys(site: Path) -> None:
     """Raises StateInvalid unless every key of the folder is there, ours, and readable by nobody else."""
     for name in SITE_KEYS:
         load_secret(site / name)
-    if (site / "secrets/superexec").exists():
-        load_secret(site / "secrets/superexec")
+    for name in MADE_LATER:
+        if (site / name).exists():
+            load_secret(site / name)
 
 
 def certificate_of(site: Path) -> Certificate:
@@ -61,15 +70,19 @@ def expiry_warning(site: Path, now_s: float) -> str | None:
     return warning("This site's", shown, now_s, MEND if shown.expires_at_s > now_s else MEND_EXPIRED)
 
 
-def renew(site: Path, name: str, address: str) -> Certificate:
-    """Gets a certificate for a new TLS key by showing the old one; name, node key and identity stay.
+def renew(site: Path, name: str, address: str, identity: bool = False) -> Certificate:
+    """Gets a certificate for a new TLS key by showing the old one; name and node key stay.
 
     A key whose answer was lost is kept and asked for again, so that nothing is certified in vain.
+
+    Args:
+        identity: get a new identity key too, which the old one hands over to; a new audit log begins with it.
 
     Raises:
         EnrolmentFailed: the certificate has expired, or the coordinator refuses or cannot be reached.
     """
     keys = site / "keys"
+    settle_identity(site, name, address)
     context = site_context(keys)
     pending = keys / "tls.next"
     if pending.exists() and _public(name, load_secret(pending)) == certificate_of(site).key_sha256:
@@ -78,6 +91,11 @@ def renew(site: Path, name: str, address: str) -> Certificate:
         save_secret(pending, new_tls_key())
     key = load_secret(pending)
     request = RenewRequest(name, request_certificate(name, key).decode())
+    if identity:
+        save_secret(keys / SUCCESSOR, new_identity_key())
+        request = replace(request, identity_public_key=identity_public_key(load_secret(keys / SUCCESSOR)).hex())
+        taken = sign(load_secret(keys / SUCCESSOR), SUCCESSION, statement(request))
+        request = replace(request, identity_signature=taken.hex())
     signature = sign(load_secret(keys / "identity.key"), RENEWAL, statement(request))
     body = write_message(replace(request, signature=signature.hex()))
     try:
@@ -89,7 +107,21 @@ def renew(site: Path, name: str, address: str) -> Certificate:
     answer = read_message(JoinAnswer, content, f"coordinator at {address}")
     facts = store_certificate(keys / "tls.pem", answer.certificate.encode(), key, name)
     pending.unlink()
+    if identity:
+        (keys / SUCCESSOR).replace(keys / "identity.key")
     return facts
+
+
+def settle_identity(site: Path, name: str, address: str) -> None:
+    """Takes up a new identity key whose answer was lost, if the roster has it, and lets go of one that it has not."""
+    keys = site / "keys"
+    if not (keys / SUCCESSOR).exists():
+        return
+    key = load_secret(keys / SUCCESSOR)
+    if fetch_roster(site, address).roster.sites.get(name) == identity_public_key(key).hex():
+        (keys / SUCCESSOR).replace(keys / "identity.key")
+    else:
+        (keys / SUCCESSOR).unlink()
 
 
 def _public(name: str, key: bytes) -> str:
@@ -109,13 +141,17 @@ def fetch_roster(site: Path, address: str) -> SignedRoster:
         StateInvalid: what came is not signed, or not what follows from what was seen: see `follow`.
         EnrolmentFailed: the coordinator refuses or cannot be reached.
     """
-    context, authority = site_context(site / "keys"), (site / "keys/ca.pem").read_bytes()
+    context, authority = site_context(site / "keys"), read_files(site / "keys")
     while True:
         known = read_roster(site)
         since = 0 if known is None else known.roster.epoch
         content = ask(address, context, "GET", f"/roster/{since}", most=MOST_HISTORY_BYTES)
         history = parse_json(History, content, f"roster of the coordinator at {address}", StateInvalid)
-        newest = follow(known, history, authority)
+        try:
+            newest = follow(known, history, authority)
+        except StateInvalid as error:
+            complain(site, certificate_of(site).name, "roster-refused", str(error))
+            raise
         if known is None or newest.roster.epoch > known.roster.epoch:
             write_atomic(site / ROSTER, write_signed(newest))
         if newest.roster.epoch >= history.newest or (known is not None and newest.roster.epoch == known.roster.epoch):
@@ -144,9 +180,15 @@ class Keeper:
                 return
 
     def look(self) -> None:
-        """Renews the certificate if that is due and fetches the roster; a trouble is logged and tried again."""
+        """Fetches the list of issuing keys, renews the certificate if that is due and fetches the roster.
+
+        A trouble is logged and tried again.
+        """
         try:
-            if due(certificate_of(self.site), self.clock()):
+            if refresh(self.site, self.name, self.address):
+                log.info("the federation's authority has a new revocation list")
+            settle_identity(self.site, self.name, self.address)
+            if due(certificate_of(self.site), self.clock()) or is_orphaned(self.site):
                 facts = renew(self.site, self.name, self.address)
                 log.info("renewed this site's certificate; the new one is good until %s", date_text(facts.expires_at_s))
             words = expiry_warning(self.site, self.clock())

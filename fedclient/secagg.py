@@ -9,17 +9,18 @@ the steps, and that none is done twice, is `fedclient.sums`'s.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from shared_models.errors import OrderRefused
 from shared_models.identity import sign, verify
 from shared_models.parse import STRICT
-from shared_models.protect.context import LEAST_SITES, Context
+from shared_models.protect.context import LEAST_SITES, Context, least_threshold
 from shared_models.protect.masking import (
     about_shares,
     channel_key,
     commitment,
+    dealt_digests,
     is_weak,
     pair_mask_key,
     public_key,
@@ -56,12 +57,23 @@ class Member:
         identity_key: Ed25519, PEM.
         roster: as the federation's authority signed it, verified.
         least_cohort: the site's own rule; an order can ask for more, never for less.
+        partners: whom the site trusts to be hospitals, where it names them; nobody else counts towards any rule, so
+            that sites which a coordinator has made up fill no cohort and outvote nobody. None named are all.
     """
 
     name: str
     identity_key: bytes = field(repr=False)
     roster: Roster
     least_cohort: int = LEAST_SITES
+    partners: frozenset[str] = frozenset()
+
+    def counted(self, sites: Iterable[str]) -> set[str]:
+        """Those of `sites` that count here: this one, and its partners."""
+        return {site for site in sites if not self.partners or site == self.name or site in self.partners}
+
+    @property
+    def least(self) -> int:
+        return max(LEAST_SITES, self.least_cohort)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +168,14 @@ def check_context(member: Member, context: Context, held: Held) -> None:
     where, n = f"secure sum of round {context.round}", len(context.cohort)
     if list(context.cohort) != sorted(set(context.cohort)) or member.name not in context.cohort:
         raise OrderRefused("COHORT_INVALID", f"{where}: its cohort is not a sorted list of sites with this one in it.")
-    least = max(LEAST_SITES, member.least_cohort)
+    least = member.least
     if n < least or context.least_cohort < least:
         raise OrderRefused(
             "COHORT_SMALL",
             f"{where}: may be made of {min(n, context.least_cohort)} sites, this site wants at least {least}. "
             f"Wait for more sites.",
         )
+    _check_partners(member, context, context.cohort, least)
     if not 2 * n < 3 * context.threshold <= 3 * n:
         raise OrderRefused(
             "THRESHOLD_SMALL",
@@ -209,10 +222,15 @@ def share(
         raise OrderRefused("KEYS_FORGED", f"{where}: this site's own keys are not among those passed on.")
     if len(adverts) < context.fewest:
         raise OrderRefused("COHORT_SMALL", f"{where}: {len(adverts)} sites take part, {context.fewest} are needed.")
+    _check_partners(member, context, adverts, member.least)
     places = [context.place(site) for site in sorted(adverts)]
     own_mask = split(bytes.fromhex(state.secret), context.threshold, places, random_bytes)
     pair_key = split(bytes.fromhex(state.mask), context.threshold, places, random_bytes)
     boxes = {}
+    dealt = {
+        site: dealt_digests(own_mask[at], pair_key[at], context.digest, member.name, site)
+        for site, at in zip(sorted(adverts), places, strict=True)
+    }
     for site in sorted(adverts.keys() - {member.name}):
         place = context.place(site)
         key = _channel(state, member.name, adverts[site])
@@ -222,14 +240,15 @@ def share(
     kept = Shares(own_mask[here].hex(), pair_key[here].hex())
     listed = tuple(adverts[site] for site in sorted(adverts))
     shared = Shared(context, listed, kept, state.channel, state.mask, state.secret)
-    return shared, Sealed(member.name, context.id, boxes)
+    return shared, Sealed(member.name, context.id, boxes, dealt)
 
 
 def mask(state: Shared, member: Member, inbox: Inbox) -> tuple[Masked, Masks]:
     """Opens the others' shares; the masks are for this site's vector, and for nothing else ever.
 
     Raises:
-        OrderRefused: a box that does not open, of a site that has sent no keys, or too few of them.
+        OrderRefused: a box that does not open or holds other shares than its site says (`SHARE_FORGED`, which accuses
+            it), one of a site that has sent no keys, or too few of them.
     """
     context, where = state.context, f"secure sum of round {state.context.round}"
     _same(context, inbox.context)
@@ -241,6 +260,7 @@ def mask(state: Shared, member: Member, inbox: Inbox) -> tuple[Masked, Masks]:
         raise OrderRefused(
             "COHORT_SMALL", f"{where}: {len(inbox.boxes) + 1} sites have shared, {context.fewest} are needed."
         )
+    _check_partners(member, context, (member.name, *inbox.boxes), member.least)
     shares = {member.name: state.kept}
     keys = [(self_mask_key(bytes.fromhex(state.secret), context.digest, member.name), +1)]
     for site in sorted(inbox.boxes):
@@ -248,10 +268,13 @@ def mask(state: Shared, member: Member, inbox: Inbox) -> tuple[Masked, Masks]:
         try:
             opened = unseal(_channel(state, member.name, adverts[site]), bytes.fromhex(inbox.boxes[site]), about)
         except ValueError:
-            raise OrderRefused(
-                "SHARE_FORGED", f"{where}: the shares from {site!r} were changed on their way."
-            ) from None
-        shares[site] = Shares(opened[:SHARE_BYTES].hex(), opened[SHARE_BYTES:].hex())
+            words = f"{where}: the shares from {site!r} were changed on their way."
+            raise OrderRefused("SHARE_FORGED", words, accused=site) from None
+        own_mask, pair_key = opened[:SHARE_BYTES], opened[SHARE_BYTES:]
+        if dealt_digests(own_mask, pair_key, context.digest, site, member.name) != inbox.dealt.get(site):
+            words = f"{where}: the shares from {site!r} are not those that it says it has dealt."
+            raise OrderRefused("SHARE_FORGED", words, accused=site)
+        shares[site] = Shares(own_mask.hex(), pair_key.hex())
         pair = pair_mask_key(
             bytes.fromhex(state.mask), bytes.fromhex(adverts[site].mask), context.digest, member.name, site
         )
@@ -276,6 +299,7 @@ def confirm(state: Masked, member: Member, survivors: Survivors) -> tuple[Confir
         raise OrderRefused(
             "SURVIVORS_FEW", f"{where}: {len(sites)} sites are left, {context.fewest} are needed. Nothing is revealed."
         )
+    _check_partners(member, context, sites, max(member.least, _most(member, context)))
     confirmed = Confirmed(context, state.shares, state.identities, survivors)
     return confirmed, confirmation(confirmed, member)
 
@@ -305,10 +329,27 @@ def unmask(state: Confirmed, member: Member, confirmations: Confirmations) -> Re
             "CONFIRMATIONS_FEW",
             f"{where}: {len(confirmations.signatures)} sites have confirmed, {context.threshold} are needed.",
         )
+    _check_partners(member, context, confirmations.signatures, _most(member, context))
     survivors = set(state.survivors.sites)
     own_masks = {site: kept.own_mask for site, kept in state.shares.items() if site in survivors}
     pair_keys = {site: kept.pair_key for site, kept in state.shares.items() if site not in survivors}
     return Revealed(member.name, context.id, own_masks, pair_keys)
+
+
+def _most(member: Member, context: Context) -> int:
+    """How many of the cohort's partners must mean the same sum: above two thirds, so that two sums have one in both."""
+    return least_threshold(len(member.counted(context.cohort)))
+
+
+def _check_partners(member: Member, context: Context, sites: Iterable[str], needed: int) -> None:
+    """Raises OrderRefused, `PARTNERS_FEW`, unless so many of `sites` are those that this site has named."""
+    there = member.counted(sites)
+    if member.partners and len(there) < needed:
+        raise OrderRefused(
+            "PARTNERS_FEW",
+            f"secure sum of round {context.round}: {len(there)} of its sites are partners of this one or itself, "
+            f"{needed} are needed. They are named under [policy] partners in site.toml.",
+        )
 
 
 def _signed(member: Member, advert: Advert) -> Advert:

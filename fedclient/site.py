@@ -20,6 +20,7 @@ from fedclient.release_policy import Releases
 from fedclient.serving.settings import Serve
 from shared_models.errors import StateInvalid
 from shared_models.files import read_json, write_atomic
+from shared_models.identity import load_secret
 from shared_models.parse import STRICT, parse, plain, read_toml
 
 DATA_FILE = "data.toml"
@@ -217,7 +218,8 @@ def secret(path: Path) -> str:
     """The site's own secret for case keys, made on first use; of two processes that make it, both get the first one's.
 
     Raises:
-        StateInvalid: a file that holds no such secret. Another one would give every case another key and split.
+        StateInvalid: a file that others may read, or that holds no such secret. Another one would give every case
+            another key and split.
     """
     if not path.exists():
         made = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.made")
@@ -227,7 +229,7 @@ def secret(path: Path) -> str:
                 os.link(made, path)  # whole, and only where there is none yet
         finally:
             made.unlink()
-    kept = path.read_bytes()
+    kept = load_secret(path)
     if not re.fullmatch(rb"[0-9a-f]{64}", kept):
         raise StateInvalid(f"{path}: holds no secret of 64 hexadecimal digits. Restore it from your backup.")
     return kept.decode()

@@ -4,8 +4,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from fedclient.overdue import hanging
 from shared_models.archive import CLIENT_APP, quiet_flower
 from shared_models.supervise import Child, kept_port, kept_secret, only_one, supervise, tell_deaths
 
@@ -46,6 +48,7 @@ def _children(site: Path, app: str, page: int | None) -> list[Child]:
             [*python, "fedclient.executor", str(site), "--port", port, "--app", app],
             logs / "executor.log",
             env,
+            partial(hanging, site / "secrets/task"),
         ),
     ]
     if page is not None:

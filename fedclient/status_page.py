@@ -4,9 +4,7 @@ http://127.0.0.1:PORT/           how the site stands
 http://127.0.0.1:PORT/metrics    figures for Prometheus
 """
 
-import argparse
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,10 @@ from fedclient.gauges import exposition
 from fedclient.overview import card, overview
 from fedclient.policy import in_words
 from fedclient.site import open_site, read_site_file
-from shared_models import logs
 from shared_models.doctor import gib, memory_bytes
 from shared_models.errors import FederationError
 from shared_models.expiry import date_text, span_text
-from shared_models.loopback import loopback_app, serve_loopback
+from shared_models.loopback import loopback_app, page_main
 
 MOST_SENT = 20
 REFRESH_S = 10
@@ -94,17 +91,5 @@ def _heard(at: float | None, now: float) -> str:
     return "never" if at is None else f"{span_text(max(0.0, now - at))} ago"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fedclient.status_page", description="A site's page on loopback.")
-    parser.add_argument("site", type=Path)
-    parser.add_argument("--port", type=int, required=True)
-    arguments = parser.parse_args()
-    logs.start()
-    try:
-        serve_loopback(page_app(arguments.site), arguments.port)
-    except FederationError as error:
-        sys.exit(f"fedclient.status_page: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    page_main("fedclient.status_page", "A site's page on loopback.", page_app)

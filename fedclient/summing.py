@@ -1,8 +1,9 @@
 """A site's part in the secure sum of a round: what an order leaves stays here, and only the steps of the sum leave.
 
-A `train` or `evaluate` of such a study is carried out and kept; the coordinator hears `ready`. Then come the five steps
-of `fedclient.secagg`. Every number of a sum but who takes part follows from the study that this site has approved, and
-is compared; a step that comes again word by word (its answer was lost) gets the same answer, any other is refused.
+A `statistics`, `train` or `evaluate` of such a study is carried out and kept; the coordinator hears `ready`. Then come
+the five steps of `fedclient.secagg`. Every number of a sum but who takes part follows from the study that this site has
+approved, and is compared; a step that comes again word by word (its answer was lost) gets the same answer, any other is
+refused.
 """
 
 import hashlib
@@ -22,8 +23,9 @@ from shared_models.errors import OrderRefused, StateInvalid
 from shared_models.files import canonical_json, replacing, write_atomic
 from shared_models.identity import load_secret
 from shared_models.parse import parse_json, plain
-from shared_models.protect.context import LEAST_SITES, Context
+from shared_models.protect.context import Context
 from shared_models.protect.counted import counts_of
+from shared_models.protect.counted_plan import plan_counts
 from shared_models.protect.messages import Revealed
 from shared_models.protect.ring import Layout
 from shared_models.protect.secure import layout_of, round_of, wanted, weight_in_sum
@@ -34,6 +36,7 @@ from shared_models.weights import Arrays, OnDisk, open_tensors
 from shared_models.wire import STEPS, BlobRef, Order, Reply, dump
 
 ASKED = {"advertise": "context", "share": "adverts", "mask": "inbox", "confirm": "survivors", "unmask": "confirmations"}
+KINDS = {"update": "train", "evaluation": "evaluate", "statistics": "statistics"}  # of what was done -> of its order
 CODES = {"run": "ROUND_MISMATCH", "round": "ROUND_MISMATCH", "whole": "WEIGHTING_MISMATCH"}  # else ENCODING_MISMATCH
 CODES |= {"threshold": "THRESHOLD_MISMATCH", "least_cohort": "COHORT_MISMATCH"}
 
@@ -47,7 +50,7 @@ def is_summed(order: Order) -> bool:
     secure = study_of(order).protect.secure_aggregation is not None
     if order.kind in STEPS and not secure:
         raise OrderRefused("SUM_NOT_IN_STUDY", f"run {order.run}: the study has no protect.secure_aggregation.")
-    return secure and (order.kind in STEPS or order.kind in ("train", "evaluate"))
+    return secure and (order.kind in STEPS or order.kind in ("statistics", "train", "evaluate"))
 
 
 def summed(
@@ -56,7 +59,7 @@ def summed(
     """The reply to an order of such a study, and the file of the masked vector that goes with it, in one step.
 
     Args:
-        weights: brings the tensors of a `train` or `evaluate`, where they are needed.
+        weights: brings the tensors of a `train` or `evaluate`, where they are needed; of a `statistics` none.
 
     Raises:
         OrderRefused: what `carry_out` refuses, or a step that would tell more than a sum.
@@ -143,8 +146,10 @@ def _roster(site: Site, wanted_sha256: str | None) -> Roster:
 
 
 def _member(site: Site, roster: Roster) -> Member:
-    least = max(LEAST_SITES, site.policy.least_cohort) if site.deployed else LEAST_SITES
-    return Member(site.name, load_secret(site.sums / "keys" / "identity.key"), roster, least)
+    key = load_secret(site.sums / "keys" / "identity.key")
+    if not site.deployed:
+        return Member(site.name, key, roster)
+    return Member(site.name, key, roster, site.policy.least_cohort, frozenset(site.policy.partners))
 
 
 def _kept(order_round: int, kept: Path) -> tuple[Reply, OnDisk]:
@@ -156,13 +161,14 @@ def _kept(order_round: int, kept: Path) -> tuple[Reply, OnDisk]:
 
 
 def _layout(study: Study, reply: Reply, delta: OnDisk) -> Layout:
-    return layout_of(study, delta.schema, reply.kind == "update", reply.scored is not None)
+    return layout_of(study, delta.schema, reply.kind == "update", reply.scored is not None, reply.kind == "statistics")
 
 
 def _advertise(order: Order, study: Study, kept: Path, sums: Sums) -> Any:
     context = order.context
     assert context is not None
-    if not 1 <= order.round <= study.rounds.count:
+    first = 0 if study.plan == "federated" and order.plan is None else 1
+    if not first <= order.round <= study.rounds.count:
         raise OrderRefused("ROUND_RANGE", f"round {order.round}: the study has {study.rounds.count}.")
     reply, delta = _kept(order.round, kept)
     trained, layout = reply.kind == "update", _layout(study, reply, delta)
@@ -171,7 +177,7 @@ def _advertise(order: Order, study: Study, kept: Path, sums: Sums) -> Any:
     due = wanted(
         study,
         run=order.run,
-        round_number=round_of("train" if trained else "evaluate", order.round),
+        round_number=round_of(KINDS[reply.kind], order.round),
         attempt=context.attempt,
         cohort=context.cohort,
         roster_sha256=sums.member.roster.sha256,
@@ -203,8 +209,11 @@ def _masked(inbox: Any, study: Study, kept: Path, sums: Sums, vector: Path) -> B
     """Writes the masked vector; not synced: what a power cut spoils is a site that was lost."""
     reply, delta = _kept(0, kept)
     trained, layout = reply.kind == "update", _layout(study, reply, delta)
-    scored = reply.scored is not None
-    counts = counts_of(study, trained, scored, reply.losses, reply.scores, reply.own_scores)
+    if reply.fingerprint is not None:
+        counts = plan_counts(reply.fingerprint)
+    else:
+        scored = reply.scored is not None
+        counts = counts_of(study, trained, scored, reply.losses, reply.scores, reply.own_scores, reply.validation)
     weight = weight_in_sum(study, reply.examples, trained)
     digest, size = hashlib.sha256(), 0
     with replacing(vector, synced=False) as file:

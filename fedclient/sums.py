@@ -3,12 +3,14 @@
 One SQLite file, `site/sums.db`: a row for each context that this site has ever made keys for, with the step it is at
 and, sealed under a key of this site, what that step left. A step is written before its answer leaves and only from the
 step before it, so of two processes, or of a process and its successor, one is refused. Secrets are wiped when a sum has
-ended or another attempt has begun.
+ended or another attempt has begun. Every step is an entry of a chain too, as in the ledger: a file that was put back
+from a backup has forgotten sums, and would let an update be added twice.
 """
 
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +18,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclient import secagg
+from fedclient import chain, secagg
+from fedclient.chain import Chain
 from fedclient.secagg import Advertised, Confirmed, Held, Masked, Member, RandomBytes, Shared
 from shared_models.database import check, connected, create, writing
 from shared_models.errors import OrderRefused, StateInvalid
@@ -40,8 +43,8 @@ from shared_models.protect.ring import Layout, encode, packed
 from shared_models.weights import Tensors
 
 State = TypeVar("State", Advertised, Shared, Masked, Confirmed)
-_VERSION = 1
-_SCHEMA = f"""
+_VERSION = 2
+_SCHEMA = f"""{chain.SCHEMA}
 CREATE TABLE sums (
     id TEXT PRIMARY KEY,
     run TEXT NOT NULL,
@@ -73,7 +76,7 @@ class Sums:
 
     def advertise(self, context: Context, held: Held) -> Advert:
         state, advert = secagg.advertise(self.member, context, held, self.random_bytes)
-        with writing(self.path) as db:
+        with self._writing(context.id, "Advertised") as db:
             if db.execute("SELECT 1 FROM sums WHERE id = ?", [context.id]).fetchone():
                 raise OrderRefused(
                     "CONTEXT_USED",
@@ -167,7 +170,7 @@ class Sums:
         """From one step to the next, in one transaction, or not at all."""
         old, new = type(before).__name__, "Revealed" if state is None else type(state).__name__
         sealed = None if state is None else self._sealed(before.context.id, state)
-        with writing(self.path) as db:
+        with self._writing(before.context.id, new) as db:
             if new == "Confirmed":  # of two sums of different runs that were begun side by side, one is
                 _check_unconfirmed(db, before.context)
             moved = db.execute(
@@ -176,6 +179,23 @@ class Sums:
             ).rowcount
             if moved != 1:
                 raise OrderRefused("STEP_REPEATED", f"secure sum: {old!r} was left meanwhile. Nothing is told twice.")
+
+    @contextmanager
+    def _writing(self, context_id: str, step: str) -> Iterator[sqlite3.Connection]:
+        """A transaction that is an entry of the chain, which the witness is told of before anything leaves."""
+        with writing(self.path) as db:
+            yield db
+            head = self.chain.add(db, f"{context_id} {step}")
+        self.chain.seen(head)
+
+    @property
+    def chain(self) -> Chain:
+        secrets = self.path.parent / "secrets"
+        until = (
+            f"Until then this site takes part in no secure sum. Without it, remove {self.path.name} and, in "
+            f"{secrets}, sums.key and sums.head, and approve no study here whose seed was summed before."
+        )
+        return Chain(self.path, secrets / "sums.head", "SUMS_ROLLBACK", until)
 
     def _sealed(self, context_id: str, state: object) -> bytes:
         about = framed(context_id.encode(), type(state).__name__.encode())
@@ -204,10 +224,20 @@ def _unheard_of() -> OrderRefused:
     return OrderRefused("CONTEXT_SPLIT", "secure sum: a message is about a context that this site has not seen.")
 
 
+def summed_studies(folder: Path) -> frozenset[str]:
+    """Digests of the studies for which the site in `folder` has confirmed a sum."""
+    path = folder / "sums.db"
+    if not path.exists():
+        return frozenset()
+    with connected(path) as db:
+        return frozenset(row[0] for row in db.execute("SELECT DISTINCT policy_sha256 FROM sums WHERE confirmed"))
+
+
 def open_sums(member: Member, folder: Path) -> Sums:
-    """The secure sums of the site in `folder`, made on first use: `sums.db`, then its key in `secrets`.
+    """The secure sums of the site in `folder`, made on first use: `sums.db`, then its key and witness in `secrets`.
 
     Raises:
+        OrderRefused: `SUMS_ROLLBACK`, when it is not the file that it was.
         StateInvalid: a file that is damaged, exposed or of another version, or one of the two without the other.
     """
     path, key = folder / "sums.db", folder / "secrets" / "sums.key"
@@ -215,7 +245,8 @@ def open_sums(member: Member, folder: Path) -> Sums:
         if key.exists():
             raise StateInvalid(
                 f"{path}: is missing, and with it which secure sums this site has been part of. Restore it from a "
-                f"backup; without one, remove {key} too and take part in new runs only."
+                f"backup; without one, remove {key} and sums.head beside it too, and approve no study here whose seed "
+                f"was summed before."
             )
         create(path, _SCHEMA)
     check(path, _VERSION, "`fedclient join`")
@@ -224,7 +255,10 @@ def open_sums(member: Member, folder: Path) -> Sums:
             if db.execute("SELECT 1 FROM sums").fetchone():
                 raise StateInvalid(f"{key}: is missing. Restore it from a backup.")
         save_secret(key, os.urandom(32))
-    return Sums(member, path, load_secret(key))
+    made = Sums(member, path, load_secret(key))
+    made.chain.begin()
+    made.chain.read()
+    return made
 
 
 def masked(

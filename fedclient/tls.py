@@ -4,6 +4,7 @@ import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shared_models.authority import read_authority, read_files
 from shared_models.errors import ProcessFailed
 from shared_models.transfer import site_context
 
@@ -16,8 +17,10 @@ class ClientTls:
     context: ssl.SSLContext = field(init=False)
     changed_at: float = field(init=False)
     joined_at: float = field(init=False)
+    authority: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.authority = read_files(self.keys)
         self.changed_at, self.joined_at = self._file_changed_at("tls.pem"), self._file_changed_at("node.key")
         self.context = site_context(self.keys)
 
@@ -26,6 +29,7 @@ class ClientTls:
 
         Raises:
             ProcessFailed: the node key is a new one too, because the site has joined again: this process holds the old.
+                Or the authority has revoked a key, and a context forgets none.
         """
         changed_at, joined_at = self._file_changed_at("tls.pem"), self._file_changed_at("node.key")
         if joined_at != self.joined_at:
@@ -33,6 +37,18 @@ class ClientTls:
         if changed_at != self.changed_at:
             self.context.load_cert_chain(self.keys / "tls.pem")
             self.changed_at = changed_at
+
+        self._refresh_authority()
+
+    def _refresh_authority(self) -> None:
+        told = read_files(self.keys)
+        if told == self.authority:
+            return
+        before, now = read_authority(self.authority), read_authority(told)
+        if set(before.issuers) & set(now.withdrawn):
+            raise ProcessFailed("the federation's authority has revoked an issuing key; the node starts anew")
+        self.context.load_verify_locations(cadata=now.anchors)
+        self.authority = told
 
     def _file_changed_at(self, name: str) -> float:
         try:

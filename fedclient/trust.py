@@ -7,12 +7,12 @@ site/release-status/<name>.json   the newest list of each federation's releases 
 import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedclient.release_policy import Releases
 from fedclient.site import read_site_file
+from shared_models.authority import ROOT, read_files
 from shared_models.errors import ReleaseInvalid
 from shared_models.files import locked, write_atomic
 from shared_models.identity import vouched
@@ -27,37 +27,41 @@ def policy_of(site: Path) -> Releases:
     return read_site_file(site).releases if (site / "site.toml").exists() else Releases()
 
 
-def authorities_of(site: Path, given: Sequence[Path]) -> tuple[Path, ...]:
-    """The files of those whom this site trusts: what was given, else the pinned one and those of site.toml.
+def groups_of(site: Path, given: Sequence[Path]) -> tuple[tuple[bytes, ...], ...]:
+    """Whom this site trusts, as PEM, each federation's authorities together: those of files, else the pinned one with
+    its predecessors and those of site.toml.
 
     Raises:
         ReleaseInvalid: a file that is not there.
     """
-    pinned = site / "keys" / "ca.pem"
     if given:
-        found = tuple(given)
-    else:
-        found = (pinned,) if pinned.exists() else ()
-        found += tuple(site / name for name in policy_of(site).authorities)
-    for path in found:
-        if not path.is_file():
-            raise ReleaseInvalid(f"{path}: is not there. Give the certificate of a federation's authority, a PEM file.")
-    return found
+        return tuple((_read(path),) for path in given)
+    policy, keys = policy_of(site), site / "keys"
+    own = (read_files(keys),) if (keys / ROOT).exists() else ()
+    own += tuple(_read(site / name) for name in policy.predecessors)
+    further = tuple((_read(site / name),) for name in policy.authorities)
+    return ((own,) if own else ()) + further
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise ReleaseInvalid(f"{path}: is not there. Give the certificate of a federation's authority, a PEM file.")
+    return path.read_bytes()
 
 
 def trust_in(site: Path, given: Sequence[Path], research: bool) -> Trust:
-    """The authorities that this site trusts, or those of files.
+    """All whom this site trusts.
 
     Raises:
-        ReleaseInvalid: there is none, and research releases are not asked for.
+        ReleaseInvalid: there is nobody, and research releases are not asked for; or a file that is not there.
     """
-    found = authorities_of(site, given)
+    found = tuple(each for group in groups_of(site, given) for each in group)
     if not found and not research:
         raise ReleaseInvalid(
-            f"{site / 'keys' / 'ca.pem'}: is missing, so nothing says whom to trust. Give the folder of this site with "
+            f"{site / 'keys' / ROOT}: is missing, so nothing says whom to trust. Give the folder of this site with "
             "--site, or the certificate of a federation's authority with --authority FILE."
         )
-    return Trust(tuple(path.read_bytes() for path in found), research)
+    return Trust(found, research)
 
 
 def kept_lists(site: Path) -> list[Standings]:
@@ -66,17 +70,9 @@ def kept_lists(site: Path) -> list[Standings]:
     Raises:
         ReleaseInvalid: one for which none of them does.
     """
-    found = []
-    trusted = [path.read_bytes() for path in authorities_of(site, ())]
-    for path in sorted((site / "release-status").glob("*.json")):
-        content = path.read_bytes()
-        for authority in trusted[:-1]:
-            with suppress(ReleaseInvalid):
-                found.append(read_standings(content, authority, str(path)))
-                break
-        else:
-            found.append(read_standings(content, trusted[-1] if trusted else b"", str(path)))
-    return found
+    trusted = [each for group in groups_of(site, ()) for each in group]
+    paths = sorted((site / "release-status").glob("*.json"))
+    return [read_standings(path.read_bytes(), trusted, str(path)) for path in paths]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +80,13 @@ class Watch:
     """What this site knows of the standing of one release, asked anew before each use.
 
     Attributes:
+        groups: as `groups_of` has them; a list counts where the federation of the release has signed it.
         given: a list that was handed in with the command; it is kept where it is newer than the kept one.
     """
 
     site: Path
     release: Release
-    trust: Trust
+    groups: tuple[tuple[bytes, ...], ...]
     given: Path | None = None
 
     def warnings(self, now_s: float | None = None) -> list[str]:
@@ -132,11 +129,11 @@ class Watch:
         return f"{stage} the list of {day(standings.made_at)}, which is good until {day(standings.good_until)}"
 
     def _newest(self) -> tuple[Standings | None, list[str]]:
-        authority, kept_at = self._authority(), self._kept_at()
+        authorities, kept_at = self._authorities(), self._kept_at()
         if self.given is None:
-            return self._kept(kept_at, authority), []
+            return self._kept(kept_at, authorities), []
         content = self.given.read_bytes() if self.given.is_file() else b""
-        handed = read_standings(content, authority, str(self.given))
+        handed = read_standings(content, authorities, str(self.given))
         if handed.federation != self.release.manifest.origin.federation:
             raise ReleaseInvalid(
                 f"{self.given}: is the list of {handed.federation!r}, the release is of "
@@ -147,7 +144,7 @@ class Watch:
         try:
             with locked(kept_at.with_suffix(".lock")):
                 try:
-                    kept = self._kept(kept_at, authority)
+                    kept = self._kept(kept_at, authorities)
                 except ReleaseInvalid:  # of an authority that was dropped since, or spoilt: the new one takes its place
                     kept = None
                 if kept is not None and kept.made_at > handed.made_at:
@@ -158,17 +155,17 @@ class Watch:
             return handed, [f"{self.given}: could not be kept here ({error.strerror}), and counts for this time alone"]
         return handed, []
 
-    def _kept(self, path: Path, authority: bytes) -> Standings | None:
-        return read_standings(path.read_bytes(), authority, str(path)) if path.exists() else None
+    def _kept(self, path: Path, authorities: Sequence[bytes]) -> Standings | None:
+        return read_standings(path.read_bytes(), authorities, str(path)) if path.exists() else None
 
-    def _authority(self) -> bytes:
-        """Of those who are trusted the one that vouches for the release."""
+    def _authorities(self) -> tuple[bytes, ...]:
+        """Of the federation of which one vouches for the release."""
         content = (self.release.folder / SIGNATURE).read_bytes()
         certificate = parse_json(Signed, content, SIGNATURE, ReleaseInvalid).signer.encode()
-        found = [each for each in self.trust.authorities if vouched(each, certificate) is not None]
-        if not found:
-            raise ReleaseInvalid(f"{SIGNATURE}: was changed since the release was opened. Get it again.", SIGNATURE)
-        return found[0]
+        for group in self.groups:
+            if any(vouched(each, certificate) is not None for each in group):
+                return group
+        raise ReleaseInvalid(f"{SIGNATURE}: was changed since the release was opened. Get it again.", SIGNATURE)
 
     def _kept_at(self) -> Path:
         name = hashlib.sha256(self.release.manifest.origin.federation.encode()).hexdigest()[:16]

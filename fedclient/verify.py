@@ -7,11 +7,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fedclient.trust import Watch, trust_in
+from fedclient.own_log import lines_of
+from fedclient.trust import Watch, groups_of, trust_in
 from shared_models.calibration import temperatures_of
 from shared_models.cli import guarded, print_json
-from shared_models.evidence import LOG
-from shared_models.files import read_lines
 from shared_models.release import Release, open_release
 
 console = Console(soft_wrap=True)
@@ -44,7 +43,7 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="fedclient-verify-") as scratch:
         opened = open_release(release, trust, scratch=Path(scratch))
         shown = [*check_provenance(opened, trust.authorities), *against_kept(opened, kept_heads(site))]
-        watch = Watch(site, opened, trust, status)
+        watch = Watch(site, opened, groups_of(site, authority or ()), status)
         warnings = watch.warnings()
         shown += [watch.said()] if opened.manifest.origin.kind == "federation" else []
         figures = _run(opened) if run else None
@@ -64,8 +63,7 @@ def verify(
 
 def kept_heads(site: Path) -> list[dict[str, Any]]:
     """Heads of other parties' logs that this site has written into its own."""
-    lines = read_lines(site / LOG) if (site / LOG).exists() else []
-    return [line["facts"] for line in lines if line["event"] == "witnessed"]
+    return [line["facts"] for line in lines_of(site) if line["event"] == "witnessed"]
 
 
 def facts_of(opened: Release) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from fedclient.enrol import TurnedAway, ask
+from fedclient.ask import TurnedAway, ask
 from shared_models.errors import EnrolmentFailed, ProcessFailed
 from shared_models.files import read_json, write_json
 from shared_models.transfer import site_context

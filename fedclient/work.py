@@ -8,9 +8,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from fedclient.memory import memory_folder, own_path, recall, remember
+from fedclient.memory import keep_final, memory_folder, own_path, recall, remember
 from fedclient.site import Site
 from fedclient.spending import check_budget, check_order, reserved
+from shared_models.authority import read_files
 from shared_models.control import without_control
 from shared_models.drift import Profile
 from shared_models.errors import OrderRefused
@@ -157,7 +158,7 @@ def check_signed(proof: Proof | None, site: Site, purpose: str, content: bytes, 
             f"{purpose.upper()}_UNSIGNED", f"run {run}: the coordinator has not signed its {purpose}. Ask it why."
         )
     certificate, signature = proof.certificate.encode(), bytes.fromhex(proof.signature)
-    if not stated((site.folder / "keys" / "ca.pem").read_bytes(), certificate, signature, purpose, content):
+    if not stated(read_files(site.folder / "keys"), certificate, signature, purpose, content):
         raise OrderRefused(
             f"{purpose.upper()}_SIGNATURE",
             f"run {run}: the {purpose}'s signature is not the coordinator's for this run and study. Telephone it.",
@@ -220,6 +221,8 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         if study.task.kind == "classification" and order.evaluate == "test":
             reply = replace(reply, validation=learner.score(site, study, without_control(weights), "val"))
         reply = replace(reply, profile=_profile(order, study, weights, site, learner))
+        if site.deployed:
+            keep_final(memory_folder(site, order.run, order.study_sha256), study, without_control(weights))
         return Answer(replace(reply, kind="evaluation", seconds=time.monotonic() - began))
     spending = reserved(order, study, site, patients) if private else None
     folder = memory_folder(site, order.run, order.study_sha256)
@@ -281,7 +284,7 @@ def _rememberer(learner: Learner) -> Rememberer:
     return learner
 
 
-def refusal(order: Order, site: Site, code: str, keys: tuple[str, ...] = ()) -> Reply:
+def refusal(order: Order, site: Site, code: str, keys: tuple[str, ...] = (), accused: str | None = None) -> Reply:
     """A refused order; the reason's words stay in the site's log."""
     return Reply(
         kind="refusal",
@@ -294,4 +297,5 @@ def refusal(order: Order, site: Site, code: str, keys: tuple[str, ...] = ()) -> 
         plan_sha256=order.plan_sha256,
         refusal=code,
         refusal_keys=keys,
+        accused=accused,
     )

@@ -7,33 +7,68 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedserver.state import CertificateRow, Site, find_site, list_certificates, used_certificate
+from shared_models.authority import read_files
 from shared_models.expiry import date_text
-from shared_models.identity import Certificate
+from shared_models.identity import Certificate, is_issued_by, read_certificate
 
 OVERLAP_S = 86400.0  # for which an older certificate still counts once a newer one was seen
+MOST_KNOWN = 1024
 CACHE_S = 2.0  # longest that a revoked site still gets in
 
 
-def refusal(site: Site | None, rows: Sequence[CertificateRow], shown: Certificate, now_s: float) -> str | None:
-    """Why a peer that shows a certificate of our CA is not let in, in words for its people; None when it is.
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Why a peer that shows a certificate of our authority is not let in.
+
+    Attributes:
+        code: for the audit log.
+        words: for its people.
+    """
+
+    code: str
+    words: str
+
+
+ORPHANED = Doubt(
+    "ISSUER_REVOKED",
+    "shows a certificate by an issuing key that was revoked. A node that runs renews it; by hand: `fedclient renew`.",
+)
+
+
+def refusal(
+    site: Site | None,
+    rows: Sequence[CertificateRow],
+    shown: Certificate,
+    now_s: float,
+    orphaned: frozenset[str] = frozenset(),
+) -> Doubt | None:
+    """Why a peer that shows a certificate of our authority is not let in; None when it is.
+
+    A certificate is known by all of it, not by its number: whoever has stolen an issuing key chooses the number.
 
     Args:
         site, rows: of the certificate's name, as the state has them.
+        orphaned: numbers of certificates by an issuing key that counts no more.
     """
     row = next((row for row in rows if row.serial == shown.serial), None)
+    if row is not None and read_certificate(row.pem.encode()).fingerprint != shown.fingerprint:
+        row = None
     if row is not None and row.ended == "revoked":
-        return f"this site's certificate was revoked on {date_text(row.ended_at or 0.0)}. Ask the coordinator."
+        when = date_text(row.ended_at or 0.0)
+        return Doubt("REVOKED", f"this site's certificate was revoked on {when}. Ask the coordinator.")
     if shown.expires_at_s <= now_s:  # it was good when the connection was made
-        return (
+        return Doubt(
+            "EXPIRED",
             f"this site's certificate has expired on {date_text(shown.expires_at_s)}. Ask the coordinator for an "
-            "invite, then `fedclient rejoin INVITE`."
+            "invite, then `fedclient rejoin INVITE`.",
         )
     if site is None or site.state != "active" or row is None:
-        return "is not active in this federation with this certificate. Ask the coordinator for an invite."
+        words = "is not active in this federation with this certificate. Ask the coordinator for an invite."
+        return Doubt("NOT_ENROLLED", words)
     newer = rows[rows.index(row) + 1 :]
     if row.ended or any(r.used_at is not None and r.used_at < now_s - OVERLAP_S for r in newer):
-        return "shows a certificate that a newer one has replaced. Use the newest keys."
-    return None
+        return Doubt("REPLACED", "shows a certificate that a newer one has replaced. Use the newest keys.")
+    return ORPHANED if row.serial in orphaned else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +78,25 @@ class Known:
     site: Site | None
     certificates: tuple[CertificateRow, ...]
     read_at: float
+    orphaned: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """The state, and what was read of it in the last seconds, by the name of the site."""
+    """The state, and what was read of it in the last seconds, by the name of the site; `ca` holds the authority."""
 
     state: Path
+    ca: Path
     known: dict[str, Known] = field(default_factory=dict)
 
-    async def ask(self, certificate: Certificate) -> tuple[Site | None, str | None]:
+    async def ask(self, certificate: Certificate) -> tuple[Site | None, Doubt | None]:
         """The site that a certificate stands for, and why it is not let in, None when it is."""
+        if len(self.known) > MOST_KNOWN:  # whoever has stolen an issuing key chooses names
+            self.known.clear()
         known = self.known.get(certificate.name)
         if known is None or time.monotonic() - known.read_at >= CACHE_S:
             known = self.known[certificate.name] = await asyncio.to_thread(self._read, certificate)
-        return known.site, refusal(known.site, known.certificates, certificate, time.time())
+        return known.site, refusal(known.site, known.certificates, certificate, time.time(), known.orphaned)
 
     def forget(self) -> None:
         """The next question goes to the state."""
@@ -68,4 +107,7 @@ class Admission:
         for row in rows:
             if row.serial == certificate.serial and row.used_at is None:
                 used_certificate(self.state, row.serial, time.time())
-        return Known(find_site(self.state, certificate.name), rows, now)
+        authority = read_files(self.ca)
+        counted = [row for row in rows if row.ended == "" and row.expires_at > time.time()]
+        orphaned = frozenset(row.serial for row in counted if not is_issued_by(row.pem.encode(), authority))
+        return Known(find_site(self.state, certificate.name), rows, now, orphaned)

@@ -55,6 +55,6 @@ def export(
 
     opened = open_federation(federation)
     by = signer(opened)
-    certificates = {"ca.pem": opened.ca_certificate.read_bytes(), "signer.pem": by.certificate}
+    certificates = {"ca.pem": opened.authority, "signer.pem": by.certificate}
     write(federation, identity_public_key(by.key), certificates, out)
     console.print(f"{out}: what the coordinator's audit log holds.", highlight=False, markup=False)

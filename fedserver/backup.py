@@ -25,10 +25,11 @@ from typing import Annotated
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from pydantic import Field
 
 from fedserver.enrol import Federation, ca_fingerprint, open_federation, open_log, signer
+from fedserver.passphrase import SALT_BYTES, check_passphrase, stretched
+from shared_models.authority import read_files
 from shared_models.errors import StateInvalid
 from shared_models.files import canonical_json, private_folder, read_json, write_atomic, write_json
 from shared_models.identity import sign, stated
@@ -38,13 +39,11 @@ VERSION = 1
 MANIFEST, SECRETS = "manifest.json", "secrets.enc"
 PURPOSE = "backup"
 NOTE = "backup.json"  # in the folder: when the last backup was made
-SECRET = ("ca/ca.key", "ca/signer.pem", "tls/", "secrets/")
+SECRET = ("ca/ca.key", "ca/issuing.", "ca/signer.", "tls/", "secrets/")
 LEFT_OUT = ("blobs/", "logs/", "superlink/flower/", "superlink/port", "supervisor.lock", "status.json", NOTE)
 DATABASES = ("state.db", "superlink/state.db")
 FIRST = ("study.json", "state.json", "audit.head.json")  # of their folder: what follows may only be newer
-SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**17, 8, 1  # RFC 7914: 128 MiB; a quarter of a second
-SALT_BYTES, NONCE_BYTES = 16, 12
-LEAST_PASSPHRASE = 12
+NONCE_BYTES = 12
 MOST_MANIFEST_BYTES = 64 << 20
 
 
@@ -103,7 +102,8 @@ def backup(federation: Federation, file: Path, passphrase: str | None) -> Manife
     Raises:
         StateInvalid: `file` is there already or lies in the folder, or the passphrase is too short.
     """
-    _check_passphrase(passphrase)
+    if passphrase is not None:
+        check_passphrase(passphrase)
     if file.exists():
         raise StateInvalid(f"{file}: is there already. Choose another name; a backup replaces none.")
     if file.resolve().is_relative_to(federation.folder.resolve()):
@@ -136,11 +136,6 @@ def backup(federation: Federation, file: Path, passphrase: str | None) -> Manife
     return manifest
 
 
-def _check_passphrase(passphrase: str | None) -> None:
-    if passphrase is not None and len(passphrase) < LEAST_PASSPHRASE:
-        raise StateInvalid(f"passphrase: has {len(passphrase)} characters; {LEAST_PASSPHRASE} or more are needed.")
-
-
 def _signed(federation: Federation, manifest: Manifest) -> Manifest:
     by = signer(federation)
     signature = sign(by.key, PURPOSE, manifest.statement).hex()
@@ -149,7 +144,8 @@ def _signed(federation: Federation, manifest: Manifest) -> Manifest:
 
 def _names(folder: Path) -> list[str]:
     """What is copied as it is, in the order in which it must be: see `FIRST`."""
-    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    whole = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    found = [path.relative_to(folder).as_posix() for path in whole]
     kept = [name for name in found if not name.startswith((*SECRET, *LEFT_OUT)) and not _is_passing(name)]
     return sorted(kept, key=lambda name: (PurePosixPath(name).name not in FIRST, name))
 
@@ -216,15 +212,11 @@ def _entry(name: str, size: int) -> tarfile.TarInfo:
 
 def _sealed(folder: Path, passphrase: str) -> bytes:
     """The private keys and secrets of a folder: salt, nonce, and the encrypted JSON of path -> hexadecimal bytes."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     names = {path.relative_to(folder).as_posix(): path for path in files}
     content = {name: path.read_bytes().hex() for name, path in names.items() if name.startswith(SECRET)}
     salt, nonce = os.urandom(SALT_BYTES), os.urandom(NONCE_BYTES)
-    return salt + nonce + AESGCM(_key(passphrase, salt)).encrypt(nonce, canonical_json(content), PURPOSE.encode())
-
-
-def _key(passphrase: str, salt: bytes) -> bytes:
-    return Scrypt(salt=salt, length=32, n=SCRYPT_N, r=SCRYPT_R, p=SCRYPT_P).derive(passphrase.encode())
+    return salt + nonce + AESGCM(stretched(passphrase, salt)).encrypt(nonce, canonical_json(content), PURPOSE.encode())
 
 
 # And back
@@ -255,7 +247,7 @@ def restore(file: Path, folder: Path, passphrase: str | None) -> Manifest:
                 _unseal(content.read(), passphrase, part)
             else:
                 _write(part / name, content)
-        _check_signature(file, manifest, part / "ca/ca.pem")
+        _check_signature(file, manifest, part / "ca")
         for inner in ("superlink", "blobs/out", "blobs/in", "runs", "logs"):
             private_folder(part / inner)
         open_federation(part)
@@ -331,7 +323,7 @@ def _write(path: Path, content: io.BufferedIOBase) -> None:
 def _unseal(sealed: bytes, passphrase: str, folder: Path) -> None:
     salt, nonce, encrypted = sealed[:SALT_BYTES], sealed[SALT_BYTES:][:NONCE_BYTES], sealed[SALT_BYTES + NONCE_BYTES :]
     try:
-        content = AESGCM(_key(passphrase, salt)).decrypt(nonce, encrypted, PURPOSE.encode())
+        content = AESGCM(stretched(passphrase, salt)).decrypt(nonce, encrypted, PURPOSE.encode())
     except InvalidTag:
         raise StateInvalid("passphrase: is not the one that the keys were encrypted with. Try another.") from None
     for name, text in json.loads(content).items():
@@ -341,7 +333,7 @@ def _unseal(sealed: bytes, passphrase: str, folder: Path) -> None:
 
 
 def _check_signature(file: Path, manifest: Manifest, authority: Path) -> None:
-    ca = authority.read_bytes() if authority.exists() else b""
+    ca = read_files(authority)
     signature = bytes.fromhex(manifest.signature)
     if not stated(ca, manifest.certificate.encode(), signature, PURPOSE, manifest.statement):
         raise StateInvalid(f"{file}: is not signed by the coordinator that its authority vouches for. Do not use it.")

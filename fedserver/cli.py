@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedserver.audit_commands import audit
+from fedserver.ca_commands import ca
 from fedserver.monitor import monitor
-from fedserver.operate import backup, doctor, logs, pause, restore, resume
+from fedserver.operate import Passphrase, backup, dashboard, doctor, logs, passphrase, pause, restore, resume
 from fedserver.release_commands import (
     release,
     release_approve,
@@ -47,20 +48,33 @@ def init(
     certificate_days: Annotated[
         float, typer.Option(help="For which a site's certificate is good; its node renews it when a third is left.")
     ] = 90.0,
+    offline_ca: Annotated[
+        Path | None,
+        typer.Option(help="Folder, on a stick, for the authority's root key, encrypted; the coordinator keeps none."),
+    ] = None,
+    passphrase_file: Passphrase = None,
     federation: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Makes a federation: its certificate authority, server certificate, secrets and state."""
     from fedserver.enrol import ca_fingerprint, init_federation
+    from fedserver.root import founding
     from shared_models.identity import fingerprint_words
 
-    made = init_federation(federation, name, address or f"{socket.gethostname()}:8443", certificate_days)
+    if offline_ca is None and passphrase_file is not None:
+        raise typer.BadParameter("--passphrase-file is for --offline-ca.")
+    found = founding(offline_ca, passphrase(passphrase_file, twice=True)) if offline_ca is not None else None
+    where = address or f"{socket.gethostname()}:8443"
+    made = init_federation(federation, name, where, certificate_days, found)
     words = fingerprint_words(ca_fingerprint(made))
     if as_json:
         print_json({"name": made.name, "address": made.address, "folder": str(made.folder), "words": words})
         return
     console.print(f"[bold]{made.name}[/] is in {escape(str(made.folder))}. Hospitals dial {made.address}.")
     console.print(f"This coordinator, to be compared by telephone: [bold]{words}[/]")
+    if offline_ca is not None:
+        console.print(f"The root key is in {escape(str(offline_ca))}, encrypted: take it away, with a copy elsewhere.")
+        console.print("It is needed every half year, for `fedserver ca renew`; `fedserver status` says when.")
     console.print("Next: `fedserver serve`, and `fedserver invite SITE` for each hospital.")
 
 
@@ -74,6 +88,9 @@ def serve(
     at_once: Annotated[int, typer.Option(min=1, max=64, help="Runs that are carried out side by side.")] = 1,
     metrics: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port on loopback where Prometheus may ask for figures.")
+    ] = None,
+    dashboard: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port on loopback of the dashboard, as `fedserver dashboard`.")
     ] = None,
     federation: Folder = HERE,
 ) -> None:
@@ -93,6 +110,7 @@ def serve(
         stop,
         at_once=at_once,
         metrics=metrics,
+        dashboard=dashboard,
         begun=lambda: console.print(words),
         say=lambda it: print(it, flush=True),
     )
@@ -269,6 +287,7 @@ for command in (
     withdraw,
     retrain,
     monitor,
+    dashboard,
     doctor,
     pause,
     resume,
@@ -278,6 +297,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(audit, name="audit")
+app.add_typer(ca, name="ca")
 
 if __name__ == "__main__":
     app()

@@ -6,9 +6,9 @@ from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Any
 
+from shared_models.figure_text import DASH, MINUS, value_text
 from shared_models.scores import Score, value_of
 
-MINUS, DASH = "\u2212", "\u2013"
 ALL = "all sites together"  # in the place of a site's name, where nothing is known of any by itself
 
 
@@ -135,11 +135,6 @@ def matrix(comparisons: Sequence[Comparison]) -> tuple[ModelRow, ...]:
             row = {s: spread(_value(getattr(c, name), s) for c in comparisons) for s in sites}
             rows.append(ModelRow(NAMES.get(name, name), None, row))
     return tuple(rows)
-
-
-def value_text(value: float | None) -> str:
-    """Three decimals, which a score over tens of cases can bear; a dash for no value."""
-    return DASH if value is None or not isfinite(value) else f"{value:.3f}"
 
 
 def spread_text(spread: Spread) -> str:

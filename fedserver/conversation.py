@@ -100,13 +100,18 @@ class Seat:
     """One site in one phase.
 
     `state` is away, asked, lost, pending, counted, refused, rejected, failed, late or revoked.
+
+    Attributes:
+        put_off: how often it has answered `LATER`.
+        accused: the site whose message it has refused, in a secure sum.
     """
 
     state: str = "away"
     reason: str = "is not online"
     attempt: int = 0
     asked_at: float = 0.0
-    put_off: int = 0  # times that it answered `LATER`
+    put_off: int = 0
+    accused: str | None = None
 
     @property
     def open(self) -> bool:
@@ -127,6 +132,7 @@ class Table:
     counted: set[tuple[str, int]] = field(default_factory=set)  # (site, round): an update counts once
     last: Mapping[str, int] = field(default_factory=dict)  # site -> round of its last update that was counted
     durations: list[float] = field(default_factory=list)
+    since: dict[str, tuple[str, float]] = field(default_factory=dict)  # site -> state, since the epoch
     shown_at: float = float("-inf")
 
 
@@ -192,6 +198,7 @@ def converse(
     deadline, give_up = began + span_s, began + span_s + how.pause_s
     reask_s = how.reask_s or max(setting.reask_s, span_s / 4)
     seats = table.seats = {site: Seat() for site in cohort}
+    table.since = {site: was for site, was in table.since.items() if was[0] != "asked"}  # for something else
     asked: dict[str, str] = {}  # message id -> site
     presence, looked_at = setting.presence(), setting.clock()
     while True:
@@ -223,7 +230,8 @@ def converse(
                 f"round {order.round}: {answered} of {quorum} sites needed have answered after "
                 f"{now - began:.0f} s. {_reasons(seats)} Mend that, or wait for them, and run the study again."
             )
-        show(setting, table, "paused" if now >= deadline or idle else order.kind, order.round, deadline)
+        paused = now >= deadline or idle
+        show(setting, table, "paused" if paused else order.kind, order.round, give_up if paused else deadline)
         if not arrived:
             setting.sleep(setting.poll_s)
     for message_id, site in asked.items():
@@ -365,7 +373,8 @@ def _put_off(seat: Seat, reply: Reply) -> None:
 
 def _refused(seat: Seat, reply: Reply) -> None:
     keys = f" ({', '.join(reply.refusal_keys)})" if reply.refusal_keys else ""
-    seat.state, seat.reason = "refused", f"{reply.refusal or 'REFUSED'}{keys}"
+    about = f" (from {reply.accused})" if reply.accused else ""
+    seat.state, seat.reason, seat.accused = "refused", f"{reply.refusal or 'REFUSED'}{keys}{about}", reply.accused
 
 
 def _forget(setting: Setting, site: str, message: Message) -> None:
@@ -407,6 +416,10 @@ def show(setting: Setting, table: Table, phase: str, round_number: int, deadline
     table.shown_at = now
     count = table.study.rounds.count
     mean = sum(table.durations) / len(table.durations) if table.durations else None
+    at_s = round(time.time(), 3)
+    for site, seat in table.seats.items():
+        if table.since.get(site, ("", 0.0))[0] != seat.state:
+            table.since[site] = seat.state, at_s
     write_progress(
         setting.folder,
         {
@@ -414,10 +427,13 @@ def show(setting: Setting, table: Table, phase: str, round_number: int, deadline
             "round": round_number,
             "rounds": count,
             "quorum": table.study.rounds.quorum,
-            "updated_at": round(time.time(), 3),
+            "updated_at": at_s,
             "deadline_in_s": round(max(0.0, deadline - now), 1),
             "left_s": None if mean is None else round(mean * (count - round_number + 1), 1),
-            "sites": {s: {"state": a.state, "reason": a.reason, "attempt": a.attempt} for s, a in table.seats.items()},
+            "sites": {
+                site: {"state": a.state, "reason": a.reason, "attempt": a.attempt, "since": table.since[site][1]}
+                for site, a in table.seats.items()
+            },
         },
     )
 

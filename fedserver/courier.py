@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedserver.room import check_room
 from shared_models.errors import UpdateRejected
 from shared_models.weights import InMemory, Tensors, load, open_tensors
 from shared_models.wire import VECTOR, BlobRef, Reply, pack, tensors_of
@@ -34,6 +35,10 @@ class Courier(Protocol):
         """True where a reply holds its tensors, so that only one may be pulled at a time."""
         ...
 
+    def check_room(self, model_bytes: int, sites: int, round_number: int) -> None:
+        """Raises RoundPaused where the updates of a round would fill the disk."""
+        ...
+
     def publish(self, weights: Path, digest: str) -> Parcel: ...
 
     def collect(self, site: str, reply: Reply, message: "Message") -> Tensors:
@@ -58,6 +63,9 @@ class Inline:
     """Tensors travel in the message."""
 
     one_by_one: bool = True
+
+    def check_room(self, model_bytes: int, sites: int, round_number: int) -> None:
+        return None
 
     def publish(self, weights: Path, digest: str) -> Parcel:
         return Parcel(None, pack(load(weights)))
@@ -93,6 +101,10 @@ class Beside:
     out: Path
     incoming: Path
     one_by_one: bool = False
+
+    def check_room(self, model_bytes: int, sites: int, round_number: int) -> None:
+        self.incoming.mkdir(parents=True, exist_ok=True, mode=0o700)
+        check_room(self.incoming, model_bytes, sites, round_number)
 
     def publish(self, weights: Path, digest: str) -> Parcel:
         self.out.mkdir(parents=True, exist_ok=True, mode=0o700)

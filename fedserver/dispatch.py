@@ -55,6 +55,7 @@ LINK_PATIENCE_S = 2.0  # the loop comes back to what it could not do
 MOST_DEATHS, WITHIN_S = 5, 120.0
 ACQUIRE_S = 30.0  # a Flower run whose task has not been handed out by then is given up
 GRACE_S = 8.0  # from SIGTERM to SIGKILL; Flower ends by force after 5
+REPLY_S = 15.0  # for the content of a reply, which follows it at once: a site that keeps it back holds up the round
 FINISHED, PAUSED = 40, 41  # exit codes of the ServerApp's process; Flower itself ends with 0 when it is told to stop
 
 log = logging.getLogger(__name__)
@@ -303,7 +304,7 @@ def run_child(desk: Desk, token: str) -> None:
     """Runs Flower's own ServerApp runtime in this process and never returns; the exit code says how it went."""
     outcome = {"code": 1}
     flower = flower_module("flwr.superlink.runtime.run_serverapp")
-    patch_client()
+    patch_client(REPLY_S)
     replace_name(flower, "install_from_fab", _check_archive)
     components = {"tool": {"flwr": {"app": {"components": {"serverapp": desk.app}}}}}
     replace_name(flower, "get_project_config", lambda _folder: components)

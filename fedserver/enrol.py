@@ -27,6 +27,7 @@ from fedserver.state import (
     redeem_invite,
 )
 from shared_models.audit import AuditLog
+from shared_models.authority import LIST, read_authority, read_files
 from shared_models.errors import EnrolmentFailed, FederationError, StateInvalid
 from shared_models.files import canonical_json, write_atomic
 from shared_models.identity import (
@@ -99,6 +100,26 @@ class Federation:
         return self.folder / "ca" / "ca.key"
 
     @property
+    def issuing(self) -> Path:
+        """The key that certifies sites and servers, and its certificate, where the root key is kept offline."""
+        return self.folder / "ca" / "issuing.pem"
+
+    @property
+    def listed(self) -> Path:
+        """The root's revocation list and the issuing certificates, likewise."""
+        return self.folder / "ca" / LIST
+
+    @property
+    def authority(self) -> bytes:
+        """What hospitals are told of the authority, PEM: see `read_authority`."""
+        return read_files(self.folder / "ca")
+
+    @property
+    def offline(self) -> bool:
+        """Whether the root key is kept elsewhere."""
+        return read_authority(self.authority).offline
+
+    @property
     def signer(self) -> Path:
         """The coordinator's key for statements and, after it, the authority's certificate of it."""
         return self.folder / "ca" / "signer.pem"
@@ -134,6 +155,10 @@ class Federation:
         return self.folder / "runs"
 
     @property
+    def audit(self) -> Path:
+        return self.folder / "audit.jsonl"
+
+    @property
     def logs(self) -> Path:
         return self.folder / "logs"
 
@@ -146,8 +171,17 @@ class Reply:
     content: bytes
 
 
-def init_federation(folder: Path, name: str, address: str, certificate_days: float = SITE_DAYS) -> Federation:
+# Makes the authority of a federation that is being made, in its `ca`, and returns what its root signs with.
+Found = Callable[[Federation], Credential]
+
+
+def init_federation(
+    folder: Path, name: str, address: str, certificate_days: float = SITE_DAYS, found: Found | None = None
+) -> Federation:
     """Makes a federation in `folder`, whole or not at all.
+
+    Args:
+        found: makes an authority whose root key is kept elsewhere (`fedserver/root.py`); None keeps it here.
 
     Raises:
         StateInvalid: if `folder` holds anything, `name` is not one that fits into a certificate, or
@@ -171,12 +205,9 @@ def init_federation(folder: Path, name: str, address: str, certificate_days: flo
         for inner in (made.superlink, made.blobs / "out", made.blobs / "in", made.runs, made.logs):
             inner.mkdir(parents=True, mode=0o700)
             inner.parent.chmod(0o700)
-        authority = new_authority(name)
-        write_atomic(made.ca_certificate, authority.certificate)
-        save_secret(made.ca_key, authority.key)
-        save_credential(made.signer, issue_signer(authority))
-        save_credential(made.server_certificate, issue_server(authority, [host]))
-        save_credential(made.loopback_certificate, issue_server(authority, [], days=None))
+        root = (found or _found)(made)
+        save_credential(made.server_certificate, issue_server(authority_of(made), [host]))
+        save_credential(made.loopback_certificate, issue_server(root, [], days=None))
         for secret in ("superexec", "control"):  # shown to the SuperLink by its executor and by our commands
             kept_secret(made.secrets / secret)
         create_state(made.state)
@@ -188,6 +219,14 @@ def init_federation(folder: Path, name: str, address: str, certificate_days: flo
     opened = open_federation(folder)
     open_log(opened).add("founded", name=name, address=address, authority=ca_fingerprint(opened))
     return opened
+
+
+def _found(made: Federation) -> Credential:
+    authority = new_authority(made.name)
+    write_atomic(made.ca_certificate, authority.certificate)
+    save_secret(made.ca_key, authority.key)
+    save_credential(made.signer, issue_signer(authority))
+    return authority
 
 
 def open_federation(folder: Path) -> Federation:
@@ -210,8 +249,10 @@ def open_federation(folder: Path) -> Federation:
             f"{path}: certificate_days is {federation.certificate_days:g}; allowed: above 0, at most {MOST_DAYS:g}. "
             "Mend it."
         )
-    keys = (federation.ca_key, federation.signer, federation.server_certificate, federation.loopback_certificate)
-    for key in (*keys, federation.secrets / "superexec", federation.secrets / "control"):
+    by = federation.issuing if federation.offline else federation.ca_key
+    keys = (by, federation.signer, federation.server_certificate, federation.loopback_certificate)
+    waiting = [path for path in (folder / "ca").glob("*.next")]  # for an answer of the root
+    for key in (*keys, *waiting, federation.secrets / "superexec", federation.secrets / "control"):
         load_secret(key)
     check_state(federation.state)
     return federation
@@ -245,8 +286,11 @@ def signer(federation: Federation) -> Credential:
 
 
 def authority_of(federation: Federation) -> Credential:
-    """What certificates are signed with."""
-    return Credential(federation.ca_certificate.read_bytes(), load_secret(federation.ca_key))
+    """What certificates are signed with; raises StateInvalid once its revocation list has ended."""
+    if not federation.offline:
+        return Credential(federation.ca_certificate.read_bytes(), load_secret(federation.ca_key))
+    read_authority(federation.authority).check_current()
+    return load_credential(federation.issuing)
 
 
 def sealer(federation: Federation) -> Seal:
@@ -271,8 +315,7 @@ def sealer(federation: Federation) -> Seal:
 def open_log(federation: Federation) -> AuditLog:
     """The coordinator's audit log; its lines are signed with the key of its statements."""
     by = signer(federation)
-    path, party = federation.folder / "audit.jsonl", f"coordinator {federation.name}"
-    return AuditLog(path, party, by.key, by.certificate.decode())
+    return AuditLog(federation.audit, f"coordinator {federation.name}", by.key, by.certificate.decode())
 
 
 def invite(federation: Federation, site: str, now_s: float | None = None) -> str:
@@ -285,7 +328,8 @@ def invite(federation: Federation, site: str, now_s: float | None = None) -> str
     expires_at = (time.time() if now_s is None else now_s) + INVITE_S
     add_invite(federation.state, InviteRow(_sha256(token), site, expires_at, None))
     open_log(federation).add("invited", site=site, expires_at=round(expires_at, 3))
-    return write_invite(Invite(federation.address, ca_fingerprint(federation), site, token))
+    listed = str(read_authority(federation.authority).number or "")
+    return write_invite(Invite(federation.address, ca_fingerprint(federation), site, token, listed))
 
 
 def enrol(federation: Federation, request: bytes, register_node: RegisterNode, now_s: float | None = None) -> Reply:

@@ -20,25 +20,28 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import httpx
 import uvicorn
 
-from fedserver.admission import Admission
-from fedserver.enrol import Federation, RegisterNode, enrol, open_federation
-from fedserver.fleet import PUSH_MESSAGES, activated_node, message_sources
+from fedserver.admission import ORPHANED, Admission, Doubt
+from fedserver.enrol import Federation, RegisterNode, enrol, open_federation, open_log
+from fedserver.fleet import PUSH_MESSAGES, activated_node, check_object, message_sources
 from fedserver.intake import BLOB_PATH, Intake, give_blob, sweep, take_blob, tell_blob
 from fedserver.lifecycle import renew
-from fedserver.listener import Headers, Refused, Request, application, make_server
+from fedserver.listener import Headers, Refused, Request, application, brace, make_server
+from fedserver.server_tls import server_context, trust_issuers
 from fedserver.state import Site, list_rosters, remember_node, saw_site
 from fedserver.watch import UnregisterNode, watch
 from shared_models import logs
 from shared_models.archive import quiet_flower
 from shared_models.errors import FederationError, UpdateRejected
 from shared_models.files import canonical_json
-from shared_models.identity import load_secret, node_public_pem
+from shared_models.identity import SITE_NAME, node_public_pem
 from shared_models.parse import plain
+from shared_models.refusals import Refusals
 from shared_models.roster import MOST_EPOCHS, History, read_signed
 
 FLEET_CALLS = frozenset(
@@ -110,6 +113,7 @@ class Gateway:
         enrolments: what strangers may ask for; renewals: what a site may, by its name.
         enrolling: few at a time; one may hold a thread while the SuperLink is away, and blobs need threads too.
         admission: whom the state lets in.
+        refusals: for the audit log.
         calls: fleet calls under way, by site.
         seen: when the state was last told of a site, monotonic seconds.
     """
@@ -118,9 +122,9 @@ class Gateway:
     superlink: httpx.AsyncClient
     register_node: RegisterNode
     intake: Intake
-    ca: bytes
     admission: Admission
     enrolments: Allowance
+    refusals: Refusals
     enrolling: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     renewals: Allowance = field(default_factory=lambda: Allowance(burst=20, per_s=20 / 86400))
     calls: Counter[str] = field(default_factory=Counter)
@@ -142,9 +146,9 @@ def open_gateway(federation: Federation, superlink: str, register_node: Register
         superlink=client,
         register_node=register_node,
         intake=Intake(federation.blobs, federation.max_blob_bytes),
-        ca=federation.ca_certificate.read_bytes(),
-        admission=Admission(federation.state),
+        admission=Admission(federation.state, federation.folder / "ca"),
         enrolments=Allowance(burst=120, per_s=2),
+        refusals=Refusals(lambda: open_log(federation)),
     )
 
 
@@ -153,7 +157,8 @@ async def answer(gateway: Gateway, request: Request) -> None:
     match request.method, request.path:
         case "GET", "/enrol/ca":
             _spend(gateway, request, cost=1)
-            return await request.respond(200, gateway.ca, [("content-type", "application/x-pem-file")])
+            told = await asyncio.to_thread(lambda: gateway.federation.authority)
+            return await request.respond(200, told, [("content-type", "application/x-pem-file")])
         case "POST", "/enrol":
             _spend(gateway, request, cost=10)
             body = await request.body.read(ENROL_BYTES)
@@ -161,6 +166,8 @@ async def answer(gateway: Gateway, request: Request) -> None:
                 reply = await asyncio.to_thread(enrol, gateway.federation, body, gateway.register_node)
             gateway.admission.forget()
             log.info("enrolment from %s: %d", request.client, reply.status)
+            if reply.status in (400, 403, 409, 410):
+                gateway.refusals.note(f"ENROLMENT_{reply.status}")
             return await request.respond(reply.status, reply.content, [("content-type", "application/json")])
     blob = BLOB_PATH.fullmatch(request.path)
     known = request.method == "POST" and request.path in FLEET_CALLS
@@ -168,9 +175,11 @@ async def answer(gateway: Gateway, request: Request) -> None:
     known |= (request.method, request.path) in (("GET", "/health"), ("POST", "/renew"))
     epoch = ROSTER_PATH.fullmatch(request.path) if request.method == "GET" else None
     if not known and epoch is None:
-        raise Refused(404, f"{request.method} {request.path[:100]}: is not offered here.")
-    site = await admit(gateway, request)
-    if request.path == "/renew":
+        words = f"{request.method} {request.path[:100]}: is not offered here."
+        raise Refused(404, words, code="NOT_OFFERED")
+    renewing = request.path == "/renew"
+    site = await admit(gateway, request, renewing)
+    if renewing:
         return await _renew(gateway, request, site)
     if epoch is not None:
         return await _tell_roster(gateway, request, int(epoch[1]))
@@ -187,14 +196,19 @@ async def answer(gateway: Gateway, request: Request) -> None:
         await take_blob(gateway.intake, request, site.name, digest, lambda: admit(gateway, request))
 
 
-async def admit(gateway: Gateway, request: Request) -> Site:
-    """The site that the peer's certificate stands for, as the state has it now or had it a moment ago; or Refused."""
+async def admit(gateway: Gateway, request: Request, renewing: bool = False) -> Site:
+    """The site that the peer's certificate stands for, as the state has it now or had it a moment ago; or Refused.
+
+    To renew, a certificate will do whose issuing key was revoked since: the state knows it byte by byte, and a renewal
+    is signed by the site's identity key besides.
+    """
     certificate = request.certificate
     if certificate is None:
-        raise Refused(403, "this needs a site's certificate. Join with an invite first.")
+        raise Refused(403, "this needs a site's certificate. Join with an invite first.", code="NO_CERTIFICATE")
     site, why = await gateway.admission.ask(certificate)
-    if why is not None or site is None:
-        raise _forbidden(certificate.name, why or "is not known here.", [("connection", "close")])
+    if site is None or (why is not None and not (renewing and why == ORPHANED)):
+        why = why or Doubt("NOT_ENROLLED", "is not known here.")
+        raise _forbidden(certificate.name, why.code, why.words, [("connection", "close")])
     now = time.monotonic()
     if now - gateway.seen.get(site.name, float("-inf")) >= SEEN_S:
         gateway.seen[site.name] = now
@@ -210,6 +224,8 @@ async def _renew(gateway: Gateway, request: Request, site: Site) -> None:
         reply = await asyncio.to_thread(renew, gateway.federation, site, body)
     gateway.admission.forget()
     log.info("renewal by site %s: %d", site.name, reply.status)
+    if reply.status in (400, 403):
+        gateway.refusals.note("RENEWAL", site.name)
     await request.respond(reply.status, reply.content, [("content-type", "application/json")])
 
 
@@ -229,9 +245,11 @@ async def forward(gateway: Gateway, request: Request, site: Site) -> None:
     gateway.calls[site.name] += 1
     try:
         if request.headers.get(NODE_KEY_HEADER) != _node_header(site):
-            raise _forbidden(site.name, "shows a node key that it has not enrolled. Use the node.key of its `keys`.")
+            raise _forbidden(
+                site.name, "NODE_KEY", "shows a node key that it has not enrolled. Use the node.key of its `keys`."
+            )
         body = await request.body.read(FLEET_BYTES)
-        _check_sources(request.path, body, site)
+        _check_content(request.path, body, site)
         response = await _ask_superlink(gateway, request, body)
         if response.status_code == 200:
             await _learn_node(gateway, request.path, response.content, site)
@@ -252,13 +270,15 @@ async def _ask_superlink(gateway: Gateway, request: Request, body: bytes) -> htt
         raise Refused(503, "the SuperLink cannot be reached. Try again.", [("retry-after", "1")]) from error
 
 
-def _check_sources(path: str, body: bytes, site: Site) -> None:
+def _check_content(path: str, body: bytes, site: Site) -> None:
     try:
         sources = message_sources(path, body)
+        check_object(path, body)
     except UpdateRejected as error:
-        raise Refused(400, str(error)) from error
+        raise Refused(400, str(error), code=error.code) from error
     if sources - {site.flower_node_id}:
-        raise _forbidden(site.name, "sends messages in the name of another node. They were not passed on.")
+        words = "sends messages in the name of another node. They were not passed on."
+        raise _forbidden(site.name, "FORGED_SOURCE", words)
 
 
 async def _learn_node(gateway: Gateway, path: str, content: bytes, site: Site) -> None:
@@ -280,27 +300,21 @@ def _node_header(site: Site) -> str:
 
 def _spend(gateway: Gateway, request: Request, cost: float) -> None:
     if not gateway.enrolments.spend(request.client, cost):
-        raise Refused(429, "too many requests from this address. Try again in a minute.", [("retry-after", "60")])
+        words = "too many requests from this address. Try again in a minute."
+        raise Refused(429, words, [("retry-after", "60")], "TOO_MANY_REQUESTS")
 
 
-def _forbidden(site: str, why: str, headers: Headers = ()) -> Refused:
-    log.warning("refused: site %s %s", site, why)
-    return Refused(403, f"site {site!r}: {why}", headers)
+def _forbidden(site: str, code: str, why: str, headers: Headers = ()) -> Refused:
+    log.warning("refused: site %s %s", _quoted(site), why)
+    return Refused(403, f"site {site!r}: {why}", headers, code)
+
+
+def _quoted(name: str) -> str:
+    """A name out of a certificate, which whoever holds an issuing key chooses, as it may stand in a log."""
+    return name if SITE_NAME.fullmatch(name) else repr(name[:40])
 
 
 # The process
-
-
-def server_context(federation: Federation) -> ssl.SSLContext:
-    """TLS 1.3 with our certificate; a client's is asked for, and if it shows one, our CA must have signed it."""
-    load_secret(federation.server_certificate)  # for its check of owner and mode
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(federation.server_certificate)
-    context.load_verify_locations(federation.ca_certificate)
-    context.verify_mode = ssl.CERT_OPTIONAL
-    context.num_tickets = 0  # no resumption: each connection shows its certificate
-    return context
 
 
 def gateway_server(gateway: Gateway, context: ssl.SSLContext, host: str, port: int) -> uvicorn.Server:
@@ -308,7 +322,8 @@ def gateway_server(gateway: Gateway, context: ssl.SSLContext, host: str, port: i
         await answer(gateway, request)
 
     certificate = str(gateway.federation.server_certificate)
-    return make_server(application(handle), context, certificate, host, port)
+    noted = gateway.refusals.note
+    return make_server(application(handle, noted), context, certificate, host, port, noted)
 
 
 async def serve(gateway: Gateway, host: str, port: int, unregister_node: UnregisterNode) -> None:
@@ -316,13 +331,17 @@ async def serve(gateway: Gateway, host: str, port: int, unregister_node: Unregis
     message_sources(PUSH_MESSAGES, b"")  # imports flwr, which takes a second, before anybody waits
     for path in sweep(gateway.intake):
         log.warning("removed a torn upload: %s", path)
-    context = server_context(gateway.federation)
+    context = server_context(gateway.federation, gateway.refusals)
     server = gateway_server(gateway, context, host, port)
-    watching = asyncio.create_task(watch(gateway.federation, gateway.admission, server, context, unregister_node))
+    trust = partial(trust_issuers, gateway.federation, context)
+    watching = asyncio.create_task(
+        watch(gateway.federation, gateway.admission, gateway.refusals, server, context, trust, unregister_node)
+    )
     try:
         await server.serve()
     finally:
         watching.cancel()
+        gateway.refusals.write(all_of_it=True)
         await gateway.superlink.aclose()
 
 
@@ -334,6 +353,7 @@ def main() -> None:
     parser.add_argument("--superlink", required=True, metavar="127.0.0.1:PORT")
     arguments = parser.parse_args()
     os.umask(0o077)
+    brace()
     logs.start()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each call otherwise
     try:

@@ -3,9 +3,7 @@
 Labels are names of runs under way and words for states; there is no figure of a patient or of one site's data.
 """
 
-import argparse
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,12 +19,10 @@ from fedserver.backup import last_backup_s
 from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation, open_federation
 from fedserver.overview import overview
-from shared_models import logs
 from shared_models.alarms import events
-from shared_models.errors import FederationError
 from shared_models.files import read_lines
 from shared_models.identity import load_credential, read_certificate
-from shared_models.loopback import loopback_app, serve_loopback
+from shared_models.loopback import loopback_app, page_main
 
 UNDER_WAY = ("queued", "running", "paused")
 OUTCOMES = ("counted", "refused", "rejected", "failed", "pending", "lost")
@@ -131,17 +127,5 @@ def metrics_app(folder: Path) -> FastAPI:
     return app
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fedserver.gauges", description="Figures for Prometheus.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--port", type=int, required=True)
-    arguments = parser.parse_args()
-    logs.start()
-    try:
-        serve_loopback(metrics_app(arguments.folder), arguments.port)
-    except FederationError as error:
-        sys.exit(f"fedserver.gauges: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    page_main("fedserver.gauges", "Figures for Prometheus.", metrics_app)

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import IO
 
 from fedserver.listener import Gone, Refused, Request, as_count
+from fedserver.room import SPARE_BYTES
 from shared_models.transfer import LENGTH_HEADER, OFFSET_HEADER, digest_start, file_digest
 
 BLOB_PATH = re.compile(r"/blobs/([0-9a-f]{64})")
 BLOCK_BYTES = 1 << 20  # written, read and hashed at once, in a thread: 250 hand-overs a second at 250 MB/s
 MOST_UNCLAIMED = 4  # files of one site, whole or not, that nobody has taken away
 ABANDONED_S = 3600.0  # a whole upload is taken away seconds after its reply; by then its round is long over
-SPARE_BYTES = 256 << 20  # of the disk, left for databases and logs
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from fedserver.state import (
 from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.expiry import date_text, due, warning
 from shared_models.identity import (
+    is_issued_by,
     issue_server,
     issue_site,
     load_credential,
@@ -25,9 +26,11 @@ from shared_models.identity import (
     split_address,
     verify,
 )
-from shared_models.invite import RENEWAL, JoinAnswer, RenewRequest, read_message, statement, write_message
+from shared_models.invite import RENEWAL, SUCCESSION, JoinAnswer, RenewRequest, read_message, statement, write_message
 
 MOST_REASON = 500
+HEARD_S = 600.0  # a node fetches the authority's list every minute; one that was off, before it connects
+RENEW_ISSUER = "Bring the root key, and `fedserver ca renew --root FOLDER`: after that nobody gets in or is renewed."
 
 
 def revoke(federation: Federation, site: str, reason: str, now_s: float | None = None) -> Site:
@@ -79,12 +82,13 @@ def renew(federation: Federation, site: Site, body: bytes, now_s: float | None =
             return refused(
                 403, f"renewal of {site.name!r}: is not signed by this site's identity key. Use the keys of one join."
             )
+        identity = _successor(federation, site, asked) if asked.identity_public_key else None
         rows = list_certificates(federation.state, site.name)
         key = request_key(asked.request.encode(), site.name)
         known = [row for row in rows if row.ended == "" and read_certificate(row.pem.encode()).key_sha256 == key]
         if known and known[-1] is not rows[-1]:
             return refused(400, f"renewal of {site.name!r}: its key was certified before. Make a new key.")
-        if known and not due(read_certificate(known[-1].pem.encode()), now):
+        if known and identity is None and not due(read_certificate(known[-1].pem.encode()), now):
             certificate = known[-1].pem
         elif known:
             return refused(400, f"renewal of {site.name!r}: asks for the key that it has. Make a new key.")
@@ -94,15 +98,27 @@ def renew(federation: Federation, site: Site, body: bytes, now_s: float | None =
             )
             certificate = pem.decode()
             fingerprint = read_certificate(pem).fingerprint
-            renew_certificate(federation.state, certificate_row(pem, now), fingerprint, sealer(federation))
-            open_log(federation).add("renewed", site=site.name, certificate=fingerprint)
+            renew_certificate(federation.state, certificate_row(pem, now), fingerprint, sealer(federation), identity)
+            facts = {"certificate": fingerprint} | ({"identity": identity} if identity else {})
+            open_log(federation).add("renewed", site=site.name, **facts)
     except EnrolmentFailed as error:
         return refused(400, str(error))
     return Reply(200, write_message(JoinAnswer(federation.name, site.name, certificate)))
 
 
+def _successor(federation: Federation, site: Site, asked: RenewRequest) -> str:
+    """The new identity key that a site's old one hands over to; raises EnrolmentFailed unless it takes over itself."""
+    new, known = bytes.fromhex(asked.identity_public_key), list_sites(federation.state)
+    if not verify(new, bytes.fromhex(asked.identity_signature), SUCCESSION, statement(asked)):
+        raise EnrolmentFailed(f"renewal of {site.name!r}: its new identity key has not signed it. Run it again.")
+    if any(new.hex() == other.identity_public_key for other in known):
+        raise EnrolmentFailed(f"renewal of {site.name!r}: its new identity key is known already. Make a new one.")
+    return new.hex()
+
+
 def _signature(asked: RenewRequest) -> bytes:
     try:
+        bytes.fromhex(asked.identity_public_key + asked.identity_signature)
         return bytes.fromhex(asked.signature)
     except ValueError as error:
         raise EnrolmentFailed(
@@ -116,12 +132,19 @@ def renew_server(federation: Federation, always: bool = False, now_s: float | No
     Hospitals notice nothing: they trust the authority, not this certificate.
     """
     now = time.time() if now_s is None else now_s
-    shown = read_certificate(load_credential(federation.server_certificate).certificate)
-    if not always and not due(shown, now):
+    own = load_credential(federation.server_certificate).certificate
+    if not always and not due(read_certificate(own), now) and not _outdated(federation, own, now):
         return False
     host, _ = split_address(federation.address)
     save_credential(federation.server_certificate, issue_server(authority_of(federation), [host]))
     return True
+
+
+def _outdated(federation: Federation, own: bytes, now: float) -> bool:
+    """Whether sites have had the time to hear of an issuing key that is newer than the one of this certificate."""
+    if not federation.offline or now - federation.listed.stat().st_mtime < HEARD_S:
+        return False
+    return not is_issued_by(own, authority_of(federation).certificate)
 
 
 def warnings(federation: Federation, now_s: float | None = None) -> list[str]:
@@ -129,7 +152,9 @@ def warnings(federation: Federation, now_s: float | None = None) -> list[str]:
     now = time.time() if now_s is None else now_s
     own = read_certificate(load_credential(federation.server_certificate).certificate)
     ca = read_certificate(federation.ca_certificate.read_bytes())
+    by = [read_certificate(load_credential(federation.issuing).certificate)] if federation.offline else []
     found = [
+        *(warning("The issuing key's", each, now, RENEW_ISSUER) for each in by),
         warning("The coordinator's", own, now, "`fedserver serve` renews it; `fedserver renew` does so at once."),
         warning("The authority's", ca, now, "Found a new federation and invite the sites to it."),
     ]

@@ -209,9 +209,7 @@ def serve_link(folder: Path, port: int) -> None:
     patch_flower()
     kept_secret(folder / "secrets/superexec")
     app = guarded(_flower_app(folder, database, port), kept_secret(folder / "secrets/control"))
-    if not database.exists():
-        raise ProcessFailed(f"{database}: Flower did not open it, and a state in memory is lost with the process.")
-    database.chmod(0o600)
+    require_file(database)
     write_json(home / "port", port)
 
     import uvicorn
@@ -271,7 +269,7 @@ def check_database(path: Path) -> None:
         return
     try:
         with closing(sqlite3.connect(path)) as database:
-            found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+            found = database.execute("PRAGMA quick_check(1)").fetchone()[0].replace("\n", " ")
     except sqlite3.DatabaseError as error:
         found = str(error)
     if found != "ok":
@@ -280,6 +278,13 @@ def check_database(path: Path) -> None:
             "invite the sites anew: registered keys and the orders under way were in it, models and studies were not."
         )
     path.chmod(0o600)
+
+
+def require_file(database: Path) -> None:
+    """Raises ProcessFailed unless Flower has opened its database as a file; nodes are lost with a state in memory."""
+    if not database.exists():
+        raise ProcessFailed(f"{database}: Flower did not open it, and a state in memory is lost with the process.")
+    database.chmod(0o600)
 
 
 def guarded(app: Asgi, control_secret: bytes) -> Asgi:

@@ -7,6 +7,8 @@ client certificates, and lets idle strangers use up the connections of those who
 import asyncio
 import json
 import logging
+import re
+import resource
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -24,13 +26,19 @@ Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers: TypeAlias = Sequence[tuple[str, str]]
+Note: TypeAlias = Callable[[str, str], None]  # of a refusal: its code, and the name in the peer's certificate or ""
 
 MOST_CONNECTIONS = 256  # beyond it 503, which Flower's client takes as "try again"
 MOST_STRANGERS = 32  # connections without a certificate; one more is cut, so that they never crowd out the sites
+MOST_OF_ONE = 64  # connections of one certificate's name, so that no site crowds out the others; a node has a few
+HANDSHAKE_S = 15.0  # asyncio: 60 s, in which a stranger holds a file handle for nothing
+MOST_FILES = 1 << 16
 HEAD_S = 15.0
 HEAD_BYTES = 32 << 10
 STALL_S = 60.0  # longest wait for the next bytes of a body, and for room to send the next
 KEEP_ALIVE_S = 75
+CERTIFICATE_EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
+READ_S = 300.0  # for a body that is held in memory
 DRAIN_BYTES = 64 << 20  # of a refused body still read: a client that is cut off while it sends cannot hear why, and
 DRAIN_S = 30.0  # Flower's tries again for ever after a broken connection but gives up after a 413
 
@@ -43,12 +51,14 @@ class Refused(FederationError):
     Attributes:
         status: of HTTP.
         headers: of the answer, besides the usual.
+        code: what the audit log calls it; "" for what is no sign of harm.
     """
 
-    def __init__(self, status: int, message: str, headers: Headers = ()) -> None:
+    def __init__(self, status: int, message: str, headers: Headers = (), code: str = "") -> None:
         super().__init__(message)
         self.status = status
         self.headers = headers
+        self.code = code
 
 
 class Gone(Exception):
@@ -77,10 +87,24 @@ class Body:
             yield message.get("body", b"")
 
     async def read(self, limit_bytes: int) -> bytes:
-        """All of it; raises Refused (413) when that is more than `limit_bytes`."""
-        if self.size_bytes > limit_bytes:
-            raise Refused(413, f"body of {self.size_bytes} bytes: at most {limit_bytes} are taken here.")
-        return b"".join([block async for block in self.blocks()])
+        """All of it; raises Refused (413) when that is more than `limit_bytes`, whatever was announced."""
+        blocks, size = list[bytes](), self.size_bytes
+        if size <= limit_bytes:
+            size = 0
+            try:
+                async with asyncio.timeout(READ_S):
+                    async for block in self.blocks():
+                        blocks.append(block)
+                        size += len(block)
+                        if size > limit_bytes:
+                            break
+            except TimeoutError as error:
+                words = f"the body was not here within {READ_S:.0f} s. Try again."
+                raise Refused(408, words, code="BODY_TOO_LATE") from error
+        if size > limit_bytes:
+            words = f"body of {size} bytes or more: at most {limit_bytes} are taken here."
+            raise Refused(413, words, code="BODY_TOO_LARGE")
+        return b"".join(blocks)
 
     async def drain(self) -> bool:
         """Reads and forgets what is left, within bounds; whether there is nothing left."""
@@ -120,6 +144,8 @@ class Request:
         announced = len(content) if size is None else size
         pairs = [(b"content-length", str(announced).encode())]
         pairs += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        if self.certificate is None and (b"connection", b"close") not in pairs:
+            pairs.append((b"connection", b"close"))  # a stranger asks once; there are few places for strangers
         await self._put({"type": "http.response.start", "status": status, "headers": pairs})
         if self.method == "HEAD" or announced == len(content):
             await self._put({"type": "http.response.body", "body": content})
@@ -141,12 +167,12 @@ class Request:
 
 
 def as_count(text: str) -> int | None:
-    """A header's value as a count of bytes; None for anything else."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
+    """A header's value as a count of bytes, in the one way to write it; None for anything else."""
+    return int(text) if re.fullmatch(r"0|[1-9][0-9]{0,14}", text) else None
 
 
-def application(handle: Callable[[Request], Awaitable[None]]) -> Asgi:
-    """`handle` as uvicorn wants it: a Refused becomes its answer, another trouble of ours a 503."""
+def application(handle: Callable[[Request], Awaitable[None]], note: Note) -> Asgi:
+    """`handle` as uvicorn wants it: a Refused becomes its answer and is noted, another trouble of ours a 503."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -154,13 +180,17 @@ def application(handle: Callable[[Request], Awaitable[None]]) -> Asgi:
         request = _read_head(scope, receive, send)
         try:
             try:
+                if as_count(request.headers.get("content-length", "0")) is None:  # the parser below takes more of them
+                    raise Refused(400, "content-length: is no plain number.", code="NO_LENGTH")
                 if "transfer-encoding" in request.headers:
-                    raise Refused(411, "a body needs a content-length here.")
+                    raise Refused(411, "a body needs a content-length here.", code="NO_LENGTH")
                 await handle(request)
             except Refused as refused:
+                if refused.code:
+                    note(refused.code, request.certificate.name if request.certificate else "")
                 await _refuse(request, refused)
             except FederationError as error:
-                log.error("%s %s: %s", request.method, request.path, error)
+                log.error("%s %r: %s", request.method, request.path[:100], error)
                 await _refuse(request, Refused(503, "the coordinator has a trouble of its own. Try again."))
         except Gone:
             return
@@ -169,11 +199,11 @@ def application(handle: Callable[[Request], Awaitable[None]]) -> Asgi:
 
 
 async def _refuse(request: Request, refused: Refused) -> None:
-    chunked = "transfer-encoding" in request.headers
+    unsized = "transfer-encoding" in request.headers or as_count(request.headers.get("content-length", "0")) is None
     headers = [*refused.headers]
     if request.method == "HEAD":
         headers.append((DETAIL_HEADER, str(refused)))
-    if chunked or not await request.body.drain():
+    if unsized or not await request.body.drain():
         headers.append(("connection", "close"))
     await request.respond_json(refused.status, {"detail": str(refused)}, headers)
 
@@ -200,6 +230,7 @@ def _read_head(scope: Scope, receive: Receive, send: Send) -> Request:
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with what its settings do not offer: see the top of the file."""
 
+    note: Note = staticmethod(lambda code, name: None)
     certificate: Certificate | None = None
     since = 0.0  # of the connection, by the loop's clock
     lost = False
@@ -213,11 +244,17 @@ class GuardedProtocol(HttpToolsProtocol):
         tls = transport.get_extra_info("ssl_object")
         der = tls.getpeercert(True) if tls is not None else None
         self.certificate = read_certificate(der) if der else None
-        strangers = sum(getattr(other, "certificate", None) is None for other in self.connections)
-        if self.certificate is None and strangers > MOST_STRANGERS:
+        name = self.certificate.name if self.certificate else None
+        like = sum(isinstance(other, GuardedProtocol) and other.is_of(name) for other in self.connections)
+        if like > (MOST_STRANGERS if name is None else MOST_OF_ONE):
+            self._refused("TOO_MANY_STRANGERS" if name is None else "TOO_MANY_CONNECTIONS")
             transport.abort()
             return
         self._expect_head()
+
+    def is_of(self, name: str | None) -> bool:
+        """Whether the peer's certificate has this name; None is a stranger's."""
+        return (self.certificate.name if self.certificate else None) == name
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
@@ -229,6 +266,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
         super().data_received(data)
         if self._in_head and self._head_bytes > HEAD_BYTES and not self.transport.is_closing():
+            self._refused("HEAD_TOO_LONG")
             self.send_400_response("Request head too long.")
 
     def on_message_begin(self) -> None:
@@ -244,7 +282,14 @@ class GuardedProtocol(HttpToolsProtocol):
     def _expect_head(self) -> None:
         self._in_head, self._head_bytes = True, 0
         self._stop_timer()
-        self._timer = self.loop.call_later(HEAD_S, self.transport.abort)
+        self._timer = self.loop.call_later(HEAD_S, self._give_up)
+
+    def _give_up(self) -> None:
+        self._refused("HEAD_TOO_LATE")
+        self.transport.abort()
+
+    def _refused(self, code: str) -> None:
+        self.note(code, self.certificate.name if self.certificate else "")
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -252,13 +297,44 @@ class GuardedProtocol(HttpToolsProtocol):
             self._timer = None
 
 
-def make_server(app: Asgi, context: ssl.SSLContext, certificate: str, host: str, port: int) -> uvicorn.Server:
+def brace() -> None:
+    """Makes this process hard to starve: as many file handles as it may have, and short handshakes."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    asyncio.constants.SSL_HANDSHAKE_TIMEOUT = HANDSHAKE_S  # type: ignore[attr-defined]  # uvicorn hands none over
+
+
+def watched_handshake(note: Note) -> type[ssl.SSLObject]:
+    """TLS that notes each handshake which fails: asyncio drops such a connection without a word to anybody."""
+
+    class Handshake(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            try:
+                super().do_handshake()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise
+            except ssl.SSLCertVerificationError as error:
+                expired = error.verify_code == CERTIFICATE_EXPIRED
+                note("CERTIFICATE_EXPIRED" if expired else "CERTIFICATE_NOT_OURS", "")
+                raise
+            except ssl.SSLError:
+                note("TLS_HANDSHAKE", "")
+                raise
+
+    return Handshake
+
+
+def make_server(
+    app: Asgi, context: ssl.SSLContext, certificate: str, host: str, port: int, note: Note
+) -> uvicorn.Server:
     """A uvicorn that serves `app` on `host`:`port` with `context`, which holds `certificate` and its key already."""
+    noting = type("NotingProtocol", (GuardedProtocol,), {"note": staticmethod(note)})
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
-        http=GuardedProtocol,
+        http=noting,
         loop="asyncio",  # measured: uvloop is no faster here, most of the time is OpenSSL's
         ws="none",
         lifespan="off",

@@ -92,7 +92,7 @@ def monitor(
     """Merges what sites have counted under a release, and says how far it is from what the release was measured on."""
     from fedserver.enrol import open_federation
 
-    trust = Trust((open_federation(federation).ca_certificate.read_bytes(),))
+    trust = Trust((open_federation(federation).authority,))
     with tempfile.TemporaryDirectory(prefix="fedserver-") as scratch:
         opened = open_release(release, trust, scratch=Path(scratch))
     found = merged(opened, [_observed(path) for path in files])

@@ -1,4 +1,4 @@
-"""`fedserver doctor, pause, resume, logs, backup, restore`: what keeps a coordinator going from day to day."""
+"""`fedserver dashboard, doctor, pause, resume, logs, backup, restore`: what keeps a coordinator going day to day."""
 
 import sys
 from pathlib import Path
@@ -17,6 +17,7 @@ Passphrase = Annotated[
     Path | None, typer.Option("--passphrase-file", help="Its first line is the passphrase; left out, it is asked for.")
 ]
 HERE = Path("federation")
+DASHBOARD_PORT = 9472
 
 
 @guarded
@@ -34,6 +35,30 @@ def doctor(federation: Folder = HERE, as_json: AsJson = False) -> None:
         found = tell(examine(federation), console)
     if found == "fail":
         raise typer.Exit(1)
+
+
+@guarded
+def dashboard(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = DASHBOARD_PORT,
+    federation: Folder = HERE,
+) -> None:
+    """Serves a read-only page on this machine alone, behind a token: rounds, sites, curves, cost, audit log, releases.
+
+    From another machine: `ssh -L PORT:127.0.0.1:PORT COORDINATOR`, then the same link there.
+    """
+    from fedserver.dashboard.login import token_path
+    from fedserver.dashboard.web import dashboard_app
+    from shared_models.loopback import serve_loopback
+    from shared_models.supervise import kept_token
+
+    app, where = dashboard_app(federation), token_path(federation)
+    link = f"http://127.0.0.1:{port}/"
+    if sys.stdout.isatty():
+        console.print(f"open: {link}#token={kept_token(where)}", highlight=False, markup=False)
+    else:  # what is kept as a log holds no token
+        console.print(f"dashboard: {link}, token: {where}", highlight=False, markup=False)
+    console.print("It shows and changes nothing; Ctrl-C ends it.")
+    serve_loopback(app, port)
 
 
 @guarded
@@ -64,7 +89,7 @@ def logs(
     run_id: Annotated[
         str | None, typer.Argument(metavar="[RUN]", help="Only what the process of this run said.")
     ] = None,
-    process: Annotated[str | None, typer.Option(help="Only of: gateway, link, dispatch, metrics.")] = None,
+    process: Annotated[str | None, typer.Option(help="Only of: gateway, link, dispatch, metrics, dashboard.")] = None,
     last: Annotated[int, typer.Option(min=0, help="Only the last so many lines; 0 shows all.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until Ctrl-C.")] = False,
     federation: Folder = HERE,
@@ -95,7 +120,7 @@ def backup(
     from fedserver.enrol import open_federation
 
     opened = open_federation(federation)
-    made = copy(opened, file, None if no_secrets else _passphrase(passphrase_file, twice=True))
+    made = copy(opened, file, None if no_secrets else passphrase(passphrase_file, twice=True))
     if as_json:
         print_json({"file": str(file), "at": made.at_s, "files": len(made.files), "secrets": made.secrets})
         return
@@ -118,7 +143,7 @@ def restore(
     from shared_models.expiry import date_text
     from shared_models.identity import fingerprint_words
 
-    made = unpack(file, federation, _passphrase(passphrase_file, twice=False))
+    made = unpack(file, federation, passphrase(passphrase_file, twice=False))
     if as_json:
         print_json({"federation": made.federation, "folder": str(federation), "at": made.at_s})
         return
@@ -129,7 +154,7 @@ def restore(
     console.print("the last round in it. Serve it in one place only. Next: `fedserver doctor`, `fedserver serve`.")
 
 
-def _passphrase(file: Path | None, twice: bool) -> str:
+def passphrase(file: Path | None, twice: bool) -> str:
     """From a file, or asked for: a command line and an environment are seen by others."""
     if file is not None:
         return (file.read_text(encoding="utf-8").splitlines() or [""])[0]

@@ -25,11 +25,12 @@ ONLINE_S = 30.0  # a node is heard of every few seconds, and noted every ten
 
 @dataclass(frozen=True, slots=True)
 class SeatFacts:
-    """A site in the round under way: its state, why, and how often it was asked."""
+    """A site in the round under way: its state, why, how often it was asked, and since when (since the epoch)."""
 
     state: str
     reason: str
     attempt: int
+    since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class ProgressFacts:
 
     Attributes:
         phase: gathering, train, evaluate, paused, statistics or finished.
-        deadline_in_s, left_s: seconds as of `updated_at`; `left_s` of the whole run, once a round has shown how long.
+        deadline_in_s: as of `updated_at`, until the phase no longer waits for anybody; paused, until the run gives up.
+        left_s: as of `updated_at`, of the whole run, once a round has shown how long.
     """
 
     phase: str | None = None
@@ -81,6 +83,7 @@ class SiteFacts:
 
     Attributes:
         reason: why it is not online.
+        seen_at: when it was last heard of, to about ten seconds.
         certificate_words: eight words, to be compared over a telephone.
     """
 
@@ -89,6 +92,7 @@ class SiteFacts:
     state: SiteState
     online: bool
     reason: str
+    seen_at: float | None
     joined_at: float | None
     certificate_words: str | None
     certificate_expires_at: float | None
@@ -186,6 +190,7 @@ def _site(state: Path, site: Site, now: float) -> dict[str, Any]:
         "state": site.state,
         "online": online,
         "reason": reason,
+        "seen_at": site.seen_at,
         "joined_at": site.joined_at,
         "certificate_words": fingerprint_words(fingerprint) if fingerprint else None,
         "certificate_expires_at": certificates[-1].expires_at if certificates else None,

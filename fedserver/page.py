@@ -8,8 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from fedserver import plots
-from fedserver.comparison import DASH, points_text, spread_of, spread_text, value_text
+from fedserver.comparison import ALL, points_text, spread_of, spread_text
 from shared_models.detection_counts import RATES
+from shared_models.figure_text import DASH, value_text
 
 PARTS = {  # a seat's last state -> words, and how high its cell stands (colour alone would not do for everyone)
     "counted": ("counted", 20),
@@ -85,7 +86,8 @@ def render(found: Mapping[str, Any], loss: plots.Series, scores: Mapping[str, pl
         "size": size_text,
         "spread": lambda figures: spread_text(spread_of(figures)),
     }
-    style_of = plots.styles([*found["sites"], *{s for series in (loss, *scores.values()) for s in series}])
+    together = [ALL] if found["secure"] else []
+    style_of = plots.styles([*found["sites"], *together, *{s for series in (loss, *scores.values()) for s in series}])
     measure = found["measure"]["name"]
     charts = [plots.line_chart("Training loss", "mean loss of the round", loss, style_of, (0.0, 0.0))]
     for label, series in scores.items():
@@ -108,7 +110,7 @@ def render(found: Mapping[str, Any], loss: plots.Series, scores: Mapping[str, pl
         bars_of={label: histograms(test["sites"]) for label, test in found["test"].items()},
         measure=measure,
         told=TOLD.get(found["measure"]["key"], ""),
-        shown_of={label: final_charts(label, test["sites"], style_of) for label, test in found["test"].items()},
+        shown_of={label: final_charts(label, _charted(test), style_of) for label, test in found["test"].items()},
         columns_of={label: _columns(found["measure"]["key"], test) for label, test in found["test"].items()},
         heat=heat_map(found["comparison"]["matrix"] if found["comparison"] else []),
     )
@@ -143,6 +145,11 @@ def final_charts(
         drawn = plots.xy_chart(f"Reliability: {label}", "share of cases that show it", told, style_of, shares)
         charts.append((drawn, "mean score of the cell"))
     return charts
+
+
+def _charted(test: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Whose curves there are: the sites', or of a run through secure sums those of all cases together."""
+    return test["sites"] or ({ALL: test["all_cases"]} if test["all_cases"] else {})
 
 
 def _columns(measure: str, test: Mapping[str, Any]) -> list[tuple[str, str]]:

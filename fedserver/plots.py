@@ -6,7 +6,8 @@ from io import BytesIO
 from math import ceil, floor, isfinite, log10
 from typing import TYPE_CHECKING, Any
 
-from fedserver.comparison import ModelRow, value_text
+from fedserver.comparison import ModelRow
+from shared_models.figure_text import value_text
 
 if TYPE_CHECKING:  # half a second to import
     from matplotlib.axes import Axes

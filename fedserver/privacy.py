@@ -42,6 +42,8 @@ def spent(study: Study, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
             f"Training is differentially private for one patient more or less of a site's training patients: epsilon "
             f"at most {most:.3g} at delta {privacy.delta:g}, by privacy loss distributions, against everybody who sees "
             f"every update of every round. It says nothing of other studies on the same patients, nor of work that was "
-            f"lost; a site's own ledger counts both."
+            f"lost; a site's own ledger counts both. No site has told a score: of some dozens of patients it would "
+            f"need so much noise that it told nothing. What the model is worth each hospital finds out by itself, with "
+            f"a release and `fedclient score`."
         ),
     }

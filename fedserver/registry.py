@@ -115,7 +115,7 @@ def find_release(federation: Federation, which: str) -> Entry:
 
 
 def trust_of(federation: Federation) -> Trust:
-    return Trust((federation.ca_certificate.read_bytes(),))
+    return Trust((federation.authority,))
 
 
 def register(

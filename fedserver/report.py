@@ -20,7 +20,7 @@ from fedserver.page import render
 from fedserver.privacy import spent
 from shared_models.files import read_lines, replacing, write_atomic, write_json
 from shared_models.scores import NAMES, measure_of, value_in
-from shared_models.study import Study
+from shared_models.study import MODALITIES, Study
 
 __all__ = ["Comparison", "facts", "write_events", "write_report"]
 
@@ -32,9 +32,11 @@ _PROPER = {
     "fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad",
     "median": "the coordinate-wise median", "trimmed_mean": "the trimmed mean", "krum": "Krum",
     "multi_krum": "Multi-Krum", "bulyan": "Bulyan", "norm_bound": "the mean of updates of bounded length",
+    "centred_clip": "centred clipping",
     "residual-unet": "Residual U-Net", "segresnet": "SegResNet", "resnet18": "ResNet-18",
     "resnet34": "ResNet-34", "resnet50": "ResNet-50", "vgg11": "VGG-11", "vgg13": "VGG-13", "vgg16": "VGG-16",
     "vgg19": "VGG-19", "densenet121": "DenseNet-121", "efficientnet-b0": "EfficientNet-B0", "mlp": "Perceptron",
+    "attention-mil": "Attention MIL",
 }  # fmt: skip
 _LOSSES = {
     "bce": "binary cross-entropy", "dice_bce": "soft Dice and binary cross-entropy", "ce": "cross-entropy",
@@ -106,10 +108,20 @@ def drawn(found: Mapping[str, Any]) -> list[str]:
     return [ALL, *found["sites"]] if found["secure"] else list(found["sites"])
 
 
+def seen_in_words(study: Study) -> str:
+    """What the network is shown of a case."""
+    if study.table_only:
+        return f"tables of {len(study.task.covariates)} columns"
+    if study.of_bags:
+        return f"bags of tiles, {study.model.features[0]} features each"
+    pieces = ", in patches" if study.preprocess.fit == "patches" else ""
+    size = " x ".join(map(str, study.preprocess.size))
+    return f"{MODALITIES[study.modality]} images{pieces} of {size}"
+
+
 def in_words(study: Study) -> str:
     """What is trained, in a paragraph."""
-    plan, train, task = study.preprocess, study.train, study.task
-    kind = {"ct": "CT", "xray": "X-ray", "mr": "MR"}[study.modality]
+    train, task = study.train, study.task
     amount = f"{train.local_steps} batches" if train.local_steps else f"local epochs: {train.local_epochs}"
     loss = _LOSSES[task.loss]
     does = {
@@ -130,10 +142,11 @@ def in_words(study: Study) -> str:
             f"each of patients taken with probability {privacy.sample_rate:g}, each patient's gradient{part} clipped "
             f"to {privacy.clip_norm:g} and noise of {privacy.noise_multiplier:g} clips added"
         )
-    pieces = ", in patches" if plan.fit == "patches" else ""
+    net = _PROPER.get(study.model.name, study.model.name)
+    if not (study.table_only or study.of_bags):
+        net += f" in {study.model.spatial_dims}-D"
     return (
-        f"{_PROPER.get(study.model.name, study.model.name)} in {study.model.spatial_dims}-D that {does} "
-        f"{', '.join(task.answers)} on {kind} images{pieces} of {' x '.join(map(str, plan.size))}. In each of "
+        f"{net} that {does} {', '.join(task.answers)} on {seen_in_words(study)}. In each of "
         f"{study.rounds.count} rounds every site trains ({amount}, {lots}, "
         f"{_PROPER.get(train.optimizer, train.optimizer)} with learning rate {train.learning_rate:g}, against "
         f"{loss}{pull}), and {_PROPER.get(study.strategy.name, study.strategy.name)} combines what they learned, each "
@@ -272,6 +285,7 @@ def _in_a_sum(together: Mapping[str, Any]) -> dict[str, Any]:
         **{key: together[key] for key in ("examples", "clipped", "attempt")},
         "loss": _mean_loss(together["losses"]),
         "validation": {label: _without_bins(row) for label, row in together["scores"].items()},
+        "personalised": {label: _without_bins(row) for label, row in together.get("personalised", {}).items()},
     }
 
 
@@ -317,12 +331,14 @@ def _test(final: Mapping[str, Any], label: str) -> dict[str, Any]:
     whole = final["federation"].get(label)
     worst, best = min(known, key=known.__getitem__, default=None), max(known, key=known.__getitem__, default=None)
     own = {site: part.get("personalised", {}) for site, part in final["sites"].items()}
+    together = final.get("together", {}).get("personalised", {}).get(label)
     return {
         "sites": rows,
         "personalised": {
             site: _with_value(_without_bins(scores[label])) for site, scores in own.items() if label in scores
         },
         "all_cases": _with_value(whole) if whole else None,
+        "personalised_all_cases": _with_value(_without_bins(together)) if together else None,
         "mean_over_sites": round(fmean(known.values()), 6) if known else None,
         "worst": worst,
         "best": best,

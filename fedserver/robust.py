@@ -113,12 +113,39 @@ def bulyan(malicious: int) -> Callable[[Matrix], Chosen]:
 
 
 def bounded(longest: float | None) -> Callable[[Matrix], Chosen]:
-    """Every update, scaled to at most `longest`, or to the median of their norms (Sun et al. 2019, section 5)."""
+    """Every update, scaled to at most `longest`, or to the median of their norms (Sun et al. 2019, section 5).
+
+    What lives by its length dies of it. A patient backdoor does not: honest updates have nothing to say where its
+    trigger is, so that the pushes of all rounds add up, each as long as an honest update; see `centred`.
+    """
 
     def choose(products: Matrix) -> Chosen:
         norms = [sqrt(max(0.0, square)) for square in np.diag(products)]
         bound = float(np.median(norms)) if longest is None else longest
         return Chosen(tuple(range(len(norms))), tuple(min(1.0, bound / norm) if norm else 1.0 for norm in norms))
+
+    return choose
+
+
+def centred(longest: float | None) -> Callable[[Matrix], Chosen]:
+    """Centred clipping (Karimireddy et al. 2021, Algorithm 2, one step), begun at the update nearest to all others.
+
+    c + mean of clip(x - c), each x no farther from the centre c than `longest`, or than the median of the distances to
+    it. What sites agree on passes whole, and what one may add of its own is as long as honest sites differ, which is
+    far less than an update is long. The centre is the medoid, an honest update where fewer than half lie; its own
+    distance of 0 is among the distances, so that their median is an honest one then.
+    """
+
+    def choose(products: Matrix) -> Chosen:
+        apart = np.sqrt(distances(products))
+        count, middle = len(apart), int(np.argmin(apart.sum(axis=1)))
+        others = [n for n in range(count) if n != middle]
+        bound = float(np.median(apart[middle])) if longest is None else longest
+        factors = np.ones(count)
+        for n in others:
+            factors[n] = min(1.0, bound / apart[middle, n]) if apart[middle, n] else 1.0
+        factors[middle] = count - factors[others].sum()  # x - f (x - c) leaves 1 - f of c, for each
+        return Chosen(tuple(range(count)), tuple(factors.tolist()))
 
     return choose
 
@@ -139,5 +166,7 @@ def rule_of(strategy: Strategy) -> Rule:
             return Rule(bulyan(f), nearest_mean(lambda chosen: chosen - 2 * f))
         case "norm_bound":
             return Rule(bounded(strategy.norm_bound), weighted_mean)
+        case "centred_clip":
+            return Rule(centred(strategy.norm_bound), weighted_mean)
         case "none":
             return Rule(None, weighted_mean)

@@ -1,12 +1,13 @@
 """The rounds of a run: who is asked, what is counted, when a round ends, and what is told meanwhile."""
 
+import shutil
 from collections.abc import Iterable, Mapping
-from math import isfinite
 from typing import Any
 
 from flwr.app import Message
 
 from fedserver.aggregation import fold
+from fedserver.calibration import calibration
 from fedserver.checkpoint import (
     State,
     adopt_plan,
@@ -22,9 +23,8 @@ from fedserver.cohort import choose
 from fedserver.conversation import Setting, Table, converse, gather, note, order_of, show
 from fedserver.courier import Parcel
 from fedserver.optimizers import optimizer_of
-from fedserver.secure_round import secure_evaluation, secure_round
+from fedserver.secure_round import secure_evaluation, secure_round, secure_statistics
 from shared_models import study as study_file
-from shared_models.class_counts import ClassCounts, calibrated_error, temperature
 from shared_models.drift import Profile, reference
 from shared_models.drift import doubted as doubted_profile
 from shared_models.errors import StateInvalid, UpdateRejected, WeightsInvalid
@@ -46,7 +46,8 @@ def carry_out(setting: Setting) -> State:
     """Runs every round that is still to do, then the final evaluation; returns the last state.
 
     Raises:
-        RoundPaused: the quorum was missing for longer than `rounds.pause_s`; the same run can be carried on later.
+        RoundPaused: the quorum was missing for longer than `rounds.pause_s`, or the disk has no room for a round; the
+            same run can be carried on later.
     """
     folder = setting.folder
     state = read_state(folder)
@@ -66,6 +67,7 @@ def carry_out(setting: Setting) -> State:
         write_json(folder.path / "plan-proof.json", plain(table.proof))
     schema = schema_on_disk(folder, state.round)
     while state.round < study.rounds.count:
+        setting.courier.check_room(size_bytes(schema), len(setting.presence().sites), state.round + 1)
         began = setting.clock()
         state = one_round(setting, table, state, schema)
         table.durations.append(setting.clock() - began)
@@ -84,6 +86,11 @@ def statistics(setting: Setting, table: Table, state: State) -> State:
         StudyInvalid: the memory that the study allows is too small for any plan.
     """
     study, parts = table.study, dict[str, Fingerprint]()
+    if study.protect.secure_aggregation is not None:
+        whole, sites = secure_statistics(setting, table, state)
+        adopted = _adopted(setting, state, study, whole, sites)
+        shutil.rmtree(setting.folder.sum, ignore_errors=True)  # now that its plan is durable
+        return adopted
 
     def add(site: str, reply: Reply, message: Message, asked: Expected, late: bool) -> None:
         if reply.kind != "statistics" or reply.fingerprint is None:
@@ -95,10 +102,14 @@ def statistics(setting: Setting, table: Table, state: State) -> State:
     expected = Expected(state.run, 0, state.study_sha256, state.weights_sha256, {})
     order, cohort = order_of("statistics", table, state, 0), gather(setting, table, state).sites
     converse(setting, table, order, Parcel(None, None), cohort, expected, add, study.rounds.quorum)
-    whole = merged(parts.values())
+    return _adopted(setting, state, study, merged(parts.values()), tuple(sorted(parts)))
+
+
+def _adopted(setting: Setting, state: State, study: Study, whole: Fingerprint, sites: tuple[str, ...]) -> State:
+    """The run with the plan that follows from the histograms of `sites`."""
     plan = derive(whole, constraints(study))
-    adopted = adopt_plan(setting.folder, state, plan, whole, tuple(sorted(parts)), setting.first_weights)
-    note(setting, "plan-made", state.run, plan=adopted.plan_sha256, sites=sorted(parts))
+    adopted = adopt_plan(setting.folder, state, plan, whole, sites, setting.first_weights)
+    note(setting, "plan-made", state.run, plan=adopted.plan_sha256, sites=list(sites))
     return adopted
 
 
@@ -182,7 +193,8 @@ def final_evaluation(setting: Setting, table: Table, state: State, schema: Schem
     setting.courier.retire(state.weights_sha256)
     if profiles:
         write_atomic(setting.folder.reference, canonical_json(reference(list(profiles.values()))))
-    whole = {name: _together(name, replies.values()) for name in study.task.answers}
+    whole = {name: _together(name, (r.scores for r in replies.values())) for name in study.task.answers}
+    told = {name: _together(name, (r.validation for r in replies.values())) for name in study.task.answers}
     append_json(
         setting.folder.metrics,
         {
@@ -191,26 +203,10 @@ def final_evaluation(setting: Setting, table: Table, state: State, schema: Schem
             "scored_round": state.round,
             "sites": {site: _rows(r) for site, r in sorted(replies.items())},
             "federation": {name: None if score is None else row_of(score) for name, score in whole.items()},
-            **calibration(study, whole, replies.values()),
+            **calibration(study, whole, told),
             "left_out": {s: {"state": a.state, "reason": a.reason} for s, a in table.seats.items() if s not in replies},
         },
     )
-
-
-def calibration(study: Study, test: Mapping[str, Score | None], replies: Iterable[Reply]) -> dict[str, Any]:
-    """Of a classification: the temperature of each label by the validation patients of all sites together, and the
-    calibration error of their test patients without and with it; None where sites tell too little."""
-    listed, found = list(replies), dict[str, Any]()
-    for label in study.task.labels if study.task.kind == "classification" else ():
-        told = scored_together(reply.validation[label] for reply in listed if label in reply.validation)
-        scored = test.get(label)
-        if not isinstance(told, ClassCounts) or not isinstance(scored, ClassCounts):
-            continue
-        by = temperature(told)
-        figures = {"temperature": by, "ece": calibrated_error(scored, 1.0), "ece_after": calibrated_error(scored, by)}
-        found[label] = {name: round(v, 6) if isfinite(v) else None for name, v in figures.items()}
-        found[label]["cases"] = told.cases
-    return {"calibration": found} if found else {}
 
 
 def _trained(study: Study, plan: str | None) -> Study:
@@ -229,9 +225,9 @@ def _check_scores(study: Study, site: str, reply: Reply) -> None:
         doubted_scores(score, study.task, site)
 
 
-def _together(name: str, replies: Iterable[Reply]) -> Score | None:
+def _together(name: str, scores: Iterable[Mapping[str, Score]]) -> Score | None:
     """The counts of all sites for one label."""
-    return scored_together(reply.scores[name] for reply in replies if name in reply.scores)
+    return scored_together(of[name] for of in scores if name in of)
 
 
 def _update(site: str, reply: Reply, delta: Any) -> Update:

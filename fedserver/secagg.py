@@ -5,11 +5,10 @@ same sum. It holds one accumulator, whatever the number of sites: each vector is
 What a site sends is doubted by itself, so that one bad answer costs that site's update and no other.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import combinations, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,14 @@ from shared_models.errors import SumAborted, UpdateRejected
 from shared_models.identity import verify
 from shared_models.parse import STRICT, SiteName
 from shared_models.protect.context import Context
-from shared_models.protect.masking import commitment, is_weak, pair_mask_key, public_key, self_mask_key
+from shared_models.protect.masking import (
+    commitment,
+    is_weak,
+    pair_mask_key,
+    public_key,
+    self_mask_key,
+    share_digest,
+)
 from shared_models.protect.messages import (
     ADVERT,
     SURVIVORS,
@@ -26,6 +32,7 @@ from shared_models.protect.messages import (
     Adverts,
     Confirmation,
     Confirmations,
+    Dealt,
     Inbox,
     Revealed,
     Sealed,
@@ -40,7 +47,6 @@ from shared_models.roster import Roster
 from shared_models.weights import Schema
 
 STEPS = ("adverts", "sealed", "vectors", "confirmations", "revealed", "done")
-MOST_TRIES = 200  # sets of shares tried until the secret is the one its site has committed to
 Octets = NDArray[np.uint8]
 
 
@@ -76,13 +82,13 @@ class SecureTotal:
 @dataclass(frozen=True, slots=True)
 class Gathered:
     """A sum whose vectors are all there, but for their sum itself: enough to end it after a restart. No secret is in
-    it; `sealed` have shared their secrets, the vectors of `added` are in the sum."""
+    it; the sites of `dealt` have shared their secrets, the vectors of `added` are in the sum."""
 
     __pydantic_config__ = STRICT
     context: Context
     roster: Roster
     adverts: tuple[Advert, ...]
-    sealed: tuple[SiteName, ...]
+    dealt: Mapping[SiteName, Mapping[SiteName, Dealt]]
     added: tuple[SiteName, ...]
 
 
@@ -123,6 +129,8 @@ class SecureSum:
         self._expect("sealed", sealed.site, sealed.context, self._adverts, self._sealed)
         if sealed.boxes.keys() != self._adverts.keys() - {sealed.site}:
             raise self._rejected("SHARES_MISSING", sealed.site, "has not sealed one box for each other site")
+        if sealed.dealt.keys() != self._adverts.keys():
+            raise self._rejected("SHARES_MISSING", sealed.site, "has not said what shares it has dealt to each site")
         self._sealed[sealed.site] = sealed
 
     def close_sealed(self) -> dict[str, Inbox]:
@@ -130,7 +138,11 @@ class SecureSum:
         self._advance("sealed", len(self._sealed))
         self._vector = np.zeros(self.layout.elements, np.uint32)
         return {
-            site: Inbox(self.context.id, {o: s.boxes[site] for o, s in self._sealed.items() if o != site})
+            site: Inbox(
+                self.context.id,
+                {o: s.boxes[site] for o, s in self._sealed.items() if o != site},
+                {o: s.dealt[site] for o, s in self._sealed.items() if o != site},
+            )
             for site in self._sealed
         }
 
@@ -171,7 +183,8 @@ class SecureSum:
     def gathered(self) -> tuple[Gathered, NDArray[np.uint32]]:
         """All that ends the sum in another process, which the sites answer as they would answer this one."""
         adverts = tuple(self._adverts[site] for site in sorted(self._adverts))
-        facts = Gathered(self.context, self.roster, adverts, tuple(sorted(self._sealed)), self._survivors.sites)
+        dealt = {site: self._sealed[site].dealt for site in sorted(self._sealed)}
+        facts = Gathered(self.context, self.roster, adverts, dealt, self._survivors.sites)
         return facts, self._vector
 
     @classmethod
@@ -180,7 +193,7 @@ class SecureSum:
         made = cls(facts.context, facts.roster, layout)
         made.step = "confirmations"
         made._adverts = {advert.site: advert for advert in facts.adverts}
-        made._sealed = {site: Sealed(site, facts.context.id, {}) for site in facts.sealed}
+        made._sealed = {site: Sealed(site, facts.context.id, {}, dealt) for site, dealt in facts.dealt.items()}
         made._added = set(facts.added)
         made._survivors = Survivors(facts.context.id, facts.added)
         made._vector = vector
@@ -219,7 +232,8 @@ class SecureSum:
         """Takes the masks away and reads the sum.
 
         Raises:
-            SumAborted: too few shares, a forged one, or something else left in the sum: it is thrown away.
+            SumAborted: too few shares, a site that has lied with its own, or something else left in the sum: it is
+                thrown away.
         """
         self._advance("revealed", len(self._revealed))
         Masks(list(self._masks())).apply(self._vector)
@@ -236,24 +250,37 @@ class SecureSum:
         for site in sorted(self._added):
             shares = {name: revealed.own_masks[site] for name, revealed in self._revealed.items()}
             committed = partial(commitment, context=context.digest, site=site)
-            secret = self._combined(site, shares, committed, self._adverts[site].commitment)
+            secret = self._combined(site, shares, "own mask", committed, self._adverts[site].commitment)
             yield self_mask_key(secret, context.digest, site), -1
         for lost in sorted(self._sealed.keys() - self._added):
             shares = {name: revealed.pair_keys[lost] for name, revealed in self._revealed.items()}
-            private = self._combined(lost, shares, public_key, self._adverts[lost].mask)
+            private = self._combined(lost, shares, "pair key", public_key, self._adverts[lost].mask)
             for site in sorted(self._added):
                 public = bytes.fromhex(self._adverts[site].mask)
                 yield pair_mask_key(private, public, context.digest, lost, site), -1 if site < lost else +1
 
-    def _combined(self, site: str, shares: Mapping[str, str], public: Callable[[bytes], bytes], known: str) -> bytes:
-        """The secret whose `public` side is `known`; with more shares than the threshold, forged ones are got round."""
-        for chosen in islice(combinations(sorted(shares), self.context.threshold), MOST_TRIES):
-            with suppress(ValueError):
-                secret = combine({self.context.place(name): bytes.fromhex(shares[name]) for name in chosen})
-                if public(secret).hex() == known:
-                    return secret
+    def _combined(
+        self, site: str, shares: Mapping[str, str], kind: str, public: Callable[[bytes], bytes], known: str
+    ) -> bytes:
+        """The secret of `site` whose `public` side is `known`, from the shares that are as it has dealt them."""
+        place = {"own mask": 0, "pair key": 1}[kind] * 64
+        said = {name: dealt[place : place + 64] for name, dealt in self._sealed[site].dealt.items()}
+        opened = {name: bytes.fromhex(share) for name, share in shares.items()}
+        digest = partial(share_digest, context=self.context.digest, source=site, kind=kind)
+        forged = sorted(name for name, share in opened.items() if digest(share, destination=name) != said[name])
+        sound = sorted(opened.keys() - set(forged))[: self.context.threshold]
+        if len(sound) < self.context.threshold:
+            raise self._lied("SHARE_FORGED", forged, f"gave out other shares of {site!r} than they had been dealt")
+        with suppress(ValueError):
+            secret = combine({self.context.place(name): opened[name] for name in sound})
+            if public(secret).hex() == known:
+                return secret
+        raise self._lied("DEAL_FORGED", [site], "dealt shares of another secret than it had committed to")
+
+    def _lied(self, code: str, culprits: Sequence[str], what: str) -> SumAborted:
         self.step = "done"
-        raise SumAborted("SHARE_FORGED", f"{self._where}: a share of {site!r} is not the one it gave. Try again.")
+        named = " and ".join(map(repr, culprits))
+        return SumAborted(code, f"{self._where}: {named} {what}.", tuple(culprits))
 
     @property
     def _where(self) -> str:

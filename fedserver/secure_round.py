@@ -15,6 +15,7 @@ may wait.
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,9 +25,10 @@ import numpy as np
 from flwr.app import Message
 from numpy.typing import NDArray
 
+from fedserver.calibration import calibration
 from fedserver.checkpoint import RunFolder, State, finish_round
 from fedserver.cohort import choose
-from fedserver.conversation import Patience, Setting, Table, converse, gather, note, order_of
+from fedserver.conversation import Patience, Seat, Setting, Table, converse, gather, note, order_of
 from fedserver.courier import Parcel
 from fedserver.optimizers import optimizer_of
 from fedserver.secagg import Gathered, SecureSum, SecureTotal
@@ -41,8 +43,10 @@ from shared_models.files import (
     write_json,
 )
 from shared_models.parse import parse_json, plain
+from shared_models.plan import Fingerprint, doubted
 from shared_models.protect.context import Context
 from shared_models.protect.counted import Told, told_in
+from shared_models.protect.counted_plan import fingerprint_in
 from shared_models.protect.messages import Confirmations, Inbox
 from shared_models.protect.prg import CHUNK
 from shared_models.protect.ring import Layout, bytes_of
@@ -54,6 +58,7 @@ from shared_models.update import Expected
 from shared_models.weights import Schema, size_bytes
 from shared_models.wire import STEPS, Order, Reply
 
+BELIEVED = 2  # sites that accuse the same one
 MOST_TRIES = 5  # attempts of one round, one after the other, before it is paused
 log = logging.getLogger("fedserver")
 
@@ -63,11 +68,11 @@ class Sum:
     """One secure sum under way.
 
     Attributes:
-        order: what the sites carried out for it, `train` or `evaluate`.
-        schema: of the update; empty where scores alone are summed.
+        order: what the sites carried out for it, `train`, `evaluate` or `statistics`.
+        schema: of the update; empty where scores or histograms alone are summed.
         left_out: sites that are not in the sum, with the state and reason of their last answer.
-        failing: the same of sites that answered a step of a failed attempt with something else; the next attempts do
-            without them, where enough are left.
+        failing: the same of sites that answered a step of a failed attempt with something else, or are said by others
+            to have dealt false shares; the next attempts do without them, where enough are left.
     """
 
     setting: Setting
@@ -98,7 +103,7 @@ class Sum:
 
     @property
     def layout(self) -> Layout:
-        return layout_of(self.study, self.schema, self.trained, self.scored)
+        return layout_of(self.study, self.schema, self.trained, self.scored, self.order.kind == "statistics")
 
     @property
     def expected(self) -> Expected:
@@ -106,7 +111,7 @@ class Sum:
 
     @property
     def number(self) -> int:
-        """Of the sum: the round's, and of the last scores one more."""
+        """Of the sum: the round's, and of the last scores one more; 0 before there is a plan."""
         return round_of(self.order.kind, self.order.round)
 
 
@@ -174,22 +179,44 @@ def secure_evaluation(setting: Setting, table: Table, state: State) -> None:
             "sites": {},
             "together": _together(making, total, told),
             "federation": {n: row_of(told.scores[n]) if n in told.scores else None for n in table.study.task.answers},
+            **calibration(table.study, told.scores, told.validation),
             "left_out": {site: why for site, why in making.left_out.items() if site not in seats},
         },
     )
     _closed(making)
 
 
+def secure_statistics(setting: Setting, table: Table, state: State) -> tuple[Fingerprint, tuple[str, ...]]:
+    """The histograms of all sites' training cases together, and whose they are.
+
+    Raises:
+        RoundPaused: too few sites; the same run can be carried on later.
+        SumAborted: a sum that cannot be ended nor repeated, or of numbers that no cases can have.
+    """
+    making = Sum(setting, table, state, order_of("statistics", table, state, 0), {})
+    total, study = made(making), table.study
+    try:
+        whole = fingerprint_in(total.counts)
+        doubted(whole, "all sites together", study.modality == "ct", len(study.task.labels), len(total.sites))
+    except (ValueError, UpdateRejected) as error:
+        raise SumAborted(
+            "PLAN_COUNTS", f"the histograms in the sum cannot be, so a site has lied: {error} Take another seed."
+        ) from error
+    return whole, total.sites
+
+
 def made(making: Sum) -> SecureTotal:
     """The sum: one that was gathered before a restart, or a new one."""
     setting, state = making.setting, making.state
-    weights, digest = setting.folder.weights(state.round), state.weights_sha256
-    parcel = setting.courier.publish(weights, digest)
+    digest, parcel = state.weights_sha256, Parcel(None, None)
+    if making.order.kind != "statistics":
+        parcel = setting.courier.publish(setting.folder.weights(state.round), digest)
     found = _on_disk(setting.folder, making)
     if found is None:
         found = _gathered(making, parcel)
     total = _ended(making, found)
-    setting.courier.retire(digest)
+    if making.order.kind != "statistics":
+        setting.courier.retire(digest)
     return total
 
 
@@ -203,6 +230,8 @@ def _gathered(making: Sum, parcel: Parcel) -> SecureSum:
     for tries in range(1, MOST_TRIES + 1):
         if making.trained:
             asked = choose(making.study, making.order.round, gather(setting, table, making.state))
+        elif making.order.kind == "statistics":
+            asked = gather(setting, table, making.state).sites
         else:
             asked = setting.presence().sites
         try:
@@ -286,10 +315,15 @@ def _ended(making: Sum, found: SecureSum) -> SecureTotal:
     try:
         return found.finish()
     except SumAborted as error:
+        if error.culprits:
+            facts = {"code": error.code, "sites": list(error.culprits)}
+            note(making.setting, "sum-lied", making.state.run, round=making.number, **facts)
+        without = f" without {' and '.join(error.culprits)} (`fedserver revoke`)" if error.culprits else ""
         raise SumAborted(
             error.code,
             f"{error} No site adds an update to two sums, so this run cannot go on from here: run the study with "
-            f"another seed.",
+            f"another seed{without}.",
+            error.culprits,
         ) from error
 
 
@@ -328,12 +362,28 @@ def _ask(
         if not repeatable:
             raise
         _leave_out(making)
-        for site, seat in making.table.seats.items():
-            if seat.state in ("refused", "rejected", "failed"):
-                making.failing[site] = {"state": seat.state, "reason": seat.reason}
+        making.failing |= _to_blame(making.table.seats)
         raise SumAborted("SUM_BELOW_THRESHOLD", f"{error} Nothing was revealed.") from error
     if repeatable:
         _leave_out(making)
+
+
+def _to_blame(seats: Mapping[str, Seat]) -> dict[str, dict[str, str]]:
+    """Whom the next attempts do without: who answered with something else than was asked, and who is accused.
+
+    Of two sites by themselves nobody can tell which of them lies, so both are left out; two who accuse a third one are
+    believed.
+    """
+    accused = Counter(seat.accused for seat in seats.values() if seat.accused in seats)
+    found = {
+        site: {"state": seat.state, "reason": seat.reason}
+        for site, seat in seats.items()
+        if seat.state in ("refused", "rejected", "failed") and accused[seat.accused] < BELIEVED
+    }
+    for site, times in accused.items():
+        if site is not None:
+            found[site] = {"state": "rejected", "reason": f"SHARE_FORGED: {times} of the others say so"}
+    return found
 
 
 def _leave_out(making: Sum) -> None:

@@ -5,7 +5,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fedserver.queue import AT_ONCE
@@ -13,6 +13,7 @@ from shared_models.archive import LOOPBACK, SERVER_APP, quiet_flower
 from shared_models.errors import ProcessFailed
 from shared_models.supervise import Child, kept_port, kept_secret, only_one, supervise, tell_deaths
 
+PAGES = {"metrics": "fedserver.gauges", "dashboard": "fedserver.dashboard.web"}
 PORT_PATIENCE_S = 3.0  # for the gateway of a supervisor that was killed a moment ago
 
 
@@ -24,6 +25,7 @@ def serve(
     app: str = SERVER_APP,
     at_once: int = AT_ONCE,
     metrics: int | None = None,
+    dashboard: int | None = None,
     begun: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
@@ -31,7 +33,7 @@ def serve(
 
     Args:
         at_once: runs that are carried out side by side; the others wait for one to end.
-        metrics: port on loopback that Prometheus may ask; None serves none.
+        metrics, dashboard: ports on loopback of figures for Prometheus, and of the dashboard; None serves none.
         begun: called once the folder is ours and the port is free.
         say: gets a sentence for each process that dies.
 
@@ -42,7 +44,8 @@ def serve(
     with only_one(folder):
         _await_free(host, port)
         begun()
-        supervise(_children(folder, host, port, app, at_once, metrics), stop, folder, on_change=tell_deaths(say))
+        pages = {"metrics": metrics, "dashboard": dashboard}
+        supervise(_children(folder, host, port, app, at_once, pages), stop, folder, on_change=tell_deaths(say))
 
 
 def _await_free(host: str, port: int) -> None:
@@ -63,7 +66,9 @@ def _await_free(host: str, port: int) -> None:
         time.sleep(0.1)
 
 
-def _children(folder: Path, host: str, port: int, app: str, at_once: int, metrics: int | None) -> list[Child]:
+def _children(
+    folder: Path, host: str, port: int, app: str, at_once: int, pages: Mapping[str, int | None]
+) -> list[Child]:
     for name in ("superexec", "control"):
         kept_secret(folder / "secrets" / name)
     inner = kept_port(folder / "superlink/port")
@@ -91,7 +96,8 @@ def _children(folder: Path, host: str, port: int, app: str, at_once: int, metric
             env,
         ),
     ]
-    if metrics is not None:
-        command = [*python, "fedserver.gauges", str(folder), "--port", str(metrics)]
-        children.append(Child("metrics", command, logs / "metrics.log", env))
+    for name, page in pages.items():
+        if page is not None:
+            command = [*python, PAGES[name], str(folder), "--port", str(page)]
+            children.append(Child(name, command, logs / f"{name}.log", env))
     return children

@@ -21,14 +21,16 @@ from rich.table import Table
 from rich.text import Text
 
 from fedserver.checkpoint import RunFolder, read_progress
-from fedserver.comparison import ALL, points_text, spread_of, spread_text, value_text
+from fedserver.comparison import ALL, points_text, spread_of, spread_text
 from fedserver.page import duration_text
 from shared_models.alarms import day
 from shared_models.expiry import date_text
+from shared_models.figure_text import value_text
 from shared_models.scores import NAMES, value_in
 
 PHASES = {
     "gathering": "waiting for sites",
+    "statistics": "counting for the plan",
     "train": "training",
     "evaluate": "final test",
     "paused": "paused, too few sites have answered",
@@ -361,14 +363,7 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
     for column in ("run", "study", "state", "round", "waits for"):
         runs.add_column(column, overflow="fold")
     for run in facts["runs"]:
-        progress = run["progress"] if run["state"] in ("running", "paused") else {}
-        waits = [f"{site}: {why}" for site, why in waits_for(progress).items()]
-        waits += [f"without {site}: {why}" for site, why in left_out(progress).items()]
-        waits += [run["message"]] if run["message"] else []
-        if run.get("queue"):
-            waits.append(f"waits for its turn, {run['queue']}. in the queue" if _is_busy(facts) else "begins soon")
-        if run.get("pausing") is not None:
-            waits.append(f"will pause after round {run['pausing']}" if run["pausing"] else "is about to pause")
+        progress, waits = progress_of(run), standing(run, facts)
         state = "paused" if progress.get("phase") == "paused" else run["state"]
         where = "?" if run["rounds"] is None else f"{progress.get('round', run['finished_rounds'])} of {run['rounds']}"
         row = [*(plain(words) for words in (run["id"], run["study"], state, where)), "\n".join(map(plain, waits))]
@@ -379,7 +374,7 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
     for site in facts["sites"]:
         online = site.get("online")
         here = "" if online is None else "yes" if online else "no"
-        why = "was invited and has not joined" if site["state"] == "invited" else site.get("reason") or ""
+        why = why_not_online(site)
         ends = site.get("certificate_expires_at")
         until = "" if ends is None or site["state"] != "active" else date_text(ends)
         row = [plain(words) for words in (site["name"], site["state"], here, until, "" if online else why)]
@@ -395,6 +390,33 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
         runs if facts["runs"] else Text("No run yet: `fedserver run STUDY` starts one.\n"),
         sites if facts["sites"] else Text("No site yet: `fedserver invite SITE` invites one."),
     )
+
+
+def progress_of(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The round of a run that is under way; {} of one that waits for its turn or has ended."""
+    return run["progress"] if run["state"] in ("running", "paused") else {}
+
+
+def standing(run: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """Whom a run waits for and goes without, and why it is not running, in words; `facts` as of `status_table`."""
+    progress = progress_of(run)
+    words = [f"{site}: {why}" for site, why in waits_for(progress).items()]
+    words += [f"without {site}: {why}" for site, why in left_out(progress).items()]
+    return words + turn(run, facts)
+
+
+def turn(run: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """Why a run is not running, or soon will not be."""
+    words = [run["message"]] if run["message"] else []
+    if run.get("queue"):
+        words.append(f"waits for its turn, {run['queue']}. in the queue" if _is_busy(facts) else "begins soon")
+    if run.get("pausing") is not None:
+        words.append(f"will pause after round {run['pausing']}" if run["pausing"] else "is about to pause")
+    return words
+
+
+def why_not_online(site: Mapping[str, Any]) -> str:
+    return "was invited and has not joined" if site["state"] == "invited" else site.get("reason") or ""
 
 
 def _is_busy(facts: Mapping[str, Any]) -> bool:

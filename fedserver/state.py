@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from shared_models.database import check, connected, create, writing
+from shared_models.database import check, create, reading, writing
 from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.identity import check_site_name
 
@@ -152,12 +152,12 @@ def check_state(path: Path) -> None:
 
 
 def list_sites(path: Path) -> list[Site]:
-    with connected(path) as db:
+    with reading(path) as db:
         return [_site(row) for row in db.execute("SELECT * FROM sites ORDER BY name")]
 
 
 def find_site(path: Path, name: str) -> Site | None:
-    with connected(path) as db:
+    with reading(path) as db:
         row = db.execute("SELECT * FROM sites WHERE name = ?", (name,)).fetchone()
         return _site(row) if row else None
 
@@ -173,7 +173,7 @@ def add_invite(path: Path, invite: InviteRow) -> None:
 
 
 def list_invites(path: Path, site: str) -> list[InviteRow]:
-    with connected(path) as db:
+    with reading(path) as db:
         return [InviteRow(*row) for row in db.execute("SELECT * FROM invites WHERE site = ?", (site,))]
 
 
@@ -251,7 +251,7 @@ def _retire_node(db: sqlite3.Connection, site: str) -> None:
 
 def retired_nodes(path: Path) -> list[int]:
     """Flower's numbers of nodes that are to be unregistered at the SuperLink."""
-    with connected(path) as db:
+    with reading(path) as db:
         return [int(row[0]) for row in db.execute("SELECT flower_node_id FROM retired_nodes ORDER BY 1")]
 
 
@@ -264,16 +264,22 @@ def forget_node(path: Path, flower_node_id: int) -> None:
 # Certificates and the roster
 
 
-def renew_certificate(path: Path, certificate: CertificateRow, fingerprint: str, seal: Seal) -> None:
+def renew_certificate(
+    path: Path, certificate: CertificateRow, fingerprint: str, seal: Seal, identity: str | None = None
+) -> None:
     """Stores a further certificate of an active site, the newest from now on, and a new epoch.
+
+    Args:
+        identity: public key that takes the place of the site's; None keeps it.
 
     Raises:
         EnrolmentFailed: the site was revoked meanwhile.
     """
     with writing(path) as db:
         renewed = db.execute(
-            "UPDATE sites SET certificate_serial = ?, certificate_fingerprint = ? WHERE name = ? AND state = 'active'",
-            (certificate.serial, fingerprint, certificate.site),
+            "UPDATE sites SET certificate_serial = ?, certificate_fingerprint = ?,"
+            " identity_public_key = COALESCE(?, identity_public_key) WHERE name = ? AND state = 'active'",
+            (certificate.serial, fingerprint, identity, certificate.site),
         )
         if renewed.rowcount != 1:
             raise EnrolmentFailed(f"site {certificate.site!r}: is not active in this federation any more.")
@@ -289,17 +295,24 @@ def used_certificate(path: Path, serial: str, now_s: float) -> None:
 
 def list_certificates(path: Path, site: str) -> list[CertificateRow]:
     """All certificates that a site has ever had, the oldest first."""
-    with connected(path) as db:
+    with reading(path) as db:
         rows = db.execute("SELECT * FROM certificates WHERE site = ? ORDER BY issued_at, rowid", (site,))
         return [CertificateRow(*row) for row in rows]
 
 
 def list_rosters(path: Path, since: int, most: int) -> tuple[int, list[bytes]]:
     """The newest epoch (0 before the first), and at most `most` signed epochs from `since` on."""
-    with connected(path) as db:
+    with reading(path) as db:
         newest = db.execute("SELECT COALESCE(MAX(epoch), 0) FROM rosters").fetchone()[0]
         rows = db.execute("SELECT content FROM rosters WHERE epoch >= ? ORDER BY epoch LIMIT ?", (since, most))
         return int(newest), [bytes(row[0]) for row in rows]
+
+
+def sign_rosters_anew(path: Path, again: Callable[[bytes], bytes]) -> None:
+    """Puts `again` of every signed epoch in its place: the same rosters, signed with another key."""
+    with writing(path) as db:
+        rows = db.execute("SELECT epoch, content FROM rosters").fetchall()
+        db.executemany("UPDATE rosters SET content = ? WHERE epoch = ?", [(again(bytes(c)), e) for e, c in rows])
 
 
 def _add_certificate(db: sqlite3.Connection, row: CertificateRow) -> None:
@@ -360,14 +373,14 @@ def change_run(
 
 
 def find_run(path: Path, run_id: str) -> Run | None:
-    with connected(path) as db:
+    with reading(path) as db:
         row = db.execute("SELECT * FROM runs WHERE id = ?", (run_id,)).fetchone()
         return _run(row) if row else None
 
 
 def list_runs(path: Path) -> list[Run]:
     """All runs, the oldest first."""
-    with connected(path) as db:
+    with reading(path) as db:
         return [_run(row) for row in db.execute("SELECT * FROM runs ORDER BY created_at, id")]
 
 

@@ -14,6 +14,7 @@ from fedserver.lifecycle import drop_uploads, renew_server, revoked_sites, warni
 from fedserver.listener import GuardedProtocol
 from fedserver.state import forget_node, retired_nodes
 from shared_models.errors import FederationError
+from shared_models.refusals import Refusals
 
 WATCH_S = 1.0
 EXPIRY_S = 60.0  # between two looks at every certificate of the federation
@@ -28,17 +29,22 @@ UnregisterNode = Callable[[int], None]
 async def watch(
     federation: Federation,
     admission: Admission,
+    refusals: Refusals,
     server: uvicorn.Server,
     context: ssl.SSLContext,
+    trust_issuers: Callable[[], None],
     unregister_node: UnregisterNode,
 ) -> None:
     """Looks every second until it is cancelled; a trouble of ours is logged and tried again.
 
     Args:
+        refusals: what was refused since the last look goes into the audit log.
         context: of the server; gets the certificate anew when that was renewed.
+        trust_issuers: lets `context` take certificates by a new issuing key.
         unregister_node: shuts a node out at the SuperLink; a FederationError is tried again.
     """
     changed_at, told, looked_at = _changed_at(federation), dict[str, float](), float("-inf")
+    listed_at = _listed_at(federation)
     while True:
         await asyncio.sleep(WATCH_S)
         try:
@@ -50,6 +56,12 @@ async def watch(
                 changed_at = _changed_at(federation)
                 context.load_cert_chain(federation.server_certificate)
                 log.info("the coordinator's certificate is a new one; new connections get it")
+            if _listed_at(federation) != listed_at:
+                listed_at = _listed_at(federation)
+                trust_issuers()
+                admission.forget()
+                log.info("the authority has a new revocation list")
+            await asyncio.to_thread(refusals.write)
             await asyncio.to_thread(_tidy, federation, unregister_node)
         except (FederationError, OSError) as error:
             log.error("%s", error)
@@ -64,8 +76,8 @@ async def turn_out(admission: Admission, server: uvicorn.Server) -> None:
     for certificate in {peer.certificate for peer in open_now if peer.certificate is not None}:
         _, why = await admission.ask(certificate)
         for peer in open_now if why is not None else ():
-            if peer.certificate == certificate and now - peer.since > ANSWERED_S:
-                log.warning("cut a connection: site %s %s", certificate.name, why)
+            if peer.certificate == certificate and why is not None and now - peer.since > ANSWERED_S:
+                log.warning("cut a connection: site %r %s", certificate.name, why.words)
                 peer.transport.abort()
 
 
@@ -88,6 +100,10 @@ def _look_at_expiry(federation: Federation, told: dict[str, float]) -> None:
         if now - told.get(what, float("-inf")) > DAY_S:
             told[what] = now
             log.warning("%s", words)
+
+
+def _listed_at(federation: Federation) -> int:
+    return federation.listed.stat().st_mtime_ns if federation.listed.exists() else 0
 
 
 def _changed_at(federation: Federation) -> int:

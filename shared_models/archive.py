@@ -116,14 +116,18 @@ def replace_default(function: object, name: str, value: object) -> None:
     defaults[name] = value
 
 
-def patch_client() -> None:
-    """Shortens the pauses of Flower's clients in this process."""
+def patch_client(pull_s: float = PULL_S) -> None:
+    """Shortens the pauses of Flower's clients in this process.
+
+    Args:
+        pull_s: longest wait for the content of a message that is there.
+    """
     replace_name(flower_module("flwr.supercore.retry.http_retry"), "MAX_RETRY_DELAY", RETRY_DELAY_S)
     pulls = flower_module("flwr.supercore.inflatable.inflatable_utils")
     for function in (pulls.pull_objects, pulls.pull_and_inflate_object_from_tree):
         replace_default(function, "initial_backoff", PULL_BACKOFF_S)
         replace_default(function, "backoff_cap", 1.0)
-        replace_default(function, "max_time", PULL_S)
+        replace_default(function, "max_time", pull_s)
 
 
 def start_log(hidden: Sequence[str] = ()) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from shared_models.alarms import events
 from shared_models.errors import StateInvalid
 from shared_models.files import append_json, canonical_json, locked, replacing
 from shared_models.identity import identity_public_key, sign, verify
@@ -179,10 +180,12 @@ class AuditLog:
     def _catch_up(self) -> None:
         """Reads what other processes have added; a line that a killed writer left torn is cut off by the next."""
         if not self.tree.size:
-            before = self._put_away()
+            before, kept = self._put_away()
             if not self.path.exists():
                 key = identity_public_key(self.key).hex()
                 self._write("opened", {"party": self.party, "key": key, "before": before})
+                for facts in kept:
+                    self._write("witnessed", facts)
                 return
         elif not self.path.exists():
             raise StateInvalid(f"{self.path}: has gone while in use. Restore it from a backup.")
@@ -199,23 +202,28 @@ class AuditLog:
                     "file as evidence, and move it away to begin a new log."
                 ) from error
 
-    def _put_away(self) -> str | None:
-        """Moves a log of an earlier key aside, under its own name; the new log names it."""
+    def _put_away(self) -> tuple[str | None, list[dict[str, Any]]]:
+        """Moves a log of an earlier key aside, under its own name; the new log names it.
+
+        Returns:
+            Its name, and the last head of each other party that it keeps: the new log begins with them.
+        """
         if not self.path.exists():
-            return None
+            return None, []
         with self.path.open("rb") as file:
             first = file.readline().removesuffix(b"\n")
         try:
             key = str(json.loads(first)["facts"]["key"])
         except (ValueError, KeyError, TypeError):
-            return None  # damaged, or torn before its first line was whole: read on
+            return None, []  # damaged, or torn before its first line was whole: read on
         if key == identity_public_key(self.key).hex():
-            return None
+            return None, []
+        kept = {line["facts"]["peer"]: line["facts"] for line in events(self.path, ("witnessed",))}
         log = hashlib.sha256(first).hexdigest()
         for path in (self.path, self.path.with_suffix(".head.json")):
             if path.exists():
                 path.rename(path.with_name(path.name.replace("audit", f"audit-{log[:8]}", 1)))
-        return log
+        return log, [{**facts, "since": 0, "proof": []} for facts in kept.values()]
 
 
 @dataclass(slots=True)
@@ -280,44 +288,72 @@ class Verdict:
     refused: tuple[str, ...] = ()
 
 
-def verify_log(content: bytes, key: bytes | None, head: bytes | None = None) -> Verdict:
-    """Reads a whole log and names the first bad line.
+@dataclass(slots=True)
+class Verifier:
+    """Verifies a log line by line, so that one that grows need not be read anew; takes nothing after a bad line.
 
-    Args:
-        content: of audit.jsonl.
-        key: Ed25519 public key of its owner (32 bytes); None takes the one of the first line on trust.
-        head: of audit.head.json, the last head that was signed.
+    Attributes:
+        key: Ed25519 public key of the log's owner (32 bytes); None takes the one of the first line on trust.
+        bad, heads, refused: as of a Verdict.
     """
-    tree, prev, last, log, party = Tree(), FIRST, 0.0, "", ""
-    heads: list[Mapping[str, Any]] = []
-    refused: list[str] = []
+
+    key: bytes | None
+    tree: Tree = field(default_factory=Tree, repr=False)
     bad: tuple[int, str] | None = None
-    lines = content.split(b"\n")
-    torn = lines.pop()
-    for number, text in enumerate(lines, start=1):
-        line = _line(text)
+    log: str = ""
+    party: str = ""
+    heads: list[Mapping[str, Any]] = field(default_factory=list, repr=False)
+    refused: list[str] = field(default_factory=list)
+    _prev: str = FIRST
+    _last: float = 0.0
+
+    def take(self, text: bytes) -> None:
+        """The next line, without its end."""
+        if self.bad is not None:
+            return
+        number, line = self.tree.size + 1, _line(text)
         if line is None:
-            bad = number, "is no line of a log: it was edited, or its writer died in the middle of it"
-        else:
-            if key is None and number == 1 and isinstance(line["facts"].get("key"), str):
-                key = bytes.fromhex(line["facts"]["key"])
-            wrong = _wrong(line, number, prev, last, key or b"")
-            bad = (number, wrong) if wrong else None
-        if bad or line is None:
-            break
-        prev, last = hashlib.sha256(text).hexdigest(), float(line["time"])
+            self.bad = number, "is no line of a log: it was edited, or its writer died in the middle of it"
+            return
+        if self.key is None and number == 1 and isinstance(line["facts"].get("key"), str):
+            self.key = bytes.fromhex(line["facts"]["key"])
+        if wrong := _wrong(line, number, self._prev, self._last, self.key or b""):
+            self.bad = number, wrong
+            return
+        self._prev, self._last = hashlib.sha256(text).hexdigest(), float(line["time"])
         if number == 1:
-            log, party = prev, str(line["facts"].get("party", ""))
+            self.log, self.party = self._prev, str(line["facts"].get("party", ""))
         if line["event"] == "witnessed":
-            heads.append(line["facts"])
+            self.heads.append(line["facts"])
         elif line["event"] == "witness-refused":
-            refused.append(f"line {number}: {line['facts']['problem']} of {line['facts']['peer']}")
-        tree.append(text)
-    if bad is None and torn:
-        bad = len(lines) + 1, "is torn: its writer died in the middle of it. The next entry cuts it off"
-    if bad is None and head is not None:
-        bad = _against_head(tree, log, key or b"", parse_json(Head, head, "audit.head.json", StateInvalid))
-    return Verdict(tree.size, bad, tree, log, party, (key or b"").hex(), tuple(heads), tuple(refused))
+            self.refused.append(f"line {number}: {line['facts']['problem']} of {line['facts']['peer']}")
+        self.tree.append(text)
+
+    def verdict(self, torn: bytes = b"", head: bytes | None = None) -> Verdict:
+        """What was found in the lines so far.
+
+        Args:
+            torn: what stands after the last line end.
+            head: of audit.head.json, the last head that was signed; read before the log was, which goes on growing.
+        """
+        bad, key = self.bad, self.key or b""
+        if bad is None and torn:
+            words = "is torn: its writer died in the middle of it. The next entry cuts it off"
+            bad = self.tree.size + 1, words
+        if bad is None and head is not None:
+            bad = _against_head(self.tree, self.log, key, parse_json(Head, head, "audit.head.json", StateInvalid))
+        return Verdict(
+            self.tree.size, bad, self.tree, self.log, self.party, key.hex(), tuple(self.heads), tuple(self.refused)
+        )
+
+
+def verify_log(content: bytes, key: bytes | None, head: bytes | None = None) -> Verdict:
+    """Reads a whole log and names the first bad line; arguments as of `Verifier` and its `verdict`."""
+    verifier, lines = Verifier(key), content.split(b"\n")
+    torn = lines.pop()
+    for text in lines:
+        verifier.take(text)
+    return verifier.verdict(torn, head)
 
 
 def _line(text: bytes) -> dict[str, Any] | None:

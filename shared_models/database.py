@@ -45,9 +45,9 @@ def check(path: Path, version: int, made_by: str) -> None:
     facts = path.stat()
     if facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
         raise StateInvalid(f"{path}: must be ours alone (mode {facts.st_mode & 0o777:o}). Mend it: `chmod 600 {path}`.")
-    with connected(path) as db:
+    with reading(path) as db:
         found_version = db.execute("PRAGMA user_version").fetchone()[0]
-        found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        found = db.execute("PRAGMA integrity_check(1)").fetchone()[0].replace("\n", " ")
     if found != "ok":
         raise StateInvalid(f"{path}: is damaged ({found}). Restore it from a backup.")
     if found_version != version:
@@ -57,10 +57,17 @@ def check(path: Path, version: int, made_by: str) -> None:
 
 
 @contextmanager
-def connected(path: Path) -> Iterator[sqlite3.Connection]:
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that cannot write: it waits for no writer and none waits for it, not even as it closes."""
+    with connected(path, "ro") as db:
+        yield db
+
+
+@contextmanager
+def connected(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
     """A connection for one call; whatever SQLite complains of becomes a StateInvalid that names the file."""
     try:
-        uri = path.resolve().as_uri() + "?mode=rw"  # never makes the file
+        uri = f"{path.resolve().as_uri()}?mode={mode}"  # never makes the file
         with closing(sqlite3.connect(uri, timeout=BUSY_TIMEOUT_S, isolation_level=None, uri=True)) as db:
             db.execute("PRAGMA foreign_keys = ON")
             db.execute("PRAGMA synchronous = FULL")

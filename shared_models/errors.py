@@ -60,12 +60,14 @@ class OrderRefused(FederationError):
     Attributes:
         code: upper-case word that the coordinator may see; the message itself stays at the site.
         keys: of the site's policy that the study breaks; their names travel, what they say does not.
+        accused: the site whose message in a secure sum is at fault, where the coordinator has to know it.
     """
 
-    def __init__(self, code: str, message: str, keys: tuple[str, ...] = ()) -> None:
+    def __init__(self, code: str, message: str, keys: tuple[str, ...] = (), accused: str | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.keys = keys
+        self.accused = accused
 
 
 class UpdateRejected(FederationError):
@@ -89,11 +91,13 @@ class SumAborted(FederationError):
 
     Attributes:
         code: upper-case word for status and metrics (`SUM_BELOW_THRESHOLD`, `SUM_MASK_RESIDUE`, ...).
+        culprits: sites that have lied, beyond doubt.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, culprits: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.code = code
+        self.culprits = culprits
 
 
 class EnrolmentFailed(FederationError):

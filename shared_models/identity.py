@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from shared_models.authority import read_authority
 from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.files import write_atomic
 from shared_models.words import WORDS
@@ -76,16 +77,6 @@ class Certificate:
     expires_at_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Authority:
-    """One certificate authority of a file: its certificate as PEM, SHA-256 of its DER form, and its life."""
-
-    pem: bytes
-    fingerprint: str
-    since_s: float
-    expires_at_s: float
-
-
 def check_site_name(name: str) -> str:
     """`name` as it came, or raises EnrolmentFailed."""
     if not SITE_NAME.fullmatch(name):
@@ -125,30 +116,6 @@ def new_authority(name: str, now: datetime | None = None) -> Credential:
     return Credential(certificate.public_bytes(serialization.Encoding.PEM), _pkcs8(key))
 
 
-def authorities_in(content: bytes, where: str) -> tuple[Authority, ...]:
-    """The certificate authorities of a PEM file, in its order.
-
-    Raises:
-        StateInvalid: none can be read, or one is no certificate of an authority.
-    """
-    try:
-        loaded = x509.load_pem_x509_certificates(content)
-        may = [each.extensions.get_extension_for_class(x509.BasicConstraints).value.ca for each in loaded]
-    except (ValueError, x509.ExtensionNotFound):
-        may = [False]
-    if not all(may):
-        raise StateInvalid(f"{where}: holds no certificate of an authority, or one that is of something else.")
-    return tuple(
-        Authority(
-            pem=each.public_bytes(serialization.Encoding.PEM),
-            fingerprint=hashlib.sha256(each.public_bytes(serialization.Encoding.DER)).hexdigest(),
-            since_s=each.not_valid_before_utc.timestamp(),
-            expires_at_s=each.not_valid_after_utc.timestamp(),
-        )
-        for each in loaded
-    )
-
-
 def issue_server(authority: Credential, hosts: Sequence[str], days: float | None = SERVER_DAYS) -> Credential:
     """A server certificate for `hosts` (names or addresses) and for loopback under its usual names.
 
@@ -168,25 +135,64 @@ def issue_server(authority: Credential, hosts: Sequence[str], days: float | None
 
 def issue_signer(authority: Credential) -> Credential:
     """The coordinator's key for what it states (Ed25519), vouched for by the authority for as long as that lives."""
-    issuer = x509.load_pem_x509_certificate(authority.certificate)
-    key = ed25519.Ed25519PrivateKey.generate()
+    key = new_identity_key()
+    return Credential(certify_signer(authority, request_signer(key)), key)
+
+
+def new_authority_key() -> bytes:
+    """P-384, PKCS #8 PEM."""
+    return _pkcs8(ec.generate_private_key(ec.SECP384R1()))
+
+
+def request_issuer(key: bytes) -> bytes:
+    """A PEM signing request for an issuing key; the root names it."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "issuing")])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(_ec_key(key), hashes.SHA384())
+    return request.public_bytes(serialization.Encoding.PEM)
+
+
+def public_digest(certificate: bytes) -> str:
+    """SHA-256 of a certificate (PEM) in its DER form, hexadecimal."""
+    return read_certificate(certificate).fingerprint
+
+
+def new_identity_key() -> bytes:
+    """Ed25519, PKCS #8 PEM: of a site, or of a coordinator's statements."""
+    return _pkcs8(ed25519.Ed25519PrivateKey.generate())
+
+
+def request_signer(key: bytes) -> bytes:
+    """A PEM signing request for a coordinator's key for statements."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "coordinator")])
-    builder = _leaf(subject, issuer.subject, key.public_key(), _days_left(issuer), datetime.now(UTC))
-    return Credential(_sign_leaf(builder, DOCUMENT_SIGNING, authority), _pkcs8(key))
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(_identity(key), None)
+    return request.public_bytes(serialization.Encoding.PEM)
+
+
+def certify_signer(authority: Credential, request: bytes) -> bytes:
+    """The certificate (PEM) for the key of `request`; raises EnrolmentFailed unless that has signed it."""
+    issuer, asked = x509.load_pem_x509_certificate(authority.certificate), x509.load_pem_x509_csr(request)
+    key = asked.public_key()
+    if not asked.is_signature_valid or not isinstance(key, ed25519.Ed25519PublicKey):
+        raise EnrolmentFailed("request for a key of statements: is not signed by its own key. Make it anew.")
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "coordinator")])
+    builder = _leaf(subject, issuer.subject, key, _days_left(issuer), datetime.now(UTC))
+    return _sign_leaf(builder, DOCUMENT_SIGNING, authority)
 
 
 def vouched(authority: bytes, certificate: bytes) -> bytes | None:
-    """The key (32 bytes) of a coordinator whom `authority` (CA certificates, PEM) vouches for now, or None.
+    """The key (32 bytes) of a coordinator whom `authority` (PEM: see `read_authority`) vouches for now, or None.
 
-    A file of several is one federation's, while its authority is renewed: each of them may have issued `certificate`.
+    A revocation list that has ended still tells whom it revokes: what was signed is read for years.
     """
     try:
-        signer = x509.load_pem_x509_certificate(certificate)
-        if not any(_issued(signer, issuer) for issuer in x509.load_pem_x509_certificates(authority)):
-            return None
+        by = read_authority(authority)
+        issuer, signer = x509.load_pem_x509_certificate(by.root), x509.load_pem_x509_certificate(certificate)
+        signer.verify_directly_issued_by(issuer)
         uses = signer.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         key = signer.public_key()
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound):
+    except (StateInvalid, ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound):
+        return None
+    if signer.serial_number in by.revoked:
         return None
     valid = signer.not_valid_before_utc <= datetime.now(UTC) <= signer.not_valid_after_utc
     if not valid or DOCUMENT_SIGNING not in uses or not isinstance(key, ed25519.Ed25519PublicKey):
@@ -194,17 +200,8 @@ def vouched(authority: bytes, certificate: bytes) -> bytes | None:
     return key.public_bytes_raw()
 
 
-def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    """Whether `issuer` signed `certificate`; times are not looked at."""
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-        return False
-    return True
-
-
 def stated(authority: bytes, certificate: bytes, signature: bytes, purpose: str, content: bytes) -> bool:
-    """Whether a coordinator whom `authority` (CA certificates, PEM) vouches for signed `content` for `purpose`."""
+    """Whether a coordinator whom `authority` (a CA certificate, PEM) vouches for signed `content` for `purpose`."""
     key = vouched(authority, certificate)
     return key is not None and verify(key, signature, purpose, content)
 
@@ -221,12 +218,14 @@ def issue_site(
 ) -> bytes:
     """A client certificate (PEM) for the key of `request`; raises EnrolmentFailed for a request not of `site`.
 
+    It never outlives the key that signs it.
+
     Of the request only the key is taken over; whatever extensions it asks for are left out.
     """
     key = _requested_key(request, site)
     issuer = x509.load_pem_x509_certificate(authority.certificate)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, site)])
-    builder = _leaf(subject, issuer.subject, key, days, now or datetime.now(UTC))
+    builder = _leaf(subject, issuer.subject, key, min(days, _days_left(issuer)), now or datetime.now(UTC))
     return _sign_leaf(builder, ExtendedKeyUsageOID.CLIENT_AUTH, authority)
 
 
@@ -283,12 +282,22 @@ def read_certificate(certificate: bytes) -> Certificate:
 
 
 def is_issued_by(certificate: bytes, authority: bytes) -> bool:
-    """Whether one of `authority` (CA certificates, PEM) signed `certificate` (DER); times are not looked at."""
+    """Whether a key of `authority` (PEM) that counts signed `certificate` (PEM or DER); times are not looked at."""
     try:
-        shown = x509.load_der_x509_certificate(certificate)
-        return any(_issued(shown, issuer) for issuer in x509.load_pem_x509_certificates(authority))
-    except ValueError:
+        pem = certificate.startswith(b"-----")
+        shown = (x509.load_pem_x509_certificate if pem else x509.load_der_x509_certificate)(certificate)
+        issuers = read_authority(authority).issuers
+    except (StateInvalid, ValueError):
         return False
+    return any(_is_issued(shown, issuer) for issuer in issuers)
+
+
+def _is_issued(shown: x509.Certificate, issuer: bytes) -> bool:
+    try:
+        shown.verify_directly_issued_by(x509.load_pem_x509_certificate(issuer))
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True
 
 
 def whose(certificate: bytes) -> str:

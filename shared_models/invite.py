@@ -16,6 +16,8 @@ T = TypeVar("T")
 PREFIX = "fl1."
 PURPOSE = "enrolment"  # of the identity key's signature over `statement`
 RENEWAL = "renewal"  # the same for a RenewRequest
+SUCCESSION = "identity"  # of a new identity key's signature over the same
+OPTIONAL = ("listed", "identity_public_key", "identity_signature")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Invite:
         address: `host:port` that the hospital dials.
         ca: SHA-256 of the coordinator's CA certificate (DER), hexadecimal.
         token: 128 random bits, hexadecimal; worth one enrolment.
+        listed: number of the authority's revocation list, where its root key is kept offline: no older one is taken.
     """
 
     __pydantic_config__ = STRICT
@@ -33,6 +36,7 @@ class Invite:
     ca: str
     site: str
     token: str = field(repr=False)
+    listed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +66,16 @@ class RenewRequest:
     Attributes:
         request: signing request for a new TLS key, PEM.
         signature: by the identity key over `statement(self)`, hexadecimal: a stolen TLS key renews nothing.
+        identity_public_key: of a new identity key, or "" to keep the one that is; 32 bytes, hexadecimal.
+        identity_signature: by that new key over the same statement: the old one hands over, the new one takes.
     """
 
     __pydantic_config__ = STRICT
     site: str
     request: str
     signature: str = ""
+    identity_public_key: str = ""
+    identity_signature: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +113,8 @@ def read_invite(text: str) -> Invite:
             "invite: its fingerprint or token is malformed. Paste the whole line of `fedserver invite`, "
             "or ask the coordinator for a new one."
         )
+    if not re.fullmatch(r"[0-9]{0,9}", invite.listed):
+        raise EnrolmentFailed("invite: the number of its list is malformed. Ask the coordinator for a new one.")
     split_address(invite.address)
     check_site_name(invite.site)
     return invite
@@ -125,9 +135,14 @@ def read_message(kind: type[T], content: bytes, where: str) -> T:
 
 
 def write_message(message: Invite | JoinRequest | RenewRequest | JoinAnswer) -> bytes:
-    return canonical_json(plain(message))
+    return canonical_json(_given(message))
+
+
+def _given(message: Invite | JoinRequest | RenewRequest | JoinAnswer) -> dict[str, str]:
+    """Without what is empty and newer than the first versions, which refuse words that they do not know."""
+    return {key: value for key, value in plain(message).items() if value or key not in OPTIONAL}
 
 
 def statement(request: JoinRequest | RenewRequest) -> bytes:
     """What a site signs: that this certificate request, and in joining these public keys and this invite, are its."""
-    return canonical_json({key: value for key, value in plain(request).items() if key != "signature"})
+    return canonical_json({k: v for k, v in _given(request).items() if k not in ("signature", "identity_signature")})

@@ -11,10 +11,12 @@ from shared_models.parse import STRICT
 ENCODERS = (  # networks that answer with one vector for each image
     "resnet18", "resnet34", "resnet50", "vgg11", "vgg13", "vgg16", "vgg19", "densenet121", "efficientnet-b0",
 )  # fmt: skip
+BAGWISE = "attention-mil"  # answers for a bag of feature vectors, one for each tile of a slide
 PIXELWISE = ("unet", "dynunet", "residual-unet", "segresnet")
+NORMLESS = ("mlp", BAGWISE)
 SMALLEST_EDGE = 32  # of an encoder's example: it halves five times
 OF_MODEL = {  # the keys that some networks read and others do not
-    "features": ("unet", "residual-unet", "segresnet", "mlp"),
+    "features": ("unet", "residual-unet", "segresnet", "mlp", BAGWISE),
     "levels": ("dynunet",),
     "supervised": ("dynunet",),
     "groups": ("unet", "dynunet", "residual-unet", "segresnet", *ENCODERS),
@@ -40,22 +42,24 @@ class Model:
 
     Attributes:
         name: answering voxel by voxel: `unet`, `dynunet`, `residual-unet`, `segresnet`; image by image: `resnet18` and
-            the others of its kind; a table without an image: `mlp`.
+            the others of its kind; a table without an image: `mlp`; a bag of feature vectors, as of the tiles of a
+            slide: `attention-mil`.
         features: channels of the five levels of `unet`, then of the last up-sampling (MONAI BasicUNet's order); of the
-            levels of `residual-unet`; the first of `segresnet`, doubled three times; the hidden layers of `mlp`.
+            levels of `residual-unet`; the first of `segresnet`, doubled three times; the hidden layers of `mlp`; of
+            `attention-mil` the width of a tile's features, of its embedding, and of the attention.
         levels: of `dynunet`, from full size down; its features are there. A federated plan sets them.
         supervised: of `dynunet`: how many levels below full size answer too while it trains, each counting half of the
             one above in the loss (Isensee et al. 2021, online methods).
         norm: `group` (of `groups` groups) or `instance`; batch statistics leak and differ between sites, so `batch`
             is only for norm layers that stay at their site (`personal.keep`). `none` is for a VGG as it was published,
-            and for `mlp`.
+            and for `mlp` and `attention-mil`.
         head: of a VGG: `slim` is one layer on pooled features; `full` are the published three, 120 M parameters.
     """
 
     __pydantic_config__ = STRICT
     name: Literal[
         "unet", "dynunet", "residual-unet", "segresnet", "resnet18", "resnet34", "resnet50",
-        "vgg11", "vgg13", "vgg16", "vgg19", "densenet121", "efficientnet-b0", "mlp",
+        "vgg11", "vgg13", "vgg16", "vgg19", "densenet121", "efficientnet-b0", "mlp", "attention-mil",
     ] = "unet"  # fmt: skip
     spatial_dims: Literal[2, 3] = 2
     features: Annotated[tuple[Features, ...], Field(max_length=12)] = (32, 32, 64, 128, 256, 32)
@@ -83,15 +87,15 @@ class Model:
         if self.levels and set(self.levels[0].stride) != {1}:
             raise ValueError("the first of levels is at full size: its strides are 1")
         self._check_features()
-        if self.norm == "none" and self.name != "mlp" and not self.name.startswith("vgg"):
+        if self.norm == "none" and self.name not in NORMLESS and not self.name.startswith("vgg"):
             raise ValueError(f'norm = "none" is for a VGG or "mlp"; "{self.name}" needs "group" or "instance"')
-        if self.name == "mlp" and self.norm != "none":
-            raise ValueError('name = "mlp" has no norm; say norm = "none"')
+        if self.name in NORMLESS and self.norm != "none":
+            raise ValueError(f'name = "{self.name}" has no norm; say norm = "none"')
         if self.name.startswith("vgg") and self.spatial_dims == 3 and self.head == "full":
             raise ValueError('head = "full" is for spatial_dims = 2; in 3-D it would have 2 billion parameters')
 
     def _check_features(self) -> None:
-        count = {"unet": (6, 6), "segresnet": (1, 1), "residual-unet": (2, 8), "mlp": (0, 8)}
+        count = {"unet": (6, 6), "segresnet": (1, 1), "residual-unet": (2, 8), "mlp": (0, 8), BAGWISE: (3, 3)}
         least, most = count.get(self.name, (0, 12))
         if not least <= len(self.features) <= most:
             wanted = str(least) if least == most else f"{least} to {most}"

@@ -20,6 +20,7 @@ from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
 from shared_models.errors import StudyInvalid, WeightsInvalid
+from shared_models.mil import AttentionMil
 from shared_models.seeds import seed_of
 from shared_models.study import Model, Study
 from shared_models.vgg import Vgg
@@ -154,6 +155,11 @@ def perceptron(model: Model, inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
 
+def attention_mil(model: Model, in_channels: int, outputs: int) -> nn.Module:
+    width, embedding, attention = model.features
+    return AttentionMil(width, embedding, attention, outputs)
+
+
 MAKERS: dict[str, Callable[[Model, int, int], nn.Module]] = {
     "unet": unet,
     "dynunet": dynunet,
@@ -164,6 +170,7 @@ MAKERS: dict[str, Callable[[Model, int, int], nn.Module]] = {
     "densenet121": densenet,
     "efficientnet-b0": efficientnet,
     "mlp": perceptron,
+    "attention-mil": attention_mil,
 }
 
 DRAWING = threading.Lock()  # PyTorch's generator is one for all threads, and simulations begin several runs at once

@@ -216,17 +216,17 @@ def released(fingerprint: Fingerprint, smallest_count: int) -> Fingerprint:
     return fingerprint
 
 
-def doubted(fingerprint: Fingerprint, site: str, ct: bool, label_count: int) -> Fingerprint:
-    """A site's fingerprint as it came; what gets past may be merged.
+def doubted(fingerprint: Fingerprint, site: str, ct: bool, label_count: int, sites: int = 1) -> Fingerprint:
+    """A site's fingerprint as it came, or that of several `sites` together; what gets past may be merged.
 
     Raises:
         UpdateRejected: `FINGERPRINT_RANGE` or `FINGERPRINT_KIND`.
     """
-    if not 0 < fingerprint.labelled <= fingerprint.cases <= MOST_CASES:
+    if not 0 < fingerprint.labelled <= fingerprint.cases <= MOST_CASES * sites:
         raise UpdateRejected(
             "FINGERPRINT_RANGE",
             f"site {site!r}: claims {fingerprint.labelled} labelled of {fingerprint.cases} cases, allowed are 1 to "
-            f"{MOST_CASES}. See the site's manifest.",
+            f"{MOST_CASES * sites}. See the site's manifest.",
         )
     grey = fingerprint.sum_milli, fingerprint.square_milli
     if any(fingerprint.present[label_count:]) or any(grey if ct else fingerprint.intensity) or (
@@ -280,7 +280,7 @@ class Constraints:
 
     memory_bytes: int
     spatial_dims: Literal[2, 3]
-    modality: Literal["ct", "xray", "mr"]
+    modality: Literal["ct", "xray", "mr", "photo"]
     labels: int = 1
     batch_least: int = 2
     batch_most: int = 256
@@ -352,7 +352,7 @@ def derive(fingerprint: Fingerprint, constraints: Constraints) -> Plan:
         fingerprint_sha256=hashlib.sha256(canonical_json(plain(fingerprint))).hexdigest(),
         cases=fingerprint.cases,
         spatial_dims=dims,
-        spacing_mm=None if constraints.modality == "xray" else target_mm[:dims],
+        spacing_mm=None if constraints.modality in ("xray", "photo") else target_mm[:dims],
         median_shape=(i, j, k),
         patch=chosen.patch,
         strides=chosen.strides,

@@ -6,7 +6,7 @@ no older one, and predicts with nothing that the list calls retired.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
@@ -67,8 +67,8 @@ def sign_standings(by: Credential, standings: Standings) -> bytes:
     return canonical_json(plain(SignedStandings(standings, signature.hex(), by.certificate.decode())))
 
 
-def read_standings(content: bytes, authority: bytes, where: str) -> Standings:
-    """The list of a file, if a coordinator for whom `authority` (certificates, PEM) vouches has signed it.
+def read_standings(content: bytes, authorities: Sequence[bytes], where: str) -> Standings:
+    """The list of a file, if a coordinator for whom one of `authorities` (PEM) vouches has signed it.
 
     Raises:
         ReleaseInvalid: it is no list, or not signed so.
@@ -77,7 +77,8 @@ def read_standings(content: bytes, authority: bytes, where: str) -> Standings:
         raise ReleaseInvalid(f"{where}: is larger than a list of releases can be. Get it again.")
     signed = parse_json(SignedStandings, content, where, ReleaseInvalid)
     facts = canonical_json(plain(signed.standings))
-    if not stated(authority, signed.certificate.encode(), bytes.fromhex(signed.signature), PURPOSE, facts):
+    certificate, signature = signed.certificate.encode(), bytes.fromhex(signed.signature)
+    if not any(stated(each, certificate, signature, PURPOSE, facts) for each in authorities):
         raise ReleaseInvalid(
             f"{where}: the list is not signed by the federation that the release is of, or was changed. Ask its "
             "coordinator for the output of `fedserver release-status`."

@@ -33,10 +33,12 @@ class Strategy:
         normalise_steps: FedNova (Wang et al. 2020, equation 6): a site's update is divided by the steps that it took,
             so that a site with many images does not pull the federation towards its own optimum.
         robust: a rule that bears `malicious` sites, in the place of the mean: `median`, `trimmed_mean` (Yin et al.
-            2018), `krum`, `multi_krum` (Blanchard et al. 2017), `bulyan` (El Mhamdi et al. 2018); or `norm_bound`,
-            the mean of updates none of which is longer than `norm_bound` (Sun et al. 2019).
+            2018), `krum`, `multi_krum` (Blanchard et al. 2017), `bulyan` (El Mhamdi et al. 2018); or the mean of
+            updates none of which is longer than `norm_bound` (Sun et al. 2019), or, as `centred_clip`, none farther
+            than that from the one in their middle (Karimireddy et al. 2021), which bears backdoors too.
         malicious: how many sites of a round may send anything at all; the quorum must be large enough for it.
-        norm_bound: longest update, as a Euclidean norm; left out it is the median of the norms of the round.
+        norm_bound: longest update, or farthest from the middle, as a Euclidean norm; left out it is the median of
+            the norms, or distances, of the round.
     """
 
     __pydantic_config__ = STRICT
@@ -48,13 +50,15 @@ class Strategy:
     beta2: Below1 = 0.99
     tau: Positive = 1e-3
     normalise_steps: bool = False
-    robust: Literal["none", "median", "trimmed_mean", "krum", "multi_krum", "bulyan", "norm_bound"] = "none"
+    robust: Literal["none", "median", "trimmed_mean", "krum", "multi_krum", "bulyan", "norm_bound", "centred_clip"] = (
+        "none"
+    )
     malicious: Annotated[int, Field(ge=0, le=300)] = 0
     norm_bound: Positive | None = None
 
     def __post_init__(self) -> None:
-        if self.norm_bound is not None and self.robust != "norm_bound":
-            raise ValueError(f'norm_bound is for robust = "norm_bound", which is "{self.robust}"')
+        if self.norm_bound is not None and self.robust not in ("norm_bound", "centred_clip"):
+            raise ValueError(f'norm_bound is for robust = "norm_bound" or "centred_clip", and it is "{self.robust}"')
         if self.malicious and self.robust in ("none", "norm_bound"):
             raise ValueError(
                 f'malicious = {self.malicious} with robust = "{self.robust}", which promises nothing against a number '

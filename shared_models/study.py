@@ -15,7 +15,7 @@ from pydantic import Field
 
 from shared_models.errors import StudyInvalid
 from shared_models.files import canonical_json
-from shared_models.model_table import ENCODERS, PIXELWISE, SMALLEST_EDGE
+from shared_models.model_table import BAGWISE, ENCODERS, PIXELWISE, SMALLEST_EDGE
 from shared_models.model_table import Level as Level
 from shared_models.model_table import Model as Model
 from shared_models.parse import STRICT, parse, parse_json, plain, read_toml
@@ -32,6 +32,8 @@ from shared_models.unlabelled_table import check_unlabelled
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
+MODALITIES = {"ct": "CT", "xray": "X-ray", "mr": "MR", "photo": "colour picture"}  # as people write them
+COLOURS = ("red", "green", "blue")  # channels by these names are those of one coloured picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +244,8 @@ class Study:
 
     Attributes:
         channels: which pictures of a case the network sees, by name (`t1ce`), in its order; none named is the one
-            that there is.
+            that there is; `red`, `green` and `blue` are the colours of one picture, which is else read as grey.
+        modality: `photo` is a picture in visible light (dermoscopy, fundus, endoscopy).
         plan: `given` by the tables of this file, or `federated`: derived from counts of all sites before round 1
             (shared_models/plan.py). Then preprocess, model but for spatial_dims and dropout, and batch_size are the
             plan's, and what this file says of them is not used.
@@ -252,7 +255,7 @@ class Study:
     name: Name
     title: Annotated[str, Field(max_length=200)] = ""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    modality: Literal["ct", "xray", "mr"] = "ct"
+    modality: Literal["ct", "xray", "mr", "photo"] = "ct"
     channels: Annotated[
         tuple[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], ...], Field(max_length=16)
     ] = ()
@@ -282,7 +285,7 @@ class Study:
         check_unlabelled(self)
         if self.plan == "federated":
             return  # the tables below are the plan's to set
-        if self.table_only:
+        if self.table_only or self.of_bags:
             return  # there is no image to preprocess
         if len(self.preprocess.size) != self.model.spatial_dims:
             raise ValueError(
@@ -301,9 +304,19 @@ class Study:
         self._check_size()
 
     @property
+    def in_colour(self) -> bool:
+        """Whether the channels are the colours of one picture."""
+        return bool(self.channels) and set(self.channels) <= set(COLOURS)
+
+    @property
     def table_only(self) -> bool:
         """Whether the network sees a case's table and no image."""
         return self.model.name == "mlp"
+
+    @property
+    def of_bags(self) -> bool:
+        """Whether a case is a bag of feature vectors that somebody has computed: tiles of a slide, not the slide."""
+        return self.model.name == BAGWISE
 
     def _check_task(self) -> None:
         task, name = self.task, self.model.name
@@ -318,11 +331,15 @@ class Study:
                 raise ValueError(f'model.name = "{name}" is not for a {task.kind}; use one of {", ".join(fitting)}')
         if name == "mlp" and (task.kind != "prognosis" or not task.covariates):
             raise ValueError('model.name = "mlp" sees a table: it needs task.kind = "prognosis" and task.covariates')
+        if self.of_bags and task.kind != "classification":
+            raise ValueError(
+                f'model.name = "{name}" answers for bags of features; it needs task.kind = "classification"'
+            )
         if task.covariates and name != "mlp":
             raise ValueError('task.covariates are for model.name = "mlp", which sees a table and no image')
         if self.preprocess.fit == "patches" and task.kind not in ("segmentation", "detection"):
             raise ValueError(f'preprocess.fit = "patches" is for a segmentation or detection, this is a {task.kind}')
-        if self.evaluate.reference and (self.table_only or not self.evaluate.every):
+        if self.evaluate.reference and (self.table_only or self.of_bags or not self.evaluate.every):
             raise ValueError("evaluate.reference counts images at the final evaluation; it needs both")
         if self.evaluate.reference and task.kind in ("detection", "reconstruction"):
             raise ValueError(f"evaluate.reference has no grids for the answers of a {task.kind}")
@@ -331,8 +348,10 @@ class Study:
                 "[protect.privacy] and model.supervised are for tasks with labels; a reconstruction hides parts of "
                 "whole batches"
             )
-        if self.table_only and (self.augment != Augment() or self.channels):
-            raise ValueError('augment and channels are for images; model.name = "mlp" sees none')
+        if (self.table_only or self.of_bags) and (self.augment != Augment() or self.channels):
+            raise ValueError(f'augment and channels are for images; model.name = "{name}" sees none')
+        if self.of_bags and (self.protect.privacy is not None or self.unlabelled.method != "none"):
+            raise ValueError(f'model.name = "{name}" sees no images, which [protect.privacy] and [unlabelled] are for')
 
     def _check_size(self) -> None:
         size, divisors, model = self.preprocess.size, self.model.divisors, self.model

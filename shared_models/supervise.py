@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from shared_models.errors import ProcessFailed
+from shared_models.errors import ProcessFailed, StateInvalid
 from shared_models.files import read_json, write_atomic, write_json
 from shared_models.identity import load_secret
 from shared_models.logs import parsed
@@ -34,6 +34,10 @@ LATELY_S = 60.0
 PR_SET_PDEATHSIG = 1
 
 
+def _never(pid: int) -> str:
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Child:
     """One process to keep alive.
@@ -41,12 +45,15 @@ class Child:
     Attributes:
         env: what is added to the supervisor's own environment.
         log: where its output goes, appended.
+        hangs: asked at each look, with the number of its process; where it answers with words, the process is killed
+            with its whole group: one that hangs may hold its own interpreter, so that nothing inside could end it.
     """
 
     name: str
     command: Sequence[str]
     log: Path
     env: Mapping[str, str] = field(default_factory=dict)
+    hangs: Callable[[int], str] = _never
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,7 @@ class _Watched:
     began: float = 0.0
     failures: int = 0
     next_start: float = 0.0
+    hung: str = ""  # why it was killed
 
 
 def supervise(
@@ -140,11 +148,15 @@ def _attend(one: _Watched, patience: Patience) -> bool:
     rotate(one.child.log)
     code = reap(one.process)
     if code is None:
+        one.hung = one.hung or one.child.hangs(one.process.pid)
+        if one.hung:  # waited for at the next looks: a driver may hold a process for a while after SIGKILL
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(one.process.pid, signal.SIGKILL)
         return False
     one.failures = 1 if now - one.began >= patience.healthy_s else one.failures + 1
     pause_s = min(patience.longest_s, patience.first_s * 2 ** (one.failures - 1)) * random.uniform(0.75, 1.25)
     one.process, one.next_start = None, now + pause_s
-    words = _last_line(one.child.log) if code > 0 else ""
+    words, one.hung = one.hung or (_last_line(one.child.log) if code > 0 else ""), ""
     one.shown = Shown(None, "waiting", one.shown.restarts + 1, code, time.time(), words)
     return True
 
@@ -365,6 +377,20 @@ def kept_secret(path: Path) -> bytes:
     if not path.exists():
         write_atomic(path, secrets.token_bytes(32))
     return load_secret(path)
+
+
+def kept_token(path: Path) -> str:
+    """What lets a browser in, in a file of the owner alone, made when it is first asked for.
+
+    Raises:
+        StateInvalid: a file that holds none, or that others may read.
+    """
+    if not path.exists():
+        write_atomic(path, secrets.token_urlsafe(32).encode())
+    token = load_secret(path).decode("ascii", "replace").strip()
+    if len(token) < 32:
+        raise StateInvalid(f"{path}: holds no token of 32 letters or more. Delete it; a new one is made.")
+    return token
 
 
 def read_port(path: Path) -> int:

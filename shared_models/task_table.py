@@ -15,13 +15,13 @@ Column = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1
 
 LOSSES = {
     "segmentation": ("bce", "dice_bce", "ce", "dice_ce", "focal", "tversky"),
-    "classification": ("bce", "ce"),
+    "classification": ("bce", "ce", "focal"),
     "prognosis": ("hazard",),
     "detection": ("centre",),
     "reconstruction": ("masked_l1",),
 }
 OF_KIND = {  # the keys that a kind of task reads beside kind, labels and loss
-    "segmentation": {"regions", "focal_gamma", "tversky_beta", "tolerance_mm"},
+    "segmentation": {"regions", "tversky_beta", "tolerance_mm"},
     "classification": {"class_weights", "column", "none", "specificity"},
     "prognosis": {"intervals_days", "time_column", "event_column", "covariates"},
     "detection": set[str](),
@@ -61,11 +61,12 @@ class Task:
             marked, under any name.
         loss: segmentation: `bce` binary cross-entropy, `dice_bce` soft Dice plus that in equal parts, `focal`,
             `tversky` (a sigmoid for each label), `ce`, `dice_ce` (a softmax over the labels and the background).
-            Classification: `bce` where an image may show several labels or none, `ce` where it shows exactly one.
+            Classification: `bce` where an image may show several labels or none, `ce` where it shows exactly one, and
+            then also `focal`.
             Prognosis: `hazard`, the likelihood of discrete time. Detection: `centre`, the penalty-reduced focal loss of
             centres and the L1 of extents (Zhou et al. 2019). Reconstruction: `masked_l1`.
         regions: segmentation: what is answered instead of the labels, each a union of some of them.
-        focal_gamma: how much less an easy voxel counts (Lin et al. 2017, equation 4).
+        focal_gamma: how much less an easy voxel or image counts (Lin et al. 2017, equation 4).
         tversky_beta: weight of missed voxels, against 1 - beta of false ones (Salehi et al. 2017, equation 3).
         tolerance_mm: measure surfaces too, on the image's own grid: how far apart two may lie and still agree.
         class_weights: of each label in the loss of a classification; none given weigh alike.
@@ -100,6 +101,8 @@ class Task:
     def __post_init__(self) -> None:
         if len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels {list(self.labels)} must differ from each other")
+        if self.focal_gamma != 2.0 and self.loss != "focal":
+            raise ValueError('focal_gamma is for loss = "focal"')
         if self.loss not in LOSSES[self.kind]:
             raise ValueError(f'loss = "{self.loss}" is not for a {self.kind}; allowed: {", ".join(LOSSES[self.kind])}')
         defaults = {f.name: f.default for f in fields(Task)}
@@ -117,8 +120,6 @@ class Task:
             self._restores()
 
     def _segments(self) -> None:
-        if self.focal_gamma != 2.0 and self.loss != "focal":
-            raise ValueError('focal_gamma is for loss = "focal"')
         if self.tversky_beta != 0.7 and self.loss != "tversky":
             raise ValueError('tversky_beta is for loss = "tversky"')
         if self.regions and self.loss in ("ce", "dice_ce"):
@@ -133,8 +134,10 @@ class Task:
     def _classifies(self) -> None:
         if self.class_weights and len(self.class_weights) != len(self.labels):
             raise ValueError(f"class_weights has {len(self.class_weights)} numbers for {len(self.labels)} labels")
-        if self.loss == "ce" and len(self.labels) < 2:
-            raise ValueError('loss = "ce" tells two or more labels apart; for one that is there or not use "bce"')
+        if self.exclusive and len(self.labels) < 2:
+            raise ValueError(
+                f'loss = "{self.loss}" tells two or more labels apart; for one that is there or not use "bce"'
+            )
         if self.none in self.labels:
             raise ValueError(f"none = {self.none!r} is a label as well")
 
@@ -165,7 +168,7 @@ class Task:
     @property
     def exclusive(self) -> bool:
         """Whether exactly one of the labels is true (a softmax)."""
-        return self.loss in ("ce", "dice_ce")
+        return self.loss in ("ce", "dice_ce") or (self.kind == "classification" and self.loss == "focal")
 
     @property
     def outputs(self) -> int:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import IO, NoReturn
 from urllib.parse import unquote, urlsplit
 
-from shared_models.errors import EnrolmentFailed, TransferFailed
+from shared_models.authority import read_authority, read_files
+from shared_models.errors import EnrolmentFailed, StateInvalid, TransferFailed
 from shared_models.expiry import date_text
 from shared_models.identity import load_credential, read_certificate, split_address
 
@@ -88,13 +89,14 @@ class _Passing(Exception):
 
 
 def site_context(keys: Path) -> ssl.SSLContext:
-    """TLS 1.3 as the site of this `keys` folder: shows its certificate, trusts the coordinator's CA alone.
+    """TLS 1.3 as the site of this `keys` folder: shows its certificate, trusts the federation's authority alone.
 
     `tls.pem` holds key and certificate, so that a renewal replaces both at once.
 
     Raises:
         StateInvalid: others may read the key.
-        EnrolmentFailed: the certificate has expired; asyncio's TLS on the other side would hang up without a word.
+        EnrolmentFailed: the certificate has expired; asyncio's TLS on the other side would hang up without a word. Or
+            the authority's revocation list has.
     """
     certificate = keys / "tls.pem"
     expires_at_s = read_certificate(load_credential(certificate).certificate).expires_at_s
@@ -103,9 +105,28 @@ def site_context(keys: Path) -> ssl.SSLContext:
             f"{certificate}: this site's certificate has expired on {date_text(expires_at_s)}. Ask the coordinator for "
             "an invite, then `fedclient rejoin INVITE`."
         )
-    context = ssl.create_default_context(cafile=str(keys / "ca.pem"))
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context = trusting(read_files(keys))
+    except StateInvalid as error:
+        raise EnrolmentFailed(f"{keys}: {error}") from error
     context.load_cert_chain(certificate)
+    return context
+
+
+def trusting(authority: bytes) -> ssl.SSLContext:
+    """TLS 1.3 that takes a coordinator whom `authority` (PEM) vouches for now, and nobody else.
+
+    A root whose key is offline is no anchor itself: a peer that sends a revoked issuing key along would pass.
+
+    Raises:
+        StateInvalid: the authority is damaged, or its revocation list has ended.
+    """
+    found = read_authority(authority)
+    found.check_current()
+    context = ssl.create_default_context(cadata=found.anchors)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if found.offline:
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
 
 

@@ -109,8 +109,9 @@ class Reply:
     """What a site answers; everything that leaves a hospital is in these fields or in the tensors.
 
     Attributes:
-        refusal: code of a refused order; then of all below only `refusal_keys` and `head` may be there.
+        refusal: code of a refused order; then of all below only `refusal_keys`, `accused` and `head` may be there.
         refusal_keys: names of the keys of the site's policy that the study breaks.
+        accused: the site whose shares in a secure sum were refused.
         examples: examples behind the update, each counted once.
         losses: mean training loss of ten equal stretches of the local steps; None where it was not finite.
         scores: label (or region) -> counts of how the received weights do on split `scored`.
@@ -139,6 +140,7 @@ class Reply:
     base_sha256: Sha256
     refusal: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{2,40}$")] | None = None
     refusal_keys: Annotated[tuple[Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")], ...], Field(max_length=16)] = ()
+    accused: SiteName | None = None
     examples: Annotated[int, Field(ge=-(2**53), le=2**53)] = 0
     steps: Count = 0
     seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0

@@ -11,6 +11,7 @@ from shared_models.cli import guarded, print_json
 from shared_models.errors import StudyInvalid
 from shared_models.files import write_json
 from shared_models.study import load_study, ready_studies
+from simulations.scenario_command import scenario, scenarios
 
 app = typer.Typer(
     help="Federated studies on one machine: the real client and server code, any number of simulated sites.",
@@ -20,6 +21,8 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 CACHE = Path.home() / ".cache" / "fedimaging"
+app.command()(scenarios)
+app.command()(scenario)
 
 
 @app.command()

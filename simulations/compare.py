@@ -11,6 +11,7 @@ Settings are chosen by their scores on validation patients; test patients are lo
 import multiprocessing
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -23,10 +24,11 @@ from fedclient.data.manifest import Progress
 from fedserver.checkpoint import RunFolder, read_progress
 from fedserver.report import curves, facts, updates_told, write_report
 from shared_models.errors import StateInvalid
+from shared_models.expiry import span_text
 from shared_models.scores import measure_of, value_in
 from shared_models.study import Study
 from simulations.at_once import at_once
-from simulations.engine import NodeConfig
+from simulations.engine import NodeConfig, kept_workers
 from simulations.run import Job, Machine, Say, carry_out, check_cases, federation, jobs, left_out_jobs
 from simulations.scoring import Model, Told, score_site
 from simulations.settings import Changes, changed
@@ -122,11 +124,14 @@ def compare(
         one = replace(how, workers=min(1, how.workers))
         carry_out(replace(run.job, nodes=nodes), run.folder, one, stop)
 
+    began, before = time.monotonic(), sum(map(_rounds_done, todo))
+
     def done(place: int, of: int) -> None:
         run = todo[place]
-        say(f"{of} of {len(todo)}: {run.job.study.name} seed {run.model.seed} {run.job.name}")
+        left = time_left(before, sum(map(_rounds_done, todo)), _rounds(todo), time.monotonic() - began)
+        say(f"{of} of {len(todo)}: {run.job.study.name} seed {run.model.seed} {run.job.name}{left}")
 
-    with watched(todo, rounds):
+    with watched(todo, rounds), kept_workers():
         at_once(range(len(todo)), train, how.workers, done)
     say("scoring every model at every site")
     told = scored(asked, runs, how, devices)
@@ -137,6 +142,13 @@ def compare(
             each.study.name: _of_study(each, runs[each.study.name], told[each.study.name]) for each in asked
         },
     }  # fmt: skip
+
+
+def time_left(before: int, now: int, of: int, seconds: float) -> str:
+    """`, about 12 minutes left`: rounds of all runs that are done now and were before, and of all; empty at the end."""
+    if now <= before or now >= of:
+        return ""
+    return f", about {span_text(seconds * (of - now) / (now - before))} left"
 
 
 def devices_of(how: Machine) -> list[str]:
@@ -261,7 +273,7 @@ def tidy(results: Mapping[str, Any]) -> Iterable[list[Any]]:
 @contextmanager
 def watched(todo: Sequence[Trained], rounds: Progress) -> Iterator[None]:
     """Tells `rounds` how far all runs are, until the block ends."""
-    ended, in_all = threading.Event(), sum(run.job.study.rounds.count for run in todo)
+    ended, in_all = threading.Event(), _rounds(todo)
 
     def watch() -> None:
         while not ended.wait(0.5):
@@ -274,6 +286,10 @@ def watched(todo: Sequence[Trained], rounds: Progress) -> Iterator[None]:
     finally:
         ended.set()
         watcher.join()
+
+
+def _rounds(todo: Sequence[Trained]) -> int:
+    return sum(run.job.study.rounds.count for run in todo)
 
 
 def _rounds_done(run: Trained) -> int:

@@ -10,14 +10,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedclient.worth import FEWEST_PATIENTS, RESAMPLES
-from fedserver.comparison import DASH, MINUS, value_text
+from fedclient.worth_page import CALIBRATION, Page, environment, texts, worth_page
+from shared_models.figure_text import value_text
 from shared_models.files import write_atomic, write_json
 from shared_models.scores import NAMES
 from simulations.compare import tidy
 from simulations.compare_figures import figures_of
 from simulations.compare_tables import HEADINGS, WORDS, Line, Summary, cells_of, latex, markdown, summary, verdict_of
-from simulations.scoring import FEWEST_IN_GROUP
 
 CAPTIONS = {
     "curves": "Validation score by round, mean over sites and seeds; the band is the range over seeds.",
@@ -26,13 +25,6 @@ CAPTIONS = {
     "cost": "Test score against bytes sent and received by all sites, and against their training time on this machine.",
 }
 FEWEST_SITES = 3  # with two, who knows the mean and oneself knows the other
-CALIBRATION = {  # headline measure -> what of a row tells of calibration
-    "dice": {},
-    "auroc": {"brier": "Brier", "ece": "calibration error"},
-    "c_index": {"brier": "Brier"},
-    "cpm": {},
-    "restored": {},
-}
 
 
 def write_all(results: Mapping[str, Any], out: Path) -> dict[str, str]:
@@ -95,19 +87,10 @@ def harmed(study: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _environment() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    return Environment(
-        loader=PackageLoader("simulations"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-
-
 def _page(results: Mapping[str, Any], pages: Sequence[Mapping[str, Any]]) -> str:
     changes = {name: json.dumps(of) if of else "none: as the study says" for name, of in results["settings"].items()}
     text: str = (
-        _environment()
+        environment("simulations")
         .get_template("compare.html")
         .render(studies=pages, settings=changes, seeds=results["seeds"], headings=HEADINGS, captions=CAPTIONS)
     )
@@ -136,7 +119,7 @@ def _study_page(name: str, study: Mapping[str, Any], found: Summary, figures: Ma
 
 def site_page(site: str, study: Mapping[str, Any], found: Summary, seeds: int) -> str:
     """The page of one site: itself and the aggregate; the others by name only where the study publishes sites."""
-    shown, measure = found.chosen or found.reference, NAMES[study["measure"]]
+    shown = found.chosen or found.reference
     row = _row(study, site, shown.kind, shown.setting)
     rows = []
     for line in found.lines:
@@ -155,7 +138,7 @@ def site_page(site: str, study: Mapping[str, Any], found: Summary, seeds: int) -
             }
         )
     groups = [
-        {**_texts(each), "group": each["group"], "name": WORDS[each["kind"]].format(each["setting"])}
+        {**texts(each), "group": each["group"], "name": WORDS[each["kind"]].format(each["setting"])}
         for each in study["subgroups"][site]
         if (each["kind"], each["setting"]) in {(shown.kind, shown.setting), ("federated", shown.setting)}
     ]
@@ -167,66 +150,16 @@ def site_page(site: str, study: Mapping[str, Any], found: Summary, seeds: int) -
         }
         for other in study["sites"]
     ]
-    text: str = (
-        _environment()
-        .get_template("worth.html")
-        .render(
-            site=site,
-            title=study["title"],
-            measure=measure,
-            seeds=seeds,
-            sentence=sentence(row, shown.name),
-            harmed=row["verdict"] == "harmed",
-            rows=rows,
-            calibration=CALIBRATION[study["measure"]],
-            per_case=study["measure"] == "dice",
-            groups=groups,
-            others=others if study["publish_sites"] else [],
-            shown=shown.name,
-            resamples=RESAMPLES,
-            fewest=FEWEST_PATIENTS,
-            least=FEWEST_IN_GROUP,
-        )
-    )
-    return text
-
-
-def sentence(row: Mapping[str, Any], shown: str) -> str:
-    """For who reads one line only."""
-    figures = f"{row['value']} against training alone, 95 % interval {row['interval']}, {row['patients']} patients"
-    match row["verdict"]:
-        case "gains":
-            return f"Yes: with {shown} this hospital's patients are better off ({figures})."
-        case "harmed":
-            return f"No: with {shown} this hospital's patients are worse off ({figures}). Keep your own model."
-        case "too few patients":
-            return f"It cannot be told: too few test patients ({row['patients']}) for an interval."
-    return f"No clear difference with {shown} ({figures})."
+    published = others if study["publish_sites"] else []
+    page = Page(site, study["title"], study["measure"], seeds, row, shown.name, rows, groups, published, simulated=True)
+    return worth_page(page)
 
 
 def _row(study: Mapping[str, Any], site: str, kind: str, setting: str) -> dict[str, Any]:
     for line in study["worth"][site]:
         if (line["kind"], line["setting"]) == (kind, setting):
-            return _texts(line)
-    return _texts({})
-
-
-def _texts(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a difference as text; dashes for what there is none of."""
-    low, high, value = (line.get(key) for key in ("low", "high", "value"))
-    return {
-        "value": DASH if value is None else f"{value:+.3f}".replace("-", MINUS),
-        "interval": DASH if low is None or high is None else f"{low:+.3f} to {high:+.3f}".replace("-", MINUS),
-        "patients": line.get("patients", DASH),
-        "worst": value_text(line.get("worst_tenth")),
-        "within": _within(line.get("here") or {}),
-        "verdict": line.get("verdict", ""),
-    }
-
-
-def _within(ends: Mapping[str, float | None]) -> str:
-    low, high = ends.get("low"), ends.get("high")
-    return DASH if low is None or high is None else f"{low:.3f} to {high:.3f}"
+            return texts(line)
+    return texts({})
 
 
 def mean_at(study: Mapping[str, Any], site: str, kind: str, setting: str, figure: str = "") -> float:

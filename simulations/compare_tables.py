@@ -6,7 +6,8 @@ from math import isfinite, nan, sqrt
 from statistics import fmean
 from typing import Any
 
-from fedserver.comparison import DASH, ModelRow, Spread, spread, spread_text, value_text
+from fedserver.comparison import ModelRow, Spread, spread, spread_text
+from shared_models.figure_text import DASH, value_text
 from shared_models.scores import NAMES
 from simulations.compare import headline
 

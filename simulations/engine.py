@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -134,6 +134,62 @@ class _Worker:
     busy_with: str | None = None
     message: Message | None = None
 
+    def end(self) -> None:
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):  # of an order that a dead worker never read
+                    pipe.close()
+        self.process.kill()  # not asked to end: an order that nobody waits for may take hours
+        self.process.wait()
+
+
+@dataclass(slots=True)
+class _Idle:
+    """Workers that a run has left and the next one may take: to start one costs ten seconds and more of a core.
+
+    Attributes:
+        kept: (threads, worker); None where nobody keeps them.
+    """
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    kept: list[tuple[int, _Worker]] | None = None
+
+    def give(self, threads: int, worker: _Worker) -> bool:
+        """Takes a worker in; False where it is to be ended."""
+        with self.lock:
+            if self.kept is not None:
+                self.kept.append((threads, worker))
+            return self.kept is not None
+
+    def take(self, threads: int) -> _Worker | None:
+        """One that lives and was started with so many threads."""
+        with self.lock:
+            for place, (of, worker) in enumerate(self.kept or ()):
+                if of == threads and worker.process.poll() is None:
+                    del (self.kept or [])[place]
+                    return worker
+        return None
+
+
+_idle = _Idle()
+
+
+@contextmanager
+def kept_workers() -> Iterator[None]:
+    """Runs within the block, also those at once, hand their workers on to each other; they end with the block."""
+    with _idle.lock:
+        mine = _idle.kept is None
+        if mine:
+            _idle.kept = []
+    try:
+        yield
+    finally:
+        if mine:
+            with _idle.lock:
+                left, _idle.kept = _idle.kept or [], None
+            for _, worker in left:
+                worker.end()
+
 
 @dataclass(slots=True)
 class Pool:
@@ -188,6 +244,11 @@ class Pool:
                 write_frame(to, message_to_proto(message).SerializeToString())
 
     def _start(self) -> _Worker:
+        idle = _idle.take(self.threads)
+        if idle is not None:
+            self.workers.append(idle)
+            self.selector.register(cast(IO[bytes], idle.process.stdout), selectors.EVENT_READ, idle)
+            return idle
         command = [sys.executable, "-m", "simulations.worker"]
         env = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}  # read by OpenBLAS and MKL too
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**env, **os.environ})
@@ -199,19 +260,20 @@ class Pool:
             raise ProcessFailed("simulations.worker: did not start. Its message stands above.")
         return worker
 
-    def _end(self, worker: _Worker) -> None:
+    def _leave(self, worker: _Worker) -> None:
         self.selector.unregister(cast(IO[bytes], worker.process.stdout))
         self.workers.remove(worker)
-        for pipe in (worker.process.stdin, worker.process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):  # of an order that a dead worker never read
-                    pipe.close()
-        worker.process.kill()  # not asked to end: an order that nobody waits for may take hours
-        worker.process.wait()
+
+    def _end(self, worker: _Worker) -> None:
+        self._leave(worker)
+        worker.end()
 
     def close(self) -> None:
+        """Ends the workers, or leaves those that have nothing to do to the next run (`kept_workers`)."""
         for worker in list(self.workers):
-            self._end(worker)
+            self._leave(worker)
+            if worker.busy_with is not None or not _idle.give(self.threads, worker):
+                worker.end()
         self.selector.close()
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, cast
 
+from fedclient.alone import plain_study
 from fedclient.data.cases import state_of
 from fedclient.data.listing import list_cases
 from fedclient.data.truths import has_truth
@@ -37,12 +38,11 @@ from shared_models.files import canonical_json, read_json, write_json
 from shared_models.protect.context import LEAST_SITES
 from shared_models.scores import NAMES, Score, measure_of, row_of
 from shared_models.size import size_in_words
-from shared_models.strategy import Personal, Strategy
 from shared_models.study import Study, sha256
 from shared_models.weights import Arrays, load, schema_of
 from shared_models.wire import Order
 from simulations.at_once import at_once
-from simulations.engine import NodeConfig, run_local
+from simulations.engine import NodeConfig, kept_workers, run_local
 from simulations.phantoms import PhantomPlan, Shift, TestLabels, phantom
 from simulations.sources import config_of, pooled, sites_at
 from simulations.vois import RegionPlan, regions
@@ -187,19 +187,6 @@ def federation(name: str, study: Study, nodes: Mapping[str, NodeConfig]) -> Job:
     return Job(name, replace(study, rounds=replace(study.rounds, quorum=quorum)), nodes)
 
 
-def plain_study(study: Study) -> Study:
-    """The study for one site: what combines sites, or keeps them together, has no meaning there."""
-    return replace(
-        study,
-        train=replace(study.train, proximal_mu=0.0, scaffold=False, moon_mu=0.0),
-        strategy=Strategy(),
-        personal=Personal(keep=("norm",) if study.model.norm == "batch" else ()),
-        rounds=replace(study.rounds, quorum=1, cohort=1.0),
-        evaluate=replace(study.evaluate, every=0, reference=False),
-        protect=replace(study.protect, secure_aggregation=None),
-    )
-
-
 def left_out_jobs(study: Study, nodes: Mapping[str, NodeConfig]) -> list[Job]:
     """For each site the federation of all the others, which is then tested on it.
 
@@ -240,7 +227,10 @@ def side_by_side(todo: Sequence[Job], folder: Path, how: Machine, say: Say) -> d
     Returns the run folders by the names of the jobs.
     """
     one_each = replace(how, workers=min(1, how.workers))
-    runs = at_once(todo, lambda j, stop: carry_out(j, folder, one_each, stop), how.workers, lambda j, _: say(j.name))
+    with kept_workers():
+        runs = at_once(
+            todo, lambda j, stop: carry_out(j, folder, one_each, stop), how.workers, lambda j, _: say(j.name)
+        )
     return {job.name: run for job, run in zip(todo, runs, strict=True)}
 
 

@@ -33,6 +33,8 @@ SETTINGS: Mapping[str, Changes] = {
         "strategy": {"robust": "multi_krum", "malicious": 1, "weighting": "uniform"},
         "rounds": {"quorum": 5},
     },
+    "norm-bound": {"strategy": {"robust": "norm_bound"}},
+    "centred-clip": {"strategy": {"robust": "centred_clip", "weighting": "uniform"}},
     # at the site
     "fedprox": {"train": {"proximal_mu": 0.01}},
     "fedsgd": {"train": SGD},

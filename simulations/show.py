@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fedserver.checkpoint import RunFolder, read_progress
-from fedserver.comparison import value_text
+from shared_models.figure_text import value_text
 
 Say = Callable[[str], None]
 

@@ -11,14 +11,16 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from fedclient.enrol import Joined, join
-from fedserver.enrol import Federation, init_federation, invite
-from fedserver.gateway import Gateway, gateway_server, open_gateway, server_context
+from fedserver.enrol import Federation, Found, init_federation, invite
+from fedserver.gateway import Gateway, gateway_server, open_gateway
+from fedserver.server_tls import server_context, trust_issuers
 from fedserver.watch import watch
 from shared_models.identity import node_public_key, node_public_pem
-from shared_models.transfer import Blobs, site_context
+from shared_models.transfer import Blobs, site_context, trusting
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +104,11 @@ def serve_standin(federation: Federation) -> tuple[http.server.ThreadingHTTPServ
 
 
 @contextmanager
-def running_edge(folder: Path) -> Iterator[Edge]:
+def running_edge(folder: Path, found: Found | None = None) -> Iterator[Edge]:
     """A new federation in `folder`, served on a free port until the block ends."""
     listening = socket.create_server(("127.0.0.1", 0))
-    federation = init_federation(folder, "Test federation", f"127.0.0.1:{listening.getsockname()[1]}")
+    address = f"127.0.0.1:{listening.getsockname()[1]}"
+    federation = init_federation(folder, "Test federation", address, found=found)
     standin_server, standin = serve_standin(federation)
     nodes: list[str] = []
 
@@ -115,11 +118,13 @@ def running_edge(folder: Path) -> Iterator[Edge]:
 
     gateway = open_gateway(federation, f"127.0.0.1:{standin.port}", register_node)
     gateway.enrolments.burst = gateway.enrolments.per_s = 10_000
-    context, gone = server_context(federation), list[int]()
+    context, gone = server_context(federation, gateway.refusals), list[int]()
     server = gateway_server(gateway, context, "127.0.0.1", 0)
 
     async def serve() -> None:
-        watching = asyncio.create_task(watch(federation, gateway.admission, server, context, gone.append))
+        trust = partial(trust_issuers, federation, context)
+        looking = watch(federation, gateway.admission, gateway.refusals, server, context, trust, gone.append)
+        watching = asyncio.create_task(looking)
         await server.serve(sockets=[listening])
         watching.cancel()
         await gateway.superlink.aclose()
@@ -150,7 +155,7 @@ def node_headers(site: Joined) -> dict[str, str]:
 
 
 def stranger_context(edge: Edge) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=str(edge.federation.ca_certificate))
+    return trusting(edge.federation.authority)
 
 
 def ask(

@@ -80,6 +80,23 @@ def test_the_share_of_members_at_one_percent_false_positives_is_counted_by_hand(
     assert found.auc == pytest.approx((197 + 198.5 + 199 + 200) / 800)
 
 
+def test_the_interval_of_what_is_found_draws_patients_with_all_their_networks():
+    """Of ten patients nine are found in every network, so that a resample finds a binomial share of them."""
+    members = np.tile(np.array([[True], [False]]), (20, 10))
+    scores = np.where(members, 2.0, 1.0)
+    scores[:, 9] = 0.0
+    found = membership.reach_between(scores, members, TINY)
+    assert found.found == pytest.approx(0.9)
+    assert found.between == (0.7, 1.0)  # 2.5 % of a binomial of 10 at 0.9, and its upper end
+
+
+def test_whitened_slices_are_uncorrelated_and_of_one_size(people):
+    flat = np.concatenate([p.slices[:, 0] for p in membership.whitened(people)]).astype(np.float64)
+    assert len(flat) == sum(len(p.slices) for p in people)
+    np.testing.assert_allclose(flat.T @ flat / len(flat), np.eye(flat.shape[1]), atol=1e-4)
+    np.testing.assert_allclose(flat.mean(0), 0, atol=1e-4)
+
+
 def test_the_likelihood_ratio_judges_a_network_by_the_others_alone():
     members = np.array([[True], [True], [False], [False], [True]])
     sure = np.array([[5.0], [5.0], [1.0], [1.0], [1.0]])

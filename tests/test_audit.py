@@ -239,6 +239,21 @@ def test_a_renewed_key_begins_a_new_log_that_names_the_old_one(log, tmp_path):
     assert verify_log(renewed.path.read_bytes(), identity_public_key(THEIRS)).bad is None
 
 
+def test_a_renewed_key_forgets_no_head_of_another_log(pair):
+    site, fed = pair
+    exchange(site, fed, 3)
+    renewed = new_log(fed.path.parent, identity_of_another(), "coordinator")
+    renewed.add("order")
+    assert (renewed.kept["north"].log, renewed.kept["north"].size) == (site.log, 4)
+    site.path.write_bytes(joined(lines_of(site)[:2]))
+    assert exchange(new_log(site.path.parent, at=9000.0), renewed) == ["LOG_FORKED"], "though our key changed meanwhile"
+    assert verify_log(renewed.path.read_bytes(), identity_public_key(renewed.key)).bad is None
+
+
+def identity_of_another() -> bytes:
+    return new_site_keys().identity
+
+
 def test_a_damaged_log_is_not_written_on(log, tmp_path):
     log.path.write_bytes(log.path.read_bytes().replace(b'{"event"', b'{"evnt"', 1))
     with pytest.raises(StateInvalid, match="line 1 is damaged"):

@@ -13,7 +13,6 @@ import pytest
 from typer.testing import CliRunner
 
 import fedserver.cli
-from fedserver import backup as backups
 from fedserver.backup import backup, last_backup_s, read_manifest, restore
 from fedserver.checkpoint import RunFolder, read_state
 from fedserver.cohort import Presence
@@ -43,7 +42,7 @@ STUDY = Study(
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """The cost of scrypt is the owner's wish, not the tests'."""
-    monkeypatch.setattr(backups, "SCRYPT_N", 2**10)
+    monkeypatch.setattr("fedserver.passphrase.SCRYPT_N", 2**10)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ SUBCOMMANDS = {
     "fedclient": [
         "join", "rejoin", "renew", "check", "waive", "card", "policy", "studies", "show", "approve", "refuse",
         "withdraw", "sent", "audit", "start", "status", "budget", "ledger", "doctor", "logs", "page", "serve-model",
-        "drift", "predict", "verify", "explain", "worklist", "trust",
+        "drift", "predict", "verify", "explain", "worklist",
     ],
     "fedsim": ["run", "compare", "settings", "studies", "privacy", "tables", "demo", "phantom", "attack"],
 }  # fmt: skip
@@ -323,8 +323,10 @@ def test_a_queued_run_is_shown_and_stopped_and_goes_on(federation):
 def test_the_ready_studies_are_listed():
     assert "lung-ct-quick" in call("fedsim", "studies")[1]
     ready = {"brats-tumour", "chest-xray", "ct-nodule", "hippocampus", "lung-ct", "lung-ct-quick", "lung-nodule"}
-    ready |= {"brca-prognosis", "lung-ct-private", "lung-ct-secure", "nodule-malignancy", "nodule-presence"}
+    ready |= {"brca-prognosis", "lung-ct-private", "lung-ct-private-secure", "lung-ct-secure", "nodule-malignancy"}
+    ready |= {"nodule-presence"}
     ready |= {"chest-xray-masked", "ct-lesion", "lung-detect"}
+    ready |= {"fed-camelyon16", "fed-isic2019", "fed-ixi", "fed-kits19"}
     assert set(parsed("fedsim", "studies", "--json")) == ready
 
 

@@ -11,12 +11,13 @@ import torch
 from scipy.stats import ttest_rel
 
 import simulations.compare as comparing
-from fedserver.comparison import MINUS
 from shared_models.errors import StudyInvalid
+from shared_models.expiry import span_text
+from shared_models.figure_text import MINUS
 from shared_models.files import read_json
 from shared_models.metrics import as_row, counts
 from shared_models.study import Evaluate, Model, Personal, Preprocess, Rounds, Study, Train
-from simulations.compare import Asked, compare, planned_runs
+from simulations.compare import Asked, compare, planned_runs, time_left
 from simulations.compare_page import harmed, site_page, write_all
 from simulations.compare_run import data_of, machine_of
 from simulations.compare_tables import holm, latex, markdown, summary, verdict_of
@@ -75,7 +76,8 @@ def test_a_comparison_is_carried_out_once_and_its_files_hold_every_figure(tmp_pa
     said: list[str] = []
     results = compare([Asked(STUDY, where)], SETTINGS, 1, out, how, said.append, lambda done, of: None)
     files = write_all(results, out)
-    assert said[0] == "1 of 5: tiny seed 0 pooled"
+    assert said[0].startswith("1 of 5: tiny seed 0 pooled, about ")
+    assert said[4] == "5 of 5: tiny seed 0 prox_uniform"
     rows = list(csv.DictReader(Path(files["tidy"]).read_text().splitlines()))
     dice = {(r["strategy"], r["model"], r["site"]): float(r["value"]) for r in rows
             if (r["split"], r["measure"]) == ("test", "dice")}  # fmt: skip
@@ -118,6 +120,12 @@ def test_several_runs_share_the_one_gpu_that_was_named_each_with_its_own_worker(
     with pytest.raises(StudyInvalid, match="far enough"):
         compare([Asked(STUDY, where)], SETTINGS, 3, Path("out"), how, lambda _: None, lambda done, of: None)
     assert begun == [(1, {("cuda:0", 1)})] * 15
+
+
+def test_the_time_left_is_that_of_the_rounds_that_are_left():
+    assert time_left(10, 30, 90, 60.0) == f", about {span_text(180.0)} left"
+    assert time_left(10, 10, 90, 60.0) == "", "nothing is known yet"
+    assert time_left(10, 90, 90, 60.0) == ""
 
 
 def row(kind: str, setting: str, seed: int, site: str, split: str, dice: float, trained: str = "") -> dict[str, Any]:

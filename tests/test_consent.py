@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from fedclient.app import client_app
+from fedclient.client import client_app
 from fedclient.consent import Decision, admitted, check_decision, decide, find_asked, list_asked, read_decision
 from fedclient.explain import explained
 from fedclient.policy import Policy, in_words, objections
@@ -112,7 +112,9 @@ def test_hours_that_are_none_are_refused(change):
 
 def test_every_key_of_the_policy_is_told_in_words():
     told = " ".join(
-        in_words(Policy(17, "ask", 93, ("t1",), ("m1",), 71, 5, ("secure-sum",), ("20:00-06:00",), "UTC", 0.79))
+        in_words(
+            Policy(17, "ask", 93, ("t1",), ("m1",), 71, 5, ("secure-sum",), ("20:00-06:00",), "UTC", 0.79, ("west-7",))
+        )
     )
     for word in (
         "79%",
@@ -125,6 +127,7 @@ def test_every_key_of_the_policy_is_told_in_words():
         "5 or more",
         "secure-sum",
         "20:00",
+        "west-7",
     ):
         assert word in told
 
@@ -153,6 +156,15 @@ def test_a_study_that_the_coordinator_did_not_sign_for_this_run_is_not_looked_at
     assert refused(replace(good, study=canonical(replace(STUDY, seed=1)).decode()), site).code == "STUDY_MISMATCH"
     assert not (site.folder / "studies").exists()
     assert admitted(good, site).name == "north"
+
+
+def test_a_study_that_is_refused_is_written_down_at_the_site(edge, hospitals):
+    hospitals.join("north", INSIDE)
+    with pytest.raises(RoundPaused):
+        hospitals.run(STUDY, "unsigned", sign=None)
+    lines = read_lines(hospitals.sites["north"] / "audit.jsonl")
+    codes = {line["facts"]["code"] for line in lines if line["event"] == "order-refused"}
+    assert codes == {"STUDY_UNSIGNED"}
 
 
 # The decision

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from shared_models.database import check, connected, create, writing
+from shared_models.database import check, connected, create, reading, writing
 from shared_models.errors import StateInvalid
 from tests.crash import fresh, killed_at
 
@@ -72,3 +72,33 @@ def test_what_is_missing_exposed_damaged_or_of_another_layout_is_refused(tmp_pat
     with pytest.raises(StateInvalid, match=r"state\.db: "), connected(path) as db:
         db.execute("SELECT 1 FROM things")
     assert sqlite3.sqlite_version_info >= (3, 37)  # STRICT tables
+
+
+def test_a_reader_writes_nothing_waits_for_no_writer_and_leaves_the_log_of_writes_as_it_was(tmp_path):
+    path = tmp_path / "state.db"
+    create(path, SCHEMA)
+    log = tmp_path / "state.db-wal"
+    with connected(path) as kept:  # so that nobody who closes is the last
+        kept.execute("SELECT 1 FROM things").fetchall()
+        with writing(path) as db:
+            db.execute("INSERT INTO things VALUES ('first')")
+        before = log.read_bytes()
+        with writing(path) as db, reading(path) as reader:
+            db.execute("INSERT INTO things VALUES ('second')")
+            assert reader.execute("SELECT name FROM things").fetchall() == [("first",)]
+        with pytest.raises(StateInvalid, match="readonly"), reading(path) as reader:
+            reader.execute("INSERT INTO things VALUES ('third')")
+        assert log.read_bytes().startswith(before)
+
+
+def test_what_a_killed_writer_has_left_is_read_by_who_cannot_write(tmp_path):
+    """The file and its log as they lie there after a crash, without SQLite's index in shared memory."""
+    path, copy = tmp_path / "state.db", tmp_path / "copy" / "state.db"
+    create(path, SCHEMA)
+    copy.parent.mkdir()
+    with connected(path) as db:
+        db.execute("INSERT INTO things VALUES ('kept')")
+        for end in ("", "-wal"):
+            (copy.parent / f"state.db{end}").write_bytes((tmp_path / f"state.db{end}").read_bytes())
+    with reading(copy) as reader:
+        assert reader.execute("SELECT name FROM things").fetchall() == [("kept",)]

@@ -260,7 +260,8 @@ def test_steps_are_full_batches_from_a_reshuffled_stream(data: DataSet) -> None:
 @pytest.mark.parametrize("how", [{"epochs": 2}, {"steps": 4}])
 def test_the_same_rng_gives_the_same_batches_in_a_thread_too(data: DataSet, how: dict[str, int]) -> None:
     def drawn(seed: int, ahead: bool) -> Iterable[Batch]:
-        return data.batches(2, np.random.default_rng(seed), augment=EVERYTHING, ahead=ahead, **how)
+        epochs, steps = how.get("epochs"), how.get("steps")
+        return data.batches(2, np.random.default_rng(seed), epochs=epochs, steps=steps, augment=EVERYTHING, ahead=ahead)
 
     assert same(drawn(1, ahead=False), drawn(1, ahead=True))
     assert not same(drawn(1, ahead=False), drawn(2, ahead=False))

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import fedclient.cli
 import fedserver.cli
-from fedclient.app import client_app
+from fedclient.client import client_app
 from fedclient.egress import check_tensors, release, release_code, sent
 from fedclient.policy import Policy
 from fedclient.site import Site

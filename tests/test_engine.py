@@ -15,7 +15,7 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_to_proto
 
-from fedclient.app import client_app
+from fedclient.client import client_app
 from fedclient.site import Site
 from fedclient.work import Learned
 from fedserver.checkpoint import RunFolder, create_run, finish_round, read_state
@@ -25,7 +25,16 @@ from shared_models.nets import initial_weights
 from shared_models.study import Augment, Evaluate, Model, Preprocess, Rounds, Study, Train, canonical, sha256
 from shared_models.weights import Arrays
 from shared_models.wire import Order, Reply, pack, read_reply, tensors_of, write_order, write_reply
-from simulations.engine import LocalGrid, NodeConfig, Pool, identify, read_frame, run_local, write_frame
+from simulations.engine import (
+    LocalGrid,
+    NodeConfig,
+    Pool,
+    identify,
+    kept_workers,
+    read_frame,
+    run_local,
+    write_frame,
+)
 from simulations.phantoms import PhantomPlan, phantom
 from tests.toys import WEIGHTS, ToyLearner, new_run, nodes, toy_app
 
@@ -322,6 +331,42 @@ def test_closing_the_pool_ends_its_workers_also_those_with_an_order_that_nobody_
     workers.close()
     assert time.monotonic() - began < 10
     assert [process.returncode is not None for process in processes] == [True, True]
+
+
+def test_a_worker_that_is_kept_serves_the_next_run_of_as_many_threads_and_ends_with_the_block(pool):
+    with kept_workers():
+        first = pool(1)
+        submit(first, "m1")
+        replies(first, 1)
+        (kept,) = first.workers
+        first.close()
+        assert kept.process.poll() is None
+        other, same = pool(1, threads=2), pool(1)
+        for workers in (other, same):
+            submit(workers, "m2")
+            assert not replies(workers, 1)["m2"].has_error()
+        assert other.workers[0].process.pid != kept.process.pid
+        assert same.workers[0].process.pid == kept.process.pid
+        for workers in (other, same):
+            workers.close()
+    assert kept.process.returncode is not None
+
+
+def test_a_kept_worker_that_has_died_is_not_taken_and_a_busy_one_not_kept(pool):
+    with kept_workers():
+        first = pool(2)
+        submit(first, "m1")
+        submit(first, "m2", takes_s=60)
+        replies(first, 1)
+        idle, busy = sorted(first.workers, key=lambda worker: worker.busy_with is not None)
+        first.close()
+        assert busy.process.returncode is not None
+        idle.process.kill()
+        idle.process.wait()
+        second = pool(1)
+        submit(second, "m3")
+        assert not replies(second, 1)["m3"].has_error()
+        assert second.workers[0].process.pid not in (idle.process.pid, busy.process.pid)
 
 
 def test_a_worker_takes_no_more_threads_than_it_was_given_unless_the_environment_says_so(pool, monkeypatch):

@@ -9,9 +9,13 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 
+from fedclient.egress import sent
 from fedclient.executor import Work, answer, code_of
+from fedclient.site import Data, SiteFile, site_toml
 from shared_models.archive import app_archive, digest
 from shared_models.errors import FederationError, ManifestInvalid, OrderRefused
+from shared_models.files import write_atomic
+from shared_models.identity import new_site_keys, save_secret
 
 CONTEXT = Context(1, 2, {}, RecordDict(), {})
 
@@ -43,6 +47,13 @@ def test_another_archive_is_refused_with_its_digest_and_no_app_is_called() -> No
     reply, failed = answer(work(tripwire), order(), CONTEXT, app_archive() + b"x")
     assert (reply.error.code, reply.error.reason) == (ErrorCode.INVALID_FAB, failed)
     assert failed == f"APP_NOT_APPROVED {digest(app_archive() + b'x')[:12]}"
+
+
+def test_another_archive_is_written_down_at_the_site(tmp_path: Path) -> None:
+    save_secret(tmp_path / "keys/identity.key", new_site_keys().identity)
+    write_atomic(tmp_path / "site.toml", site_toml(SiteFile("north", "a:1", "Test", Data(str(tmp_path)))).encode())
+    answer(Work("127.0.0.1:1", tmp_path / "secrets/task", echo, "0" * 64), order(), CONTEXT, app_archive())
+    assert [line["code"] for line in sent(tmp_path)] == [f"APP_NOT_APPROVED {digest(app_archive())[:12]}"]
 
 
 def test_an_exception_leaves_as_a_code_and_stays_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

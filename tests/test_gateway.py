@@ -1,3 +1,4 @@
+import asyncio
 import hashlib
 import http.client
 import logging
@@ -10,39 +11,46 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from flwr.app import ConfigRecord, RecordDict
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, PushMessagesRequest
-from flwr.proto.message_pb2 import Message, Metadata
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PushObjectRequest
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedclient.enrol import Joined
 from fedserver import gateway as gateways
 from fedserver import intake as intakes
 from fedserver import listener
+from fedserver.fleet import MOST_OBJECTS
 from fedserver.gateway import Allowance
 from fedserver.intake import Intake, sweep
 from fedserver.lifecycle import revoke
 from fedserver.state import find_site, remember_node
+from shared_models.audit import AuditLog
 from shared_models.expiry import date_text
-from shared_models.files import write_atomic
+from shared_models.files import read_lines, write_atomic
 from shared_models.identity import (
     Credential,
     issue_site,
     load_credential,
     new_authority,
+    new_site_keys,
     request_certificate,
     save_credential,
 )
+from shared_models.refusals import MOST_KINDS, Refusals
 from shared_models.transfer import site_context
 from tests.edge import Answer, Edge, ask, joined_site, node_headers, running_edge, stranger_context
 
 BLOB = random.Random(1).randbytes(699_999) + b"."  # known, so that tests have the same names in every process
 DIGEST = hashlib.sha256(BLOB).hexdigest()
 PULL, PUSH, ACTIVATE = "/v1/fleet/pull-messages", "/v1/fleet/push-messages", "/v1/fleet/activate-node"
+OBJECT = "/v1/fleet/push-object"
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +306,32 @@ def test_a_node_answers_for_itself_alone(edge: Edge, north: Site, south: Site) -
     assert len(edge.superlink.arrived) == 2
 
 
+def test_a_reply_holds_few_objects_and_none_of_tensors(edge: Edge, north: Site) -> None:
+    edge.superlink.answers[ACTIVATE] = (200, ActivateNodeResponse(node_id=7).SerializeToString())
+    assert fleet(edge, north, ACTIVATE).status == 200
+    edge.superlink.arrived.clear()
+    deep = ObjectTree()
+    under = deep
+    for _ in range(MOST_OBJECTS):
+        under = under.children.add()
+    wide = ObjectTree(children=[ObjectTree() for _ in range(10_000)])
+    for tree in (deep, wide):
+        body = PushMessagesRequest(
+            messages_list=[Message(metadata=Metadata(src_node_id=7))], message_object_trees=[tree]
+        )
+        refused = fleet(edge, north, PUSH, body.SerializeToString())
+        assert (refused.status, "more than 64 objects" in refused.detail) == (400, True)
+    for content in (b"Array a 3\0abc", b"ArrayChunk  1\0x", b"Context  1\0x", b"", b"x" * 100_000, b"ConfigRecord"):
+        refused = fleet(edge, north, OBJECT, PushObjectRequest(object_content=content).SerializeToString())
+        assert (refused.status, "no reply is made of" in refused.detail) == (400, True)
+    assert fleet(edge, north, OBJECT, b"\xff\xff").status == 400
+    assert edge.superlink.arrived == []
+    reply = RecordDict({"facts": ConfigRecord({"json": b"{}"})})
+    for thing in get_all_nested_objects(reply).values():
+        sent = PushObjectRequest(object_content=thing.deflate()).SerializeToString()
+        assert fleet(edge, north, OBJECT, sent).status == 200
+
+
 def test_a_large_body_is_refused_and_the_client_hears_why(edge: Edge, north: Site) -> None:
     refused = fleet(edge, north, PULL, bytes(9 << 20))
     assert (refused.status, "at most 8388608" in refused.detail) == (413, True)
@@ -313,6 +347,49 @@ def test_a_body_without_a_length_is_refused(edge: Edge, north: Site) -> None:
             connection.putheader(name, value)
         connection.endheaders()  # and no body: the answer comes before it, and the connection ends with it
         assert connection.getresponse().status == 411
+
+
+@pytest.mark.parametrize("length", ["00000000000000000000000009000000", "+9000000", "9e6", "0x1", " ", "5, 9000000"])
+def test_a_length_that_is_written_otherwise_gets_nobody_past_the_limit(edge: Edge, north: Site, length: str) -> None:
+    host, port = edge.address.split(":")
+    with closing(http.client.HTTPSConnection(host, int(port), context=north.context, timeout=10)) as connection:
+        connection.putrequest("POST", PULL)
+        for name, value in {**node_headers(north.joined), "content-length": length}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        with suppress(ConnectionError, ssl.SSLError):
+            connection.send(bytes(9_000_000))
+        with suppress(ConnectionError, ssl.SSLError, http.client.HTTPException):
+            response = connection.getresponse()
+            assert response.status == 400
+            response.read()
+    assert edge.superlink.arrived == []
+
+
+def test_a_body_in_memory_is_bounded_in_bytes_and_time_whatever_it_announces(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = 0
+
+    async def receive() -> dict[str, object]:
+        nonlocal sent
+        sent += 1
+        return {"type": "http.request", "body": bytes(1000), "more_body": True}
+
+    with pytest.raises(listener.Refused, match="at most 4500") as refused:
+        asyncio.run(listener.Body(receive, size_bytes=10).read(4500))
+    assert (refused.value.status, sent) == (413, 5)
+
+    async def drip() -> dict[str, object]:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    monkeypatch.setattr(listener, "READ_S", 0.1)
+    with pytest.raises(listener.Refused, match="not here within"):
+        asyncio.run(listener.Body(drip, size_bytes=10**6).read(10**6))
+
+
+def test_a_stranger_gets_one_answer_a_connection_and_a_site_many(edge: Edge, north: Site) -> None:
+    assert ask(edge, stranger_context(edge), "GET", "/enrol/ca").headers["connection"] == "close"
+    assert "connection" not in ask(edge, north.context, "GET", "/health").headers
 
 
 def test_a_superlink_that_is_away_is_a_503(edge: Edge, north: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,6 +610,50 @@ def test_strangers_do_not_crowd_out_the_sites(edge: Edge, north: Site, monkeypat
     finally:
         for one in idle:
             one.close()
+
+
+def test_one_site_does_not_crowd_out_another(
+    edge: Edge, north: Site, south: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "MOST_OF_ONE", 3)
+    host, port = edge.address.split(":")
+    with ExitStack() as idle:
+        for _ in range(3):
+            raw = idle.enter_context(closing(socket.create_connection((host, int(port)))))
+            idle.enter_context(closing(south.context.wrap_socket(raw, server_hostname=host)))
+        with pytest.raises((ConnectionError, ssl.SSLError, http.client.HTTPException)):
+            ask(edge, south.context, "GET", "/health")
+        assert ask(edge, north.context, "GET", "/health").status == 200
+
+
+def test_what_is_refused_stands_in_the_audit_log_and_a_flood_of_it_as_a_count(tmp_path: Path) -> None:
+    now, log = [0.0], AuditLog(tmp_path / "audit.jsonl", "Test", new_site_keys().identity)
+    refusals = Refusals(lambda: log, clock=lambda: now[0])
+
+    def told(at_s: float, times: int) -> list[dict[str, object]]:
+        """What is written once `times` more strangers were refused, and another look is taken at `at_s`."""
+        now[0], before = at_s, len(read_lines(log.path))
+        for _ in range(times):
+            refusals.note("NO_CERTIFICATE")
+        refusals.write()
+        return [line["facts"] for line in read_lines(log.path)[max(before, 1) :]]
+
+    assert told(0, 1) == [{"code": "NO_CERTIFICATE", "times": 1}], "the first at once"
+    assert told(1, 1000) == [], "and then as a count"
+    assert told(61, 0) == [{"code": "NO_CERTIFICATE", "times": 1000}]
+    assert told(62 + 60, 5) == [], "the pause has doubled"
+    assert told(62 + 120, 0) == [{"code": "NO_CERTIFICATE", "times": 5}]
+    assert told(10_000, 0) == []
+    assert told(20_000, 0) == []
+    assert refusals.counts == {}, "an attack that has ended is forgotten"
+    refusals.note("NODE_KEY", "south")
+    refusals.note("NODE_KEY", "x\n{" * 99)
+    refusals.write(all_of_it=True)
+    lines = [line["facts"] for line in read_lines(log.path)[-2:]]
+    assert lines == [{"code": "NODE_KEY", "times": 1, "site": "south"}, {"code": "NODE_KEY", "times": 1}]
+    for number in range(2 * MOST_KINDS):
+        refusals.note("NOT_ENROLLED", f"s{number}")
+    assert len(refusals.counts) <= MOST_KINDS + 1
 
 
 def test_an_allowance_is_spent_and_comes_back() -> None:

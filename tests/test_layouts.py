@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from fedclient.data.cases import Mask
+from fedclient.data.layouts.flamby import KEPT
 from fedclient.data.layouts.peek import FOLDERS, peek
 from fedclient.data.listing import LAYOUTS, described, fitting_layouts, list_cases, sites_in
 from fedclient.data.where import Where
 from shared_models.errors import ManifestInvalid
 from shared_models.files import write_atomic
-from simulations.fixtures import Example, brain, write_brats, write_nnunet
+from simulations.fixtures import Example, brain, write_brats, write_flamby, write_nnunet
 from simulations.fixtures.datasets import WRITTEN, write_data_set
 
 
@@ -22,6 +23,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sets")
     for name in WRITTEN:
         write_data_set(root / name, name, patients=1, slices=2, size=16)
+    for name in KEPT:
+        write_flamby(root / name, name, 1, 0, size=16)
     (root / "manifest").mkdir()
     (root / "manifest" / "manifest.csv").write_text("patient_id,image,mask\n")
     return root
@@ -34,7 +37,7 @@ def refusal(where: Where) -> str:
 
 
 def test_every_layout_is_found_by_what_its_folder_holds_and_by_nothing_else(sets: Path) -> None:
-    assert {*WRITTEN, "manifest", "brats"} == LAYOUTS.keys()
+    assert {*WRITTEN, *KEPT, "manifest", "brats"} == LAYOUTS.keys()
     found = {name: fitting_layouts(sets / name) for name in LAYOUTS if name != "brats"}
     assert found == {name: [name] for name in found}
 

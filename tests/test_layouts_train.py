@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import simulations.fixtures.datasets as datasets
+from fedclient.data.layouts.flamby import KEPT
 from fedserver.checkpoint import create_run, read_state
 from shared_models.files import read_lines
 from shared_models.nets import initial_weights
 from shared_models.study import Evaluate, Model, Preprocess, Rounds, Study, Task, Train, load_study
 from simulations.engine import run_local
-from simulations.fixtures import brain, chest
+from simulations.fixtures import brain, chest, write_flamby
 from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, node_configs
 
@@ -29,6 +30,7 @@ STUDY = Study(
     evaluate=Evaluate(every=0),
 )
 BRATS = load_study("brats-tumour")
+LEVELS = load_study("fed-kits19").model.levels[:3]
 READY = {"pacs": "lung-ct", "lidc-idri": "ct-nodule", "luna16": "ct-nodule", "table": "chest-xray"}  # else lung-ct
 
 
@@ -55,14 +57,36 @@ def tiny(layout: str) -> Study:
     return replace(STUDY, modality=ready.modality, task=ready.task, preprocess=replace(ready.preprocess, size=(32, 32)))
 
 
+def smaller(name: str) -> Study:
+    """A study of FLamby's data, at a size for tests; in colour, 3-D and by bags as it is."""
+    study = load_study(name)
+    study = replace(study, rounds=STUDY.rounds, evaluate=STUDY.evaluate)
+    train = replace(study.train, local_steps=12, batch_size=4, learning_rate=1e-2, deterministic=True)
+    match name:
+        case "fed-ixi":
+            model = replace(study.model, features=(8, 8, 8))
+            return replace(study, model=model, train=train, preprocess=replace(study.preprocess, size=(16, 16, 16)))
+        case "fed-kits19":
+            levels = tuple(replace(level, features=8) for level in LEVELS)  # which halve every axis twice
+            plan = replace(study.preprocess, size=(16, 16, 4), spacing_mm=None)
+            return replace(study, model=replace(study.model, levels=levels), train=train, preprocess=plan)
+        case "fed-isic2019":
+            model = Model(name="resnet18", groups=8)
+            task = replace(study.task, class_weights=())
+            small = replace(study.preprocess, size=(32, 32))
+            return replace(study, model=model, task=task, train=replace(train, learning_rate=1e-3), preprocess=small)
+        case _:
+            return replace(study, model=replace(study.model, features=(8, 16, 8)), train=train)
+
+
 def losses(folder: Path, study: Study, work: Path) -> list[float]:
     """Of one site's one round."""
-    nodes = node_configs(work, [folder], Machine(device="cpu"), None)
-    assert list(nodes) == ["site"]
+    nodes = node_configs(work, [folder], Machine(device="cpu"), 1)
+    (site,) = nodes
     run = create_run(work, "run", study, initial_weights(study))
     run_local(run.path, nodes)
     assert read_state(run).round == 1
-    (trained,) = [line["sites"]["site"]["losses"] for line in read_lines(run.metrics) if not line.get("final")]
+    (trained,) = [line["sites"][site]["losses"] for line in read_lines(run.metrics) if not line.get("final")]
     return list(trained)
 
 
@@ -71,6 +95,13 @@ def test_a_round_trains_on_each_layout_and_the_loss_falls(tmp_path: Path, layout
     folder = datasets.write_data_set(tmp_path / "data", layout, patients=4, slices=4, size=32)
     found = losses(folder, tiny(layout), tmp_path / "work")
     assert found[-1] < 0.9 * found[0]
+
+
+@pytest.mark.parametrize("layout", KEPT)
+def test_a_round_trains_on_each_of_flambys_data_sets_and_the_loss_falls(tmp_path: Path, layout: str) -> None:
+    folder = write_flamby(tmp_path / "data", layout, 6, 1, size=16 if layout == "fed-ixi" else 32)
+    found = losses(folder, smaller(layout), tmp_path / "work")
+    assert sum(found[-3:]) < 0.9 * sum(found[:3])
 
 
 def test_a_round_trains_on_a_manifest_and_the_loss_falls(tmp_path: Path) -> None:

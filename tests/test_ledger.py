@@ -5,7 +5,8 @@ import sqlite3
 
 import pytest
 
-from fedclient.ledger import Head, Ledger, Reservation, open_ledger
+from fedclient.chain import Head
+from fedclient.ledger import Ledger, Reservation, open_ledger
 from shared_models.errors import OrderRefused, StateInvalid, StudyInvalid
 from shared_models.protect.accounting import Spend, epsilon
 from tests.crash import fresh, killed_at
@@ -167,7 +168,7 @@ def test_killed_at_any_line_the_book_never_counts_less_than_was_trained(tmp_path
             ledger.settle(second, 60)
             tell("settled")
 
-        words, ended = killed_at(1 + 13 * number, act, ("fedclient/ledger.py",))
+        words, ended = killed_at(1 + 17 * number, act, ("fedclient/ledger.py", "fedclient/chain.py"))
         trained = sum(int(word.split()[1]) for word in words if word.startswith("trained"))
         accounts = open_ledger(folder).accounts()
         counted = sum(spend.steps for account in accounts for spend in account.spends)

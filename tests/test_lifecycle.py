@@ -15,37 +15,58 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from fedclient import renewal as renewals
 from fedclient import welcome
+from fedclient.ask import TurnedAway
+from fedclient.ask import ask as put
 from fedclient.cli import app as hospital
-from fedclient.enrol import Joined, TurnedAway, join, rejoin
+from fedclient.enrol import Joined, join, rejoin
+from fedclient.own_log import log_of
 from fedclient.renewal import Keeper, certificate_of, check_keys, expiry_warning, fetch_roster, read_roster, renew
+from fedclient.site import secret
 from fedclient.welcome import await_welcome, refused_words, shut_out
 from fedserver import gateway as gateways
 from fedserver.admission import OVERLAP_S, refusal
 from fedserver.cli import app as coordinator
-from fedserver.enrol import invite, open_federation
+from fedserver.enrol import init_federation, invite, open_federation
 from fedserver.lifecycle import renew as answer_renewal
 from fedserver.lifecycle import renew_server, revoke, warnings
+from fedserver.root import founding
+from fedserver.root import request as request_issuing
 from fedserver.state import CertificateRow, Site, find_site, list_certificates
 from shared_models.errors import EnrolmentFailed, ProcessFailed, StateInvalid
 from shared_models.expiry import due, span_text, stage
-from shared_models.files import write_atomic
+from shared_models.files import read_lines
 from shared_models.identity import (
     Certificate,
     Credential,
+    identity_public_key,
     issue_site,
     load_credential,
     load_secret,
     new_authority,
+    new_identity_key,
     new_site_keys,
     new_tls_key,
+    public_digest,
     read_certificate,
     request_certificate,
     save_credential,
+    save_secret,
     sign,
 )
-from shared_models.invite import RENEWAL, JoinAnswer, RenewRequest, read_invite, read_message, statement, write_message
+from shared_models.invite import (
+    RENEWAL,
+    SUCCESSION,
+    JoinAnswer,
+    RenewRequest,
+    read_invite,
+    read_message,
+    statement,
+    write_message,
+)
 from shared_models.roster import FIRST
+from shared_models.supervise import kept_secret
 from shared_models.transfer import connect, site_context
 from tests.edge import Edge, ask, joined_site, node_headers, running_edge
 
@@ -122,6 +143,69 @@ def test_a_renewal_whose_answer_was_lost_gives_the_same_certificate_again(edge: 
         answer_renewal(edge.federation, stored, asked_by(site, load_credential(site.keys / "tls.pem").key)).status
         == 400
     )
+
+
+def test_a_new_identity_key_takes_over_from_the_old_one_and_its_epoch_is_on_the_roster(
+    edge: Edge, site: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = load_secret(site.keys / "identity.key")
+    epoch = fetch_roster(home(site), site.address).roster.epoch
+    first = log_of(home(site), site.site)
+    first.add("tried")
+    renew(home(site), site.site, site.address, identity=True)
+    new = load_secret(site.keys / "identity.key")
+    assert new != old
+    roster = fetch_roster(home(site), site.address).roster
+    assert (roster.epoch, roster.sites[site.site]) == (epoch + 1, identity_public_key(new).hex())
+    opened = read_lines(log_of(home(site), site.site).path) if log_of(home(site), site.site).add("tried again") else []
+    assert (opened[0]["event"], opened[0]["facts"]["before"]) == ("opened", first.log)
+    assert answer_renewal(edge.federation, state_of(edge, site), asked_by(site, new_tls_key(), old)).status == 403
+    assert answer_renewal(edge.federation, state_of(edge, site), asked_by(site, new_tls_key(), new)).status == 200
+
+    def lost(*words: object, **named: object) -> bytes:
+        answer = put(*words, **named)  # type: ignore[arg-type]
+        if words[3] == "/renew":
+            raise EnrolmentFailed("the answer was lost")
+        return answer
+
+    monkeypatch.setattr(renewals, "ask", lost)
+    with pytest.raises(EnrolmentFailed, match="was lost"):
+        renew(home(site), site.site, site.address, identity=True)
+    monkeypatch.undo()
+    assert load_secret(site.keys / "identity.key") == new, "nobody here knows yet whether it counts"
+    Keeper(home(site), site.site, site.address).look()
+    assert (
+        fetch_roster(home(site), site.address).roster.sites[site.site]
+        == identity_public_key(load_secret(site.keys / "identity.key")).hex()
+    )
+    assert not (site.keys / "identity.next").exists()
+    save_secret(site.keys / "identity.next", new_site_keys().identity)  # of a renewal that never got there
+    renew(home(site), site.site, site.address)
+    assert not (site.keys / "identity.next").exists()
+
+
+def test_an_identity_key_is_handed_over_by_both_and_is_nobody_elses(edge: Edge, site: Joined, tmp_path: Path) -> None:
+    other = joined_site(edge, tmp_path / "other", name_for(tmp_path / "other"))
+    mine, theirs, fresh = (load_secret(site.keys / "identity.key"), load_secret(other.keys / "identity.key"),
+                           new_site_keys().identity)  # fmt: skip
+    for key, signer, by, status in (
+        (fresh, theirs, mine, 400), (fresh, fresh, fresh, 403), (theirs, theirs, mine, 400), (mine, mine, mine, 400),
+        (fresh, fresh, mine, 200),
+    ):  # fmt: skip
+        request = RenewRequest(
+            site.site, request_certificate(site.site, new_tls_key()).decode(),
+            identity_public_key=identity_public_key(key).hex(),
+        )  # fmt: skip
+        taken, given = sign(signer, SUCCESSION, statement(request)), sign(by, RENEWAL, statement(request))
+        body = write_message(replace(request, signature=given.hex(), identity_signature=taken.hex()))
+        assert answer_renewal(edge.federation, state_of(edge, site), body).status == status
+    assert state_of(edge, site).identity_public_key == identity_public_key(fresh).hex()
+
+
+def state_of(edge: Edge, site: Joined) -> Site:
+    found = find_site(edge.federation.state, site.site)
+    assert found is not None
+    return found
 
 
 def test_a_renewal_needs_the_identity_key_and_is_for_oneself(edge: Edge, site: Joined) -> None:
@@ -226,12 +310,15 @@ def test_an_expired_site_is_told_before_it_connects_and_comes_back_with_an_invit
     assert len(list(home(site).glob("keys.*"))) == 1, "the old keys are put aside"
 
 
+PEM = issue_site(new_authority("Test"), request_certificate("north", new_tls_key()), "north").decode()
+
+
 def row(serial: str, used_at: float | None = None, ended: str = "") -> CertificateRow:
-    return CertificateRow(serial, "north", "", 0.0, 9e9, used_at, ended, 1000.0)  # type: ignore[arg-type]
+    return CertificateRow(serial, "north", PEM, 0.0, 9e9, used_at, ended, 1000.0)  # type: ignore[arg-type]
 
 
 def test_an_older_certificate_counts_until_a_newer_one_was_seen_for_a_day() -> None:
-    active, shown = Site("north", "active"), Certificate("north", "a", "", "", 0.0, 9e9)
+    active, shown = Site("north", "active"), Certificate("north", "a", public_digest(PEM.encode()), "", 0.0, 9e9)
     now = 10 * DAY
     assert refusal(active, [row("a")], shown, now) is None
     assert refusal(active, [row("a"), row("b")], shown, now) is None, "its answer may have been lost"
@@ -244,6 +331,8 @@ def test_an_older_certificate_counts_until_a_newer_one_was_seen_for_a_day() -> N
     assert "has expired on" in str(refusal(active, [row("a")], replace(shown, expires_at_s=now), now))
     assert "not active" in str(refusal(Site("north", "invited"), [row("a")], shown, now))
     assert "not active" in str(refusal(active, [row("b")], shown, now))
+    forged = replace(shown, fingerprint="f" * 64)
+    assert "not active" in str(refusal(active, [row("a")], forged, now)), "of the same number, by a stolen issuing key"
 
 
 # Revocation
@@ -270,11 +359,8 @@ def test_a_revoked_site_hears_it_waits_and_comes_back_under_new_keys_only(
         renew(home(site), site.site, site.address)
     Keeper(home(site), site.site, site.address).look()
     assert "was revoked on" in str(refused_words(home(site)))
-    both = (site.keys / "ca.pem").read_bytes() + new_authority("its successor").certificate
-    write_atomic(site.keys / "ca.pem", both)
     rejoin(invite(edge.federation, site.site), home(site), site.site, site.address)
     assert shut_out(home(site), site.address) is None
-    assert (site.keys / "ca.pem").read_bytes() == both, "an authority that was taken since stays"
     save_credential(site.keys / "old.pem", old)
     context = ssl.create_default_context(cafile=str(site.keys / "ca.pem"))
     context.load_cert_chain(site.keys / "old.pem")
@@ -353,20 +439,50 @@ def test_the_coordinators_certificate_is_renewed_while_it_serves_and_sites_notic
     assert ask(edge, site_context(site.keys), "GET", "/health").status == 200
 
 
-def test_exposed_keys_stop_every_command_of_both_sides(edge: Edge, site: Joined) -> None:
-    check_keys(home(site))
-    for name in ("tls.pem", "node.key", "identity.key"):
-        (site.keys / name).chmod(0o640)
-        with pytest.raises(StateInvalid, match=rf"{name}: others may read it .*chmod 600"):
-            check_keys(home(site))
-        (site.keys / name).chmod(0o600)
-    federation = edge.federation
-    for path in (federation.signer, federation.loopback_certificate, federation.secrets / "control"):
-        path.chmod(0o644)
-        with pytest.raises(StateInvalid, match="others may read it"):
-            open_federation(federation.folder)
+def test_every_file_with_a_key_or_secret_is_its_owners_alone_or_nothing_starts(
+    edge: Edge, site: Joined, tmp_path: Path
+) -> None:
+    kept_secret(home(site) / "secrets/superexec")
+    secret(home(site) / "secrets/case-keys")
+    save_secret(site.keys / "tls.next", new_tls_key())
+    save_secret(site.keys / "identity.next", new_identity_key())
+    mine = hidden(home(site))
+    assert {path.name for path in mine} == {
+        "tls.pem", "node.key", "identity.key", "tls.next", "identity.next", "superexec", "case-keys"
+    }  # fmt: skip
+    only_private(mine, lambda: check_keys(home(site)))
+    theirs = hidden(edge.federation.folder)
+    assert {path.name for path in theirs} == {
+        "ca.key", "signer.pem", "server.pem", "loopback.pem", "superexec", "control"
+    }  # fmt: skip
+    only_private(theirs, lambda: open_federation(edge.federation.folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedserver.passphrase.SCRYPT_N", 2**10)
+        offline = init_federation(tmp_path / "f", "F", "a:1", found=founding(tmp_path / "stick", "correct horse"))
+    request_issuing(offline)
+    kept = hidden(offline.folder)
+    assert {path.name for path in kept} == {
+        "issuing.pem", "issuing.next", "signer.pem", "signer.next", "server.pem", "loopback.pem", "superexec", "control"
+    }  # fmt: skip
+    only_private(kept, lambda: open_federation(offline.folder))
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "stick").iterdir()} == {0o600}
+
+
+def hidden(folder: Path) -> list[Path]:
+    """Every file of a folder that holds a private key or a shared secret."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in files if b"PRIVATE KEY" in path.read_bytes() or path.parent.name == "secrets"]
+
+
+def only_private(paths: list[Path], start: Callable[[], object]) -> None:
+    start()
+    for path in paths:
+        assert path.stat().st_mode & 0o777 == 0o600
+        path.chmod(0o640)
+        with pytest.raises(StateInvalid, match=rf"{path.name}: others may read it .*chmod 600"):
+            start()
         path.chmod(0o600)
-    open_federation(federation.folder)
+    start()
 
 
 def test_no_key_or_token_is_logged_or_shown_in_an_enrolment_renewal_and_revocation(

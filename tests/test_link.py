@@ -1,11 +1,13 @@
 import asyncio
+import sqlite3
 from collections.abc import MutableMapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedserver.link import CONTROL_HEADER, Link, Receive, Scope, Send, check_database, guarded, run_states
+from fedserver.link import CONTROL_HEADER, Link, Receive, Scope, Send, check_database, guarded, require_file, run_states
 from shared_models.errors import ProcessFailed, StateInvalid
 from shared_models.identity import new_authority
 from shared_models.supervise import kept_port
@@ -60,11 +62,34 @@ def test_a_damaged_database_is_refused_with_what_was_in_it(tmp_path: Path) -> No
         check_database(path)
 
 
+def test_a_damaged_page_is_told_in_one_line_so_that_a_supervisors_last_words_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE nodes (key TEXT)")
+        database.executemany("INSERT INTO nodes VALUES (?)", [("x" * 500,)] * 100)
+        database.commit()
+    with path.open("r+b") as file:
+        file.seek(3 * 4096)
+        file.write(b"\xff" * 4096)
+    with pytest.raises(StateInvalid) as refused:
+        check_database(path)
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).startswith(f"{path}: is damaged (")
+
+
 def test_a_database_is_made_its_owners_alone(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     path.touch(0o644)
     check_database(path)
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_superlink_that_would_keep_its_state_in_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ProcessFailed, match="a state in memory is lost with the process"):
+        require_file(tmp_path / "state.db")
+    (tmp_path / "state.db").touch(0o644)
+    require_file(tmp_path / "state.db")
+    assert (tmp_path / "state.db").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_superlink_that_does_not_answer_is_named_with_its_log(tmp_path: Path) -> None:

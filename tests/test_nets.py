@@ -167,8 +167,12 @@ def test_every_ready_study_has_a_network_that_answers(name):
     edges, pixelwise = (32,) * study.model.spatial_dims, study.task.kind not in ("classification", "prognosis")
     outputs = study.task.outputs + (study.model.spatial_dims if study.task.kind == "detection" else 0)
     seen = torch.zeros(1, max(1, len(study.channels)), *edges)
+    if study.table_only:
+        seen = torch.zeros(1, len(study.task.covariates))
+    elif study.of_bags:
+        seen = torch.ones(1, 1, 7, study.model.features[0])
     with torch.no_grad():
-        answer = net.eval()(torch.zeros(1, len(study.task.covariates)) if study.table_only else seen)
+        answer = net.eval()(seen)
     assert answer.shape == (1, outputs, *(edges if pixelwise else ()))
     assert torch.isfinite(answer).all()
     assert schema(net) == schema_of(initial_weights(study))

@@ -1,6 +1,5 @@
 """How both ends stand: a layout that is written down and kept, figures for Prometheus, and a page on loopback."""
 
-import asyncio
 import json
 import re
 import shutil
@@ -9,10 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import jsonschema
 import pytest
-from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
@@ -36,6 +33,7 @@ from shared_models.parse import parse
 from shared_models.protect.accounting import Spend
 from shared_models.study import Rounds, Study
 from shared_models.weights import schema_of, size_bytes
+from tests.asking import Browser
 from tests.edge import running_edge
 from tests.hospitals import Hospitals
 from tests.test_submit import STUDY
@@ -52,24 +50,6 @@ def figures(text: bytes) -> Figures:
         for family in text_string_to_metric_families(text.decode())
         for sample in family.samples
     }
-
-
-@dataclass
-class Browser:
-    """Asks an application as it would be asked at `url`, without a socket."""
-
-    app: FastAPI
-    url: str
-
-    def request(self, method: str, path: str, headers: dict[str, str] | None = None) -> httpx.Response:
-        async def asked() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=self.app), base_url=self.url) as client:
-                return await client.request(method, path, headers=headers)
-
-        return asyncio.run(asked())
-
-    def get(self, path: str, headers: dict[str, str] | None = None) -> httpx.Response:
-        return self.request("GET", path, headers)
 
 
 @dataclass
@@ -270,8 +250,11 @@ def test_page_and_figures_are_processes_of_their_own_where_a_port_is_given(playe
     assert set(named) == {"node", "executor", "page"}
     assert named["page"].command[-2:] == ["--port", "8471"]
     assert [child.name for child in start._children(tmp_path / "site", "app", None)] == ["node", "executor"]
-    served = {child.name: child for child in serve._children(federation.folder, "h", 1, "app", 3, 9471)}
-    assert set(served) == {"link", "gateway", "dispatch", "metrics"}
+    pages = {"metrics": 9471, "dashboard": 9472}
+    served = {child.name: child for child in serve._children(federation.folder, "h", 1, "app", 3, pages)}
+    assert set(served) == {"link", "gateway", "dispatch", "metrics", "dashboard"}
+    assert served["dashboard"].command[-4:] == ["fedserver.dashboard.web", str(federation.folder), "--port", "9472"]
+    assert len(serve._children(federation.folder, "h", 1, "app", 3, dict.fromkeys(pages))) == 3
     assert served["dispatch"].command[-2:] == ["--at-once", "3"]
     assert served["metrics"].command[-2:] == ["--port", "9471"]
 

@@ -25,7 +25,7 @@ from fedserver.courier import Inline
 from fedserver.enrol import Federation, init_federation
 from fedserver.rounds import carry_out
 from shared_models import nets
-from shared_models.errors import OrderRefused, RoundPaused, StateInvalid, StudyInvalid, UpdateRejected
+from shared_models.errors import OrderRefused, RoundPaused, StateInvalid, StudyInvalid, SumAborted, UpdateRejected
 from shared_models.files import canonical_json, read_lines
 from shared_models.identity import stated
 from shared_models.parse import parse_json, plain
@@ -33,12 +33,14 @@ from shared_models.plan import Plan, derive, total
 from shared_models.plan import sha256 as plan_sha256
 from shared_models.planned import PURPOSE, constraints, planned, statement
 from shared_models.preprocess import preprocess
+from shared_models.protect.counted_plan import plan_counts
 from shared_models.study import Evaluate, Model, Planning, Preprocess, Rounds, Study, Train, canonical, sha256
 from shared_models.update import Expected, Update, admit
 from shared_models.weights import NO_WEIGHTS, InMemory, load, schema_of
 from shared_models.wire import Order, Proof, Reply, read_order, read_reply, write_order, write_reply
 from simulations.engine import NodeConfig, identify, run_local
 from tests.edge import joined_site, running_edge
+from tests.order_path import SECURE
 from tests.toys import WEIGHTS, Clock, ScriptedGrid, ToyLearner, toy_app
 
 STUDY = Study(
@@ -168,6 +170,41 @@ def test_counts_that_cannot_be_are_left_out_and_the_others_decide(tmp_path, data
     monkeypatch.setattr("fedclient.fingerprint.site_fingerprint", boasting)
     state, run, _ = play(tmp_path, data)
     assert plan_of(run, state).cases == 7
+
+
+def secretly(folder: Path, data: Path, **change: Any) -> RunFolder:
+    """The same run with its histograms and updates in secure sums."""
+    rounds = replace(STUDY.rounds, quorum=3, deadline_s=1000)
+    run = create_run(folder, "toy", replace(STUDY, rounds=rounds, protect=SECURE, **change), None)
+    configs: dict[str, NodeConfig] = {s: {"site": s, "data": str(data / s), "work": str(folder)} for s in SITES}
+    run_local(run.path, configs, toy_app())
+    return run
+
+
+def test_under_secure_sums_the_plan_is_the_same_and_no_sites_histograms_are_known(tmp_path, data, plan):
+    run = secretly(tmp_path, data)
+    state = read_state(run)
+    assert (plan_of(run, state), state.round) == (plan, 2)
+    counted = (run.path / "fingerprint.json").read_bytes()
+    assert hashlib.sha256(counted).hexdigest() == plan.fingerprint_sha256
+    lines = [line for line in read_lines(run.metrics) if not line.get("final")]
+    assert [line["together"]["sites"] for line in lines] == [sorted(SITES)] * 2
+    stored = b"".join(p.read_bytes() for p in run.path.rglob("*") if p.is_file() and "members" not in p.parts)
+    for name in SITES:
+        alone = canonical_json(plain(site_fingerprint(here(data, name), STUDY)))
+        assert alone not in stored
+        assert alone[alone.index(b'"intensity"') : alone.index(b'"labelled"')] not in stored
+    assert not (run.path / "sum").exists()
+
+
+def test_a_site_that_lies_in_the_sum_of_histograms_ends_the_run_before_there_is_a_plan(tmp_path, data, monkeypatch):
+    def lying(fingerprint: Any) -> dict[str, int]:
+        return {**plan_counts(fingerprint), "plan/cases": 1000}
+
+    monkeypatch.setattr("fedclient.summing.plan_counts", lying)
+    with pytest.raises(SumAborted, match=r"histograms in the sum cannot be.*another seed"):
+        secretly(tmp_path, data)
+    assert read_state(RunFolder(tmp_path / "toy")).plan_sha256 is None
 
 
 def test_a_plan_that_was_changed_on_disk_is_refused(tmp_path, data):

@@ -280,7 +280,7 @@ def test_with_fixed_seeds_every_byte_of_the_protocol_is_the_pinned_one():
     assert sha256(made.vectors["site-00"].tobytes()) == (
         "678d43f67cddbed8c181bc3e2633d2cf04d443e4652eb3eabcb3f9ff13690106"
     )
-    assert sha256(said) == "31f6773cdc31b582dc76b9e6529b9ec629c5416d1b432a085a32a1eb4ce10849"
+    assert sha256(said) == "13bba59c033f071862c05fdc7ac1e3565a33a30b2c67f826b73b1110565ffdee"
     assert sha256(total.vector.tobytes()) == "4632031363123b25c7f2b34d753debe0be3c68217929328d392c359c8f99a7b3"
 
 

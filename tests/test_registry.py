@@ -374,11 +374,11 @@ def test_a_site_leaves_its_releases_are_named_and_the_run_is_trained_again_witho
     }
     assert gone.runs == {"lung": 3}
     listed = registry.status_list(federation, 30)
-    said = read_standings(listed, federation.ca_certificate.read_bytes(), "list").releases
+    said = read_standings(listed, (federation.ca_certificate.read_bytes(),), "list").releases
     assert {said[e.digest].words for e in gone.releases if e.stage != "retired"} == {registry.SITE_LEFT}
     assert gone.releases[-1].stage != "retired"
     withdraw(federation, "east", "its board has decided so", retire=True)
-    retired = read_standings(registry.status_list(federation, 30), federation.ca_certificate.read_bytes(), "list")
+    retired = read_standings(registry.status_list(federation, 30), (federation.ca_certificate.read_bytes(),), "list")
     told = retired.releases[gone.releases[-1].digest]
     assert (told.stage, told.words) == ("retired", registry.SITE_LEFT)
     assert b"board" not in listed

@@ -72,7 +72,7 @@ def toy_run(
     clock = Clock()
     numbers = {site: i for i, site in enumerate(SITES, start=1)}
     configs = {numbers[s]: c for s, c in nodes(SITES, folder).items()}
-    grid = ScriptedGrid(toy_app(learner or Scripted()), configs, clock, delays)  # type: ignore[arg-type]
+    grid = ScriptedGrid(toy_app(learner or Scripted()), configs, clock, delays)
     here = Presence({s: i for s, i in numbers.items() if s not in (away or {})}, away or {})
     run = RunFolder(folder / "toy") if (folder / "toy").exists() else new_run(folder, study)
     carry_out(Setting(grid, run, lambda: here, Inline(), clock, clock.sleep, poll_s=0.5, reask_s=1000.0))

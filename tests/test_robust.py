@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 import fedserver.spool as spool
-from fedserver.robust import Chosen, bulyan, krum, rule_of
+from fedserver.robust import Chosen, bulyan, centred, krum, rule_of
 from fedserver.spool import Spool, inverse_variance
 from shared_models.strategy import Strategy
 from shared_models.weights import InMemory, OnDisk, open_tensors, save_arrays, schema_of
@@ -31,6 +31,7 @@ RULES = {
     "multi_krum": Strategy(robust="multi_krum", malicious=2, weighting="uniform"),
     "bulyan": Strategy(robust="bulyan", malicious=2, weighting="uniform"),
     "norm_bound": Strategy(robust="norm_bound", weighting="uniform"),
+    "centred_clip": Strategy(robust="centred_clip", weighting="uniform"),
 }
 
 
@@ -92,6 +93,27 @@ def test_an_update_is_shortened_to_the_bound_or_to_the_median_norm(tmp_path):
     np.testing.assert_allclose(found[:3], np.array([1.0, 4.0, 4.0]) / 3)
     given_bound = spooled(tmp_path, updates, Strategy(robust="norm_bound", norm_bound=0.5))
     np.testing.assert_allclose(given_bound[:3], np.full(3, 0.5) / 3)
+
+
+def test_an_update_is_shortened_towards_the_one_in_the_middle(tmp_path):
+    updates = np.zeros((5, 8), np.float32)
+    updates[:, 0] = 10.0  # which all agree on
+    updates[1, 1], updates[2, 2], updates[3, 3], updates[4, 4] = 1.0, 2.0, 3.0, 50.0
+    found = spooled(tmp_path, updates, RULES["centred_clip"])  # the median distance is 2, of 0, 1, 2, 3 and 50
+    np.testing.assert_allclose(found[:5], np.array([50.0, 1.0, 2.0, 2.0, 2.0]) / 5)
+    given_bound = spooled(tmp_path, updates, Strategy(robust="centred_clip", weighting="uniform", norm_bound=0.5))
+    np.testing.assert_allclose(given_bound[:5], np.array([50.0, 0.5, 0.5, 0.5, 0.5]) / 5)
+
+
+def test_the_middle_is_an_honest_update_whatever_fewer_than_half_send():
+    honest = drawn(6, 20) * 0.1 + 1
+    for lie in (np.full((5, 20), 30.0), np.zeros((5, 20)), -honest[:5]):
+        updates = np.concatenate([lie, honest]).astype(np.float64)
+        factors = np.array(centred(None)(updates @ updates.T).factors)
+        assert int(np.argmax(factors)) >= 5
+        mean = (updates * factors[:, None]).mean(axis=0)
+        spread = np.linalg.norm(updates[5:, None] - updates[None, 5:], axis=2).max()
+        assert np.linalg.norm(mean - honest.mean(axis=0)) <= 2 * spread
 
 
 # Against Flower
@@ -156,7 +178,7 @@ def test_order_of_arrival_and_size_of_the_blocks_do_not_show(tmp_path_factory, u
         pieces = spooled(folder, updates, RULES[name], arrived)
     if name in ("median", "trimmed_mean"):
         assert pieces.tobytes() == whole.tobytes()
-    elif name == "norm_bound":
+    elif name in ("norm_bound", "centred_clip"):
         np.testing.assert_allclose(pieces, whole, atol=1e-12)
 
 
@@ -169,7 +191,7 @@ def test_a_rule_scales_with_its_updates_and_is_the_identity_for_equal_ones(tmp_p
     np.testing.assert_allclose(spooled(tmp_path, alike, RULES[name]), updates[0], rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["median", "norm_bound"])
+@pytest.mark.parametrize("name", ["median", "norm_bound", "centred_clip"])
 def test_with_one_site_a_rule_without_a_least_number_is_that_sites_update(tmp_path, name):
     one = drawn(1)
     np.testing.assert_allclose(spooled(tmp_path, one, RULES[name]), one[0])
@@ -313,7 +335,7 @@ def test_two_poisoners_of_ten_ruin_the_mean_and_no_robust_rule(attack):
     clean, _ = federated(Strategy(), None)
     accuracy, success = federated(Strategy(), ATTACKS[attack])
     assert accuracy < clean - 0.1 or success > 0.9
-    for name in ("median", "trimmed_mean", "krum", "multi_krum", "bulyan"):
+    for name in ("median", "trimmed_mean", "krum", "multi_krum", "bulyan", "centred_clip"):
         accuracy, success = federated(RULES[name], ATTACKS[attack], sites=11 if name == "bulyan" else 10)
         assert accuracy >= clean - 0.02, name
         assert success < 0.1, name
@@ -323,6 +345,13 @@ def test_two_poisoners_of_ten_ruin_the_mean_and_no_robust_rule(attack):
 def test_updates_of_bounded_length_bear_what_lives_by_its_length(attack):
     clean, _ = federated(RULES["norm_bound"], None)
     assert federated(RULES["norm_bound"], ATTACKS[attack])[0] >= clean - 0.02
+
+
+def test_why_a_bound_on_length_alone_does_not_bear_a_patient_backdoor():
+    """Honest sites do not see the trigger, so nothing takes back what each round adds; a centre leaves less to add."""
+    success = {name: federated(RULES[name], ATTACKS["backdoor"])[1] for name in ("norm_bound", "centred_clip")}
+    assert success["norm_bound"] > 0.1
+    assert success["centred_clip"] < 0.02
 
 
 def test_bulyan_stays_among_the_honest_wherever_two_equal_liars_stand(tmp_path):

@@ -369,3 +369,43 @@ def test_an_order_tells_each_site_which_of_its_updates_was_counted_last(tmp_path
     carry_out(Setting(grid, folder, lambda: Presence(numbers), Inline(), clock, clock.sleep, poll_s=0.5))
     assert [(r, c) for site, r, c in asked if site == "north"] == [(1, 0), (2, 1), (3, 2)]
     assert [(r, c) for site, r, c in asked if site == "south"] == [(1, 0), (2, 1), (3, 1)]
+
+
+def test_progress_says_since_when_each_site_is_in_its_state_and_anew_for_each_order(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("fedserver.conversation.time.time", lambda: 5000.0 + now[0])
+    since: dict[tuple[int, str, str], set[float]] = {}  # round, site, state -> since
+
+    def presence(clock: Clock) -> Presence:
+        now[0] = clock.now - 1000.0
+        progress = read_progress(RunFolder(tmp_path / "toy"))
+        for site, seat in progress.get("sites", {}).items():
+            since.setdefault((progress["round"], site, seat["state"]), set()).add(seat["since"] - 5000.0)
+        here = {site: i for i, site in enumerate(SITES, start=1) if site != "north" or now[0] > 20}
+        return Presence(here, {"north": "is not online"})
+
+    study = replace(STUDY, rounds=replace(STUDY.rounds, count=2, gather_s=0), evaluate=Evaluate(every=0))
+    play(tmp_path, study, presence=presence, delays={"south": 30.0})
+    assert {key: len(times) for key, times in since.items() if len(times) > 1} == {}, "a moment is told once"
+    told = {key: next(iter(times)) for key, times in since.items()}
+    assert told[1, "south", "asked"] == pytest.approx(0.0, abs=1.5)
+    assert told[1, "north", "away"] == pytest.approx(0.0, abs=1.5)
+    assert told[1, "north", "counted"] == pytest.approx(20.0, abs=2.5)
+    assert told[2, "south", "asked"] == pytest.approx(30.0, abs=1.5)
+
+
+def test_a_paused_run_says_until_when_it_waits_before_it_gives_up(tmp_path):
+    told: list[tuple[float, float]] = []
+
+    def presence(clock: Clock) -> Presence:
+        progress = read_progress(RunFolder(tmp_path / "toy"))
+        if progress.get("phase") == "paused":
+            told.append((clock.now - 1000.0, progress["deadline_in_s"]))
+        return Presence({"east": 1}, {"north": "is not online", "south": "is not online"})
+
+    study = replace(STUDY, rounds=replace(STUDY.rounds, gather_s=0))
+    with pytest.raises(RoundPaused):
+        play(tmp_path, study, presence=presence)
+    assert told
+    for at, left in told:  # the deadline is at 100, and it gives up 50 later
+        assert left == pytest.approx(150.0 - at, abs=3.0)

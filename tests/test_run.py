@@ -9,7 +9,7 @@ import torch
 
 from shared_models.errors import StudyInvalid
 from shared_models.files import read_json
-from shared_models.study import Model, Personal, Preprocess, Rounds, Strategy, Study, Train
+from shared_models.study import Model, Personal, Preprocess, Rounds, Strategy, Study, Train, load_study
 from simulations.engine import NodeConfig
 from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, jobs, left_out_jobs, node_configs, simulate
@@ -48,6 +48,13 @@ def test_models_of_one_site_are_trained_plainly_and_the_federation_as_the_study_
         assert job.study.strategy == Strategy()
         assert (job.study.train.proximal_mu, job.study.rounds.quorum) == (0.0, 1)
         assert job.study.personal == Personal(keep=("norm",)), "batch norm is no other way"
+
+
+def test_of_a_private_study_the_models_of_one_site_are_private_too_at_the_same_epsilon():
+    private = load_study("lung-ct-private")
+    federated, pooled, *alone = jobs(private, sites(3), compare=True)
+    assert {job.study.protect for job in (federated, pooled, *alone)} == {private.protect}
+    assert (pooled.study.train.batch_size, len(alone)) == (3 * private.train.batch_size, 3)
 
 
 def test_a_site_is_left_out_of_each_run_in_turn():

@@ -284,6 +284,35 @@ def test_fewer_than_three_sites_or_than_the_site_wants_are_refused():
     assert refusal_of(made) == "COHORT_SMALL"
 
 
+def with_partners(sites: int, *partners: str) -> Federation:
+    """A federation in which site-00 alone names with whom it sums."""
+    made = federation(sites)
+    made.parties["site-00"].member = replace(made.parties["site-00"].member, partners=frozenset(partners))
+    return made
+
+
+def test_sites_that_a_coordinator_has_made_up_fill_no_cohort():
+    assert refusal_of(with_partners(9, "site-01", "elsewhere")) == "PARTNERS_FEW"
+    assert with_partners(9, "site-01", "site-02").run().sites == tuple(names(9))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 3.5])
+def test_partners_that_are_lost_before_the_survivors_are_told_end_the_sum_though_others_are_left(step):
+    made = with_partners(9, "site-01", "site-02")  # seven are needed, three of them these
+    made.lost_at = {"site-02": step}
+    assert refusal_of(made) == "PARTNERS_FEW"
+    made = with_partners(9, "site-01", "site-02", "site-03")  # of these four, three
+    made.lost_at = {"site-02": step}
+    assert "site-02" not in made.run().sites
+
+
+def test_no_share_is_given_out_before_two_thirds_of_the_partners_mean_the_same_sum():
+    """Five made-up sites of nine sign whatever is wanted, so that two halves of the others could be told two sums."""
+    made = with_partners(9, "site-01", "site-02", "site-03")
+    made.lost_at = {"site-01": 4, "site-02": 4}  # seven confirm, two of the four partners among them
+    assert refusal_of(made) == "PARTNERS_FEW"
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
@@ -328,10 +357,54 @@ def test_one_forged_share_is_got_round_where_more_sites_answer_than_are_needed()
     np.testing.assert_allclose(total.take_mean("conv.bias"), plain_mean(made, made.parties)["conv.bias"], atol=1e-6)
 
 
-def test_too_many_forged_shares_end_the_sum():
-    made = federation(3)
-    made.tamper["revealed"] = lambda s, r: replace(r, own_masks={n: "0" * 66 for n in r.own_masks})
-    assert refusal_of(made) == "SHARE_FORGED"
+def aborted(made: Federation) -> SumAborted:
+    with pytest.raises(SumAborted) as found:
+        made.run()
+    return found.value
+
+
+def test_too_many_forged_shares_end_the_sum_and_who_forged_them_is_named():
+    made = federation(5)  # four are needed
+    liars = ("site-01", "site-03")
+    made.tamper["revealed"] = lambda s, r: replace(r, own_masks={n: "0" * 66 for n in r.own_masks}) if s in liars else r
+    found = aborted(made)
+    assert (found.code, found.culprits) == ("SHARE_FORGED", liars)
+    assert "'site-01' and 'site-03' gave out other shares of 'site-00' than they had been dealt" in str(found)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_site_that_deals_shares_of_another_secret_is_named_and_no_other(lost):
+    made = federation(5)
+    made.lost_at = {"site-02": 3} if lost else {}  # then it is its pair keys that are asked for
+    liar = made.parties["site-02"]
+    share = secagg.share
+
+    def lying(state, member, message, random_bytes):
+        false = replace(state, secret="11" * 32, mask="22" * 32) if member.name == "site-02" else state
+        return share(false, member, message, random_bytes)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(secagg, "share", lying)
+        found = aborted(made)
+    assert (found.code, found.culprits) == ("DEAL_FORGED", (liar.member.name,))
+
+
+def test_shares_that_are_not_as_their_site_says_are_refused_before_anything_is_masked_and_the_site_is_accused():
+    def other(site, sealed):
+        return replace(sealed, dealt={s: "0" * 128 for s in sealed.dealt}) if site == "site-01" else sealed
+
+    made = federation(4)
+    made.tamper["sealed"] = other
+    with pytest.raises(OrderRefused, match="not those that it says it has dealt") as refused:
+        made.run()
+    assert (refused.value.code, refused.value.accused) == ("SHARE_FORGED", "site-01")
+    assert made.vectors == {}
+
+
+def test_a_site_that_says_of_fewer_sites_what_it_has_dealt_is_left_out():
+    made = federation(4)
+    made.tamper["sealed"] = lambda site, sealed: replace(sealed, dealt={})
+    assert refusal_of(made) == "SHARES_MISSING"
 
 
 def test_a_site_that_keeps_its_masks_back_ends_the_sum():

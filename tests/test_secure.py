@@ -14,7 +14,10 @@ from shared_models.errors import StudyInvalid
 from shared_models.metrics import DiceCounts, counts
 from shared_models.metrics import total as dice_together
 from shared_models.parse import parse
+from shared_models.plan import fingerprint_of
+from shared_models.plan import total as planned_together
 from shared_models.protect.counted import counts_of, names_of, told_in
+from shared_models.protect.counted_plan import fingerprint_in, plan_counts, plan_names
 from shared_models.protect.privacy import Privacy, Protect
 from shared_models.protect.secure import SecureAggregation, layout_of, training_s, wanted, weight_in_sum
 from shared_models.restored_counts import RestoredCounts
@@ -45,7 +48,6 @@ def study(**change: Any) -> Study:
         ({"strategy": {"normalise_steps": True}, "train": {"optimizer": "sgd"}}, "divides each update by the steps"),
         ({"rounds": {"late": "next"}}, "a late vector fits no other sum"),
         ({"train": {"scaffold": True, "optimizer": "sgd", "momentum": 0.0}}, "a control variate is a gradient"),
-        ({"plan": "federated"}, "each site's histograms by themselves"),
         ({"model": {"norm": "batch"}, "personal": {"keep": ("norm",)}}, "batch norm counts its batches"),
         ({"rounds": {"quorum": 2}}, "rounds.quorum must be 3 or more, it is 2"),
         ({"rounds": {"deadline_s": 600.0}}, "rounds.deadline_s must be above 600"),
@@ -159,6 +161,33 @@ def test_classes_and_survival_add_up_and_what_all_withhold_stays_withheld():
         parts = [counts_of(lives, True, True, (), {lives.task.answers[0]: score}, {}) for score in pair]
         made = told_in(lives, True, True, summed(lives, parts))
         assert made.scores[lives.task.answers[0]] == together(pair)
+
+
+def test_validation_counts_of_a_classification_are_in_the_last_sum_and_in_no_other():
+    classes = replace(SECURE, task=Task(kind="classification", labels=("sick",), loss="bce"), model=RESNET)
+    test, val = ClassCounts(positives=1, negatives=2, wins=2, pairs=2), ClassCounts(positives=4, negatives=3)
+    last = names_of(classes, False, True)
+    assert len(last) == 2 * (len(names_of(classes, True, True)) - 2)  # but for the losses
+    assert names_of(SECURE, False, True) == names_of(SECURE, True, True)[2:]  # a segmentation has none
+    parts = [counts_of(classes, False, True, (), {"sick": test}, {}, {"sick": val}) for _ in range(2)]
+    told = told_in(classes, False, True, {name: sum(part[name] for part in parts) for name in last})
+    assert (told.scores["sick"], told.validation["sick"]) == (together([test, test]), together([val, val]))
+
+
+def test_histograms_of_a_plan_add_up_and_what_no_cases_can_have_is_found_out():
+    draw = np.random.default_rng(5)
+    each = [
+        fingerprint_of(draw.normal(40, 20, (6, 7, 5)).astype(np.float32), np.ones((6, 7, 5), np.uint8), mm, ct=ct)
+        for mm, ct in (((1.0, 1.0, 2.5), True), ((0.7, 0.7, 5.0), True))
+    ]
+    dark = fingerprint_of(np.full((4, 4, 4), -9.0, np.float32), np.ones((4, 4, 4), np.uint8), (1.0, 1.0, 1.0), ct=False)
+    assert dark.sum_milli < 0
+    for parts in (each, [dark, dark]):
+        told = [plan_counts(part) for part in parts]
+        sums = {name: sum(part[name] for part in told) for name in plan_names()}
+        assert fingerprint_in(sums) == planned_together(parts)
+    with pytest.raises(ValueError, match="does not count each of 3 cases"):
+        fingerprint_in({**sums, "plan/cases": 3})
 
 
 def test_lesions_add_up_and_a_network_that_marks_nothing_has_told_so():

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedclient.alike import alike
+from fedclient.consent import Asked, alike_here, decide, find_asked
 from fedclient.egress import sent
 from fedclient.explain import explained
 from fedclient.policy import Policy
 from fedserver.app import newest_roster
 from fedserver.lifecycle import revoke
-from shared_models.errors import RoundPaused
+from shared_models.errors import RoundPaused, StateInvalid
 from shared_models.files import read_lines
-from shared_models.study import Evaluate, Study
+from shared_models.protect.secure import SecureAggregation
+from shared_models.study import Evaluate, Study, load_study, sha256
 from shared_models.weights import load
 from tests.edge import Edge, running_edge
 from tests.hospitals import Hospitals
@@ -77,6 +80,14 @@ def test_a_sites_own_least_cohort_holds_whatever_the_study_says(hospitals):
     assert left == {"careful": {"state": "refused", "reason": "OUTSIDE_POLICY (least_cohort)"}}
 
 
+def test_a_site_sums_with_the_partners_that_its_own_file_names_and_is_left_out_where_they_are_few(hospitals):
+    hospitals.join("choosy", replace(INSIDE, partners=("a", "elsewhere")))
+    state, run = secure(hospitals, replace(STUDY, evaluate=Evaluate(every=0)))
+    assert state.cohort == NAMES
+    left = next(iter(read_lines(run.metrics)))["left_out"]
+    assert left == {"choosy": {"state": "refused", "reason": "PARTNERS_FEW"}}
+
+
 def test_a_coordinator_that_shows_an_older_roster_gets_no_keys(hospitals, edge):
     older = newest_roster(edge.federation)
     hospitals.join("newer", INSIDE)
@@ -103,8 +114,6 @@ def test_a_site_that_is_revoked_during_a_sum_is_in_none_and_the_others_sum_on_th
 
 
 def test_a_study_of_secure_sums_is_told_in_plain_words(hospitals):
-    from fedclient.consent import find_asked
-
     secure(hospitals)
     site = hospitals.site("a")
     told = explained(site, find_asked(site, "toy"))
@@ -112,3 +121,45 @@ def test_a_study_of_secure_sums_is_told_in_plain_words(hospitals):
     assert any("the difference is its number of examples" in s for s in told["leaves"])
     assert any("sums of the sites' updates" in s for s in told["costs"])
     assert not any("ten mean losses" in s or "sees this site's update" in s for s in told["leaves"] + told["costs"])
+
+
+def test_a_study_that_is_nearly_the_same_is_approved_by_no_policy_and_shown_for_what_it_is(hospitals):
+    secure(hospitals)
+    nearly = replace(STUDY, name="toy-2", train=replace(STUDY.train, learning_rate=STUDY.train.learning_rate * 1.001))
+    with pytest.raises(RoundPaused, match="a: awaits approval at the site"):
+        secure(hospitals, nearly, name=nearly.name)
+    site = hospitals.site("a")
+    found = find_asked(site, "toy-2")
+    assert found.state == "pending"
+    told = [s for s in explained(site, found)["leaves"] if "could be compared with those of toy (" in s]
+    assert len(told) == 1
+    with pytest.raises(StateInvalid, match=r"nearly that site's update.*--also-alike"):
+        decide(site, found.sha256, "approved")
+    for name in NAMES:
+        decide(hospitals.site(name), found.sha256, "approved", also_alike=True)
+    state, _ = secure(hospitals, nearly, name=nearly.name)
+    assert state.cohort == NAMES
+
+
+def test_a_study_stays_alike_after_its_approval_was_withdrawn_for_its_sums_are_out(hospitals):
+    secure(hospitals)
+    site = hospitals.site("a")
+    decide(site, find_asked(site, "toy").sha256, "withdrawn")
+    nearly = replace(STUDY, name="toy-2")
+    assert [a.study.name for a in alike_here(site, sha256(nearly), nearly)] == ["toy"]
+    other = replace(nearly, model=replace(nearly.model, features=(8, 8, 8, 8, 8, 8)))
+    assert alike_here(site, sha256(other), other) == []
+    noisy = replace(load_study("lung-ct-private"), model=nearly.model)
+    private = replace(
+        noisy, protect=replace(noisy.protect, secure_aggregation=SecureAggregation()), rounds=STUDY.rounds
+    )
+    assert alike_here(site, sha256(private), private) == []
+    assert alike_here(site, sha256(PLAIN_STUDY), PLAIN_STUDY) == []
+
+
+def test_histograms_of_a_plan_are_the_same_in_every_study_that_asks_for_them(hospitals):
+    first = replace(STUDY, name="plan-1", plan="federated")
+    known = Asked("f" * 64, first, "", 0.0, None, "approved")
+    other = replace(first, name="plan-2", seed=7, train=replace(first.train, learning_rate=1e-5))
+    assert alike(hospitals.site("a"), other, [known]) == [known]
+    assert alike(hospitals.site("a"), STUDY, [known]) == []

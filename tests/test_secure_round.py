@@ -1,7 +1,8 @@
 """Rounds through secure sums, with sites that go away and a coordinator that is killed: the right mean, or none."""
 
+import json
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,27 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
+from fedclient.site import Site
 from fedclient.sums import Sums
+from fedclient.work import Holding, Learned
 from fedserver.checkpoint import RunFolder, State, read_progress, read_state
 from fedserver.cohort import Presence
 from fedserver.conversation import Setting
 from fedserver.courier import Inline
-from fedserver.report import facts
+from fedserver.report import facts, write_report
 from fedserver.rounds import carry_out
+from shared_models.class_counts import ClassCounts, class_counts, temperature
 from shared_models.errors import OrderRefused, RoundPaused, SumAborted
 from shared_models.files import read_lines
+from shared_models.metrics import counts
 from shared_models.protect.messages import Adverts, Sealed
 from shared_models.protect.privacy import Protect
 from shared_models.protect.secure import SecureAggregation
 from shared_models.roster import Roster
-from shared_models.study import Evaluate, Rounds, Strategy, Study
-from shared_models.weights import load
-from shared_models.wire import read_order
+from shared_models.scores import row_of, total
+from shared_models.study import Evaluate, Model, Rounds, Strategy, Study, Task
+from shared_models.weights import Arrays, load
+from shared_models.wire import Split, read_order
 from simulations.engine import LocalGrid, run_local, with_members
 from simulations.roster import roster_of
 from tests.order_path import FLOATS, SECURE
@@ -223,6 +229,70 @@ def test_sites_that_refuse_a_step_keep_the_others_from_no_sum(quick_folder, monk
     np.testing.assert_allclose(bias(run), mean("a", "b", "c"), atol=1e-6)
 
 
+def dealing_falsely(monkeypatch, *, to: str, by: str = "d") -> None:
+    """Site `by` seals what does not open at the sites `to`."""
+    share = Sums.share
+
+    def lying(sums: Sums, adverts: Adverts) -> Sealed:
+        told = share(sums, adverts)
+        if sums.member.name != by:
+            return told
+        return replace(told, boxes={s: "0" * 188 if s in to else box for s, box in told.boxes.items()})
+
+    monkeypatch.setattr(Sums, "share", lying)
+
+
+def test_a_site_that_deals_what_does_not_open_is_accused_and_the_next_attempt_does_without_it(
+    quick_folder, monkeypatch
+):
+    dealing_falsely(monkeypatch, to="abc")
+    _, run, _ = play(quick_folder, replace(STUDY, evaluate=Evaluate(every=0)))
+    told = line(run)
+    assert (told["together"]["sites"], told["together"]["attempt"]) == (["a", "b", "c", "e"], 2)
+    assert told["left_out"] == {"d": {"state": "rejected", "reason": "SHARE_FORGED: 3 of the others say so"}}
+    np.testing.assert_allclose(bias(run), mean("a", "b", "c", "e"), atol=1e-6)
+
+
+def test_where_one_site_accuses_one_other_the_sum_does_without_the_vector_of_the_one_and_names_both(
+    quick_folder, monkeypatch
+):
+    dealing_falsely(monkeypatch, to="a")
+    _, run, _ = play(quick_folder, replace(STUDY, evaluate=Evaluate(every=0)))
+    told = line(run)
+    assert (told["together"]["sites"], told["together"]["attempt"]) == (["b", "c", "d", "e"], 1)
+    assert told["left_out"] == {"a": {"state": "refused", "reason": "SHARE_FORGED (from d)"}}
+
+
+def test_of_two_sites_of_which_one_must_lie_the_next_attempt_has_neither(quick_folder, monkeypatch):
+    dealing_falsely(monkeypatch, to="a")
+
+    def until_asked_anew(site: str, kind: str, times: int) -> str | None:
+        return "before" if (site, kind) == ("b", "mask") and times <= 5 else None  # so that three of four mask
+
+    _, run, _ = play(quick_folder, replace(STUDY, evaluate=Evaluate(every=0)), until_asked_anew)
+    told = line(run)
+    assert told["together"]["sites"] == ["b", "c", "e"]
+    assert told["left_out"] == {
+        "a": {"state": "refused", "reason": "SHARE_FORGED (from d)"},
+        "d": {"state": "rejected", "reason": "SHARE_FORGED: 1 of the others say so"},
+    }
+
+
+def test_a_site_that_deals_shares_of_no_secret_of_its_own_ends_the_run_and_is_named(quick_folder, monkeypatch):
+    from fedclient import secagg
+
+    share = secagg.share
+
+    def lying(state, member, message, random_bytes):
+        false = replace(state, secret="11" * 32) if member.name == "d" else state
+        return share(false, member, message, random_bytes)
+
+    monkeypatch.setattr(secagg, "share", lying)
+    with pytest.raises(SumAborted, match=r"'d' dealt shares of another secret.*another seed without d") as aborted:
+        play(quick_folder, replace(STUDY, evaluate=Evaluate(every=0)))
+    assert aborted.value.culprits == ("d",)
+
+
 def test_fewer_sites_than_the_quorum_never_make_a_sum(quick_folder):
     gone = at(*((site, "train", "before") for site in "cde"))
     with pytest.raises(RoundPaused, match="2 of 3 sites needed"):
@@ -262,6 +332,55 @@ def test_a_killed_coordinator_sends_the_confirmations_that_it_had_sent_though_mo
     _, run, grid = play(quick_folder, study)
     assert ("e", "confirm") not in grid.asked
     np.testing.assert_allclose(bias(run), mean(*SITES), atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """A toy that tells the sick from the well, too sure of itself."""
+
+    toy: ToyLearner = LEARNER
+
+    def learn(self, *words: Any) -> Learned:
+        return self.toy.learn(*words)
+
+    def holding(self, *words: Any) -> Holding:
+        return self.toy.holding(*words)
+
+    def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> dict[str, ClassCounts]:
+        return {"sick": answers_of(split)}
+
+
+def answers_of(split: Split) -> ClassCounts:
+    truth = np.arange(24) % 3 > 0
+    logits = np.where(truth, 1.0, -1.0) + np.linspace(-2, 2, 24)
+    return class_counts(1 / (1 + np.exp(-(3.0 if split == "val" else 2.0) * logits)), truth, truth)
+
+
+def test_probabilities_are_calibrated_by_the_validation_patients_of_all_sites_together(quick_folder):
+    task = Task(kind="classification", labels=("sick",), loss="bce")
+    study = replace(STUDY, task=task, model=Model(name="resnet18"))
+    run = new_run(quick_folder, study, FLOATS)
+    run_local(run.path, nodes(SITES, quick_folder), toy_app(Doctor()))
+    final = read_lines(run.metrics)[-1]
+    told = final["calibration"]["sick"]
+    whole = total(answers_of("val") for _ in SITES)
+    assert isinstance(whole, ClassCounts)
+    assert told["temperature"] == pytest.approx(temperature(whole), abs=1e-6)
+    assert (told["cases"], final["sites"], facts(run)["calibration"]["sick"]) == (5 * 24, {}, told)
+    assert write_report(run).read_text().count("all sites together") >= 2  # the reliability curve is theirs
+
+
+def test_the_sites_own_models_have_one_figure_of_all_cases_together(quick_folder):
+    _, run, _ = play(quick_folder)
+    *rounds, final = read_lines(run.metrics)
+    own = {"lung": row_of(counts([0.75] * 12, 1))}
+    final["together"]["personalised"] = own
+    rounds[0]["together"]["personalised"] = own
+    run.metrics.write_text("".join(json.dumps(each) + "\n" for each in (*rounds, final)))
+    told = facts(run)
+    assert told["test"]["lung"]["personalised_all_cases"]["value"] == 0.75
+    assert told["rounds"][0]["together"]["personalised"]["lung"]["dice"] == 0.75
+    assert "its own model" in write_report(run).read_text()
 
 
 def test_a_killed_final_evaluation_is_summed_once(quick_folder):
@@ -325,6 +444,19 @@ def test_a_site_that_spoils_the_sum_of_the_last_scores_costs_them_and_not_the_ru
     assert (state.round, final["final"], final["federation"]) == (1, True, {"lung": None})
     assert final["left_out"]["c"]["reason"] == "SUM_MASK_RESIDUE: the sum of the scores"
     assert (facts(run)["finished"], facts(run)["test"]["lung"]["all_cases"]) == (True, None)
+
+
+def test_a_ring_of_24_bits_sends_three_quarters_and_gives_the_mean_to_its_own_resolution(quick_folder):
+    sent = {}
+    for bits in (24, 32):
+        protect = Protect(secure_aggregation=SecureAggregation(clip=8.0, most_examples=64, ring_bits=bits))
+        study = replace(STUDY, protect=protect, evaluate=Evaluate(every=0))
+        _, run, _ = play(quick_folder / str(bits), study)
+        whole = 5 * 64 / sum(LEARNER.examples.values())  # what the bound on the weights costs
+        np.testing.assert_allclose(bias(run), mean(*SITES), atol=5 / 2 * 8.0 * 2.0 ** (1 - bits) * whole + 1e-6)
+        assert line(run)["together"]["clipped"] == 0
+        sent[bits] = line(run)["bytes_up"]
+    assert 4 * sent[24] == 3 * sent[32]
 
 
 def test_uniform_weighting_tells_no_number_of_examples_at_all(quick_folder):

@@ -29,20 +29,21 @@ from fedclient.serving.back import Back, NotTaken
 from fedclient.serving.commands import _say
 from fedclient.serving.guard import guarded
 from fedclient.serving.handed import Before, Handed
-from fedclient.serving.heads import Heads
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
 from fedclient.serving.multipart import BodyRefused, parts_of, time_left
 from fedclient.serving.receiver import Receiver, command_bytes, received, server_context
-from fedclient.serving.service import listener, token_of
+from fedclient.serving.service import listener
 from fedclient.serving.settings import Destination, Serve, destination, is_local
 from fedclient.serving.warm import Warm, python
 from fedclient.serving.web import Parts, application, safe_name
 from fedclient.site import Data, SiteFile, site_toml
 from shared_models.errors import ImageUnreadable, ProcessFailed, StateInvalid, StudyInvalid
 from shared_models.files import write_json
+from shared_models.heads import Heads
 from shared_models.identity import issue_server, issue_site, new_authority, new_tls_key, request_certificate
 from shared_models.parse import parse
+from shared_models.supervise import kept_token
 from simulations.fixtures.dicom import write_dicom_series
 from simulations.fixtures.sown import person
 
@@ -1048,14 +1049,17 @@ def test_on_this_machine_too_nobody_reads_without_the_token(tmp_path):
 
 
 def test_the_token_is_made_once_and_for_its_owner_alone(tmp_path):
-    token = token_of(tmp_path)
     path = tmp_path / "secrets" / "serve-token"
+    token = kept_token(path)
     assert len(token) >= 43  # 32 bytes
     assert path.stat().st_mode & 0o777 == 0o600
-    assert token_of(tmp_path) == token
+    assert kept_token(path) == token
     path.write_text("short")
     with pytest.raises(StateInvalid, match="Delete it"):
-        token_of(tmp_path)
+        kept_token(path)
+    path.chmod(0o644)
+    with pytest.raises(StateInvalid, match="others may read it"):
+        kept_token(path)
 
 
 @pytest.mark.parametrize(

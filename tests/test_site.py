@@ -42,8 +42,8 @@ def test_a_site_file_comes_back_whatever_its_names_hold(tmp_path_factory, folder
 
 def test_every_setting_comes_back(tmp_path):
     file = SiteFile("a-1_b", "[::1]:1", "f", Data("d", "s"), Compute("cuda:3", 7, 2), Policy(25), Cache(12.5))
-    file = replace(file, limits=Limits(memory_gib=12.5, gpu_memory_share=0.5))
-    file = replace(file, releases=Releases(("theirs.pem",), status_required=True))
+    file = replace(file, limits=Limits(memory_gib=12.5, gpu_memory_share=0.5, order_s=7200.0))
+    file = replace(file, releases=Releases(("theirs.pem",), ("before.pem",), status_required=True))
     assert read_site_file(site_folder(tmp_path, file)) == file
 
 
@@ -59,6 +59,7 @@ def test_every_value_that_a_hospital_may_change_stands_in_the_file():
         "quota_gib",
         "gpu_memory_share",
         "authorities",
+        "predecessors",
         "status_required",
     ):
         assert f"\n{key} = " in text
@@ -83,6 +84,7 @@ WRONG = [
     ("cache", "quota_gib", "0", "`cache.quota_gib` is 0; allowed: greater than 0"),
     ("limits", "memory_gib", "0", "`limits.memory_gib` is 0; allowed: greater than 0"),
     ("limits", "gpu_memory_share", "1.5", "`limits.gpu_memory_share` is 1.5; allowed: less than or equal to 1"),
+    ("limits", "order_s", "0", "`limits.order_s` is 0; allowed: greater than 0"),
     ("policy", "smallest_count", "0", "`policy.smallest_count` is 0; allowed: greater than or equal to 1"),
     ("policy", "smallest_cout", "5", "`policy.smallest_cout` is not a key here. Did you mean `smallest_count`?"),
 ]
@@ -161,7 +163,7 @@ def test_threads_that_make_the_secret_at_once_get_the_same_one(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"ab" * 31, b"zz" * 32, b"\xff" * 64, b"ab" * 32 + b"\n"])
 def test_a_secret_that_was_cut_or_overwritten_is_not_used(tmp_path, content):
-    (tmp_path / "case-keys").write_bytes(content)
+    write_atomic(tmp_path / "case-keys", content)
     with pytest.raises(StateInvalid, match="Restore it from your backup") as refused:
         secret(tmp_path / "case-keys")
     assert "abab" not in str(refused.value)

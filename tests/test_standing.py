@@ -15,11 +15,11 @@ from fedclient.cli import app
 from fedclient.release_policy import Releases
 from fedclient.serving import worker
 from fedclient.site import Data, SiteFile, site_toml
-from fedclient.trust import Watch, authorities_of, trust_in
+from fedclient.trust import Watch, groups_of, trust_in
 from fedserver.publish.making import make_release
 from shared_models.errors import ReleaseInvalid
 from shared_models.files import write_atomic
-from shared_models.identity import Credential, issue_signer, new_authority, stated, vouched
+from shared_models.identity import Credential, issue_signer, new_authority
 from shared_models.release import Release, Trust, open_release
 from shared_models.standing import Standing, Standings, read_standings, sign_standings
 from tests.marking import model
@@ -70,7 +70,7 @@ def configured(site: Path, **table: Any) -> None:
 
 
 def asked(made: Made, site: Path, given: Path | None = None, now: float = MADE + 2 * DAY) -> list[str]:
-    return Watch(site, made.opened(), trust_in(site, (), False), given).warnings(now)
+    return Watch(site, made.opened(), groups_of(site, ()), given).warnings(now)
 
 
 def typed(*words: str, code: int = 0) -> str:
@@ -186,7 +186,7 @@ def test_a_list_that_cannot_be_kept_counts_all_the_same_and_that_is_said(made, s
 
 
 def test_where_there_is_no_site_a_list_is_looked_at_and_not_kept(made, tmp_path):
-    watch = Watch(tmp_path / "nowhere", made.opened(), Trust((made.authority,)), made.listed(tmp_path / "s"))
+    watch = Watch(tmp_path / "nowhere", made.opened(), ((made.authority,),), made.listed(tmp_path / "s"))
     assert watch.warnings(MADE + 2 * DAY) == []
     assert not (tmp_path / "nowhere").exists()
 
@@ -208,7 +208,7 @@ def test_the_doctor_tells_of_a_list_that_is_not_good_any_more_and_of_one_that_is
 def test_verify_keeps_the_list_and_predict_then_refuses(made, site, tmp_path):
     (tmp_path / "a.nii").write_bytes(b"never read")
     words = [str(made.folder), "--site", str(site)]
-    told = Watch(site, made.opened(), trust_in(site, (), False), made.listed(tmp_path / "good", days=30_000))
+    told = Watch(site, made.opened(), groups_of(site, ()), made.listed(tmp_path / "good", days=30_000))
     assert told.warnings() == []
     assert "approved by the list of 2027-01-16" in told.said()
     made.listed(tmp_path / "bad", "retired", at=MADE + 2 * DAY, words="a fault was found")
@@ -220,7 +220,7 @@ def test_verify_keeps_the_list_and_predict_then_refuses(made, site, tmp_path):
 
 
 def test_a_service_that_runs_stops_answering_once_a_list_retires_its_release(made, site, tmp_path):
-    watch = Watch(site, made.opened(), Trust((made.authority,)))
+    watch = Watch(site, made.opened(), ((made.authority,),))
     orders = [json.dumps({"folder": str(tmp_path / "case")}) + "\n"] * 2
 
     def sent():
@@ -241,21 +241,25 @@ def test_a_service_that_runs_stops_answering_once_a_list_retires_its_release(mad
 # ---- whom a site trusts ----
 
 
-def test_a_file_of_an_old_and_a_new_authority_vouches_for_what_either_has_signed(made, site):
-    new, stranger = new_authority(FEDERATION), new_authority(FEDERATION)
-    both = made.authority + new.certificate
-    signer = issue_signer(new)
-    assert vouched(both, signer.certificate) == vouched(new.certificate, signer.certificate)
-    assert vouched(both, made.signer.certificate) is not None
-    assert vouched(both, issue_signer(stranger).certificate) is None
-    assert not stated(both, signer.certificate, b"\0" * 64, "roster", b"x")
-    write_atomic(site / "keys" / "ca.pem", new.certificate + made.authority)
+def founded_anew(made: Made, site: Path) -> Credential:
+    """The federation has another authority now, which this site has joined; the old one is its predecessor."""
+    new = new_authority(FEDERATION)
+    write_atomic(site / "keys" / "ca.pem", new.certificate)
+    (site / "before.pem").write_bytes(made.authority)
+    configured(site, predecessors=("before.pem",))
+    return new
+
+
+def test_a_release_that_the_predecessor_vouches_for_is_taken_and_one_of_a_stranger_is_not(made, site):
+    founded_anew(made, site)
     assert asked(made, site) == []
+    write_atomic(site / "before.pem", new_authority(FEDERATION).certificate)
+    with pytest.raises(ReleaseInvalid, match="not the one trusted here"):
+        open_release(made.folder, trust_in(site, (), False))
 
 
 def test_a_list_signed_under_the_new_authority_is_of_a_release_signed_under_the_old_one(made, site, tmp_path):
-    new = new_authority(FEDERATION)
-    write_atomic(site / "keys" / "ca.pem", made.authority + new.certificate)
+    new = founded_anew(made, site)
     with pytest.raises(ReleaseInvalid, match="retired"):
         asked(made, site, made.listed(tmp_path / "s", "retired", by=issue_signer(new)))
 
@@ -264,7 +268,7 @@ def test_another_federation_that_is_trusted_too_has_no_say_over_the_releases_of_
     other = new_authority("other")
     (site / "other.pem").write_bytes(other.certificate)
     configured(site, authorities=("other.pem",))
-    assert authorities_of(site, ()) == (site / "keys" / "ca.pem", site / "other.pem")
+    assert groups_of(site, ()) == ((made.authority,), (other.certificate,))
     with pytest.raises(ReleaseInvalid, match="not signed by the federation"):
         asked(made, site, made.listed(tmp_path / "s", "retired", by=issue_signer(other)))
 
@@ -283,5 +287,5 @@ def test_releases_of_a_further_federation_in_site_toml_are_taken_and_a_file_that
 
 def test_a_list_comes_back_as_it_was_signed(made, tmp_path):
     path = made.listed(tmp_path / "s", words="ü")
-    found = read_standings(path.read_bytes(), made.authority, "s")
+    found = read_standings(path.read_bytes(), (made.authority,), "s")
     assert (found.federation, found.good_until - found.made_at) == (FEDERATION, 30 * DAY)

@@ -43,7 +43,7 @@ WRONG = [
     ("", "seed", "5", "`seed` is '5'; allowed: a valid integer"),
     ("", "seed", 5.0, "`seed` is 5.0; allowed: a valid integer"),
     ("", "seed", True, "`seed` is True; allowed: a valid integer"),
-    ("", "modality", "pet", "`modality` is 'pet'; allowed: 'ct', 'xray' or 'mr'"),
+    ("", "modality", "pet", "`modality` is 'pet'; allowed: 'ct', 'xray', 'mr' or 'photo'"),
     ("", "taks", {}, "`taks` is not a key here. Did you mean `task`?"),
     ("", "task", 3, "`task` is 3; allowed: an object"),
     ("", "task", [], r"`task` is \[\]; allowed: an object"),
@@ -109,7 +109,7 @@ WRONG = [
     ("rounds", "cohort", 0.0, "`rounds.cohort` is 0.0; allowed: greater than 0"),
     ("strategy", "name", "scaffold", "`strategy.name` is 'scaffold'; allowed: 'fedavg', 'fedavgm', 'fedadam'"),
     ("strategy", "robust", "median", 'robust = "median" needs weighting = "uniform": a site that claims many'),
-    ("strategy", "norm_bound", 1.0, 'norm_bound is for robust = "norm_bound", which is "none"'),
+    ("strategy", "norm_bound", 1.0, 'norm_bound is for robust = "norm_bound" or "centred_clip", and it is'),
     ("strategy", "malicious", 1, 'malicious = 1 with robust = "none", which promises nothing'),
     ("strategy", "normalise_steps", True, 'strategy.normalise_steps needs train.optimizer = "sgd"'),
     ("strategy", "weighting", "votes", "'examples', 'uniform' or 'inverse_variance'"),
@@ -447,9 +447,14 @@ def test_a_message_does_not_repeat_a_long_value():
 def test_the_ready_studies_load_and_are_called_what_they_are():
     assert ready[:6] == ["brats-tumour", "brca-prognosis", "chest-xray", "chest-xray-masked", "ct-lesion", "ct-nodule"]
     assert ready[6:] == [
+        "fed-camelyon16",
+        "fed-isic2019",
+        "fed-ixi",
+        "fed-kits19",
         "hippocampus",
         "lung-ct",
         "lung-ct-private",
+        "lung-ct-private-secure",
         "lung-ct-quick",
         "lung-ct-secure",
         "lung-detect",

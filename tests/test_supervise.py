@@ -123,6 +123,33 @@ def test_a_child_that_is_killed_is_told_with_its_signal_and_one_that_lives_is_no
     )
 
 
+HOLDS_ITS_INTERPRETER = """
+import ctypes, subprocess
+print(subprocess.Popen(["sleep", "1000"]).pid, flush=True)
+ctypes.PyDLL(None).sleep(1000)  # unlike CDLL, without letting other threads run
+"""
+
+
+def test_a_child_that_hangs_and_holds_its_interpreter_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+    log, asked = tmp_path / "logs/child.log", list[int]()
+
+    def hangs(pid: int) -> str:
+        asked.append(pid)
+        return "It hung." if log.read_text().strip() and len(set(asked)) == 1 else ""
+
+    stop = threading.Event()
+    child = Child("child", [sys.executable, "-c", HOLDS_ITS_INTERPRETER], log, hangs=hangs)
+    thread = threading.Thread(target=supervise, args=([child], stop, tmp_path, QUICK))
+    thread.start()
+    wait(lambda: len(set(asked)) == 2)
+    shown = status(tmp_path)["child"]
+    stop.set()
+    thread.join()
+    assert (shown["restarts"], shown["last_exit"], shown["last_words"]) == (1, -9, "It hung.")
+    started = int(log.read_text().split()[0])
+    assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
+
+
 def test_a_full_disk_ends_no_process_that_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = tmp_path / "starts"
     with supervised(tmp_path, ["sh", "-c", f"echo one >> {starts}; exec sleep 60"]):

@@ -83,7 +83,7 @@ def test_the_pull_is_half_mu_times_the_squared_distance_and_its_gradient_mu_time
 def plain_loop(net: nn.Module, batches: list[Batch], optimizer: torch.optim.Optimizer, mu: float = 0.0) -> None:
     """What a textbook writes."""
     received = [p.detach().clone() for p in net.parameters()]
-    for images, masks in batches:
+    for images, masks, _ in batches:
         loss: Tensor = bce(net(torch.from_numpy(images)), torch.from_numpy(masks))
         if mu:
             pairs = zip(net.parameters(), received, strict=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from fedclient.app import client_app
+from fedclient.client import client_app
 from fedclient.site import Site
 from fedclient.work import Answer, Holding, Learned, Learner, carry_out, refusal, study_of
 from shared_models.errors import (

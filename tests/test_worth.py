@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedclient.comparing import subgroups, told
 from fedclient.data.cases import Case
 from fedclient.training.case_scores import scored
 from fedclient.worth import CaseScores, difference, interval, mean_scores, measure, part_of, ranked_scores, worst_tenth
@@ -13,7 +14,6 @@ from shared_models.survival_counts import pairs_of
 from shared_models.task_table import Task
 from shared_models.tasks.chosen import functions_of
 from shared_models.tasks.functions import CaseAnswer
-from simulations.scoring import subgroups, told
 
 
 def draw(seed: int = 0) -> np.random.Generator:

@@ -8,9 +8,9 @@ import numpy as np
 from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 
-from fedclient.app import client_app
+from fedclient.client import client_app
 from fedclient.site import Site
-from fedclient.work import Holding, Learned
+from fedclient.work import Holding, Learned, Learner
 from fedserver.checkpoint import RunFolder, create_run
 from shared_models.metrics import counts
 from shared_models.scores import Score
@@ -113,5 +113,5 @@ class ScriptedGrid(LocalGrid):
         return replies
 
 
-def toy_app(learner: ToyLearner | None = None) -> ClientApp:
+def toy_app(learner: Learner | None = None) -> ClientApp:
     return client_app(learner or ToyLearner())

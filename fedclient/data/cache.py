@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedclient.data.bags import read_bag
 from fedclient.data.cases import Case, read_case, read_case_labels
 from fedclient.data.images import is_picture
 from fedclient.data.lesions import lesions_of, of_examples
@@ -58,7 +59,8 @@ class Stored:
     """One case as the cache holds it.
 
     Attributes:
-        images: float16[N, C, *size], in memory or mapped; of the whole image, where patches are trained on.
+        images: float16[N, C, *size], in memory or mapped; of the whole image, where patches are trained on; of a bag
+            [1, 1, tiles, width].
         masks: uint8[N, *size], uint8[N, labels] classes, float32[N, 2] follow-up, or float32[N, M, 1 + 2 D] lesions.
         labelled: int64[places], for each label of the study: flat indices in [N, *size] of voxels that have it (of the
             centres of its lesions), at most `MOST_PLACES`, evenly chosen; empty where patches are not wanted.
@@ -84,8 +86,10 @@ class Stored:
 def plan_digest(study: Study) -> str:
     """Of all that a cached case depends on beside its files."""
     task = study.task
-    truth = [task.kind, task.labels, task.exclusive, task.column, task.none, task.tolerance_mm is not None]
+    truth: list[Any] = [task.kind, task.labels, task.exclusive, task.column, task.none, task.tolerance_mm is not None]
     truth += [task.time_column, task.event_column, plain(task)["covariates"], study.table_only]
+    if study.of_bags:
+        truth.append(study.model.features[0])
     return sha256(canonical_json([FORMAT, plain(study.preprocess), study.channels, truth])).hexdigest()[:12]
 
 
@@ -98,6 +102,8 @@ def write_case(path: Path, case: Case, study: Study, make_room: Callable[[int], 
     """
     if study.table_only:
         facts, tensors = _row(case, study)
+    elif study.of_bags:
+        facts, tensors = _bag(case, study)
     else:
         facts, tensors = _image(case, study)
     make_room(sum(tensor.nbytes for tensor in tensors.values()))
@@ -109,6 +115,13 @@ def _row(case: Case, study: Study) -> tuple[Facts, dict[str, NDArray[Any]]]:
     nowhere = Geometry((1, 1, 1), (1.0, 1.0, 1.0), (1,), (0.0,), (1.0,))
     values = covariates_of(case, study.task)[None].astype(np.float16)
     return Facts(nowhere, 0), {"images": values, "masks": vector_of(case, study.task)[None]}
+
+
+def _bag(case: Case, study: Study) -> tuple[Facts, dict[str, NDArray[Any]]]:
+    """A case that is a bag of feature vectors: one example, of one channel."""
+    bag = read_bag(case, study.model.features[0])[None, None]
+    nowhere = Geometry((bag.shape[2], bag.shape[3], 1), (1.0, 1.0, 1.0), bag.shape[2:], (0.0, 0.0), (1.0, 1.0))
+    return Facts(nowhere, 0), {"images": bag, "masks": vector_of(case, study.task)[None]}
 
 
 def _image(case: Case, study: Study) -> tuple[Facts, dict[str, NDArray[Any]]]:

@@ -14,15 +14,17 @@ import numpy as np
 from fedclient.data.boxes import Box
 from fedclient.data.findings import Finding
 from fedclient.data.formats import format_of
-from fedclient.data.images import IGNORE, read_image, read_labels
+from fedclient.data.images import IGNORE, is_picture, read_image, read_labels
 from fedclient.data.labels import Labels, Mapped, Structure, as_word, choose, numbered, refused, renumber
 from fedclient.data.luna16 import LEFT_LUNG, RIGHT_LUNG, TRACHEA, Mark, lungs, spheres
 from fedclient.data.nifti import read_nifti
 from fedclient.data.objects import object_kind
+from fedclient.data.pictures import read_colours
 from fedclient.data.stack import Series
 from fedclient.data.volume import Volume
 from shared_models.errors import ImageUnreadable
 from shared_models.files import canonical_json
+from shared_models.study import COLOURS
 
 Split = Literal["train", "val", "test"]
 DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)([^\r\n]+)", re.MULTILINE | re.IGNORECASE)
@@ -148,12 +150,15 @@ class Listing:
 
 
 def read_case(case: Case, channels: Sequence[str] = ()) -> Volume:
-    """The image of a case: float32[C, I, J, K], the channels that the study names, in its order.
+    """The image of a case: float32[C, I, J, K], the channels that the study names, in its order; or the colours of its
+    one picture.
 
     Raises:
         ImageUnreadable: see `read_image`; MODALITY_MISMATCH, channels that the case has not;
             CHANNELS_APART, channels on different grids.
     """
+    if (picture := _coloured(case, channels)) is not None:
+        return read_colours(picture, channels)
     volumes = [_read(channel) for channel in _chosen(case, channels)]
     first = volumes[0]
     for other in volumes[1:]:
@@ -242,6 +247,14 @@ def _named_in(header: Path) -> list[Path]:
         named = DATA_FILE.search(file.read(1 << 16))
     path = header.parent / named[1].decode("latin-1").strip() if named else header
     return [path] if "\0" not in str(path) and path.is_file() else []
+
+
+def _coloured(case: Case, channels: Sequence[str]) -> Path | None:
+    """The picture of a case that has one, where colours are asked for."""
+    if not channels or not set(channels) <= set(COLOURS) or len(case.channels) != 1:
+        return None
+    only = case.channels[0]
+    return only.files[0] if not only.name and len(only.files) == 1 and is_picture(only.files[0]) else None
 
 
 def _read(channel: Channel) -> Volume:

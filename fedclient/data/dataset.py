@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedclient.data.bags import padded_bags
 from fedclient.data.cache import Stored, in_memory, open_case, plan_digest
 from fedclient.data.cases import Case, state_of
 from fedclient.data.lesions import padded
@@ -147,7 +148,9 @@ class DataSet:
             (self.cases[c], int(n - before[c]) // self._each(self.cases[c])) for c, n in zip(of, chosen, strict=True)
         ]
         if self.patches is None:
-            images = np.stack([case.images[n] for case, n in places])
+            examples = [case.images[n] for case, n in places]
+            alike = len({example.shape for example in examples}) == 1
+            images = np.stack(examples) if alike else padded_bags(examples)  # nothing but bags differs in size
             of_each = [case.masks[n] for case, n in places]
             masks: NDArray[Any] = padded(of_each, images.ndim - 2) if self.lesions else np.stack(of_each)
         else:

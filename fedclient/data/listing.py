@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedclient.data.cases import Listing
-from fedclient.data.layouts import brats, decathlon, lidc_idri, luna16, nnunet, pacs, table
+from fedclient.data.layouts import brats, decathlon, flamby, lidc_idri, luna16, nnunet, pacs, table
 from fedclient.data.layouts.peek import Peek, peek
 from fedclient.data.manifest import read_sites, sites_of
 from fedclient.data.where import Where
@@ -49,6 +49,10 @@ LAYOUTS: Mapping[str, Layout] = {
     "brats": Layout("BraTS of a year that its names do not tell", brats.found(brats.UNTOLD), brats.ask, deep=True),
     "decathlon": Layout("Medical Segmentation Decathlon", decathlon.found, decathlon.cases),
     "nnunet": Layout("nnU-Net raw data", nnunet.found, nnunet.cases),
+    **{
+        name: Layout(f"{kept.title} of FLamby", flamby.found(name), flamby.cases(name), flamby.sites(name))
+        for name, kept in flamby.KEPT.items()
+    },
     "pacs": Layout("PACS export of DICOM", pacs.found, pacs.cases, deep=True, alone=True),
 }
 

@@ -4,7 +4,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from fedclient.data.provenance import Provenance
 from fedclient.data.volume import FRONTAL_RAS, MAX_PIXELS, PICTURE_PIXELS, Volume
 from shared_models.errors import ImageUnreadable
+from shared_models.study import COLOURS
 
 _GREY = ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "LA", "F")
 _COLOUR = ("P", "PA", "RGB", "RGBA")
@@ -28,10 +29,10 @@ _TURN = 274  # EXIF and TIFF: 1 is as stored
 def read_picture(path: Path) -> Volume:
     """A PNG, JPEG or TIFF as grey levels, rows first as the file has them.
 
-    Grey of 8, 16 or 32 bit and real numbers keep their depth; colour and palettes become luminance (ITU-R 601),
-    transparency is dropped, and Pillow hands out 16-bit colour as 8 bit. A picture that says that it must be turned for
-    display (EXIF orientation) is refused: scanners write none, some programs turn it and some do not, so that image
-    and mask may lie differently.
+    Grey of 8, 16 or 32 bit and real numbers keep their depth; colour and palettes become luminance (ITU-R 601; see
+    `read_colours` for who wants them), transparency is dropped, and Pillow hands out 16-bit colour as 8 bit. A picture
+    that says that it must be turned for display (EXIF orientation) is refused: scanners write none, some programs turn
+    it and some do not, so that image and mask may lie differently.
     """
     with _picture(path) as image:
         grey = image.convert("RGBA").convert("L") if image.mode in _COLOUR else _without_alpha(image)
@@ -41,6 +42,26 @@ def read_picture(path: Path) -> Volume:
         raise ImageUnreadable("some pixels are NaN or infinite. Replace them and save again.", "INTENSITY_INVALID")
     facts = Provenance(rows=rows.shape[0], columns=rows.shape[1], slices=1, lossy=lossy)
     return Volume(rows[None, :, :, None], FRONTAL_RAS.copy(), None, facts, PICTURE_PIXELS.copy())
+
+
+def read_colours(path: Path, names: Sequence[str]) -> Volume:
+    """Some colours of a PNG, JPEG or TIFF: float32[C, rows, columns, 1] from 0 to 255; a grey one is alike in all.
+
+    Args:
+        names: of `COLOURS`, in the order in which they are wanted.
+    """
+    with _picture(path) as image:
+        if image.mode not in (*_COLOUR, "1", "L", "LA"):
+            raise ImageUnreadable(
+                f"the picture has grey levels of more than 8 bits (mode {image.mode}), and the study sees colours. "
+                f"Save it as 8-bit RGB.",
+                code="MODALITY_MISMATCH",
+            )
+        pixels = np.asarray(image.convert("RGBA"), dtype=np.float32)[..., :3]
+        lossy = image.format == "JPEG"
+    voxels = np.stack([pixels[:, :, COLOURS.index(name), None] for name in names])
+    facts = Provenance(rows=pixels.shape[0], columns=pixels.shape[1], slices=1, lossy=lossy)
+    return Volume(voxels, FRONTAL_RAS.copy(), None, facts, PICTURE_PIXELS.copy())
 
 
 def picture_values(path: Path) -> NDArray[Any]:

@@ -26,6 +26,7 @@ class Needs:
         task: that is answered by something else than masks: classes, follow-up, lesions.
         table_only: the network sees a case's table and no image.
         unlabelled: it learns from training cases without labels too.
+        tile_features: features of a tile, where a case is a bag of them; None where it is an image.
     """
 
     modality: str = ""
@@ -35,6 +36,7 @@ class Needs:
     task: Task | None = None
     table_only: bool = False
     unlabelled: bool = False
+    tile_features: int | None = None
 
     @property
     def wants_labels(self) -> bool:
@@ -58,13 +60,14 @@ class Needs:
 def needs_of(study: Study | None) -> Needs:
     if study is None:
         return Needs()
-    spacing_mm = None if study.table_only else study.preprocess.spacing_mm
+    spacing_mm = None if study.table_only or study.of_bags else study.preprocess.spacing_mm
+    tiles = study.model.features[0] if study.of_bags else None
     unlabelled = study.unlabelled.method != "none"
     if study.task.kind == "segmentation":
         return Needs(study.modality, study.channels, study.task.labels, spacing_mm, unlabelled=unlabelled)
     if study.task.kind == "reconstruction":  # it looks at no label
         return Needs(study.modality, study.channels, (), spacing_mm)
-    return Needs(study.modality, study.channels, (), spacing_mm, study.task, study.table_only, unlabelled)
+    return Needs(study.modality, study.channels, (), spacing_mm, study.task, study.table_only, unlabelled, tiles)
 
 
 def takes_part(case: Case, needs: Needs) -> bool:

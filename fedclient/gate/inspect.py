@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedclient.data.bags import is_bag, read_bag
 from fedclient.data.cases import Case, Mask, files_of, read_case, read_case_labels, state_of
 from fedclient.data.findings import CATALOGUE, Finding, finding
 from fedclient.data.formats import format_of
@@ -22,7 +23,7 @@ from fedclient.gate.letters import letters
 from fedclient.gate.pixels import bands, clipped, pixel_seal, projections, sample, sealed, small_picture
 from fedclient.gate.plausible import exchanged, misplaced
 from shared_models.errors import ImageUnreadable, StudyInvalid
-from shared_models.study import Task
+from shared_models.study import COLOURS, Task
 
 MODALITIES = {
     "ct": {"CT"},
@@ -50,6 +51,8 @@ def look_at(case: Case, root: Path, needs: Needs, secret: str) -> Looked:
         state = state_of(case)
         if needs.table_only or not case.channels:
             return _row(case, needs, secret, state)
+        if needs.tile_features is not None or is_bag(case):
+            return _bag(case, root, needs, secret, state)
         said = said_in(_members(case.channels[0].files))
         return _looked(case, root, needs, secret, state, said)
     except ImageUnreadable as e:
@@ -137,6 +140,27 @@ def _row(case: Case, needs: Needs, secret: str, state: str) -> Looked:
         modality=None, manufacturer=None, body_part=None, slice_thickness_mm=None, tube_kv=None, lossy=False,
         picture=True, spacing_mm=(1.0, 1.0, 1.0), axes=(1, 1, 1), level_1=0.0, level_50=0.0, level_99=0.0,
         pixels=sealed(secret, "row", case.key.encode()), bands=(), axial=(), coronal=(), shown=shown,
+    )  # fmt: skip
+    return Looked(state, facts, tuple(found))
+
+
+def _bag(case: Case, root: Path, needs: Needs, secret: str, state: str) -> Looked:
+    """A bag of feature vectors: read as training reads it; nobody can see a patient in it, nor a name."""
+    found = list(_of_paths(case, root, NOTHING))
+    shown: tuple[str, ...] = ()
+    if needs.modality and needs.tile_features is None:
+        raise ImageUnreadable("it is a bag of features, and the study trains on images.", "MODALITY_MISMATCH")
+    bag = read_bag(case, needs.tile_features)
+    if needs.task is not None and has_truth(case, needs.task):
+        shown = _shown(case, None, needs.task)
+    elif needs.wants_labels:
+        found.append(_without_labels(case, needs))
+    levels = [round(float(level), 2) for level in np.percentile(bag.astype(np.float32), (1, 50, 99))]
+    facts = Facts(
+        modality=None, manufacturer=None, body_part=None, slice_thickness_mm=None, tube_kv=None, lossy=False,
+        picture=True, spacing_mm=(1.0, 1.0, 1.0), axes=(bag.shape[0], bag.shape[1], 1),
+        level_1=levels[0], level_50=levels[1], level_99=levels[2],
+        pixels=sealed(secret, "bag", bag.tobytes()), bands=(), axial=(), coronal=(), shown=shown,
     )  # fmt: skip
     return Looked(state, facts, tuple(found))
 
@@ -236,10 +260,11 @@ def _of_kind(case: Case, volume: Volume, needs: Needs, picture: bool) -> Iterato
     if wanted and volume.modality is not None and volume.modality not in wanted:
         what = f"the image is {volume.modality}, the study trains on {needs.modality}."
         yield finding("MODALITY_MISMATCH", what, case=case.key, row=case.row)
-    elif needs.modality == "xray" and not flat:
-        what = f"a volume of {volume.voxels.shape[1:]} voxels, and the study trains on radiographs."
+    elif needs.modality in ("xray", "photo") and not flat:
+        flats = {"xray": "radiographs", "photo": "pictures"}[needs.modality]
+        what = f"a volume of {volume.voxels.shape[1:]} voxels, and the study trains on {flats}."
         yield finding("MODALITY_MISMATCH", what, case=case.key, row=case.row)
-    elif picture and is_coloured(case.channels[0].files[0]):
+    elif picture and not set(needs.channels) & set(COLOURS) and is_coloured(case.channels[0].files[0]):
         what = "the picture is in colour, and is read as grey."
         yield finding("MODALITY_MISMATCH", what, case=case.key, row=case.row, severity="warn")
     part = set((volume.provenance.body_part or "").split())

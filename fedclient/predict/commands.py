@@ -70,7 +70,7 @@ def predict(
     from fedclient.predict.inputs import list_inputs
     from fedclient.predict.model import load_model
     from fedclient.predict.run import check_free, predict_all, predict_table
-    from fedclient.trust import Watch, trust_in
+    from fedclient.trust import Watch, groups_of, trust_in
     from shared_models.release import open_release
 
     give_back()
@@ -80,9 +80,8 @@ def predict(
     check_free(out, overwrite)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedclient-")))
-        trust = trust_in(site, authority or (), research)
-        opened = open_release(release, trust, scratch=scratch)
-        warnings = Watch(site, opened, trust, status).warnings()
+        opened = open_release(release, trust_in(site, authority or (), research), scratch=scratch)
+        warnings = Watch(site, opened, groups_of(site, authority or ()), status).warnings()
         model = load_model(opened, device.value, threads)
         explain: Explain | None = None
         if explained:

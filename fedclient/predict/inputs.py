@@ -80,7 +80,7 @@ def list_inputs(paths: Sequence[Path], study: Study) -> Inputs:
                 raise ImageUnreadable("there is no such file or folder.", "FILE_MISSING")
             elif format_of(path) == "dicom":
                 lone.append((given, path))
-            elif len(study.channels) > 1:
+            elif _in_files(study):
                 raise ImageUnreadable(
                     f"the study sees {', '.join(study.channels)} together: give the folder that holds them all.",
                     "MODALITY_MISMATCH",
@@ -136,7 +136,7 @@ def _folder(folder: Path, given: int, study: Study, inputs: Inputs) -> None:
     before = len(inputs.found)
     if dicoms:
         _series(dicoms, {}, given, study, inputs)
-    if len(study.channels) > 1:
+    if _in_files(study):
         _channelled(images, root, given, study, inputs)
     else:
         inputs.found += [_image(path, path.relative_to(root).as_posix(), given, study) for path in images]
@@ -161,8 +161,9 @@ def _series(paths: Sequence[Path], givens: dict[Path, int], given: int, study: S
     for series in found.series:
         name = f"series-{_digest(series.uid or series.files[0].name)}"
         at = givens.get(series.files[0], given)
-        if len(study.channels) > 1:
-            why = f"a DICOM series is one picture, the study sees {', '.join(study.channels)}. Give them as NIfTI."
+        if study.in_colour or _in_files(study):
+            as_what = "it as PNG or JPEG" if study.in_colour else "them as NIfTI"
+            why = f"a DICOM series is one picture, the study sees {', '.join(study.channels)}. Give {as_what}."
             inputs.found.append(Unread(name, at, "MODALITY_MISMATCH", why))
         else:
             inputs.found.append(_source(name, (Channel(_only(study), series.files, series=series),), at, "dicom"))
@@ -200,7 +201,12 @@ def _source(name: str, channels: tuple[Channel, ...], given: int, kind: Format) 
 
 def _only(study: Study) -> str:
     """What the one picture of a case is called where the study asks for it by name."""
-    return study.channels[0] if study.channels else ""
+    return study.channels[0] if study.channels and not study.in_colour else ""
+
+
+def _in_files(study: Study) -> bool:
+    """Whether a case has a file for each of several channels."""
+    return len(study.channels) > 1 and not study.in_colour
 
 
 def _is_dicom(path: Path) -> bool:

@@ -89,7 +89,7 @@ def serve_model(
     from fedclient.serving.logs import own_lines_only
     from fedclient.serving.service import Service
     from fedclient.serving.warm import python
-    from fedclient.trust import authorities_of, trust_in
+    from fedclient.trust import trust_in
     from shared_models.supervise import only_one
 
     given = {
@@ -104,8 +104,8 @@ def serve_model(
     with only_one(site / "serve"):
         arguments = [str(_unpacked(release, site)), "--site", str(site), "--device", device.value]
         arguments += ["--threads", str(threads), *(["--research"] if research else [])]
-        trust_in(site, authority or (), research)  # says what to do where nobody is trusted
-        for path in authorities_of(site, authority or ()):
+        trust_in(site, authority or (), research)  # or the worker would say it, after a while
+        for path in authority or ():
             arguments += ["--authority", str(path)]
         arguments += ["--status", str(status)] if status is not None else []
         service = Service(site, serve, python("fedclient.serving.worker", *arguments))

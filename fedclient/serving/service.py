@@ -1,7 +1,6 @@
 """`fedclient serve-model` put together: pages, receiver, queue, predicting process, and the way back."""
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,15 +12,16 @@ import uvicorn
 
 from fedclient.serving.back import Back
 from fedclient.serving.guard import Asgi
-from fedclient.serving.heads import Heads
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Job, Jobs, Room
 from fedclient.serving.receiver import Receiver, server_context
 from fedclient.serving.settings import GIB, MIB, Serve, check_files, destination
 from fedclient.serving.warm import Warm
 from fedclient.serving.web import Parts, application
-from shared_models.errors import ProcessFailed, StateInvalid
-from shared_models.files import private_folder, write_atomic
+from shared_models.errors import ProcessFailed
+from shared_models.files import private_folder
+from shared_models.heads import Heads
+from shared_models.supervise import kept_token
 
 TICK_S = 1.0
 MOST_CONNECTIONS = 64  # beyond it 503
@@ -69,7 +69,7 @@ class Service:
             folder / "jobs", self.warm, room, serve.queue, serve.keep_hours * 3600, done, join_s=serve.join_s
         )
         self.intake = Intake(folder, self.jobs, room, serve.quiet_s)
-        self.token = token_of(self.site) if serve.token else None
+        self.token = kept_token(self.site / "secrets" / "serve-token") if serve.token else None
         parts = Parts(
             self.jobs, self.intake, room, self.warm, int(serve.most_mib * MIB), self.token, serve.local,
             self.back is not None,
@@ -127,21 +127,6 @@ class Service:
             except OSError as error:  # a full disk: what is there is handed on when there is room
                 log.error("received files cannot be handed on: %s", error.strerror)
                 time.sleep(TICK_S)
-
-
-def token_of(site: Path) -> str:
-    """The token of the pages, made on first use.
-
-    Raises:
-        StateInvalid: a file that holds none.
-    """
-    path = site / "secrets" / "serve-token"
-    if not path.exists():
-        write_atomic(path, secrets.token_urlsafe(32).encode())
-    token = path.read_text().strip()
-    if len(token) < 32:
-        raise StateInvalid(f"{path}: holds no token of 32 letters or more. Delete it; a new one is made.")
-    return token
 
 
 def listener(app: Asgi, serve: Serve) -> uvicorn.Config:

@@ -24,9 +24,9 @@ from fedclient.predict.model import Model, load_model
 from fedclient.predict.outputs import write_case
 from fedclient.serving.logs import own_lines_only, where
 from fedclient.serving.view import colours, write_view
-from fedclient.trust import Watch
+from fedclient.trust import Watch, groups_of, trust_in
 from shared_models.errors import FederationError, ImageUnreadable, ReleaseInvalid
-from shared_models.release import Trust, open_release
+from shared_models.release import open_release
 
 FORMATS = ("seg", "sr", "sc", "nifti", "json")
 MOST_IMAGES = 64  # of one case
@@ -124,9 +124,9 @@ def main(arguments: list[str] | None = None) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     try:
-        trust = Trust(tuple(path.read_bytes() for path in asked.authority), asked.research)
+        trust = trust_in(asked.site, asked.authority, asked.research)
         release = open_release(asked.release, trust)
-        watch = Watch(asked.site, release, trust, asked.status)
+        watch = Watch(asked.site, release, groups_of(asked.site, asked.authority), asked.status)
         warnings = watch.warnings()
         model = load_model(release, asked.device, asked.threads)
     except FederationError as error:

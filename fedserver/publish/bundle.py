@@ -23,13 +23,12 @@ from shared_models.files import write_atomic, write_json
 from shared_models.parse import plain
 from shared_models.release import BUNDLE_SCRIPT, BUNDLE_STATE, TORCHSCRIPT
 from shared_models.runtimes import Runner, torch_runner
-from shared_models.study import Study
+from shared_models.study import MODALITIES, Study
 
 FOLDER = "bundle"
 METADATA, INFERENCE = f"{FOLDER}/configs/metadata.json", f"{FOLDER}/configs/inference.json"
 STATE, SCRIPT = BUNDLE_STATE, BUNDLE_SCRIPT
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
-MODALITIES = {"ct": "CT", "xray": "X-ray", "mr": "MR"}
 PLANES = 32  # shown to the network at once
 
 

@@ -17,11 +17,10 @@ from fedserver.report import in_words
 from shared_models.calibration import carried
 from shared_models.files import write_atomic, write_json
 from shared_models.parse import STRICT, parse, read_toml
-from shared_models.study import Study
+from shared_models.study import MODALITIES, Study
 
 UNKNOWN = "not known"
 NORMAL = 1.96  # of a 95 % interval
-MODALITIES = {"ct": "CT", "xray": "X-ray", "mr": "MR"}
 Line = Annotated[str, Field(max_length=2000)]
 
 

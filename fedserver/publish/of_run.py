@@ -75,6 +75,11 @@ def recipe_of(
         raise StateInvalid(
             f"run {run.id!r}: a {study.task.kind} is not released yet; releases answer {', '.join(RELEASED)}."
         )
+    if study.of_bags:
+        raise StateInvalid(
+            f"run {run.id!r}: its network answers for bags of features, and `fedclient predict` reads images. Releases "
+            f"are of networks that see images or tables."
+        )
     check_weights(run, state)
     found = facts(run)
     if number != state.round:  # what was tested is the last model, and no other

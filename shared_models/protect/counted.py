@@ -4,7 +4,7 @@ Every number has its place in the vector whether a site has it or not, so that t
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from math import isfinite
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -43,12 +43,22 @@ class Told:
 
     Attributes:
         loss: mean of the sites' mean training losses; None where no site has one.
-        scores, own_scores: label -> counts of all sites together; of labels that some site has cases of.
+        scores, own_scores, validation: label -> counts of all sites together; of labels that some site has cases of.
     """
 
     loss: float | None
     scores: Mapping[str, Score]
     own_scores: Mapping[str, Score]
+    validation: Mapping[str, Score] = field(default_factory=dict)
+
+
+def _kinds(study: "Study", trained: bool, scored: bool) -> tuple[str, ...]:
+    """Which scores a vector holds: those of the received weights, of the site's own model where there is one, and at
+    the end of a classification those of its validation patients, by which probabilities are calibrated."""
+    if not scored:
+        return ()
+    calibrated = not trained and study.task.kind == "classification"
+    return ("score", *(("own",) if study.personal.any else ()), *(("val",) if calibrated else ()))
 
 
 def names_of(study: "Study", trained: bool, scored: bool) -> tuple[str, ...]:
@@ -56,7 +66,7 @@ def names_of(study: "Study", trained: bool, scored: bool) -> tuple[str, ...]:
     if study.protect.privacy is not None:
         return ()
     names = [LOSS, LOSSES] if trained else []
-    for kind in ("score", *(("own",) if study.personal.any else ())) if scored else ():
+    for kind in _kinds(study, trained, scored):
         for label in study.task.answers:
             names += [_name(kind, label, about, place) for about, place in _places(study.task)]
     return tuple(names)
@@ -69,13 +79,14 @@ def counts_of(
     losses: tuple[float | None, ...],
     scores: Mapping[str, Score],
     own_scores: Mapping[str, Score],
+    validation: Mapping[str, Score] | None = None,
 ) -> dict[str, int]:
     """One site's numbers for `names_of`; what it does not have is 0."""
     counts = dict.fromkeys(names_of(study, trained, scored), 0)
     known = [loss for loss in losses if loss is not None and isfinite(loss)]
     if LOSS in counts and known and len(known) == len(losses):
         counts[LOSS], counts[LOSSES] = round(min(max(fmean(known), 0.0), MOST_LOSS) * MICRO), 1
-    for kind, of in (("score", scores), ("own", own_scores)):
+    for kind, of in (("score", scores), ("own", own_scores), ("val", validation or {})):
         for label, score in of.items():
             for about, place in _places(study.task):
                 name = _name(kind, label, about, place)
@@ -94,13 +105,13 @@ def told_in(study: "Study", trained: bool, scored: bool, counts: Mapping[str, in
     if any(counts[name] >= MOST_TOGETHER for name in names):
         raise ValueError("a number is larger than any that is counted")
     sites = counts[LOSSES] if LOSS in names else 0
-    found: dict[str, dict[str, Score]] = {"score": {}, "own": {}}
+    found: dict[str, dict[str, Score]] = {"score": {}, "own": {}, "val": {}}
     for kind, of in found.items():
         for label in study.task.answers:
             sums = {(a, p): counts[n] for a, p in _places(study.task) if (n := _name(kind, label, a, p)) in names}
             if any(sums.values()):
                 of[label] = _score(study.task, sums)
-    return Told(counts[LOSS] / MICRO / sites if sites else None, found["score"], found["own"])
+    return Told(counts[LOSS] / MICRO / sites if sites else None, found["score"], found["own"], found["val"])
 
 
 def _name(kind: str, label: str, about: str, place: Place) -> str:
@@ -130,15 +141,15 @@ def _places(task: Task) -> Iterator[tuple[str, Place]]:
 
 
 def _fields(kind: type[Any], sizes: Mapping[str, int]) -> Iterator[Place]:
-    for field in fields(kind):
-        if field.name in ("measure", "surface", "specificity", "tolerance_mm"):
+    for name in (held.name for held in fields(kind)):
+        if name in ("measure", "surface", "specificity", "tolerance_mm"):
             continue  # the same of every site, by the study
-        if field.name in sizes:
-            yield from ((field.name, at, +1) for at in range(sizes[field.name]))
+        if name in sizes:
+            yield from ((name, at, +1) for at in range(sizes[name]))
         else:
-            yield field.name, None, +1
-            if field.name == "volume_bias_micro":
-                yield field.name, None, -1  # what is below 0 is a count of its own
+            yield name, None, +1
+            if name == "volume_bias_micro":
+                yield name, None, -1  # what is below 0 is a count of its own
 
 
 def _value(score: Score, about: str, place: Place) -> int:

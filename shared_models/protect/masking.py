@@ -54,6 +54,19 @@ def commitment(secret: bytes, context: bytes, site: str) -> bytes:
     return hashlib.sha256(framed(b"sfl-secagg/1 commitment", context, site.encode(), secret)).digest()
 
 
+def share_digest(share: bytes, context: bytes, source: str, destination: str, kind: str) -> str:
+    """What a site says of a share that it deals, to all: a share is a random number of 256 bits, so it says nothing of
+    it. `kind` is `own mask` or `pair key`."""
+    about = (context, source.encode(), destination.encode(), kind.encode(), share)
+    return hashlib.sha256(framed(b"sfl-secagg/1 share", *about)).hexdigest()
+
+
+def dealt_digests(own_mask: bytes, pair_key: bytes, context: bytes, source: str, destination: str) -> str:
+    """Those of both shares that a site deals to another, one behind the other."""
+    parts = ((own_mask, "own mask"), (pair_key, "pair key"))
+    return "".join(share_digest(share, context, source, destination, kind) for share, kind in parts)
+
+
 def channel_key(private: bytes, public: bytes, context: bytes, one: str, other: str) -> bytes:
     """Key under which two sites send each other shares through the coordinator."""
     return derive(agree(private, public), b"sfl-secagg/1 channel", context, *_pair(one, other))

@@ -1,8 +1,8 @@
 """What sites and coordinator say to each other in a secure sum; bytes are hexadecimal, and all of it is doubted.
 
 advert        site -> all     public keys of this sum, signed by the site's identity
-sealed        site -> site    shares of its two secrets, sealed for each other site
-inbox         -> site         what the others have sealed for it
+sealed        site -> site    shares of its two secrets, sealed for each other site, and their digests
+inbox         -> site         what the others have sealed for it, and say that it is
 (vector)      site ->         the masked vector, as raw bytes beside the message
 survivors     -> site         whose vectors are there
 confirmation  site -> all     its signature under just that
@@ -11,7 +11,7 @@ revealed      site ->         shares of the survivors' own masks, and of the key
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
 from pydantic import Field
@@ -25,6 +25,7 @@ from shared_models.roster import Key32, Signature
 
 Share = Annotated[str, Field(pattern=r"^[0-9a-f]{66}$")]
 Box = Annotated[str, Field(pattern=r"^[0-9a-f]{188}$")]  # nonce 12, two shares of 33, tag 16
+Dealt = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]  # digests of a share of each of the two secrets
 Sites = Annotated[tuple[SiteName, ...], Field(max_length=MOST_SITES)]
 T = TypeVar("T")
 ADVERT, SURVIVORS = "secure sum advert", "secure sum survivors"  # purposes of an identity's signatures
@@ -61,21 +62,28 @@ class Adverts:
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """One site's shares, by the site that each box is for."""
+    """One site's shares, by the site that each box is for.
+
+    Attributes:
+        dealt: digests of the shares, by the site that has them, itself among them. Whoever gives out another share than
+            it was dealt, or was dealt no shares of one secret, is known by them.
+    """
 
     __pydantic_config__ = STRICT
     site: SiteName
     context: Sha256
     boxes: Mapping[SiteName, Box]
+    dealt: Mapping[SiteName, Dealt] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Inbox:
-    """The boxes for one site, by the site that each is from."""
+    """The boxes for one site, and the digests of what is in them, by the site that each is from."""
 
     __pydantic_config__ = STRICT
     context: Sha256
     boxes: Mapping[SiteName, Box]
+    dealt: Mapping[SiteName, Dealt] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

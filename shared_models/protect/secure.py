@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field
 from shared_models.parse import STRICT
 from shared_models.protect.context import LEAST_SITES, Context, least_threshold
 from shared_models.protect.counted import names_of
+from shared_models.protect.counted_plan import plan_names
 from shared_models.protect.ring import Layout, encoding
 from shared_models.weights import Schema
 
@@ -89,10 +90,6 @@ def check_secure(study: "Study") -> None:
             "bounds, and clipped ones would pull all sites aside",
         ),
         (
-            study.plan == "federated",
-            'plan = "federated" needs each site\'s histograms by themselves; give plan, model and preprocess',
-        ),
-        (
             study.evaluate.reference,
             "evaluate.reference must be false: it keeps what each site counts apart, and a secure sum shows their sum",
         ),
@@ -134,13 +131,16 @@ def weight_in_sum(study: "Study", examples: int, trained: bool) -> int:
     return min(examples, weight_bound(study, trained)) if weight_bound(study, trained) > 1 else 1
 
 
-def layout_of(study: "Study", schema: Schema, trained: bool, scored: bool) -> Layout:
+def layout_of(study: "Study", schema: Schema, trained: bool, scored: bool, planning: bool = False) -> Layout:
     """What stands where in a vector of the study.
 
     Args:
         schema: of the update; empty where scores alone are summed.
         scored: whether the sites score the weights that they receive.
+        planning: whether the sum is that of the histograms that a plan follows from.
     """
+    if planning:
+        return Layout(schema, plan_names())
     return Layout(schema, names_of(study, trained, scored))
 
 
@@ -180,5 +180,6 @@ def wanted(
 
 
 def round_of(kind: str, round_number: int) -> int:
-    """The number of a sum: scores of the last weights are one of their own, after all rounds."""
+    """The number of a sum: scores of the last weights are one of their own, after all rounds; that of the histograms
+    of a plan is 0."""
     return round_number + 1 if kind == "evaluate" else round_number

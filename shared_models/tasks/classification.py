@@ -28,6 +28,8 @@ def functions_of(task: Task) -> TaskFunctions:
 
 def loss_of(task: Task) -> Loss:
     weights = torch.tensor(task.class_weights or (1.0,) * len(task.labels))
+    if task.loss == "focal":
+        return partial(focal, class_weights=weights, gamma=task.focal_gamma)
     return partial({"bce": bce, "ce": ce}[task.loss], class_weights=weights)
 
 
@@ -41,6 +43,13 @@ def ce(logits: Tensor, truth: Tensor, class_weights: Tensor) -> Tensor:
     wanted = truth.argmax(dim=1)
     losses = F.cross_entropy(logits, wanted, reduction="none")
     return (losses * class_weights.to(logits)[wanted]).mean()
+
+
+def focal(logits: Tensor, truth: Tensor, class_weights: Tensor, gamma: float) -> Tensor:
+    """Focal loss over a softmax (Lin et al. 2017, equation 5), each example weighing by its class, mean over them."""
+    wanted = truth.argmax(dim=1)
+    log_chance = -F.cross_entropy(logits, wanted, reduction="none")
+    return (-class_weights.to(logits)[wanted] * (1 - log_chance.exp()) ** gamma * log_chance).mean()
 
 
 def scores(task: Task, cases: Iterable[CaseAnswer], threshold: float, smallest_count: int) -> Mapping[str, Score]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from fedclient.worth_page import environment
 from fedserver.plots import new_figure, png
 from shared_models.files import write_atomic, write_json
 from shared_models.study import Study, sha256
@@ -52,12 +53,12 @@ def write_all(study: Study, findings: Sequence[Finding], out: Path) -> dict[str,
 
 
 def page(study: Study, findings: Sequence[Finding], pictures: Mapping[str, Sequence[str]]) -> str:
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(loader=PackageLoader("simulations"), autoescape=True, trim_blocks=True)
-    return environment.get_template("attacks.html").render(
-        study=study, privacy=study.protect.privacy, findings=findings, pictures=pictures
+    text: str = (
+        environment("simulations")
+        .get_template("attacks.html")
+        .render(study=study, privacy=study.protect.privacy, findings=findings, pictures=pictures)
     )
+    return text
 
 
 def strip_png(strip: Strip) -> bytes:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedclient.app import client_app
+from fedclient.client import client_app
 from fedclient.site import Site
 from fedclient.work import Holding, Learned
 from shared_models.scores import Score

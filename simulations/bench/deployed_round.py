@@ -34,14 +34,11 @@ from shared_models.files import read_lines
 from shared_models.study import Evaluate, Rounds, Study, sha256
 from shared_models.supervise import read_status
 from shared_models.weights import Arrays, open_tensors
+from simulations.bench.faults.fleet import START
 from simulations.bench.server_memory import MIB, model
 from simulations.demo import ONE_THREAD, await_port, background, command, free_port
 
 APP = "simulations.bench.bench_app:app"
-NODE = (  # what `fedclient start` does, with another app
-    "import sys; from pathlib import Path; from fedclient.start import start; "
-    "from shared_models.supervise import stop_on_signals; start(Path(sys.argv[1]), stop_on_signals(), sys.argv[2])"
-)
 ONE_TENSOR: Arrays = {"w": np.random.default_rng(0).standard_normal(100, dtype=np.float32)}
 MOST_LINK_SPREAD = 0.15
 MOST_DATABASE_MIB = 8.0
@@ -165,7 +162,7 @@ def nodes(out: Path, sites: Sequence[str]) -> Iterator[None]:
     try:
         for site in sites:
             with (out / f"{site}.log").open("wb") as log:
-                words = [sys.executable, "-c", NODE, str(out / site), APP]
+                words = [sys.executable, "-c", START, str(out / site), APP]
                 env = {**os.environ, **ONE_THREAD}
                 started.append(subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env))
         yield

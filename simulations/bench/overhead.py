@@ -25,7 +25,7 @@ import psutil
 import torch
 from torch.nn import functional as F
 
-from fedclient.app import client_app
+from fedclient.client import client_app
 from fedclient.site import Site
 from fedclient.work import Holding, Learned
 from fedserver.checkpoint import create_run

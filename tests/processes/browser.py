@@ -73,8 +73,9 @@ class Browser:
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in files])
 
     def press(self, key: str, code: int) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+        typed = {"text": "\r"} if key == "Enter" else {}  # without it nothing is sent, opened or pressed
+        for kind, more in (("keyDown", typed), ("keyUp", {})):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
 
     def screenshot(self, to: Path) -> None:
         """The whole page, not only what the window shows."""

@@ -14,6 +14,7 @@ import psutil
 from fedserver.checkpoint import RunFolder, read_progress
 from shared_models.supervise import read_status
 from simulations.demo import await_port, background, command, free_port
+from tests.processes.wiretap import Wiretap, wiretap
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,32 @@ class Deployment:
 
 
 @contextmanager
-def deployed(out: Path, data: Path, sites: Sequence[str], join: bool = True) -> Iterator[Deployment]:
-    """Starts a coordinator and its hospitals with the commands that people type, and ends them."""
+def deployed(
+    out: Path,
+    data: Path,
+    sites: Sequence[str],
+    join: bool = True,
+    init: Sequence[str] = (),
+    taps: list[Wiretap] | None = None,
+) -> Iterator[Deployment]:
+    """Starts a coordinator and its hospitals with the commands that people type, and ends them.
+
+    Args:
+        init: further words for `fedserver init`.
+        taps: gets a wiretap through which everybody dials.
+    """
     out.mkdir(parents=True, exist_ok=True)
     here = Deployment(out, tuple(sites))
-    address = f"127.0.0.1:{free_port()}"
-    here.fedserver("init", "--name", "test", "--address", address)
+    port = free_port()
+    address = own = f"127.0.0.1:{port}"
     with ExitStack() as running:
-        serve = ["fedserver", "serve", "--host", "127.0.0.1", "--federation", str(here.federation)]
+        if taps is not None:
+            taps.append(running.enter_context(wiretap(port)))
+            address = taps[-1].address
+        here.fedserver("init", "--name", "test", "--address", address, *init)
+        serve = ["fedserver", "serve", "--host", "127.0.0.1", "--federation", str(here.federation), "--port", str(port)]
         running.enter_context(background(out / "serve.log", serve))
-        await_port(address)
+        await_port(own)
         for site in sites if join else ():
             joining = [
                 "fedclient",

@@ -26,20 +26,12 @@ from fedserver.queue import finished_round, hold_file
 from fedserver.state import Run, add_run, change_run, find_run, list_runs
 from shared_models.files import read_json, read_lines, write_atomic, write_json
 from shared_models.supervise import kept_port, read_status
+from simulations.bench.faults.fleet import SERVE, START
 
 pytestmark = pytest.mark.process
 ROOT = Path(__file__).resolve().parents[2]
 SITES = ("north", "south")
-SERVE = """
-import sys; from pathlib import Path
-from fedserver.serve import serve; from shared_models.supervise import stop_on_signals
-serve(Path(sys.argv[1]), "127.0.0.1", int(sys.argv[2]), stop_on_signals(), "tests.processes.toy_apps:server_app")
-"""
-START = """
-import sys; from pathlib import Path
-from fedclient.start import start; from shared_models.supervise import stop_on_signals
-start(Path(sys.argv[1]), stop_on_signals(), "tests.processes.toy_apps:client_app")
-"""
+SERVER_APP, CLIENT_APP = "tests.processes.toy_apps:server_app", "tests.processes.toy_apps:client_app"
 
 
 @dataclass(slots=True)
@@ -52,10 +44,10 @@ class Deployment:
     supervisors: dict[Path, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def serve(self) -> None:
-        self._supervise(self.folder, SERVE, str(self.port))
+        self._supervise(self.folder, SERVE, str(self.port), SERVER_APP)
 
     def start(self, site: str) -> None:
-        self._supervise(self.sites[site], START)
+        self._supervise(self.sites[site], START, CLIENT_APP)
 
     def _supervise(self, folder: Path, script: str, *more: str) -> None:
         (folder / "logs").mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,20 @@
-"""Sites come, renew and go while a run goes on: no restart, no update lost, and whom nobody trusts any more is out."""
+"""Sites come, renew and go in the middle of a run, and the issuing key changes: no restart, no update lost."""
 
 import time
 
 import psutil
 import pytest
+from cryptography import x509
 
-from fedclient.enrol import TurnedAway, ask
+from fedclient.ask import TurnedAway, ask
 from fedclient.renewal import renew
 from fedclient.site import read_site_file
 from fedserver.checkpoint import read_progress
 from fedserver.enrol import open_federation
 from fedserver.lifecycle import revoke
+from shared_models.authority import read_authority, read_files
 from shared_models.files import read_lines
+from shared_models.identity import load_credential
 from shared_models.transfer import site_context
 from simulations.demo import background, command
 from simulations.phantoms import PhantomPlan, phantom
@@ -40,12 +43,15 @@ def test_a_site_joins_another_renews_and_a_third_is_revoked_in_the_middle_of_a_r
     data = phantom(tmp_path / "data", PhantomPlan(sites=3, train=6, val=1, test=1, slices=3, size=64))
     study = tmp_path / "identities.toml"
     study.write_text(STUDY)
-    logs = tmp_path / "d"
-    with deployed(logs, data, ("north", "south")) as here:
+    logs, stick, words = tmp_path / "d", tmp_path / "stick", tmp_path / "words"
+    words.write_text("correct horse battery\n")
+    root = ["--passphrase-file", str(words)]
+    with deployed(logs, data, ("north", "south"), init=["--offline-ca", str(stick), *root]) as here:
         run = here.run_folder("identities")
         here.fedserver("run", str(study), "--name", "identities", "--no-wait")
         until(lambda: in_round(run, 1), 90, "round 1 has begun", logs)
         pids = [here.pid(child, "north") for child in ("node", "executor")]
+        here.fedserver("ca", "renew", "--root", str(stick), *root)
         renew(here.site("north"), "north", read_site_file(here.site("north")).coordinator)
         assert in_round(run, 1), "the renewal came in the middle of the round"
         invite = here.fedserver("invite", "east").strip()
@@ -71,7 +77,18 @@ def test_a_site_joins_another_renews_and_a_third_is_revoked_in_the_middle_of_a_r
         assert status["south"]["state"] == "revoked"
         assert "its contract has ended" in status["south"]["reason"]
         assert here.status()["roster_epoch"] == 5, "three enrolments, a renewal and a revocation"
+        number = lambda folder: read_authority(read_files(folder)).number  # noqa: E731
+        assert number(here.federation / "ca") == 2
+        until(lambda: number(here.site("north") / "keys") == 2, 70, "its node has heard of the new issuing key", logs)
+        assert issuer(here, "north") != issuer(here, "south"), "one renewed by the new key, the other is of the old"
+        assert issuer(here, "north") == issuer(here, "east")
         assert no_secret_shows(here, logs, invite)
+
+
+def issuer(here, site):
+    """Whose key has signed a site's certificate."""
+    path = here.site(site) / "keys/tls.pem"
+    return x509.load_pem_x509_certificate(load_credential(path).certificate).issuer
 
 
 def seat(run, site):
@@ -96,7 +113,8 @@ def no_secret_shows(here, logs, invite):
     """No key, secret or token of this federation stands in a log, a command line or an environment."""
     secrets = {invite.encode()}
     keys = [*here.federation.rglob("*.key"), *here.federation.rglob("tls/*.pem"), here.federation / "ca/signer.pem"]
-    keys += [path for path in (logs / "sites").rglob("keys*/*") if path.name != "ca.pem"]
+    keys += [here.federation / "ca/issuing.pem"]
+    keys += [p for p in (logs / "sites").rglob("keys*/*") if p.name not in ("ca.pem", "authorities.pem")]
     for path in keys:
         private = path.read_bytes().partition(b"-----BEGIN CERTIFICATE")[0]
         secrets |= {line for line in private.splitlines() if len(line) > 40 and not line.startswith(b"-----")}

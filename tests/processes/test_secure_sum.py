@@ -1,6 +1,11 @@
-"""Five hospitals, one killed after it has masked: the mean of the rest, and no byte of one site at the coordinator."""
+"""Five hospitals, one killed after it has masked: the mean of the rest, and no byte of one site at the coordinator.
+
+Nor does any byte that they send name a patient, in secure sums, plain rounds or the counts of a plan: their data are
+full of identifiers, and all that leaves them is read on the wire.
+"""
 
 import csv
+import json
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping
@@ -20,6 +25,8 @@ from simulations.phantoms import PhantomPlan, phantom
 from tests.processes.deployment import Deployment, deployed, until
 from tests.processes.record import holding, recorded
 from tests.processes.test_kills import stop_site
+from tests.processes.wiretap import Wiretap
+from tests.test_egress import CANARIES, planted
 
 PLAIN = """
 name = "sums"
@@ -38,6 +45,21 @@ quorum = 3
 gather_s = 5
 deadline_s = {deadline}
 """
+PLANNED = """
+name = "planned"
+plan = "federated"
+[planning]
+memory_gib = 0.1
+batch_most = 4
+[train]
+local_steps = 2
+precision = "float32"
+[rounds]
+count = 1
+quorum = 3
+gather_s = 5
+deadline_s = {deadline}
+"""
 MOST = 64  # examples that a site weighs at most
 SECURE = PLAIN + f"[protect.secure_aggregation]\nstep_s = {{step}}\nmost_examples = {MOST}\n"
 
@@ -45,14 +67,16 @@ SECURE = PLAIN + f"[protect.secure_aggregation]\nstep_s = {{step}}\nmost_example
 @pytest.mark.process
 def test_five_hospitals_one_killed_after_masking_and_the_coordinator_holds_no_byte_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    data = phantom(tmp_path / "data", PhantomPlan(sites=5, train=4, val=1, test=2, slices=2, size=64))
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "secrets"))
+    images = phantom(tmp_path / "data", PhantomPlan(sites=5, train=4, val=1, test=2, slices=2, size=64))
+    data = planted(images, tmp_path)
     with (data / "manifest.csv").open() as file:
         names = sorted({row["site"] for row in csv.DictReader(file)})
     logs, secure, kept = tmp_path / "d", tmp_path / "secure.toml", tmp_path / "kept"
     victim = names[2]
     there = [site for site in names if site != victim]
-    began = time.monotonic()
-    with deployed(logs, data, names) as here:
+    began, taps = time.monotonic(), list[Wiretap]()
+    with deployed(logs, data, names, taps=taps) as here:
         deadline = max(90.0, 3 * (time.monotonic() - began))  # a busy machine takes longer over everything
         secure.write_text(SECURE.format(deadline=deadline, step=deadline / 11))
         (tmp_path / "plain.toml").write_text(PLAIN.format(deadline=deadline))
@@ -97,6 +121,36 @@ def test_five_hospitals_one_killed_after_masking_and_the_coordinator_holds_no_by
             until(lambda: here.run("plain")["state"] == "finished", 2 * deadline, "the plain run is finished", logs)
         sent = {name: secret for name, secret in secrets.items() if name.split()[0] in there and " ring" not in name}
         assert holding(tmp_path / "plain", mostly(sent, "score")).keys() == mostly(sent, "score").keys()
+
+        (tmp_path / "planned.toml").write_text(PLANNED.format(deadline=deadline))
+        here.fedserver("run", str(tmp_path / "planned.toml"), "--name", "planned", "--no-wait")
+        until(lambda: here.run("planned")["state"] == "finished", 2 * deadline, "the planned run is finished", logs)
+        names_nobody(taps[0].sent(tmp_path / "secrets"), here, {s: vectors[s][:64] for s in there}, data, logs)
+
+
+def names_nobody(
+    sent: tuple[list[bytes], list[int]], here: Deployment, known: dict[str, bytes], data: Path, logs: Path
+):
+    """Every connection was read but those that ask whose authority it is; what was sent is found, and no identifier."""
+    clear, closed = sent
+    assert len(closed) >= len(here.sites)
+    assert max(closed) < 2500, "a handshake and a question"
+    whole = b"".join(clear)
+    assert b"POST /v1/fleet/push-object" in whole
+    assert b"POST /enrol" in whole
+    for words in (b'"kind":"statistics"', b'"kind":"evaluation"', *known.values()):
+        assert words in whole
+    kept = [path for path in here.federation.rglob("*") if path.is_file()]
+    kept += [path for site in here.sites for path in here.site(site).glob("audit*.jsonl")]
+    kept += [path for path in logs.rglob("*.log*") if path.is_file()]
+    shown = [json.dumps(here.status()).encode(), here.fedserver("logs", "--last", "0").encode()]
+    everything = [whole, *(path.read_bytes() for path in kept), *shown]
+    there = str(data) + (data / "manifest.csv").read_text()
+    for canary in CANARIES:
+        assert canary in there
+        for content in everything:
+            assert canary.lower().encode() not in content.lower()
+            assert canary.lower().encode("utf-16-le") not in content.lower()
 
 
 def mostly(secrets: Mapping[str, bytes], but: str) -> dict[str, bytes]:

@@ -228,7 +228,8 @@ async function showPlane() {
   at("marks").hidden = !above;
   if (above) at("marks").src = above;
   at("marks").alt = above ? "What the model marks in it" : "";
-  at("caption").textContent = `Plane ${plane.plane + 1}${plane.key ? ", in which most is marked" : ""}`;
+  const most = plane.key && image.answers.some((answer) => answer.called);
+  at("caption").textContent = `Plane ${plane.plane + 1}${most ? ", in which most is marked" : ""}`;
   at("at").setAttribute("aria-valuetext", at("caption").textContent);
   document.body.dataset.shown = `${job.id}/${plane.plane}`;
 }

@@ -1,7 +1,8 @@
 """The connection of one client of the pages, who may be neither slow nor long in saying what he asks for.
 
 uvicorn's own waits without end for the head of a request, and takes in as long a head as is sent: 64 clients who say
-nothing would keep all others out, and one who goes on would fill the memory, before anybody was asked for a token.
+nothing would keep all others out, and one who goes on would fill the memory, before anybody was asked for a token. An
+application finds `abort` in scope["extensions"]["connection"], to cut a client who does not take what is sent.
 """
 
 import asyncio
@@ -38,6 +39,7 @@ class Heads(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = {"connection": {"abort": self.transport.abort}}
         self._wait()
 
     def on_headers_complete(self) -> None:

@@ -1,0 +1,37 @@
+"""The audit log of a site, opened: any process of the site adds to it, and none needs Flower for that."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from shared_models.alarms import events
+from shared_models.audit import AuditLog
+from shared_models.files import read_lines
+from shared_models.identity import load_secret
+
+
+def log_of(folder: Path, name: str) -> AuditLog:
+    """The audit log of the site in `folder`; its lines are signed with the site's identity key."""
+    key = folder / "keys" / "identity.key"
+    return _opened(folder / "audit.jsonl", f"site {name}", load_secret(key))
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the site's log, and before them those of the logs that earlier identity keys have signed."""
+    logs = [read_lines(path) for path in folder.glob("audit-*.jsonl")]
+    before = sorted((lines for lines in logs if lines), key=lambda lines: float(lines[0]["time"]))
+    return [line for lines in (*before, read_lines(folder / "audit.jsonl")) for line in lines]
+
+
+def complain(folder: Path, name: str, event: str, why: str) -> None:
+    """Writes down what was refused, once until it is something else: a node looks again every minute."""
+    last = None
+    for line in events(folder / "audit.jsonl", (event,)):
+        last = line["facts"].get("why")
+    if last != why:
+        log_of(folder, name).add(event, why=why)
+
+
+@lru_cache(maxsize=8)
+def _opened(path: Path, party: str, key: bytes) -> AuditLog:
+    return AuditLog(path, party, key)

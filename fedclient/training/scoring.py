@@ -1,0 +1,28 @@
+"""A model's answers on the cases of a site, as counts that may leave it and as scores of cases that stay."""
+
+from collections.abc import Mapping
+
+from fedclient.site import Site
+from fedclient.training.case_scores import scored
+from fedclient.training.evaluate import answers
+from fedclient.training.learner import data_set, device_of, settle
+from fedclient.worth import AnyScores
+from shared_models import nets
+from shared_models.scores import Score
+from shared_models.study import Study
+from shared_models.tasks.chosen import functions_of
+from shared_models.weights import Arrays
+
+
+def score_cases(
+    site: Site, study: Study, weights: Arrays, split: str
+) -> tuple[Mapping[str, Score], AnyScores, list[str]]:
+    """Counts by answer, the first answer's scores case by case, and the keys of the cases."""
+    device = device_of(site)
+    settle(site, study, 0)
+    net = nets.network(study)
+    nets.load_arrays(net, weights)
+    task, cases = functions_of(study.task, site.labelled), data_set(site, study, split)
+    given = answers(net.to(device), cases, study, task, device)
+    counts, of_cases = scored(study.task, task, given, study.evaluate.threshold, site.smallest_count)
+    return counts, of_cases, [case.key for case in cases.cases]

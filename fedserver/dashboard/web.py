@@ -1,0 +1,184 @@
+"""The coordinator's dashboard: read-only, on loopback, behind a login, live by server-sent events.
+
+http://127.0.0.1:PORT/            how the federation stands, with the run that is carried out
+http://127.0.0.1:PORT/runs/RUN    the same, with another run
+http://127.0.0.1:PORT/events      what changes (server-sent events)
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qs
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fedserver.dashboard import login as logins
+from fedserver.dashboard.feed import MOST_LISTENERS, Feed, Stream
+from fedserver.dashboard.login import SESSION_S, Login
+from fedserver.dashboard.look import Looker, looker, palette
+from shared_models.errors import FederationError
+from shared_models.loopback import loopback_app, page_main
+
+STATIC = Path(__file__).parent / "static"
+FILES = {
+    "dashboard.js": "text/javascript",
+    "login.js": "text/javascript",
+    "dashboard.css": "text/css",
+    "uPlot.iife.min.js": "text/javascript",
+    "uPlot.min.css": "text/css",
+    "uPlot.LICENSE": "text/plain",
+}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
+MOST_BODY = 4096
+WRONG_S = 0.5  # before a wrong token is answered
+
+
+def dashboard_app(folder: Path) -> FastAPI:
+    """The dashboard of a federation folder.
+
+    Raises:
+        StateInvalid: no federation, or one that is damaged or exposed.
+    """
+    return application(looker(folder), logins.login(folder))
+
+
+def application(looks: Looker, sessions: Login, feed: Feed | None = None) -> FastAPI:
+    """All pages, behind the login."""
+    heard = feed or Feed(looks.sections)
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        looking = asyncio.create_task(heard.run())
+        yield
+        looking.cancel()
+        with suppress(asyncio.CancelledError):
+            await looking
+
+    app = loopback_app("a coordinator's dashboard", POLICY, ("/login", "/logout"), lifespan=life)
+    _static(app)
+    _login(app, looks, sessions)
+    _pages(app, looks, sessions, heard)
+    return app
+
+
+def _static(app: FastAPI) -> None:
+    @app.get("/static/palette.css")
+    async def colours() -> Response:
+        return Response(palette(), media_type="text/css")
+
+    @app.get("/static/{name}")
+    async def file(name: str) -> Response:
+        if name not in FILES:
+            return PlainTextResponse("There is no such file.\n", 404)
+        return FileResponse(STATIC / name, media_type=FILES[name])
+
+    @app.get("/favicon.ico")
+    async def icon() -> Response:
+        return Response(status_code=204)
+
+
+def _login(app: FastAPI, looks: Looker, sessions: Login) -> None:
+    template = looks.pages.get_template("login.html")
+    where = str(logins.token_path(looks.federation.folder))
+
+    def asked(wrong: bool, status: int) -> Response:
+        name = looks.federation.name
+        return HTMLResponse(template.render(federation=name, where=where, wrong=wrong), status)
+
+    @app.get("/login")
+    async def form(request: Request) -> Response:
+        if sessions.knows(request.cookies.get(sessions.name)):
+            return RedirectResponse("/", 303)
+        return asked(False, 200)
+
+    @app.post("/login")
+    async def enter(request: Request) -> Response:
+        body = b""
+        async for block in request.stream():
+            body += block
+            if len(body) > MOST_BODY:
+                return PlainTextResponse("A token is shorter.\n", 413, {"connection": "close"})
+        fields = parse_qs(body.decode("utf-8", "replace"))
+        session = sessions.begin(fields.get("token", [""])[0])
+        if session is None:
+            await asyncio.sleep(WRONG_S)
+            return asked(True, 401)
+        answer = RedirectResponse("/", 303)
+        answer.set_cookie(sessions.name, session, max_age=int(SESSION_S), path="/", httponly=True, samesite="strict")
+        return answer
+
+    @app.post("/logout")
+    async def leave(request: Request) -> Response:
+        sessions.end(request.cookies.get(sessions.name))
+        answer = RedirectResponse("/login", 303)
+        answer.delete_cookie(sessions.name, path="/", httponly=True, samesite="strict")
+        return answer
+
+
+def _pages(app: FastAPI, looks: Looker, sessions: Login, feed: Feed) -> None:
+    template = looks.pages.get_template("page.html")
+
+    async def shown(focus: str | None) -> Response:
+        try:
+            sections = await feed.fresh(focus)
+        except FederationError as error:
+            return PlainTextResponse(f"{error}\n", 503)
+        return HTMLResponse(
+            template.render(federation=looks.federation, sections=sections, focus=focus, mark=feed.mark())
+        )
+
+    def allowed(request: Request) -> bool:
+        return sessions.knows(request.cookies.get(sessions.name))
+
+    @app.get("/")
+    async def page(request: Request) -> Response:
+        return await shown(None) if allowed(request) else RedirectResponse("/login", 303)
+
+    @app.get("/runs/{run}")
+    async def page_of_run(request: Request, run: str) -> Response:
+        if not allowed(request):
+            return RedirectResponse("/login", 303)
+        if not await asyncio.to_thread(looks.knows, run):
+            return PlainTextResponse("There is no such run.\n", 404)
+        return await shown(run)
+
+    app.router.routes.append(Route("/events", Events(looks, feed, allowed)))
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """The stream of what changes, for one listener each time that it is asked; no route of FastAPI's, because its
+    answers do not notice a listener who takes nothing."""
+
+    looks: Looker
+    feed: Feed
+    allowed: Callable[[Request], bool]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope)
+        await (await self._answer(request))(scope, receive, send)
+
+    async def _answer(self, request: Request) -> ASGIApp:
+        run = request.query_params.get("run") or None
+        if not self.allowed(request):
+            return PlainTextResponse("Sign in first: /login.\n", 401)
+        if request.method != "GET":
+            return PlainTextResponse("A stream can only be listened to.\n", 405)
+        if self.feed.listeners >= MOST_LISTENERS:
+            return PlainTextResponse("Too many pages listen already.\n", 503, {"retry-after": "30"})
+        if run is not None and not await asyncio.to_thread(self.looks.knows, run):
+            return PlainTextResponse("There is no such run.\n", 404)
+        last_id = request.headers.get("last-event-id") or request.query_params.get("after", "")
+        return Stream(self.feed.events(run, last_id, lambda: self.allowed(request)), self.feed.stall_s)
+
+
+if __name__ == "__main__":
+    page_main("fedserver.dashboard.web", "A coordinator's dashboard on loopback.", dashboard_app)

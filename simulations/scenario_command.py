@@ -1,0 +1,68 @@
+"""`fedsim scenarios` and `fedsim scenario`: published benchmarks by name."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shared_models.cli import guarded, print_json
+from shared_models.files import write_json
+
+console = Console(stderr=True)
+
+
+@guarded
+def scenarios(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
+    """Lists the published benchmarks, and the data that each wants."""
+    from simulations.scenarios import SCENARIOS
+
+    if as_json:
+        print_json({name: {"title": of.title, "study": of.study, "data": of.wants} for name, of in SCENARIOS.items()})
+        return
+    for name, of in SCENARIOS.items():
+        print(f"{name:18} {of.title}\n{'':18} data: {of.wants}")
+
+
+@guarded
+def scenario(
+    name: Annotated[str, typer.Argument(help="Of `fedsim scenarios`.")],
+    data: Annotated[list[Path] | None, typer.Option(help="The data, in the layout that the scenario wants.")] = None,
+    strategies: Annotated[
+        str, typer.Option(help="Settings of `fedsim settings`, separated by commas; the usual ones if left out.")
+    ] = "",
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE changes the study, NAME:KEY=VALUE a setting.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, from the study's seed on.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder for results; what is done there is not done again.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Runs at once; 0 is this process alone. Default: cores, or 2 a GPU.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="PyTorch threads of each (1).")] = None,
+    device: Annotated[str, typer.Option(help="auto (each GPU in turn), cpu or cuda:N.")] = "auto",
+    json_to: Annotated[
+        Path | None, typer.Option("--json", help="Write the table as JSON; - is standard output.")
+    ] = None,
+) -> None:
+    """Trains a benchmark pooled, at each site alone and federated; prints its table and the published figures."""
+    from simulations import scenarios as of  # imports the data readers
+    from simulations.compare_run import machine_of
+    from simulations.show import counting
+
+    folder = out or Path("runs") / name
+    chosen = [each.strip() for each in strategies.split(",") if each.strip()]
+    how = machine_of(workers, threads, device)
+    with counting(console) as (say, rounds):
+        try:
+            told = of.carry_out(name, data or [], chosen, sets or [], seeds, folder, how, say, rounds)
+        except KeyboardInterrupt:
+            say(f"Stopped by hand. The same command goes on from the last finished rounds in {folder}.")
+            raise typer.Exit(130) from None
+    if json_to is not None and str(json_to) != "-":
+        write_json(json_to, told)
+    if str(json_to) == "-":
+        print_json(told)
+        return
+    print(told["text"])
+    print("\n".join(f"{kind:8} {path}" for kind, path in told["files"].items()))

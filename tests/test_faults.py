@@ -1,0 +1,169 @@
+"""The fault table as a command: every row is tried by something that is there, and its own figures are right."""
+
+import ast
+import hashlib
+import socket
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from fedserver.checkpoint import RunFolder, State, create_run
+from shared_models.files import append_json, write_json
+from shared_models.weights import save_arrays
+from simulations.bench.faults.__main__ import SCENARIOS, Seen, add_tests, chosen_faults, named_tests
+from simulations.bench.faults.app import FIRST, MOST_SITES, moved
+from simulations.bench.faults.fleet import study
+from simulations.bench.faults.ledger import miscounted
+from simulations.bench.faults.line import Line
+from simulations.bench.faults.table import FAULTS, Fault
+
+ROOT = Path(__file__).parents[1]
+TESTS = sorted({test for fault in FAULTS for test in fault.tests})
+
+
+# The table
+
+
+def test_every_fault_of_the_matrix_has_a_row_and_something_that_tries_it():
+    assert [fault.id for fault in FAULTS] == ["F1", "F2", "F2b", *(f"F{n}" for n in range(3, 27))]
+    assert set(SCENARIOS) <= {fault.id for fault in FAULTS}
+    assert all(fault.tests for fault in FAULTS)
+
+
+@pytest.mark.parametrize("node_id", TESTS)
+def test_a_test_that_the_table_names_is_there_and_is_not_skipped_without_a_reason(node_id):
+    path, _, name = node_id.partition("::")
+    tree = ast.parse((ROOT / path).read_text())
+    found = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    marks = [mark for mark in found.decorator_list if "skip" in ast.unparse(mark) or "xfail" in ast.unparse(mark)]
+    assert all(isinstance(mark, ast.Call) and "reason" in {k.arg for k in mark.keywords} for mark in marks)
+
+
+def test_faults_are_chosen_by_their_numbers_and_an_unknown_one_is_named():
+    assert [fault.id for fault in chosen_faults("f8, F2b,F1")] == ["F1", "F2b", "F8"]
+    assert len(chosen_faults(None)) == 27
+    with pytest.raises(SystemExit, match=r"'F99' is no fault\. There are: F1, F2, F2b"):
+        chosen_faults("F99")
+
+
+FAULT = Fault("F0", "what", "required", ("tests/test_a.py::test_a", "tests/processes/test_b.py::test_b"))
+
+
+def test_tests_of_processes_are_run_only_where_no_scenario_was():
+    assert named_tests([FAULT], {"F0": Seen(ran=True)}) == ["tests/test_a.py::test_a"]
+    assert named_tests([FAULT], {"F0": Seen()}) == list(FAULT.tests)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "verdict", "not_run"),
+    [
+        (["passed", "passed"], "pass", []),
+        (["passed", "failed"], "FAIL", []),
+        (["passed", "skipped"], "pass", ["tests/test_a.py::test_a[1]: needs root"]),
+        ([], "not run", ["tests/test_a.py::test_a: gave no result"]),
+    ],
+)
+def test_a_fault_is_judged_by_all_parameters_of_its_tests(outcomes, verdict, not_run):
+    seen, name = Seen(), FAULT.tests[0]
+    lines = [{"test": f"{name}[{i}]", "outcome": o, "why": "needs root"} for i, o in enumerate(outcomes)]
+    add_tests(FAULT, {name: lines}, [name], seen)
+    assert (seen.verdict, seen.not_run) == (verdict, not_run)
+
+
+def test_a_scenario_that_fell_short_is_not_made_good_by_tests():
+    seen = Seen(failed=["a round hung"], ran=True)
+    add_tests(FAULT, {FAULT.tests[0]: [{"test": "t", "outcome": "passed", "why": ""}]}, FAULT.tests[:1], seen)
+    assert seen.verdict == "FAIL"
+
+
+# What a run has counted
+
+
+def finished(folder: Path, counted: list[dict[str, float]], told: list[list[str]]) -> RunFolder:
+    """A run whose round r moved by the given shares of honest updates (site, or `site@round`), and says `told`."""
+    run, weights = create_run(folder, "run", study("toy", 9, late="next"), FIRST), dict(FIRST)
+    for number, (shares, names) in enumerate(zip(counted, told, strict=True), start=1):
+        step = {name: array.astype("f8") for name, array in weights.items()}
+        for update, share in shares.items():
+            site, _, of = update.partition("@")
+            after = moved(weights, site, int(of or number))
+            step = {name: step[name] + share * (after[name] - weights[name]) for name in step}
+        weights = {name: array.astype("f4") for name, array in step.items()}
+        digest = save_arrays(run.weights(number), weights)
+        append_json(run.metrics, {"round": number, "sites": {name: {} for name in names}})
+        write_json(run.path / "state.json", asdict(State("run", _study_digest(run), number, digest)))
+    return run
+
+
+def _study_digest(run: RunFolder) -> str:
+    return hashlib.sha256((run.path / "study.json").read_bytes()).hexdigest()
+
+
+def test_a_run_whose_every_update_moved_its_weights_once_is_sound(tmp_path):
+    halves = {"s1": 0.5, "s2": 0.5}
+    thirds = {"s1": 0.4, "s2": 0.4, "s3@1": 0.2}  # a late one weighs half as much
+    assert miscounted(finished(tmp_path, [halves, thirds], [["s1", "s2"], ["s1", "s2", "s3 (round 1)"]])) == []
+
+
+@pytest.mark.parametrize(
+    ("counted", "told", "words"),
+    [
+        ([{"s1": 1.0, "s2": 0.5}], [["s1", "s2"]], "moved otherwise"),
+        ([{"s1": 0.5}], [["s1", "s2"]], "moved otherwise"),
+        ([{"s1": 0.5, "s2@4": 0.5}], [["s1", "s2"]], "'round' moved otherwise"),
+        (
+            [{"s1": 1.0}, {"s1": 2 / 3, "s1@1": 1 / 3}],
+            [["s1"], ["s1", "s1 (round 1)"]],
+            "s1 of round 1 was counted twice",
+        ),
+    ],
+    ids=["twice", "not at all", "of another round", "twice and told"],
+)
+def test_an_update_that_was_miscounted_is_found(tmp_path, counted, told, words):
+    assert any(words in wrong for wrong in miscounted(finished(tmp_path, counted, told)))
+
+
+def test_each_site_has_a_place_of_its_own():
+    after = moved(FIRST, f"s{MOST_SITES}", 3)
+    assert after["site"].tolist() == [0.0] * (MOST_SITES - 1) + [1.0]
+    assert after["round"][-1] == pytest.approx(0.003)
+
+
+# The line
+
+
+@pytest.fixture
+def echo():
+    """A line to a server that sends back what it gets, and a connection through it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        line = Line(server.getsockname()[1])
+        near = socket.create_connection(("127.0.0.1", line.port), timeout=5)
+        far, _ = server.accept()
+        far.settimeout(5)
+        yield line, near, far
+        near.close()
+        far.close()
+        line.close()
+
+
+def test_a_silent_line_holds_back_what_is_sent_and_loses_nothing(echo):
+    line, near, far = echo
+    with line.silent():
+        near.sendall(b"order")
+        far.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            far.recv(10)
+    far.settimeout(5)
+    assert far.recv(10) == b"order"
+
+
+def test_a_cut_line_ends_connections_and_takes_none_until_it_is_whole(echo):
+    line, near, far = echo
+    with line.cut():
+        assert far.recv(10) == b""
+        assert near.recv(10) == b""
+        with socket.create_connection(("127.0.0.1", line.port), timeout=5) as refused:
+            assert refused.recv(10) == b""
+    with socket.create_connection(("127.0.0.1", line.port), timeout=5) as again:
+        again.sendall(b"x")

@@ -1,0 +1,83 @@
+"""A federation in which one hospital draws otherwise: its page flags the harm, and nobody else's does."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_dilation
+
+from fedclient.data.images import read_image, read_labels
+from shared_models.files import read_json, write_atomic
+from shared_models.study import Evaluate, Model, Preprocess, Rounds, Study, Task, Train
+from simulations.compare import Asked, compare
+from simulations.compare_page import harmed, write_all
+from simulations.phantoms import PhantomPlan, nifti, phantom
+from simulations.run import Machine, node_configs
+
+STUDY = Study(
+    name="planted",
+    task=Task(loss="dice_bce"),
+    model=Model(features=(8, 8, 8, 8, 8, 8), groups=4),
+    preprocess=Preprocess(size=(32, 32)),
+    train=Train(local_steps=4, batch_size=8, learning_rate=1e-2, deterministic=True),
+    rounds=Rounds(count=12),
+    evaluate=Evaluate(every=0),
+)
+PLAN = PhantomPlan(sites=("north", "south", "west"), train=2, val=0, test=8, slices=2, size=32, shift="image")
+ODD, PATIENTS, PIXELS = "west", 1, 3  # who draws lungs so much wider, and on how many patients it trains
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_torch() -> Iterator[None]:
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def planted(folder: Path) -> Path:
+    """The phantom with exact labels, but for one small hospital, whose lungs are 3 of 32 pixels wider all round."""
+    data = phantom(folder, PLAN, processes=1)
+    rows = list(csv.DictReader((data / "manifest.csv").open()))
+    for row in rows:
+        if row["site"] == ODD:
+            mask, image = data / row["mask"], read_image(data / row["image"])
+            planes = [binary_dilation(plane == 1, iterations=PIXELS) for plane in read_labels(mask).transpose(2, 0, 1)]
+            write_atomic(mask, nifti(np.stack(planes, axis=2).astype(np.uint8), image.affine_ras))
+    spare = [row for row in rows if row["site"] == ODD and row["split"] == "train"][PATIENTS:]
+    with (data / "manifest.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0].keys())
+        table.writeheader()
+        table.writerows(row for row in rows if row not in spare)
+    return data
+
+
+def test_the_hospital_that_federation_harms_is_flagged_and_the_others_are_not(tmp_path):
+    how = Machine(device="cpu")
+    nodes = node_configs(tmp_path / "out" / "planted", [planted(tmp_path / "data")], how, None)
+    results = compare([Asked(STUDY, nodes)], {"fedavg": {}}, 1, tmp_path / "out", how, lambda _: None, lambda *_: None)
+    write_all(results, tmp_path / "out")
+    study = results["studies"]["planted"]
+    verdicts = {
+        site: {line["kind"]: line for line in lines if line["kind"] == "federated"}["federated"]
+        for site, lines in study["worth"].items()
+    }
+    assert verdicts[ODD]["verdict"] == "harmed"
+    assert verdicts[ODD]["high"] < -0.2, "by far"
+    assert {verdicts[site]["verdict"] for site in ("north", "south")} <= {"gains", "no clear difference"}
+    assert harmed(study) == [{"site": ODD, "kind": "federated", "setting": "fedavg"}]
+
+    assert read_json(tmp_path / "out" / "results.json")["studies"]["planted"]["worth"][ODD]
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert f"{ODD} by fedavg" in report
+    pages = {site: (tmp_path / "out" / "sites" / "planted" / f"{site}.html").read_text() for site in nodes}
+    flagged = {site for site, page in pages.items() if "Keep your own model." in page}
+    assert flagged == {ODD}
+    assert '<span class="flag">harmed</span></p>' in pages[ODD]
+    others = [page.partition("</p>\n<div")[0] for site, page in pages.items() if site != ODD]
+    assert not any('class="flag"' in page for page in others)
+    assert all(other not in pages[ODD] for other in ("north", "south"))
