@@ -37,7 +37,7 @@ def groups_of(site: Path, given: Sequence[Path]) -> tuple[tuple[bytes, ...], ...
     if given:
         return tuple((_read(path),) for path in given)
     policy, keys = policy_of(site), site / "keys"
-    own = (read_files(keys),) if (keys / ROOT).exists() else ()
+    own: tuple[bytes, ...] = (read_files(keys),) if (keys / ROOT).exists() else ()
     own += tuple(_read(site / name) for name in policy.predecessors)
     further = tuple((_read(site / name),) for name in policy.authorities)
     return ((own,) if own else ()) + further
