@@ -37,10 +37,10 @@ def await_clock(
     waited_s, noted = 0.0, False
     while (words := clock_words(address, context, now)) is not None:
         if waited_s % SAY_S == 0:
-            log.error("%s", words)
             note_refusal(site, words)
             if not noted:
                 found_off()
+            log.error("%s", words)
             noted = True
         sleep(POLL_S)
         waited_s += POLL_S

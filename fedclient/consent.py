@@ -19,6 +19,7 @@ from pydantic import Field
 from fedclient.alike import alike
 from fedclient.own_log import log_of
 from fedclient.policy import objections
+from fedclient.records import check_own_log
 from fedclient.site import Site
 from fedclient.work import check_signed, study_of
 from shared_models.errors import OrderRefused, StateInvalid
@@ -66,11 +67,14 @@ def admitted(order: Order, site: Site, now: Callable[[], float] = time.time) -> 
 
     Raises:
         OrderRefused: `STUDY_UNSIGNED`, `STUDY_SIGNATURE`, `STUDY_MISMATCH`, `OUTSIDE_POLICY` (with the keys),
-            `APPROVAL_PENDING`, `STUDY_REFUSED`, `STUDY_WITHDRAWN`, `OUTSIDE_HOURS` or `TOO_MANY_STUDIES`.
+            `OWN_LOG_CUT`, `APPROVAL_PENDING`, `STUDY_REFUSED`, `STUDY_WITHDRAWN`, `OUTSIDE_HOURS` or
+            `TOO_MANY_STUDIES`.
         StudyInvalid: a study that is none.
     """
     check_signed(order.study_proof, site, SIGNED, statement(order.run, order.study_sha256), order.run)
     study = study_of(order)
+    if study.protect.privacy is not None or study.protect.secure_aggregation is not None:
+        check_own_log(order, site)  # both rest on what this site remembers
     found = list(objections(site.policy, study))
     if found:
         raise OrderRefused(

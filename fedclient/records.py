@@ -4,6 +4,7 @@ from fedclient.own_log import log_of
 from fedclient.site import Site
 from shared_models.audit import HEAD, Head
 from shared_models.authority import read_files
+from shared_models.errors import OrderRefused
 from shared_models.identity import verify, vouched
 from shared_models.wire import Order
 
@@ -23,6 +24,23 @@ def hear(order: Order, site: Site) -> str | None:
         log.add("witness-unsigned", peer=COORDINATOR, run=order.run, round=order.round)
         return "HEAD_SIGNATURE"
     return log.witness(COORDINATOR, order.head, key.hex())
+
+
+def check_own_log(order: Order, site: Site) -> None:
+    """Raises OrderRefused, `OWN_LOG_CUT`, where the coordinator keeps more of this site's log than the site has.
+
+    A folder that was put back from a backup as a whole has forgotten what privacy was spent and which sums were made,
+    and its own witnesses with it; whom it has told of its log has not.
+    """
+    seen = order.head
+    if seen is not None and log_of(site.folder, site.name).was_cut(seen.seen_log, seen.seen_size, COORDINATOR):
+        raise OrderRefused(
+            "OWN_LOG_CUT",
+            f"{site.folder}: the coordinator has seen a longer log of this site than it has now, so the folder was put "
+            f"back from a backup and has forgotten what privacy was spent and what was summed. Bring the newest one "
+            f"back. If there is none, lower the budget by what may have been spent (`fedclient budget`), then ask for "
+            f"an invite and `fedclient rejoin` it.",
+        )
 
 
 def own_head(order: Order, site: Site) -> Head:

@@ -80,8 +80,7 @@ def resume(run_id: RunName, federation: Folder = HERE) -> None:
     from fedserver.enrol import open_federation
     from fedserver.queue import resume as go_on
 
-    go_on(open_federation(federation), run_id)
-    console.print(f"{run_id} is queued again; `fedserver status` shows its place.", highlight=False)
+    console.print(f"{run_id} {go_on(open_federation(federation), run_id)}.", highlight=False)
 
 
 @guarded

@@ -60,8 +60,9 @@ def pause(federation: Federation, run_id: str, at_once: bool) -> str:
     return "pauses at once" if at_once else f"pauses when round {done + 1} is finished"
 
 
-def resume(federation: Federation, run_id: str) -> None:
-    """Queues a run that was paused, stopped or has failed; it goes on after its last finished round.
+def resume(federation: Federation, run_id: str) -> str:
+    """Queues a run that was paused, stopped or has failed; it goes on after its last finished round. Returns what
+    happens.
 
     Raises:
         StateInvalid: a run that is not known, or that is finished.
@@ -71,8 +72,11 @@ def resume(federation: Federation, run_id: str) -> None:
         raise StateInvalid(f"run {run_id!r}: is finished. `fedserver run --new` begins another one of its study.")
     unhold(RunFolder(federation.runs / run_id))
     open_log(federation).add("run-resumed", run=run_id)
-    if run.state not in ("queued", "running"):
+    if run.state == "running":
+        return "goes on without a pause"
+    if run.state != "queued":
         change_run(federation.state, run_id, time.time(), "queued")
+    return "is queued again; `fedserver status` shows its place"
 
 
 def words(run_id: str, done: int) -> str:

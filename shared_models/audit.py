@@ -24,6 +24,7 @@ from shared_models.parse import STRICT, Count, Sha256, parse_json, plain
 
 LINE, HEAD = "audit-line", "audit-head"  # purposes of signatures
 FIRST = "0" * 64  # `prev` of the first line
+CUT = "OWN_LOG_CUT"  # another party keeps the head of a longer log than one has
 MOST_PROOF = 64  # hashes; 2 * log2 of more lines than a disk holds
 
 
@@ -107,7 +108,7 @@ class AuditLog:
         with self._turn():
             since = seen_size if seen_log == self.log and seen_size <= self.tree.size else 0
             if seen_log == self.log and seen_size > self.tree.size:
-                self._complain(about or "?", "OWN_LOG_CUT", {"keeps": seen_size, "has": self.tree.size})
+                self._complain(about or "?", CUT, {"keeps": seen_size, "has": self.tree.size})
             made = self._head()
             theirs = self.kept.get(about or "")
             return replace(
@@ -117,6 +118,13 @@ class AuditLog:
                 seen_log=theirs.log if theirs else None,
                 seen_size=theirs.size if theirs else 0,
             )
+
+    def was_cut(self, seen_log: str | None, seen_size: int, about: str) -> bool:
+        """Whether another party keeps the head of a longer log than this one, now or ever since it began."""
+        with self._turn():
+            if seen_log == self.log and seen_size > self.tree.size:
+                self._complain(about, CUT, {"keeps": seen_size, "has": self.tree.size})
+            return self.complained.get(about, ("", ""))[0] == CUT
 
     def witness(self, peer: str, head: Head, key: str) -> str | None:
         """Keeps the head of another party's log, whose signature by `key` was verified; or says what is wrong with it.

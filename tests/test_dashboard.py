@@ -26,7 +26,7 @@ from fedserver.checkpoint import RunFolder
 from fedserver.dashboard import feed as feeds
 from fedserver.dashboard.feed import Feed, Stream
 from fedserver.dashboard.login import MOST_SESSIONS, SESSION_S, Login, login, token_path
-from fedserver.dashboard.look import looker, palette
+from fedserver.dashboard.look import looker, palette, ticked
 from fedserver.dashboard.web import STATIC, application, dashboard_app
 from shared_models.database import writing
 from shared_models.errors import StateInvalid
@@ -37,7 +37,7 @@ from tests.test_submit import STUDY
 from tests.watched import LUNGS, SITES, Watched, queued, watched
 
 HERE = "http://127.0.0.1:9472"
-HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+HOSTILE = "`<script>alert(1)</script>`\"'><img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +289,12 @@ def test_words_of_sites_and_studies_are_text_wherever_they_stand(here):
         assert "<img" not in text
         charts = re.findall(r'data-chart="([^"]*)"', text)
         assert all(json.loads(html.unescape(chart))["rounds"] for chart in charts)
+
+
+def test_a_command_in_words_is_shown_as_one_and_nothing_else_of_them_is_obeyed():
+    assert ticked("a `fedserver resume x` <b>`<i>`") == (
+        "a <code>fedserver resume x</code> &lt;b&gt;<code>&lt;i&gt;</code>"
+    )
 
 
 def test_a_damaged_run_hides_nothing_else(here):

@@ -1,4 +1,4 @@
-"""A federation in which one hospital draws otherwise: its page flags the harm, and nobody else's does."""
+"""Two small hospitals in a federation, one of which draws otherwise: its page flags the harm, the other's does not."""
 
 import csv
 from collections.abc import Iterator
@@ -23,11 +23,12 @@ STUDY = Study(
     model=Model(features=(8, 8, 8, 8, 8, 8), groups=4),
     preprocess=Preprocess(size=(32, 32)),
     train=Train(local_steps=4, batch_size=8, learning_rate=1e-2, deterministic=True),
-    rounds=Rounds(count=12),
+    rounds=Rounds(count=15),
     evaluate=Evaluate(every=0),
 )
-PLAN = PhantomPlan(sites=("north", "south", "west"), train=2, val=0, test=8, slices=2, size=32, shift="image")
-ODD, PATIENTS, PIXELS = "west", 1, 3  # who draws lungs so much wider, and on how many patients it trains
+PLAN = PhantomPlan(sites=("north", "south", "west"), train=6, val=0, test=8, slices=2, size=32, shift="image")
+ODD, PIXELS = "west", 3  # who draws lungs so much wider
+SMALL = {"south", "west"}  # each trains on one patient
 
 
 @pytest.fixture(autouse=True)
@@ -40,15 +41,16 @@ def _settings_of_torch() -> Iterator[None]:
 
 
 def planted(folder: Path) -> Path:
-    """The phantom with exact labels, but for one small hospital, whose lungs are 3 of 32 pixels wider all round."""
+    """The phantom with exact labels, but for one hospital, whose lungs are 3 of 32 pixels wider all round."""
     data = phantom(folder, PLAN, processes=1)
-    rows = list(csv.DictReader((data / "manifest.csv").open()))
+    rows = list(csv.DictReader((data / "manifest.csv").read_text().splitlines()))
     for row in rows:
         if row["site"] == ODD:
             mask, image = data / row["mask"], read_image(data / row["image"])
             planes = [binary_dilation(plane == 1, iterations=PIXELS) for plane in read_labels(mask).transpose(2, 0, 1)]
             write_atomic(mask, nifti(np.stack(planes, axis=2).astype(np.uint8), image.affine_ras))
-    spare = [row for row in rows if row["site"] == ODD and row["split"] == "train"][PATIENTS:]
+    training = {site: [row for row in rows if row["site"] == site and row["split"] == "train"] for site in SMALL}
+    spare = [row for of in training.values() for row in of[1:]]
     with (data / "manifest.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, rows[0].keys())
         table.writeheader()
@@ -56,7 +58,7 @@ def planted(folder: Path) -> Path:
     return data
 
 
-def test_the_hospital_that_federation_harms_is_flagged_and_the_others_are_not(tmp_path):
+def test_the_hospital_that_federation_harms_is_flagged_and_the_one_that_it_helps_is_not(tmp_path):
     how = Machine(device="cpu")
     nodes = node_configs(tmp_path / "out" / "planted", [planted(tmp_path / "data")], how, None)
     results = compare([Asked(STUDY, nodes)], {"fedavg": {}}, 1, tmp_path / "out", how, lambda _: None, lambda *_: None)
@@ -68,16 +70,18 @@ def test_the_hospital_that_federation_harms_is_flagged_and_the_others_are_not(tm
     }
     assert verdicts[ODD]["verdict"] == "harmed"
     assert verdicts[ODD]["high"] < -0.2, "by far"
-    assert {verdicts[site]["verdict"] for site in ("north", "south")} <= {"gains", "no clear difference"}
-    assert harmed(study) == [{"site": ODD, "kind": "federated", "setting": "fedavg"}]
+    assert verdicts["south"]["verdict"] in ("gains", "no clear difference")
+    flags = {line["site"] for line in harmed(study)}
+    assert ODD in flags
+    assert "south" not in flags
 
     assert read_json(tmp_path / "out" / "results.json")["studies"]["planted"]["worth"][ODD]
     report = (tmp_path / "out" / "report.html").read_text()
     assert f"{ODD} by fedavg" in report
     pages = {site: (tmp_path / "out" / "sites" / "planted" / f"{site}.html").read_text() for site in nodes}
-    flagged = {site for site, page in pages.items() if "Keep your own model." in page}
-    assert flagged == {ODD}
-    assert '<span class="flag">harmed</span></p>' in pages[ODD]
-    others = [page.partition("</p>\n<div")[0] for site, page in pages.items() if site != ODD]
-    assert not any('class="flag"' in page for page in others)
+    answers = {site: page.partition('<p class="card">')[2].partition("</p>")[0] for site, page in pages.items()}
+    assert "Keep your own model." in answers[ODD]
+    assert answers[ODD].endswith('<span class="flag">harmed</span>')
+    assert "Keep your own model." not in answers["south"]
+    assert "flag" not in answers["south"]
     assert all(other not in pages[ODD] for other in ("north", "south"))

@@ -73,6 +73,15 @@ def test_a_run_that_goes_on_after_a_pause_stands_at_the_end_of_the_queue(federat
     assert places == {"first": 2, "second": 1}
 
 
+def test_resume_says_whether_a_run_takes_its_turn_anew_or_only_goes_on(federation):
+    put(federation, "rests", "paused")
+    put(federation, "runs", "running")
+    pause(federation, "runs", at_once=False)
+    assert resume(federation, "runs") == "goes on without a pause"
+    assert hold_of(RunFolder(federation.runs / "runs")) is None
+    assert resume(federation, "rests").startswith("is queued again")
+
+
 class Nobody:
     """A SuperLink that starts runs and hands out no task."""
 
@@ -222,6 +231,6 @@ def test_the_commands_pause_and_resume_and_status_shows_who_waits(federation):
     shown = invoke(fedserver.cli.app, ["status", *here]).stdout
     assert "will pause after round 1" in shown
     assert "waits for its turn, 1. in the queue" in shown
-    assert "is queued again" in invoke(fedserver.cli.app, ["resume", "first", *here]).stdout
+    assert "goes on without a pause" in invoke(fedserver.cli.app, ["resume", "first", *here]).stdout
     assert "will pause" not in invoke(fedserver.cli.app, ["status", *here]).stdout
     assert invoke(fedserver.cli.app, ["pause", "nowhere", *here]).exit_code == 1

@@ -1,5 +1,6 @@
 """Secure rounds over the real gateway: blobs, audit logs, policies, and the roster that hospitals fetch themselves."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedclient import own_log
 from fedclient.alike import alike
 from fedclient.consent import Asked, alike_here, decide, find_asked
 from fedclient.egress import sent
 from fedclient.explain import explained
+from fedclient.own_log import log_of
 from fedclient.policy import Policy
 from fedserver.app import newest_roster
 from fedserver.lifecycle import revoke
@@ -121,6 +124,28 @@ def test_a_study_of_secure_sums_is_told_in_plain_words(hospitals):
     assert any("the difference is its number of examples" in s for s in told["leaves"])
     assert any("sums of the sites' updates" in s for s in told["costs"])
     assert not any("ten mean losses" in s or "sees this site's update" in s for s in told["leaves"] + told["costs"])
+
+
+def test_a_hospital_whose_whole_folder_was_put_back_from_a_backup_sums_no_more_until_a_person_mends_it(hospitals):
+    secure(hospitals)
+    here = hospitals.sites["d"]
+    backup = here.with_name("backup")
+    shutil.copytree(here, backup)
+    again = replace(STUDY, name="toy-2", model=replace(STUDY.model, features=(8, 8, 8, 8, 8, 8)))
+    state, _ = secure(hospitals, again, name="toy-2")
+    assert state.cohort == NAMES
+    shutil.rmtree(here)
+    shutil.copytree(backup, here)  # its ledger, its sums and their witnesses with it
+    own_log._opened.cache_clear()  # its processes were begun anew
+    third = replace(again, name="toy-3", model=replace(again.model, features=(4, 4, 4, 4, 4, 4), groups=4))
+    state, run = secure(hospitals, third, name="toy-3")
+    assert state.cohort == ("a", "b", "c")
+    left = next(iter(read_lines(run.metrics)))["left_out"]
+    assert left == {"d": {"state": "refused", "reason": "OWN_LOG_CUT"}}
+    mine = log_of(here, "d")
+    for _ in range(200):
+        mine.add("idle")  # however long its log grows meanwhile
+    assert mine.was_cut(mine.log, 1, "coordinator")
 
 
 def test_a_study_that_is_nearly_the_same_is_approved_by_no_policy_and_shown_for_what_it_is(hospitals):

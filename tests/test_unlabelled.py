@@ -26,7 +26,7 @@ from fedclient.training.unlabelled import again, agreement, follow, mixed, nothi
 from fedclient.training.worklist import greedy
 from shared_models import nets
 from shared_models.errors import StudyInvalid
-from shared_models.files import read_json
+from shared_models.files import read_json, write_atomic
 from shared_models.metrics import IGNORE
 from shared_models.parse import parse
 from shared_models.preprocess import Geometry
@@ -379,7 +379,7 @@ def test_a_hospital_lists_its_unlabelled_training_cases_by_the_weights_it_was_se
     folder = without_labels(data, tmp_path / "bare", "south", ("train",))
     site = tmp_path / "site"
     (site / "secrets").mkdir(parents=True)
-    (site / "secrets" / "case-keys").write_text("ab" * 32)
+    write_atomic(site / "secrets" / "case-keys", b"ab" * 32)
     file = SiteFile("south", "localhost:1", "test", Data(str(folder), "south"))
     (site / "site.toml").write_text(site_toml(file))
     study = tmp_path / "few.toml"

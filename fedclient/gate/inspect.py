@@ -148,9 +148,9 @@ def _bag(case: Case, root: Path, needs: Needs, secret: str, state: str) -> Looke
     """A bag of feature vectors: read as training reads it; nobody can see a patient in it, nor a name."""
     found = list(_of_paths(case, root, NOTHING))
     shown: tuple[str, ...] = ()
+    bag = read_bag(case, needs.tile_features)
     if needs.modality and needs.tile_features is None:
         raise ImageUnreadable("it is a bag of features, and the study trains on images.", "MODALITY_MISMATCH")
-    bag = read_bag(case, needs.tile_features)
     if needs.task is not None and has_truth(case, needs.task):
         shown = _shown(case, None, needs.task)
     elif needs.wants_labels:

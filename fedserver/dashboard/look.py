@@ -4,8 +4,9 @@ Reads what `fedserver status` and the reports read, with connections that cannot
 """
 
 import json
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,23 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "size": size_text,
         "duration": lambda seconds: DASH if seconds is None else duration_text(seconds),
         "day": date_text,
         "iso": lambda at: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
         "clock": lambda at: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at)),
+        "ticked": ticked,
         "compact": lambda value: Markup.escape(json.dumps(value, separators=(",", ":"))),  # for an attribute
     }
+    made.filters |= filters
     made.globals |= {"icons": ICONS, "shapes": plots.SHAPES, "DASH": DASH}
     return made
+
+
+def ticked(words: str) -> Markup:
+    """Words in which `so` becomes code; everything in them is escaped first."""
+    return Markup(re.sub(r"`([^`]{1,200})`", r"<code>\1</code>", str(Markup.escape(words))))  # noqa: S704
 
 
 def palette() -> str:

@@ -125,7 +125,7 @@ function made(place, told) {
     scales: {
       x: { time: false, range: (u, low, high) => (low === high ? [low - 1, high + 1] : [low - 0.3, high + 0.3]) },
       y: { range: (u, low, high) => {
-        if (told.zero) return [Math.min(0, low || 0), Math.max(high || 0, 1e-3) * 1.05];
+        if (told.zero) return [Math.min(0, low || 0), (high || 1) * 1.05];
         const room = low === null ? 1 : (high - low || Math.abs(low) || 1) / 10;
         return low === null ? [0, 1] : [low - room, high + room];
       } },

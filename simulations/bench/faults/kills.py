@@ -87,7 +87,7 @@ def killed_while_cut_off(here: Fleet) -> str:
         time.sleep(8)
         check("s3" in here.running and here.running["s3"].poll() is None, "its supervisor has given up")
     began, at = time.monotonic(), round_of(run)
-    counted = await_that("s3 is counted again", lambda: counted_after(run, "s3", at), 90)
+    counted = await_that("s3 is counted again", lambda: counted_after(run, "s3", at), 180)
     took = time.monotonic() - began
     here.cease("f2b")
     sound(run)
@@ -197,7 +197,7 @@ def long_silence(here: Fleet) -> str:
         check(without >= 3, f"{without} rounds were finished without it in 75 s")
         check(seat(run, "s1") in ("away", "asked", "lost", "late"), f"its seat says {seat(run, 's1')!r}")
     began, at = time.monotonic(), round_of(run)
-    counted = await_that("s1 is counted again", lambda: counted_after(run, "s1", at), 90)
+    counted = await_that("s1 is counted again", lambda: counted_after(run, "s1", at), 180)
     took = time.monotonic() - began
     here.cease("f8-long")
     sound(run)

@@ -75,6 +75,9 @@ class Line:
             far.settimeout(None)
             with self._lock:
                 self._open |= {near, far}
+            if self._cut:  # meanwhile
+                self._drop()
+                continue
             for source, sink in ((near, far), (far, near)):
                 threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
 
