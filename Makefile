@@ -46,6 +46,8 @@ bench: setup
 	$(BIN)/python -m simulations.bench.deployed_round
 	$(BIN)/python -m simulations.bench.gate
 	$(BIN)/python -m simulations.bench.audit
+	$(BIN)/python -m simulations.bench.predict
+	$(BIN)/python -m simulations.bench.drift
 
 bench-faults: setup
 	$(BIN)/python -m simulations.bench.faults

@@ -19,8 +19,10 @@ from fedclient.consent import undecided
 from fedclient.data.quota import cache_bytes
 from fedclient.limits import Limits
 from fedclient.policy import Policy
+from fedclient.release_policy import Releases
 from fedclient.renewal import SITE_KEYS, certificate_of, expiry_warning
 from fedclient.site import SiteFile, check_data, open_site, read_site_file
+from fedclient.trust import kept_lists
 from fedclient.welcome import shut_out
 from shared_models.alarms import alarm_words
 from shared_models.authority import read_files
@@ -39,6 +41,7 @@ from shared_models.doctor import (
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.expiry import date_text
 from shared_models.identity import is_issued_by, split_address, whose
+from shared_models.standing import day
 from shared_models.supervise import read_status, troubles
 from shared_models.transfer import connect, site_context
 
@@ -74,6 +77,7 @@ def _checks(folder: Path, file: SiteFile) -> Mapping[str, Check]:
         "policy": lambda: _policy(folder, file.policy),
         "node": lambda: _node(folder),
         "alarms": lambda: _alarms(folder),
+        "releases": lambda: _releases(folder, file.releases),
         "versions": versions,
         "flower": flower_names,
     }
@@ -346,3 +350,16 @@ def _alarms(folder: Path) -> Iterator[Line]:
         yield Line("audit", "fail", words, "`fedclient audit verify`; then telephone the coordinator.")
     if not told:
         yield Line("audit", "ok", "nothing was noticed that contradicts the coordinator's log.")
+
+
+def _releases(folder: Path, policy: Releases) -> Iterator[Line]:
+    """Whether this site would hear that a release of its was retired; nothing where it keeps no list and needs none."""
+    lists = kept_lists(folder)
+    mend = (
+        "Get the output of `fedserver release-status` from the coordinator; `fedclient verify RELEASE --status FILE`."
+    )
+    if not lists and policy.status_required:
+        yield Line("releases", "fail", "site.toml asks for a list of releases, and none was handed in.", mend)
+    for each in lists:
+        words = f"the list of {each.federation!r} is good until {day(each.good_until)}."
+        yield Line("releases", "ok", words) if time.time() <= each.good_until else Line("releases", "warn", words, mend)

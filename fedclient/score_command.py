@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fedclient.verify import Authority, Research, trust_in
+from fedclient.trust import trust_in
+from fedclient.verify import Authority, Research
 from shared_models.cli import guarded, print_json
 from shared_models.errors import StateInvalid
 from shared_models.release import open_release
@@ -34,7 +35,7 @@ def score(
 ) -> None:
     """Scores a release on this site's own patients, as a round of its study would; stays here."""
     with tempfile.TemporaryDirectory(prefix="fedclient-score-") as scratch:
-        opened = open_release(release, trust_in(site, authority, research), scratch=Path(scratch))
+        opened = open_release(release, trust_in(site, authority or (), research), scratch=Path(scratch))
         rows = scored(site, opened.study, opened.weights, split)
     if as_json:
         print_json({"release": opened.name, "version": opened.version, "split": split, "scores": rows})

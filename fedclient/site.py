@@ -16,6 +16,7 @@ from fedclient.data.quota import GIB, QUOTA_GIB
 from fedclient.data.where import Where
 from fedclient.limits import Limits
 from fedclient.policy import Policy
+from fedclient.release_policy import Releases
 from fedclient.serving.settings import Serve
 from shared_models.errors import StateInvalid
 from shared_models.files import read_json, write_atomic
@@ -107,6 +108,7 @@ class SiteFile:
     privacy: PrivacyPolicy = field(default_factory=PrivacyPolicy)
     serve: Serve = field(default_factory=Serve)
     limits: Limits = field(default_factory=Limits)
+    releases: Releases = field(default_factory=Releases)
 
 
 def _always() -> None:

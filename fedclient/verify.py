@@ -8,41 +8,27 @@ import typer
 from rich.console import Console
 
 from fedclient.own_log import lines_of
-from shared_models.authority import read_files
+from fedclient.trust import Watch, groups_of, trust_in
+from shared_models.calibration import temperatures_of
 from shared_models.cli import guarded, print_json
-from shared_models.errors import ReleaseInvalid
-from shared_models.release import Release, Trust, open_release
+from shared_models.release import Release, open_release
 
 console = Console(soft_wrap=True)
 Authority = Annotated[
-    Path | None, typer.Option(help="Certificate of a federation's authority (ca.pem); default: the one of --site.")
+    list[Path] | None,
+    typer.Option(help="Certificate of a federation's authority (ca.pem), repeated; default: those that --site trusts."),
+]
+Status = Annotated[
+    Path | None, typer.Option(help="A newer list of the federation's releases, of `fedserver release-status`; kept.")
 ]
 Research = Annotated[bool, typer.Option("--research", help="Take releases of `fedsim release` too: of nobody known.")]
-
-
-def trust_in(site: Path, authority: Path | None, research: bool) -> Trust:
-    """The authority that this site pinned when it joined, or the one of a file.
-
-    Raises:
-        ReleaseInvalid: neither is there, and research releases are not asked for.
-    """
-    pinned = site / "keys" / "ca.pem"
-    if authority is not None:
-        return Trust((authority.read_bytes(),), research)
-    if pinned.exists():
-        return Trust((read_files(site / "keys"),), research)
-    if research:
-        return Trust((), True)
-    raise ReleaseInvalid(
-        f"{pinned}: is missing, so nothing says whom to trust. Give the folder of this site with --site, or the "
-        "certificate of a federation's authority with --authority FILE."
-    )
 
 
 @guarded
 def verify(
     release: Annotated[Path, typer.Argument(help="Folder of a release, or its .fedrelease file.")],
     authority: Authority = None,
+    status: Status = None,
     research: Research = False,
     run: Annotated[
         bool, typer.Option("--run", help="Also run all forms of the network on the made-up cases of the release.")
@@ -53,18 +39,23 @@ def verify(
     """Checks a release offline: every byte, the signature, the approvals, the evidence; names what is wrong."""
     from shared_models.provenance import against_kept, check_provenance
 
-    trust = trust_in(site, authority, research)
+    trust = trust_in(site, authority or (), research)
     with tempfile.TemporaryDirectory(prefix="fedclient-verify-") as scratch:
         opened = open_release(release, trust, scratch=Path(scratch))
         shown = [*check_provenance(opened, trust.authorities), *against_kept(opened, kept_heads(site))]
+        watch = Watch(site, opened, groups_of(site, authority or ()), status)
+        warnings = watch.warnings()
+        shown += [watch.said()] if opened.manifest.origin.kind == "federation" else []
         figures = _run(opened) if run else None
     facts = facts_of(opened)
     if as_json:
-        print_json({**facts, "shown": shown, "parity": figures})
+        print_json({**facts, "shown": shown, "warnings": warnings, "parity": figures})
         return
     console.print(f"[bold]{opened.name}[/] version {opened.version}: {facts['words']}", highlight=False)
     for words in shown:
         console.print(f"  {words}", highlight=False, markup=False)
+    for words in warnings:
+        console.print(f"  warning: {words}", highlight=False, markup=False, style="yellow")
     for name, figure in (figures or {}).items():
         console.print(f"  {name} answers as the network does, within {figure['logits']:.2g}", highlight=False)
     console.print(f"digest {opened.digest}", highlight=False)
@@ -99,15 +90,25 @@ def facts_of(opened: Release) -> dict[str, Any]:
 
 
 def _run(opened: Release) -> dict[str, dict[str, float]]:
-    """Every form of the network on the stored cases, against what was stored."""
-    from shared_models.parity import compared, stored_cases  # imports torch
-    from shared_models.release import ONNX, TORCHSCRIPT, WEIGHTS
-    from shared_models.runtimes import network_of, onnx_runner, torch_runner, torchscript_runner
+    """Every form of the network on the stored cases, against what was stored; of bytes that were compared once read."""
+    from shared_models.parity import ARRAYS, compared, stored_cases  # imports torch
+    from shared_models.release import BUNDLE_SCRIPT, BUNDLE_STATE, ONNX, TORCHSCRIPT, WEIGHTS
+    from shared_models.runtimes import (
+        network_from,
+        onnx_runner,
+        state_dict_runner,
+        torch_runner,
+        torchscript_runner,
+    )
 
-    cases, wanted = stored_cases(opened.folder, opened.study)
+    by = temperatures_of(opened.study, opened.calibration)
+    cases, wanted = stored_cases(opened.content(ARRAYS), opened.study, by)
     forms = {
-        WEIGHTS: torch_runner(network_of(opened.study, opened.weights)),
-        ONNX: onnx_runner(opened.onnx),
-        TORCHSCRIPT: torchscript_runner(opened.folder / TORCHSCRIPT),
+        WEIGHTS: torch_runner(network_from(opened.study, opened.content(WEIGHTS))),
+        ONNX: onnx_runner(opened.content(ONNX)),
+        TORCHSCRIPT: torchscript_runner(opened.content(TORCHSCRIPT)),
     }
-    return compared(opened.study, cases, wanted, forms)
+    if BUNDLE_STATE in opened.manifest.files:  # its tensors; its configuration can run code, and is not run
+        forms[BUNDLE_STATE] = state_dict_runner(opened.study, opened.content(BUNDLE_STATE))
+        forms[BUNDLE_SCRIPT] = torchscript_runner(opened.content(BUNDLE_SCRIPT))
+    return compared(opened.study, cases, wanted, forms, by)

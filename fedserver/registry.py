@@ -7,6 +7,7 @@ A release is a candidate when it is made, approved once everybody needed has app
 longer be used. Nothing is ever removed: what was used once can be asked about later.
 """
 
+import hashlib
 import shutil
 import tempfile
 import time
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -24,7 +25,8 @@ from fedserver.publish.card import Words
 from fedserver.publish.lineage import ancestors
 from fedserver.publish.proofs import audit_extract, newest_roster
 from shared_models.errors import ReleaseInvalid, StateInvalid
-from shared_models.files import locked, read_json, sync_folder, write_json
+from shared_models.evidence import LOG
+from shared_models.files import locked, read_json, read_lines, sync_folder, write_json
 from shared_models.identity import identity_public_key
 from shared_models.parse import STRICT, parse_json, plain
 from shared_models.provenance import AUDIT, ROSTER, check_provenance
@@ -40,19 +42,26 @@ from shared_models.release import (
     write_approvals,
     write_file,
 )
+from shared_models.standing import Stage, Standing, Standings, sign_standings
 
-Stage = Literal["candidate", "approved", "retired"]
+SITE_LEFT = "a site whose updates it holds has withdrawn"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing that was said of a release; `at` is seconds since the epoch."""
+    """One thing that was said of a release.
+
+    Attributes:
+        at: seconds since the epoch.
+        words: why; `told`: what of it hospitals are told.
+    """
 
     __pydantic_config__ = STRICT
     stage: Stage
     at: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     by: Annotated[str, Field(max_length=64)]
     words: Annotated[str, Field(max_length=500)] = ""
+    told: Annotated[str, Field(max_length=500)] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,13 +253,42 @@ def _approve(federation: Federation, which: str, by: str, key: bytes | None) -> 
     return _said(federation, entry, "approved" if done else entry.stage, by, "release-approved")
 
 
-def retire_release(federation: Federation, which: str, reason: str) -> Entry:
-    """Says of a release that it should no longer be used."""
+def retire_release(federation: Federation, which: str, reason: str, told: str | None = None) -> Entry:
+    """Says of a release that it should no longer be used.
+
+    Args:
+        told: to hospitals, by the list of releases; the reason itself where nothing is said.
+    """
     words = "".join(c if c.isprintable() else " " for c in reason).strip()
     if not words or len(words) > 500:
         raise StateInvalid("reason: 1 to 500 characters, for those who ask later. Give one with --reason.")
     with _alone(federation):
-        return _said(federation, find_release(federation, which), "retired", "coordinator", "release-retired", words)
+        entry, public = find_release(federation, which), words if told is None else told
+        return _said(federation, entry, "retired", "coordinator", "release-retired", words, public)
+
+
+def status_list(federation: Federation, days: float) -> bytes:
+    """A signed list of all releases and what has become of them, good for so many days, for hospitals to keep.
+
+    Of a release whose site has withdrawn that is said too, and neither who nor why.
+    """
+    now = round(time.time(), 3)
+    lines = [line["facts"] for line in read_lines(federation.folder / LOG) if line["event"] == "withdrawn"]
+    left = {digest for facts in lines for digest in facts["releases"]}
+    releases = {
+        entry.digest: Standing(
+            entry.label,
+            entry.stage,
+            entry.history[-1].at,
+            entry.history[-1].told if entry.stage == "retired" else SITE_LEFT if entry.digest in left else "",
+        )
+        for entry in list_releases(federation)
+    }
+    made = Standings("fedstatus/1", federation.name, now, round(now + days * 86400, 3), releases)
+    content = sign_standings(signer(federation), made)
+    digest = hashlib.sha256(content).hexdigest()
+    open_log(federation).add("release-status", sha256=digest, releases=len(releases), days=days)
+    return content
 
 
 def _alone(federation: Federation) -> AbstractContextManager[None]:
@@ -258,8 +296,10 @@ def _alone(federation: Federation) -> AbstractContextManager[None]:
     return locked(federation.folder / "registry" / ".lock")
 
 
-def _said(federation: Federation, entry: Entry, stage: Stage, by: str, event: str, words: str = "") -> Entry:
-    done = replace(entry, history=(*entry.history, Step(stage, round(time.time(), 3), by, words)))
+def _said(
+    federation: Federation, entry: Entry, stage: Stage, by: str, event: str, words: str = "", told: str = ""
+) -> Entry:
+    done = replace(entry, history=(*entry.history, Step(stage, round(time.time(), 3), by, words, told)))
     open_log(federation).add(event, release=entry.label, digest=entry.digest, by=by, stage=stage, words=words)
     write_json(folder_of(federation, entry.digest) / "entry.json", plain(done))
     return done

@@ -126,7 +126,7 @@ def release_approve(
 @guarded
 def release_retire(
     which: Which,
-    reason: Annotated[str, typer.Option(help="Why, for those who ask later.")],
+    reason: Annotated[str, typer.Option(help="Why; hospitals read it in the list of `fedserver release-status`.")],
     federation: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
@@ -138,7 +138,54 @@ def release_retire(
     if as_json:
         print_json({"release": entry.label, "digest": entry.digest, "stage": entry.stage})
         return
-    console.print(f"[bold]{entry.label}[/] is retired. Tell the hospitals that have it.", highlight=False)
+    console.print(f"[bold]{entry.label}[/] is retired. Hospitals that have it hear of it by the next list: "
+                  f"`fedserver release-status FILE`.", highlight=False)  # fmt: skip
+
+
+@guarded
+def release_status(
+    to: Annotated[Path, typer.Argument(help="File to write the list to, for all hospitals that have a release.")],
+    days: Annotated[
+        float, typer.Option(min=0.01, max=3650, help="For which it is good; hospitals are warned after them.")
+    ] = 30.0,
+    federation: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Writes a signed list of all releases, the retired ones among them; hospitals give it to `fedclient verify`."""
+    from fedserver.enrol import open_federation
+    from fedserver.registry import list_releases, status_list
+    from shared_models.files import write_atomic
+
+    opened = open_federation(federation)
+    write_atomic(to, status_list(opened, days))
+    retired = [entry.label for entry in list_releases(opened) if entry.stage == "retired"]
+    if as_json:
+        print_json({"file": str(to), "days": days, "retired": retired})
+        return
+    console.print(f"{to}: good for {days:g} days; retired: {', '.join(retired) or 'none'}.", highlight=False)
+    console.print("A hospital keeps it with `fedclient verify RELEASE --status FILE`.", highlight=False)
+
+
+@guarded
+def release_export_mlflow(
+    which: Which,
+    uri: Annotated[str, typer.Argument(help="Of MLflow's tracking server, or a folder as file:///PATH.")],
+    experiment: Annotated[str, typer.Option(help="That the run is written to.")] = "federated releases",
+    federation: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Copies a release with its figures and digests to MLflow, as a run; needs the extra `mlflow`."""
+    from fedserver.enrol import open_federation
+    from fedserver.publish.to_mlflow import to_mlflow
+    from fedserver.registry import find_release
+
+    opened = open_federation(federation)
+    entry = find_release(opened, which)
+    run = to_mlflow(opened, entry, uri, experiment)
+    if as_json:
+        print_json({"release": entry.label, "digest": entry.digest, "run": run, "experiment": experiment})
+        return
+    console.print(f"[bold]{entry.label}[/] is run {run} of {experiment!r} at {uri}.", highlight=False)
 
 
 @guarded
@@ -185,6 +232,8 @@ def withdraw(
         console.print(
             f"  run {run}, from round {first} on: `fedserver retrain {run} --without {site}`", highlight=False
         )
+    if gone.releases and retire:
+        console.print("Hospitals that have them hear of it by the next list: `fedserver release-status FILE`.")
     if not gone.releases and not gone.runs:
         console.print("  nothing: it was never counted.")
 

@@ -12,7 +12,7 @@ from fedserver.checkpoint import WITHOUT, RunFolder, State, excluded, read_state
 from fedserver.enrol import Federation, open_log
 from fedserver.lifecycle import revoke
 from fedserver.publish.lineage import RETRAINED, first_counted
-from fedserver.registry import Entry, containing, retire_release
+from fedserver.registry import SITE_LEFT, Entry, containing, retire_release
 from fedserver.report import facts
 from fedserver.state import Run, add_run, find_run, find_site, list_runs
 from shared_models.errors import FederationError, StateInvalid
@@ -56,7 +56,7 @@ def withdraw(federation: Federation, site: str, reason: str, retire: bool) -> Wi
     found = containing(federation, site)
     if retire:
         found = [
-            retire_release(federation, entry.digest, f"{site} has withdrawn: {reason}"[:500])
+            retire_release(federation, entry.digest, f"{site} has withdrawn: {reason}"[:500], SITE_LEFT)
             if entry.stage != "retired"
             else entry
             for entry in found

@@ -57,6 +57,16 @@ class ByCase:
         return torch.stack([self.inner(case, network, *args, **words) for case in inputs])
 
 
+class Tempered:
+    """`pred`, logits [N, L], is divided by a temperature for each output, as the release has them fitted."""
+
+    def __init__(self, temperatures: Sequence[float]) -> None:
+        self.temperatures = torch.tensor(list(temperatures), dtype=torch.float32)
+
+    def __call__(self, data: Data) -> Data:
+        return {**data, "pred": data["pred"] / self.temperatures.to(data["pred"])}
+
+
 class Restored:
     """`pred`, probabilities [N, L, *size], comes onto the image's own grid: [L, I, J, K] with its affine."""
 

@@ -33,7 +33,7 @@ MOST_CASES = 2**20
 MOST_PROFILES = 1000
 MOST_VOXELS = 2**20  # of an image that its quantiles are taken from, evenly spread
 AXES = ("rows", "columns", "planes")
-QUANTILES = (10, 50, 90)
+QUANTILES = (5, 25, 50, 75, 95)  # contrast agent or bone show in the last, padding and air in the first
 LARGER_MM3 = 4.0  # a lesion is a connected piece of at least so much; single voxels come and go with noise
 
 SPACING_MM = 0.1 * 2 ** (np.arange(29) / 4)  # edges of the cells, in quarters of an octave: 0.1 to 12.8 mm
@@ -85,13 +85,19 @@ def grids(study: Study) -> dict[str, Edges]:
     inside: Edges = WINDOWED if study.preprocess.intensity == "window" else STANDARDISED
     found: dict[str, Edges] = {}
     found |= {f"spacing.{axis}": SPACING_MM for axis in AXES} | {f"size.{axis}": LENGTH for axis in AXES}
-    found |= {f"raw.p{q}": HU if study.modality == "ct" else GREY for q in QUANTILES}
+    found |= {f"raw.p{q}": levels(study) for q in QUANTILES}
     found |= {f"input.p{q}": inside for q in QUANTILES} | {"input.texture": TEXTURE}
     for name in study.task.answers:
         if study.task.kind == "segmentation":
-            found |= {f"share.{name}": SHARE, f"lesions.{name}": NUMBER}
+            found |= {f"share.{name}": SHARE, f"lesions.{name}": NUMBER, f"inside.{name}": levels(study)}
         found[f"chance.{name}"] = CHANCE
     return found
+
+
+def levels(study: Study) -> Edges:
+    """Inner edges of the cells of grey levels as they are read."""
+    edges: Edges = HU if study.modality == "ct" else GREY
+    return edges
 
 
 def cells_of(
@@ -121,6 +127,7 @@ def cells_of(
         if marked is not None:
             values[f"share.{name}"] = float(marked[at].mean(dtype=np.float64))
             values[f"lesions.{name}"] = float(lesions(marked[at], spacing_mm))
+            values[f"inside.{name}"] = inside(voxels, marked[at])
         values[f"chance.{name}"] = chances[at]
     return {name: int(np.searchsorted(edges, values[name], side="right")) for name, edges in grids(study).items()}
 
@@ -139,6 +146,17 @@ def answered(task: Task, chances: NDArray[Any], marked: NDArray[np.bool_] | None
     if task.kind == "prognosis":  # that the event comes within the last interval
         return [float(1 - np.prod(1 - chances.astype(np.float64), axis=1).mean())]
     return [float(chance) for chance in chances.mean(axis=0, dtype=np.float64)]
+
+
+def inside(voxels: NDArray[np.float32], marked: NDArray[np.bool_]) -> float:
+    """The middle grey level (of an even number the lower one) of what is marked; below all levels where nothing is.
+
+    Where a change of the image as a whole is small, as that of lungs which hold less air, it shows here.
+
+    Args:
+        voxels: float32[C, I, J, K], as read; of several channels the first.
+    """
+    return float(np.percentile(voxels[0][marked], 50, method="lower")) if marked.any() else -np.inf
 
 
 def lesions(marked: NDArray[np.bool_], spacing_mm: Sequence[float]) -> int:

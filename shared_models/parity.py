@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shared_models.calibration import tempered
 from shared_models.errors import ReleaseInvalid
 from shared_models.preprocess import Geometry, plan_geometry, preprocess, restore
 from shared_models.runtimes import Runner
@@ -25,7 +26,7 @@ from shared_models.seeds import rng
 from shared_models.study import Study
 from shared_models.tasks.chosen import functions_of
 from shared_models.tasks.segmentation import predicted_of
-from shared_models.weights import load, save_arrays
+from shared_models.weights import loaded, save_arrays
 
 ARRAYS, FIGURES = "parity.safetensors", "parity.json"
 TOLERANCE = 1e-4
@@ -114,8 +115,14 @@ def _body(study: Study, shape: tuple[int, int, int], chance: np.random.Generator
     return np.stack([value * (1 + n / 4) for n, value in enumerate(bright)]).astype(np.float32).round()
 
 
-def answer(study: Study, case: Case, logits: NDArray[np.float32]) -> Answer:
-    """What the study's post-processing makes of logits: masks on the image's own grid, or calls for each example."""
+def answer(
+    study: Study, case: Case, logits: NDArray[np.float32], temperatures: NDArray[np.float32] | None = None
+) -> Answer:
+    """What the study's post-processing makes of logits: masks on the image's own grid, or calls for each example.
+
+    Args:
+        temperatures: of the release; the probabilities are told calibrated by them, decisions are by those before.
+    """
     task, threshold = study.task, study.evaluate.threshold
     chances = functions_of(task).chances(torch.from_numpy(np.ascontiguousarray(logits))).numpy()
     if task.kind == "segmentation" and case.geometry is not None:
@@ -126,9 +133,11 @@ def answer(study: Study, case: Case, logits: NDArray[np.float32]) -> Answer:
         decisions = np.arange(chances.shape[1]) == chances.argmax(axis=1)[:, None]
     else:
         decisions = chances > threshold
-    return Answer(
-        logits, chances, decisions, np.broadcast_to(_near(chances, threshold, task.exclusive), decisions.shape)
-    )
+    near = np.broadcast_to(_near(chances, threshold, task.exclusive), decisions.shape)
+    if temperatures is not None:
+        scaled = torch.from_numpy(np.ascontiguousarray(tempered(logits, temperatures)))
+        chances = functions_of(task).chances(scaled).numpy()
+    return Answer(logits, chances, decisions, near)
 
 
 def _near(chances: NDArray[np.float32], threshold: float, exclusive: bool) -> NDArray[np.bool_]:
@@ -139,9 +148,13 @@ def _near(chances: NDArray[np.float32], threshold: float, exclusive: bool) -> ND
 
 
 def compared(
-    study: Study, cases: Sequence[Case], wanted: Sequence[Answer], forms: Mapping[str, Runner]
+    study: Study,
+    cases: Sequence[Case],
+    wanted: Sequence[Answer],
+    forms: Mapping[str, Runner],
+    temperatures: NDArray[np.float32] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """How far each form is from what is wanted, by the name of its file.
+    """How far each form is from what is wanted, by the name of its file; probabilities calibrated.
 
     Raises:
         ReleaseInvalid: naming the file whose answer differs.
@@ -150,7 +163,7 @@ def compared(
     for name, run in forms.items():
         worst, likely, changed, near = 0.0, 0.0, 0, 0
         for case, expected in zip(cases, wanted, strict=True):
-            found = answer(study, case, run(case.inputs))
+            found = answer(study, case, run(case.inputs), temperatures)
             if found.logits.shape != expected.logits.shape or not np.isfinite(found.logits).all():
                 raise ReleaseInvalid(
                     f"{name}: answers {case.name} with shape {list(found.logits.shape)} or with numbers that are not "
@@ -187,13 +200,18 @@ def save_cases(folder: Path, cases: Sequence[Case], answers: Sequence[Answer]) -
     save_arrays(folder / ARRAYS, arrays)
 
 
-def stored_cases(folder: Path, study: Study) -> tuple[list[Case], list[Answer]]:
+def stored_cases(
+    content: bytes, study: Study, temperatures: NDArray[np.float32] | None = None
+) -> tuple[list[Case], list[Answer]]:
     """The cases of a release, preprocessed anew, and what its network answered when it was made.
+
+    Args:
+        content: of parity.safetensors.
 
     Raises:
         ReleaseInvalid: this package preprocesses in another way than the one that made the release.
     """
-    arrays = load(folder / ARRAYS)
+    arrays = loaded(content, ARRAYS)
     cases: list[Case] = []
     answers: list[Answer] = []
     for name in sorted({key.partition("/")[0] for key in arrays}):
@@ -208,7 +226,7 @@ def stored_cases(folder: Path, study: Study) -> tuple[list[Case], list[Answer]]:
                 "version that the manifest names.",
                 ARRAYS,
             )
-        found = answer(study, case, arrays[f"{name}/logits"])
+        found = answer(study, case, arrays[f"{name}/logits"], temperatures)
         stored = arrays[f"{name}/decisions"].astype(bool)
         if stored.shape != found.decisions.shape or ((stored != found.decisions) & ~found.near).any():
             raise ReleaseInvalid(

@@ -146,7 +146,8 @@ def _check_study(release: Release) -> list[str]:
     if canonical(approved) != canonical(release.study):
         raise ReleaseInvalid(f"{STUDY}: does not follow from the study that the hospitals approved.", STUDY)
     plan = " and the plan of its sites' counts" if origin.plan_sha256 else ""
-    return [f"the study is the one that was approved ({study_sha256(approved)[:12]}){plan}"]
+    done = "run" if origin.kind == "simulation" else "approved"
+    return [f"the study is the one that was {done} ({study_sha256(approved)[:12]}){plan}"]
 
 
 def _check_roster(release: Release, authority: bytes) -> str:

@@ -36,6 +36,7 @@ SUFFIX = ".fedrelease"
 PURPOSE, APPROVAL = "release", "release-approval"  # of signatures
 MANIFEST, SIGNATURE, APPROVALS = "manifest.json", "signature.json", "approvals.json"
 STUDY, WEIGHTS, ONNX, TORCHSCRIPT = "study.json", "model.safetensors", "model.onnx", "model.ts"
+BUNDLE_STATE, BUNDLE_SCRIPT = "bundle/models/model.pt", "bundle/models/model.ts"
 FINGERPRINT, CALIBRATION = "fingerprint.json", "calibration.json"
 OUTSIDE = (MANIFEST, SIGNATURE, APPROVALS)  # files that no digest of the manifest covers
 MOST_JSON = 16 << 20  # bytes of a file that is read into memory

@@ -7,6 +7,7 @@ readable both ways (tests/test_weights.py).
 """
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -143,29 +144,36 @@ def open_tensors(path: Path, where: str) -> OnDisk:
     Raises:
         WeightsInvalid: not such a file, unknown dtype, holes, overlaps, or another length than its header says.
     """
-    refuse = f"{where}: not a sound safetensors file"
     with path.open("rb") as file:
-        length = os.fstat(file.fileno()).st_size
-        head = int.from_bytes(file.read(8), "little")
-        if length < 8 or not 2 <= head <= min(_MOST_HEADER, length - 8):
-            raise WeightsInvalid(f"{refuse}: its header length is {head} of {length} bytes.")
-        try:
-            header: dict[str, Any] = json.loads(file.read(head))
-            header.pop("__metadata__", None)
-            entries: list[tuple[int, int, str, str, tuple[int, ...]]] = sorted(
-                (
-                    _sizes(e["data_offsets"], 2, 2)[0],
-                    _sizes(e["data_offsets"], 2, 2)[1],
-                    n,
-                    _CODES[e["dtype"]],
-                    _sizes(e["shape"], 0, 16),
-                )
-                for n, e in header.items()
+        schema, offsets = _read_header(file, os.fstat(file.fileno()).st_size, where)
+    return OnDisk(path, schema, offsets)
+
+
+def _read_header(file: IO[bytes], length: int, where: str) -> tuple[Schema, Mapping[str, int]]:
+    """What tensors a safetensors file of `length` bytes holds, and where each begins.
+
+    Raises:
+        WeightsInvalid: as `open_tensors`.
+    """
+    refuse = f"{where}: not a sound safetensors file"
+    head = int.from_bytes(file.read(8), "little")
+    if length < 8 or not 2 <= head <= min(_MOST_HEADER, length - 8):
+        raise WeightsInvalid(f"{refuse}: its header length is {head} of {length} bytes.")
+    try:
+        header: dict[str, Any] = json.loads(file.read(head))
+        header.pop("__metadata__", None)
+        entries: list[tuple[int, int, str, str, tuple[int, ...]]] = sorted(
+            (
+                _sizes(e["data_offsets"], 2, 2)[0],
+                _sizes(e["data_offsets"], 2, 2)[1],
+                n,
+                _CODES[e["dtype"]],
+                _sizes(e["shape"], 0, 16),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise WeightsInvalid(
-                f"{refuse}: its header cannot be read, or names a dtype that is not allowed."
-            ) from None
+            for n, e in header.items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise WeightsInvalid(f"{refuse}: its header cannot be read, or names a dtype that is not allowed.") from None
     schema, offsets, at = {}, {}, 0
     for begin, end, name, code, shape in entries:
         spec = Spec(shape, np.dtype(code))
@@ -174,7 +182,7 @@ def open_tensors(path: Path, where: str) -> OnDisk:
         schema[name], offsets[name], at = spec, 8 + head + begin, end
     if 8 + head + at != length:
         raise WeightsInvalid(f"{refuse}: it holds {length} bytes, its header accounts for {8 + head + at}.")
-    return OnDisk(path, schema, offsets)
+    return schema, offsets
 
 
 def _sizes(numbers: Any, fewest: int, most: int) -> tuple[int, ...]:
@@ -190,6 +198,17 @@ def load(path: Path, where: str | None = None) -> dict[str, Array]:
     """All tensors of a file in memory, by name."""
     tensors = open_tensors(path, where or path.name)
     return {name: one(tensors, name) for name in tensors.schema}
+
+
+def loaded(content: bytes, where: str) -> dict[str, Array]:
+    """All tensors of a safetensors file whose bytes are in memory already, as copies that may be changed.
+
+    Raises:
+        WeightsInvalid: as `open_tensors`.
+    """
+    schema, offsets = _read_header(io.BytesIO(content), len(content), where)
+    return {n: np.frombuffer(content, s.dtype, prod(s.shape), offsets[n]).reshape(s.shape).copy()
+            for n, s in schema.items()}  # fmt: skip
 
 
 def mapped(path: Path, where: str | None = None) -> dict[str, Array]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 from monai.bundle.scripts import run, verify_metadata, verify_net_in_out
 
 from fedserver.publish.bundle import FOLDER
+from shared_models.files import canonical_json
 from shared_models.parity import ARRAYS
+from shared_models.release import CALIBRATION
 from shared_models.weights import load
 from tests.releases import made_release, tiny_study
 
@@ -68,11 +71,16 @@ STUDIES = {
         preprocess={"size": [32, 32], "intensity": "percentile"},
     ),
 }
+STUDIES["classification, calibrated"] = replace(
+    STUDIES["classification"], task=replace(STUDIES["classification"].task, loss="bce")
+)
+TEMPERATURES = {"cyst": 0.5, "solid": 4.0}
 
 
 @pytest.fixture(scope="module", params=STUDIES)
 def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_release(tmp_path_factory.mktemp("made"), STUDIES[request.param])[0]
+    calibrated = {CALIBRATION: canonical_json({"temperature": TEMPERATURES})} if "calib" in request.param else {}
+    return made_release(tmp_path_factory.mktemp("made"), STUDIES[request.param], members=calibrated)[0]
 
 
 @pytest.fixture
@@ -125,6 +133,8 @@ def test_monais_runner_gives_the_masks_of_the_release(release, bundle, tmp_path)
             told = json.loads((tmp_path / "out" / f"{name}.json").read_text())
             logits = arrays[f"{name}/logits"].astype(np.float64)
             chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+            if (release / CALIBRATION).exists():
+                chances = 1 / (1 + np.exp(-logits / [TEMPERATURES["cyst"], TEMPERATURES["solid"]]))
             np.testing.assert_allclose(list(told.values()), chances.mean(axis=0), atol=1e-4)
             continue
         image: Any = nibabel.load(tmp_path / "out" / f"{name}_mask.nii.gz")

@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "fedserver": [
         "init", "serve", "invite", "revoke", "renew", "run", "stop", "status", "audit", "doctor", "pause", "resume",
         "logs", "backup", "restore", "monitor", "release", "releases", "withdraw", "retrain",
+        "release-status", "release-export-mlflow",
     ],
     "fedclient": [
         "join", "rejoin", "renew", "check", "waive", "card", "policy", "studies", "show", "approve", "refuse",

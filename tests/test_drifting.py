@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedclient import drift as log
 from fedclient.egress import sent
-from fedclient.monitoring import exported
+from fedclient.monitoring import exported, forget
 from fedclient.policy import Policy
 from fedclient.site import Data, SiteFile, site_toml
 from fedserver.monitor import merged
@@ -83,9 +83,10 @@ def test_a_case_lies_in_the_cells_that_its_numbers_say():
 
     assert says("spacing.rows") == "0.951 to 1.13"
     assert (says("size.rows"), says("size.planes")) == ("8 to 11.3", "4 to 5.66")
-    assert (says("raw.p10"), says("raw.p50"), says("raw.p90")) == ("-800 to -784", "-800 to -784", "32 to 48")
-    assert (says("input.p10"), says("input.p50"), says("input.p90")) == ("below 0.025", "0.3 to 0.325", "from 0.975")
+    assert (says("raw.p5"), says("raw.p50"), says("raw.p95")) == ("-800 to -784", "-800 to -784", "32 to 48")
+    assert (says("input.p5"), says("input.p50"), says("input.p95")) == ("below 0.025", "0.3 to 0.325", "from 0.975")
     assert says("input.texture") == "0.5 to 0.595"  # of steps between neither darkest nor brightest: 0.11 to 0.65
+    assert says("inside.lung") == "32 to 48"  # 24 of 25 voxels are of the fifth with 40 HU
     assert says("share.lung") == "0.0442 to 0.0625"  # 25 / 480 = 0.052
     assert says("lesions.lung") == "0.5 to 1.5"
     assert says("chance.lung") == "from 0.95"
@@ -135,7 +136,7 @@ def test_counts_that_no_cases_can_have_are_refused():
 def test_a_reference_names_no_site_and_its_order_tells_none():
     one, two = (profile_of(STUDY, [dict.fromkeys(grids(STUDY), at)] * 12) for at in (0, 1))
     assert reference([one, two]) == reference([two, one])
-    assert sorted(read_reference(reference([one, two]), STUDY, "r"), key=lambda p: p.counts["input.p10"]) == [two, one]
+    assert sorted(read_reference(reference([one, two]), STUDY, "r"), key=lambda p: p.counts["input.p5"]) == [two, one]
     assert read_reference(None, STUDY, "r") == ()
     with pytest.raises(StateInvalid, match="of another study"):
         read_reference(reference([toy([[0, 0]])]), STUDY, "r")
@@ -343,6 +344,46 @@ def test_counts_of_too_few_cases_do_not_leave(tmp_path):
         exported(here, release, tmp_path / "north.json")
     assert not (tmp_path / "north.json").exists()
     assert sent(here) == []
+
+
+def test_two_exports_are_as_many_cases_apart_as_a_distribution_needs_or_they_are_the_same(tmp_path):
+    rng = np.random.default_rng(4)
+    here, release = site_folder(tmp_path / "site", smallest_count=11), released_with([])
+    came = iter(spread(rng, 2))
+
+    def more(count: int) -> None:
+        for cells_ in islice(came, count):
+            log.note(here, STUDY, release.digest, cells_)
+
+    more(20)
+    assert exported(here, release, tmp_path / "first.json") == 20
+    assert exported(here, release, tmp_path / "again.json") == 20
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "first.json").read_bytes()
+    more(1)
+    with pytest.raises(OrderRefused, match="1 cases since the last export"):
+        exported(here, release, tmp_path / "second.json")
+    more(9)
+    with pytest.raises(OrderRefused, match="10 cases since the last export"):
+        exported(here, release, tmp_path / "second.json")
+    assert not (tmp_path / "second.json").exists()
+    assert len(sent(here)) == 2
+    more(1)
+    assert exported(here, release, tmp_path / "second.json") == 31
+
+
+def test_a_log_that_was_begun_anew_needs_as_many_cases_as_the_first_did(tmp_path):
+    rng = np.random.default_rng(4)
+    here, release = site_folder(tmp_path / "site"), released_with([])
+    for cells_ in spread(rng, 2)[:20]:
+        log.note(here, STUDY, release.digest, cells_)
+    exported(here, release, tmp_path / "first.json")
+    forget(here, release.digest)
+    for cells_ in spread(rng, 2)[:10]:
+        log.note(here, STUDY, release.digest, cells_)
+    with pytest.raises(OrderRefused, match="fewer than 11"):
+        exported(here, release, tmp_path / "second.json")
+    log.note(here, STUDY, release.digest, spread(rng, 2)[0])
+    assert exported(here, release, tmp_path / "second.json") == 11
 
 
 def test_the_coordinator_merges_counts_and_sees_which_site_is_far(tmp_path):

@@ -171,13 +171,13 @@ def test_stored_cases_tell_when_the_package_preprocesses_otherwise(tmp_path):
     cases = made_up_cases(study)
     answers = [answer(study, case, torch_runner(nets.network(study).eval())(case.inputs)) for case in cases]
     save_cases(tmp_path, cases, answers)
-    again, stored = stored_cases(tmp_path, study)
+    again, stored = stored_cases((tmp_path / ARRAYS).read_bytes(), study)
     np.testing.assert_array_equal(again[1].inputs, cases[1].inputs)
     np.testing.assert_array_equal(stored[1].decisions, answers[1].decisions)
     arrays = load(tmp_path / ARRAYS)
     save_arrays(tmp_path / ARRAYS, arrays | {"case-1/inputs": arrays["case-1/inputs"] + np.float32(1e-3)})
     with pytest.raises(ReleaseInvalid, match="preprocesses case-1 otherwise"):
-        stored_cases(tmp_path, study)
+        stored_cases((tmp_path / ARRAYS).read_bytes(), study)
 
 
 def test_a_network_that_sees_a_table_is_released_without_a_bundle_and_the_manifest_says_why(tmp_path):

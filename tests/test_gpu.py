@@ -11,6 +11,8 @@ import torch
 from fedclient.data.augment import Change, draw
 from fedclient.data.volume import Volume
 from fedclient.predict.case import predict_case
+from fedclient.predict.explained import explainer_of
+from fedclient.predict.inputs import Source, list_inputs
 from fedclient.predict.model import load_model
 from fedclient.site import Site, open_site
 from fedclient.training.device import free_memory, try_gpu
@@ -22,6 +24,7 @@ from shared_models import nets
 from shared_models.release import open_release
 from shared_models.study import Augment, Evaluate, Model, Preprocess, Rounds, Study, Train, Unlabelled
 from shared_models.tasks.segmentation import dice_bce
+from simulations.fixtures.dicom import write_dicom_series
 from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, node_configs
 from tests.marking import chest_hu
@@ -164,3 +167,14 @@ def test_a_release_marks_the_same_voxels_on_the_gpu(tmp_path):
     here, there = (load_model(release, device=device, threads=1) for device in ("cpu", "cuda"))
     ours, theirs = (predict_case(model, volume).mask for model in (here, there))
     assert (ours == theirs).mean() > 0.9999
+
+
+def test_a_map_of_a_release_is_drawn_on_a_gpu(tmp_path):
+    opened = open_release(*made_release(tmp_path))
+    model = load_model(opened, device="cuda")
+    model = replace(model, study=replace(model.study, evaluate=Evaluate(threshold=1e-6)))  # all of it is marked
+    write_dicom_series(tmp_path / "series", Volume(chest_hu(), np.diag([0.8, 0.7, 2.5, 1.0]), "CT"))
+    (source,) = list_inputs([tmp_path / "series"], model.study).found
+    assert isinstance(source, Source)
+    (found,) = explainer_of(opened, model, "cuda", ("grad-cam",))(predict_case(model, source))
+    assert (found.answer, found.file) == ("lung", "explained-1-grad-cam.png")

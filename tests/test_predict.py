@@ -26,7 +26,7 @@ from fedclient.predict.run import Done, Failed, predict_all, predict_table
 from fedclient.predict.uncertainty import entropy, variants
 from shared_models.drift import profile_of, reference
 from shared_models.errors import ImageUnreadable, StateInvalid
-from shared_models.study import Augment, Model, Preprocess, Study, Task
+from shared_models.study import Augment, Evaluate, Model, Preprocess, Study, Task
 from shared_models.task_table import Covariate, Region
 from simulations.fixtures.dicom import write_dicom_series
 from simulations.fixtures.faults import FAULTS
@@ -83,7 +83,7 @@ def test_a_long_series_in_runs_gives_what_it_gives_as_one_volume(direction, tmp_
     assert in_runs.answers == whole.answers
     assert in_runs.key.k == whole.key.k
     assert np.array_equal(in_runs.key.voxels, hu[0, :, :, whole.key.k])
-    counted = ("size.planes", "spacing.planes", "share.lung", "lesions.lung", "chance.lung")
+    counted = ("size.planes", "spacing.planes", "share.lung", "lesions.lung", "inside.lung", "chance.lung")
     assert {name: in_runs.cells[name] for name in counted} == {name: whole.cells[name] for name in counted}
 
 
@@ -242,6 +242,16 @@ def test_probabilities_are_calibrated_by_the_temperature_of_the_release():
     assert second.chance == pytest.approx(float(sigmoid(-4)), abs=1e-5)
 
 
+def test_what_is_called_is_what_was_called_when_the_model_was_tested_whatever_the_temperature():
+    study = replace(CLASSES, evaluate=Evaluate(threshold=0.3))
+    hu = np.full((1, 32, 32, 1), -545.0)  # an eighth less than half of the window: logits of -1.4 and 1.4
+    warm = model(study, level, temperatures=np.array([4.0, 4.0], np.float32))
+    first, second = predict_case(warm, volume(hu)).answers
+    assert first.chance == pytest.approx(float(sigmoid(-1.4 / 4)), abs=1e-5)
+    assert first.chance > 0.3 > sigmoid(-1.4)
+    assert (first.called, second.called) == (False, True)
+
+
 def test_calibration_moves_no_mask():
     hu = chest_hu()
     warm = predict_case(model(temperatures=np.array([5.0], np.float32)), volume(hu))
@@ -348,6 +358,14 @@ def test_an_image_beyond_every_case_of_the_release_is_flagged_with_its_distance(
     assert doubt.distance is not None
     assert 0 < doubt.distance <= 1
     assert "raw.p50" in doubt.words
+
+
+def test_a_reference_of_another_version_is_a_doubt_about_every_image_and_fails_none():
+    older = {"profiles": [{"cases": 12, "counts": {"raw.p10": [12, 0]}}]}
+    found = predict_case(model(fingerprint=older), volume(chest_hu()))
+    (doubt,) = found.doubts
+    assert doubt.code == "REFERENCE_UNKNOWN"
+    assert "another study or version" in doubt.words
 
 
 # ---- inputs ----

@@ -1,6 +1,7 @@
 """Prediction by a real release: both engines alike, a cold start without PyTorch, and the command as people type it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from fedclient import verify
 from fedclient.cli import app
 from fedclient.data.volume import Volume
 from fedclient.predict.case import predict_case
@@ -62,15 +64,27 @@ def test_both_engines_mark_the_same_voxels(release):
     assert np.array_equal(ours, theirs)
 
 
-def test_a_network_that_is_changed_once_the_release_was_opened_is_not_run(release, tmp_path):
+@pytest.mark.parametrize(("engine", "name"), [("onnxruntime", "model.onnx"), ("torch", "model.safetensors")])
+def test_a_network_that_is_changed_once_the_release_was_opened_is_not_run(release, tmp_path, engine, name):
     shutil.copytree(release.folder, tmp_path / "moved")
-    moved = replace(release, folder=tmp_path / "moved", onnx=tmp_path / "moved" / release.onnx.name)
-    content = bytearray(moved.onnx.read_bytes())
-    assert load_model(moved, threads=1).digest == release.digest
+    files = {"onnx": tmp_path / "moved" / "model.onnx", "weights": tmp_path / "moved" / "model.safetensors"}
+    moved = replace(release, folder=tmp_path / "moved", **files)
+    path = tmp_path / "moved" / name
+    content = bytearray(path.read_bytes())
+    assert load_model(moved, threads=1, engine=engine).digest == release.digest
     content[len(content) // 2] ^= 1
-    moved.onnx.write_bytes(content)
-    with pytest.raises(ReleaseInvalid, match=r"model\.onnx: was changed"):
-        load_model(moved, threads=1)
+    path.write_bytes(content)
+    with pytest.raises(ReleaseInvalid, match=f"{re.escape(name)}: was changed"):
+        load_model(moved, threads=1, engine=engine)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.onnx", "model.ts", "parity.safetensors"])
+def test_what_is_changed_between_the_check_and_the_run_of_verify_is_not_run(release, tmp_path, name):
+    shutil.copytree(release.folder, tmp_path / "moved")
+    path = tmp_path / "moved" / name
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(ReleaseInvalid, match=f"{re.escape(name)}: was changed"):
+        verify._run(replace(release, folder=tmp_path / "moved"))
 
 
 def test_a_device_that_is_not_there_is_refused(release):
@@ -91,7 +105,7 @@ def test_a_cpu_needs_no_pytorch(release, tmp_path):
 
 
 def test_a_temperature_below_zero_is_refused(release):
-    spoilt = replace(release, calibration={"lung": -1.0})
+    spoilt = replace(release, calibration={"temperature": {"lung": -1.0}})
     with pytest.raises(Exception, match="temperature"):
         load_model(spoilt, threads=1)
 

@@ -35,6 +35,7 @@ from shared_models.protect.privacy import Protect
 from shared_models.protect.secure import SecureAggregation
 from shared_models.provenance import AUDIT, ENVIRONMENT, ROSTER, against_kept, check_provenance
 from shared_models.release import MANIFEST, Manifest, Trust, open_release, seal
+from shared_models.standing import read_standings
 from shared_models.study import Model, Study, canonical, sha256
 from simulations.release import research_release
 from tests.edge import running_edge
@@ -231,6 +232,26 @@ def test_stages_go_from_candidate_over_approved_to_retired_and_stand_in_the_log(
     assert events == ["release-made", "release-approved", "release-retired"]
 
 
+def test_the_list_of_releases_reaches_a_hospital_which_then_refuses_what_is_retired(hospitals, tmp_path):
+    federation, site = hospitals.edge.federation, str(hospitals.sites["south"])
+    made = registry.register(federation, RunFolder(federation.runs / "lung"), "listed")
+    path = str(registry.export_release(federation, made, tmp_path, single_file=False))
+    assert "no list of the federation's releases was handed in" in typed(fedclient, "verify", path, "--site", site)
+
+    def listed(name: str) -> list[str]:
+        typed(fedserver, "release-status", str(tmp_path / name), "--federation", str(federation.folder))
+        return ["--status", str(tmp_path / name)]
+
+    first = json.loads(typed(fedclient, "verify", path, "--site", site, *listed("first"), "--json"))
+    assert any("candidate by the list of" in words for words in first["shown"])
+    assert any("candidate" in words for words in first["warnings"])
+    registry.retire_release(federation, made.label, "a fault was found")
+    assert "a fault was found" in typed(fedclient, "verify", path, "--site", site, *listed("second"), code=1)
+    assert "a fault was found" in typed(fedclient, "verify", path, "--site", site, code=1)  # kept
+    assert [line["facts"]["days"] for line in read_lines(federation.folder / LOG)
+            if line["event"] == "release-status"] == [30.0, 30.0]  # fmt: skip
+
+
 def test_an_approval_that_waits_for_a_retirement_does_not_undo_it(hospitals):
     federation = hospitals.edge.federation
     made = registry.register(federation, RunFolder(federation.runs / "lung"), version="twice")
@@ -347,11 +368,21 @@ def test_a_run_of_a_simulation_becomes_a_research_release(hospitals, tmp_path):
 
 def test_a_site_leaves_its_releases_are_named_and_the_run_is_trained_again_without_it(hospitals, entry):
     federation = hospitals.edge.federation
+    kept = registry.register(federation, RunFolder(federation.runs / "lung"), "kept")
     gone = withdraw(federation, "east", "its board has decided so", retire=False)
     assert {e.version: e.sites.get("east") for e in gone.releases} | {"1": 1} == {
         e.version: 1 for e in registry.list_releases(federation) if e.round == 3
     }
     assert gone.runs == {"lung": 3}
+    listed = registry.status_list(federation, 30)
+    said = read_standings(listed, (federation.ca_certificate.read_bytes(),), "list").releases
+    assert (said[kept.digest].stage, said[kept.digest].words) == ("candidate", registry.SITE_LEFT)
+    withdraw(federation, "east", "its board has decided so", retire=True)
+    retired = read_standings(registry.status_list(federation, 30), (federation.ca_certificate.read_bytes(),), "list")
+    told = retired.releases[kept.digest]
+    assert (told.stage, told.words) == ("retired", registry.SITE_LEFT)
+    assert b"board" not in listed
+    assert "board" not in str(retired)
     found = find_site(federation.state, "east")
     assert found is not None
     assert found.state == "revoked"

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +31,8 @@ from fedclient.serving.guard import guarded
 from fedclient.serving.handed import Before, Handed
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
-from fedclient.serving.multipart import BodyRefused, parts_of
-from fedclient.serving.receiver import Receiver, command_bytes, server_context
+from fedclient.serving.multipart import BodyRefused, parts_of, time_left
+from fedclient.serving.receiver import Receiver, command_bytes, received, server_context
 from fedclient.serving.service import listener
 from fedclient.serving.settings import Destination, Serve, destination, is_local
 from fedclient.serving.warm import Warm, python
@@ -124,6 +125,9 @@ def test_a_site_file_with_a_serve_table_is_read_and_one_without_it_too():
         ({"host": "0.0.0.0", "tls_key": "k", "tls_certificate": "c", "token": False}, "leave token on"),
         ({"return_to": "PACS"}, "AE@host:port"),
         ({"return_to": "PACS@host:0"}, "AE@host:port"),
+        ({"return_to": "http://pacs.example.org/dicom-web"}, "insecure_return"),
+        ({"return_to": "https://pacs.example.org/dicom-web", "insecure_return": True}, "which this is not"),
+        ({"insecure_return": True}, "which this is not"),
         ({"tls_key": "k.pem"}, "come together"),
         ({"tls_ca": "ca.pem"}, "for TLS"),
         ({"allow": ["much too long a title"]}, "allow"),
@@ -132,6 +136,15 @@ def test_a_site_file_with_a_serve_table_is_read_and_one_without_it_too():
 def test_settings_that_would_be_unsafe_or_mean_nothing_are_refused(table, words):
     with pytest.raises(StudyInvalid, match=words):
         parse(Serve, table, "serve")
+
+
+@pytest.mark.parametrize("more", [
+    {"return_to": "https://pacs.example.org/dicom-web"}, {"return_to": "http://localhost:8042/dicom-web"},
+    {"return_to": "http://[::1]:8042/dicom-web"}, {"return_to": "PACS@10.0.0.7:104"},
+    {"return_to": "http://pacs.example.org/dicom-web", "insecure_return": True},
+])  # fmt: skip
+def test_results_go_by_https_or_within_this_machine_or_where_somebody_says_that_he_knows(more):
+    assert Serve(**more).return_to == more["return_to"]
 
 
 def test_a_destination_is_a_peer_or_a_url():
@@ -206,6 +219,33 @@ def test_a_body_beyond_the_quota_is_put_off(tmp_path):
     with pytest.raises(Overloaded, match="quota"):
         taken(tmp_path / "in", TWO, quota=4)
     assert list((tmp_path / "in").iterdir()) == []
+
+
+def test_a_body_that_trickles_holds_its_place_for_a_minute_and_no_more(tmp_path):
+    """A block of 64 KiB is worth a second: after three blocks, a minute each 0.4, its time is over."""
+    now = iter([0.0, 24.0, 48.0, 72.0])
+
+    async def blocks():
+        yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+        while True:
+            await asyncio.sleep(0)
+            yield b"y"
+
+    room = Room(tmp_path, 1 << 20)
+    kind = "multipart/form-data"
+    with pytest.raises(BodyRefused) as refused:
+        asyncio.run(parts_of(blocks(), f"{kind}; boundary=x", kind, 1000, room, lambda n, _: tmp_path / str(n),
+                             lambda: next(now)))  # fmt: skip
+    assert refused.value.status == 408
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("gone_s", "seen", "left_s"),
+    [(0, 0, 60), (59, 0, 1), (61, 0, 0), (61, 1 << 20, 15), (3599, 1 << 40, 1), (3601, 1 << 40, 0)],
+)
+def test_a_body_has_a_minute_a_second_for_each_64_kib_and_an_hour_at_most(gone_s, seen, left_s):
+    assert time_left(gone_s, seen) == left_s
 
 
 @pytest.mark.parametrize(
@@ -307,6 +347,27 @@ def test_results_are_deleted_when_their_time_is_over_or_when_asked(tmp_path):
         assert jobs.find(old) is None
         assert room.used_bytes == 0
         assert not jobs.forget(old)
+
+
+def test_of_more_jobs_than_are_kept_those_that_failed_go_first_and_what_pacs_waits_for_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedclient.serving.jobs.MOST_KEPT", 2)
+    now = [1000.0]
+    with queue(tmp_path, Told(), clock=lambda: now[0], started=False, most=9) as (jobs, _):
+        ids = []
+        for state, returned in (
+            ("done", "waiting"),
+            ("done", "off"),
+            ("failed", "off"),
+            ("done", "off"),
+            ("done", "off"),
+        ):
+            now[0] += 1
+            ids.append(put(jobs))
+            jobs._set(replace(jobs.find(ids[-1]), state=state, returned=returned))
+        jobs.sweep()
+        kept = [n for n, job in enumerate(ids) if jobs.find(job) is not None]
+        assert kept == [0, 3, 4]
+        assert not jobs.place(ids[2]).exists()
 
 
 # ---- series ----
@@ -671,6 +732,92 @@ def test_a_command_without_an_end_is_cut_off_and_echoes_without_number_are_not(t
         assert cut == ["endless"]
 
 
+def test_what_is_on_its_way_counts_towards_the_quota_and_is_given_back_with_its_connection(tmp_path):
+    worker = Told()
+    with queue(tmp_path, worker, started=False) as (jobs, _):
+        room = Room(tmp_path / "serve", 100_000)
+        receiver = Receiver(Serve(allow=("A",)), Intake(tmp_path / "serve", jobs, room, 0.0), room)
+        cut: list[str] = []
+        dimse = SimpleNamespace(message=None)
+        one, other = (SimpleNamespace(abort=partial(cut.append, n), dimse=dimse) for n in ("one", "other"))
+        receiver._counted(heard(assoc=one, data=data_unit((2, 60_000))))
+        assert (cut, room.used_bytes) == ([], 60_012)
+        receiver._counted(heard(assoc=other, data=data_unit((2, 60_000))))
+        assert (cut, room.used_bytes) == (["other"], 60_012)
+        receiver._closed(heard(assoc=other))
+        receiver._closed(heard(assoc=one))
+        assert room.used_bytes == 0
+
+
+def test_a_message_that_trickles_is_cut_off_and_one_after_a_pause_is_not(tmp_path):
+    now = [0.0]
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        intake = Intake(tmp_path / "serve", jobs, room, 0.0)
+        receiver = Receiver(Serve(allow=("A",)), intake, room, clock=lambda: now[0])
+        cut: list[str] = []
+        requestor = SimpleNamespace(ae_title="A", address="")
+        slow, calm = (SimpleNamespace(abort=partial(cut.append, n), requestor=requestor) for n in ("slow", "calm"))
+        for second in (0, 50, 100):
+            now[0] = second
+            receiver._counted(heard(assoc=slow, data=data_unit((0, 10))))
+            receiver._counted(heard(assoc=calm, data=data_unit((3, 70))))
+            assert receiver._echoed(heard(assoc=calm)) == 0
+        assert cut == ["slow"]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+def test_of_connections_that_say_nothing_no_more_are_held_than_there_is_room_for(tmp_path, series, monkeypatch):
+    monkeypatch.setattr("fedclient.serving.receiver.MOST_LINKS", 3)
+    monkeypatch.setattr("fedclient.serving.receiver.STALL_S", 3.0)  # half of it for the request of an association
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        receiver = Receiver(Serve(dicom_port=0, allow=("PACS",)), Intake(tmp_path / "serve", jobs, room, 60), room)
+        receiver.start()
+        links = [socket.create_connection(("127.0.0.1", receiver.port), timeout=10) for _ in range(4)]
+        try:
+            assert links[3].recv(1) == b""  # hung up on
+            links[0].close()
+            links[3].close()
+            until(lambda: send(receiver.port, "PACS", series[:1]) == [0])
+        finally:
+            for link in links:
+                link.close()
+            receiver.stop()
+        gc.collect()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_unit_that_trickles_or_stops_is_given_up(monkeypatch, alive):
+    monkeypatch.setattr("fedclient.serving.receiver.STALL_S", 0.2)
+    here, there = socket.socketpair()
+    done = threading.Event()
+
+    def trickle() -> None:
+        while alive and not done.wait(0.02):
+            there.send(b"x")
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    try:
+        with pytest.raises(TimeoutError):
+            received(here, 6554)  # a tenth of a second's worth
+    finally:
+        done.set()
+        thread.join()
+        here.close()
+        there.close()
+
+
+def test_a_unit_comes_whole_or_as_far_as_its_connection_goes():
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(b"abcdef")
+        assert received(here, 4) == b"abcd"
+        there.shutdown(socket.SHUT_WR)
+        assert received(here, 9) == b"ef"
+
+
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # pynetdicom leaves sockets to the collector
@@ -922,7 +1069,7 @@ def test_the_token_is_made_once_and_for_its_owner_alone(tmp_path):
 )  # fmt: skip
 def test_a_ready_link_is_told_to_a_terminal_and_no_token_to_a_log(monkeypatch, capsys, token, terminal, told):
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    model = {"name": "m", "version": "1", "sha256": "0" * 64, "engine": "onnx"}
+    model = {"name": "m", "version": "1", "sha256": "0" * 64, "engine": "onnx", "warnings": ["stale"]}
     _say(heard(warm=heard(model=model), serve=Serve(), port=8484, token=token, site=Path("site"), receiver=None))
     out = capsys.readouterr().out
     assert told in out

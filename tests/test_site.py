@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedclient.limits import Limits
 from fedclient.policy import Policy
+from fedclient.release_policy import Releases
 from fedclient.site import UNIT, Cache, Compute, Data, SiteFile, open_site, read_site_file, secret, site_toml
 from shared_models.errors import StateInvalid, StudyInvalid
 from shared_models.files import write_atomic
@@ -42,6 +43,7 @@ def test_a_site_file_comes_back_whatever_its_names_hold(tmp_path_factory, folder
 def test_every_setting_comes_back(tmp_path):
     file = SiteFile("a-1_b", "[::1]:1", "f", Data("d", "s"), Compute("cuda:3", 7, 2), Policy(25), Cache(12.5))
     file = replace(file, limits=Limits(memory_gib=12.5, gpu_memory_share=0.5, order_s=7200.0))
+    file = replace(file, releases=Releases(("theirs.pem",), ("before.pem",), status_required=True))
     assert read_site_file(site_folder(tmp_path, file)) == file
 
 
@@ -56,6 +58,9 @@ def test_every_value_that_a_hospital_may_change_stands_in_the_file():
         "smallest_count",
         "quota_gib",
         "gpu_memory_share",
+        "authorities",
+        "predecessors",
+        "status_required",
     ):
         assert f"\n{key} = " in text
 

@@ -19,7 +19,8 @@ from fedclient.predict.model import Model
 from fedclient.predict.planes import Bytes, Marks
 from fedclient.predict.uncertainty import Variant, entropy, variants
 from fedclient.windows import moved
-from shared_models.drift import LARGER_MM3, cells_of, grids
+from shared_models.calibration import tempered
+from shared_models.drift import LARGER_MM3, cells_of, grids, levels
 from shared_models.errors import ImageUnreadable, StudyInvalid
 from shared_models.preprocess import preprocess, restore
 from shared_models.study import Study
@@ -37,6 +38,7 @@ class Answer:
         chance: of a classification, calibrated; of a segmentation the mean over what is marked, 0 where nothing is;
             of a prognosis that the event has come by the end of the last interval.
         called: whether it is marked anywhere, or the image shows it; of a prognosis whether it is likelier than not.
+            By probabilities before calibration, to which the study's threshold belongs.
         volume_mm3, parts: of a segmentation; its connected parts, the largest first.
         by_day: of a prognosis: day -> probability that the event has come by then.
     """
@@ -87,6 +89,8 @@ class Prediction:
         answers: in the task's order.
         marks: bool[answers, I, J] for each plane k, on the image's own grid; None where the task marks nothing.
         measures: of each answer that is marked, for numbering its parts.
+        places: of each answer the plane k in which most of it is marked, or in which it is likeliest; 0 where nothing
+            is, and of a class that a network tells of a whole volume.
         cells: where the image lies on the grids of `shared_models.drift`.
         doubts: why the answer may not hold for this image, each with a code.
     """
@@ -97,6 +101,7 @@ class Prediction:
     answers: tuple[Answer, ...]
     marks: Marks | None = field(repr=False)
     measures: tuple[Measure, ...] = field(repr=False)
+    places: tuple[int, ...]
     key: KeyPlane = field(repr=False)
     cells: Mapping[str, int] = field(repr=False)
     doubts: tuple[Doubt, ...]
@@ -172,11 +177,13 @@ class _Tally:
         self.entropy, self.inside, self.inside_voxels = 0.0, 0.0, 0
         self.seen = 0
         self.raw_chance, self.marked_chance = np.zeros(len(names)), np.zeros(len(names))  # sums over what is marked
+        self.levels = np.zeros((len(names), len(levels(model.study)) + 1), np.int64)  # of what is marked, by grey level
         self.raw: list[NDArray[np.float32]] = []  # of a classification or prognosis, by example; before calibration
         self.chances: list[NDArray[np.float32]] = []
         self.mean_chances: list[NDArray[np.float32]] = []
         self.key: KeyPlane | None = None
         self.most = -1
+        self.places, self.peaks = [0] * len(names), [0.0] * len(names)
         self.stride = max(1, k // LOOKED_AT)
         self.looked: list[Volume] = []
         self.examples: list[NDArray[Any]] = []
@@ -189,6 +196,7 @@ class _Tally:
         if self.marks is None:
             self.raw.append(chances_of(self.task, logits))
             self.chances.append(chances_of(self.task, self._tempered(logits)))
+            self._see_places(self.chances[-1].T)
             if self.variants:
                 self.mean_chances.append(self._mean(examples.images))
         else:
@@ -200,7 +208,7 @@ class _Tally:
             else:
                 calibrated = restore(chances_of(self.task, self._tempered(logits)), examples.geometry)
                 self._inside(marked, calibrated, self.marked_chance)
-            self._count(marked)
+            self._count(marked, volume.voxels[0])
             self._see_key(volume, marked)
             if self.variants:
                 self._unsure(entropy(restore(self._mean(examples.images), examples.geometry), self.task.exclusive),
@@ -212,6 +220,8 @@ class _Tally:
             raise ImageUnreadable("DICOM: fewer slices could be read than the series has.", "SERIES_GAP")
         answers = self._told(self.chances) if self.marks is None else self._segmented(self.marked_chance)
         raw = self._told(self.raw) if self.marks is None else self._segmented(self.raw_chance)
+        # called is what the run's own test called, whose sensitivity stands on the card: by uncalibrated probabilities
+        answers = tuple(replace(each, called=as_tested.called) for each, as_tested in zip(answers, raw, strict=True))
         look, cells = self._cells(raw)
         if self.key is None:
             self.key = self._middle(look)
@@ -222,6 +232,7 @@ class _Tally:
             answers=answers,
             marks=self.marks,
             measures=self.measures,
+            places=tuple(self.places),
             key=self.key,
             cells=cells,
             doubts=doubts_of(self.model, NOBODY if source is None else source.case, look, cells, self.grid.picture),
@@ -230,10 +241,7 @@ class _Tally:
         )
 
     def _tempered(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        if self.model.temperatures is None:
-            return logits
-        scaled: NDArray[np.float32] = logits / self.model.temperatures.reshape(-1, *[1] * (logits.ndim - 2))
-        return scaled
+        return tempered(logits, self.model.temperatures)
 
     def _mean(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """The mean of the calibrated answers to every variant of the examples."""
@@ -266,14 +274,17 @@ class _Tally:
         for n in range(len(marked)):
             to[n] += float(answers[n][marked[n]].sum(dtype=np.float64))
 
-    def _count(self, marked: NDArray[np.bool_]) -> None:
+    def _count(self, marked: NDArray[np.bool_], grey: NDArray[np.float32]) -> None:
         assert self.marks is not None
         self.marks.add(marked)
         for n, measure in enumerate(self.measures):
+            at = np.searchsorted(levels(self.model.study), grey[marked[n]], side="right")
+            self.levels[n] += np.bincount(at, minlength=self.levels.shape[1])
             for k in range(marked.shape[3]):
                 measure.add(marked[n, ..., k])
 
     def _see_key(self, volume: Volume, marked: NDArray[np.bool_]) -> None:
+        self._see_places(marked.sum(axis=(1, 2), dtype=np.float64))
         areas = marked.sum(axis=(0, 1, 2))
         k = int(areas.argmax())
         if areas[k] > max(self.most, 0):
@@ -281,6 +292,13 @@ class _Tally:
         middle = self.grid.shape[2] // 2
         if self.key is None and self.seen <= middle < self.seen + len(areas):
             self.key = KeyPlane(middle, volume.voxels[0, :, :, middle - self.seen].copy())
+
+    def _see_places(self, strength: NDArray[np.floating[Any]]) -> None:
+        """Of each answer how much of it there is in each plane of a run: [answers, planes]."""
+        for n, planes in enumerate(strength[: len(self.places)]):
+            k = int(planes.argmax())
+            if planes[k] > self.peaks[n]:
+                self.places[n], self.peaks[n] = self.seen + k, float(planes[k])
 
     def _middle(self, look: Volume) -> KeyPlane:
         """Of what was looked at."""
@@ -351,4 +369,6 @@ class _Tally:
                 true[f"share.{answer.name}"] = measure.voxels / float(np.prod(self.grid.shape))
                 true[f"lesions.{answer.name}"] = float(sum(p.volume_mm3 >= LARGER_MM3 for p in answer.parts))
             cells |= {name: int(np.searchsorted(edges[name], value, side="right")) for name, value in true.items()}
+            for answer, measure, counts in zip(answers, self.measures, self.levels, strict=False):
+                cells[f"inside.{answer.name}"] = int((counts.cumsum() <= (measure.voxels - 1) // 2).sum())
         return look, cells

@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedclient.explain_command import methods_named
+from fedclient.verify import Authority, Status
 from shared_models.cli import guarded, print_json
 from shared_models.errors import FederationError
 
 if TYPE_CHECKING:  # they import the readers
-    from fedclient.predict.run import Done, Failed
+    from fedclient.predict.run import Done, Explain, Failed
 
 console = Console(soft_wrap=True)
 SHOWN = 20  # cases on the screen; all of them are in results.csv
@@ -46,10 +48,15 @@ def predict(
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="How sure it is, by test-time augmentation: several times the time.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
-    authority: Annotated[
-        Path | None, typer.Option(help="Certificate of the authority that the release must come from.")
+    explained: Annotated[
+        bool, typer.Option("--explain", help="A picture of what moved each answer, in PyTorch: seconds for each.")
+    ] = False,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Of --explain: grad-cam, occlusion or smooth-grad; repeated.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
+    authority: Authority = None,
+    status: Status = None,
     research: Annotated[
         bool, typer.Option("--research", help="Take a release that no federation has signed; never for patients.")
     ] = False,
@@ -63,22 +70,32 @@ def predict(
     from fedclient.predict.inputs import list_inputs
     from fedclient.predict.model import load_model
     from fedclient.predict.run import check_free, predict_all, predict_table
-    from fedclient.verify import trust_in
+    from fedclient.trust import Watch, groups_of, trust_in
     from shared_models.release import open_release
 
     give_back()
-    wanted = _formats(formats)
+    wanted, methods = _formats(formats), methods_named(method)
+    if method and not explained:
+        raise FederationError("--method: is a choice of --explain. Give both, or neither.")
     check_free(out, overwrite)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedclient-")))
-        opened = open_release(release, trust_in(site, authority, research), scratch=scratch)
+        opened = open_release(release, trust_in(site, authority or (), research), scratch=scratch)
+        warnings = Watch(site, opened, groups_of(site, authority or ()), status).warnings()
         model = load_model(opened, device.value, threads)
+        explain: Explain | None = None
+        if explained:
+            from fedclient.predict.explained import explainer_of  # 4 to 12 s of PyTorch
+
+            explain = explainer_of(opened, model, device.value, methods)
         if model.study.table_only:
             total, outcomes = None, predict_table(model, inputs, out, wanted, overwrite=overwrite)
         else:
             found = list_inputs(inputs, model.study)
             total = len(found.found)
-            outcomes = predict_all(model, found, out, wanted, overwrite=overwrite, uncertainty=uncertainty)
+            outcomes = predict_all(
+                model, found, out, wanted, overwrite=overwrite, uncertainty=uncertainty, explain=explain
+            )
         done: list[Done | Failed] = []
         to = Console(stderr=True)
         columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -88,7 +105,7 @@ def predict(
                 done.append(outcome)
                 bars.advance(bar)
     passed = {} if model.study.table_only else dict(found.passed)
-    failed = _tell(done, model.stamp, model.engine, passed, out, as_json)
+    failed = _tell(done, model.stamp, model.engine, passed, out, warnings, as_json)
     if failed:
         raise typer.Exit(1)
 
@@ -105,7 +122,13 @@ def _formats(given: str) -> tuple[str, ...]:
 
 
 def _tell(
-    done: "list[Done | Failed]", stamp: str, engine: str, passed: dict[str, int], out: Path, as_json: bool
+    done: "list[Done | Failed]",
+    stamp: str,
+    engine: str,
+    passed: dict[str, int],
+    out: Path,
+    warnings: list[str],
+    as_json: bool,
 ) -> int:
     """Shows what became of the cases; returns how many failed."""
     from fedclient.predict.run import Done, Failed
@@ -117,6 +140,7 @@ def _tell(
             {
                 "release": stamp,
                 "engine": engine,
+                "warnings": warnings,
                 "out": str(out),
                 "predicted": [
                     {"case": d.name, "input": d.given, "doubts": list(d.doubts), "not_written": d.missing,
@@ -138,6 +162,8 @@ def _tell(
     lacking = {f"{name}: {why}" for each in good for name, why in each.missing.items()}
     for words in sorted(lacking):
         console.print(f"not written, {escape(words)}", highlight=False)
+    for words in warnings:
+        console.print(f"warning: {words}", highlight=False, markup=False, style="yellow")
     shown = ", ".join(f"{count} {kind}" for kind, count in sorted(passed.items()) if count)
     doubtful_count = sum(bool(each.doubts) for each in good)
     besides = f"; passed over: {shown}" if shown else ""

@@ -15,6 +15,7 @@ from fedclient.gate.inspect import oddities
 from fedclient.gate.pixels import sample
 from fedclient.predict.model import Model
 from shared_models.drift import bounds_text, outlying, read_reference
+from shared_models.errors import StateInvalid
 from shared_models.study import Study
 
 AIR_HU = -300.0  # the darkest hundredth of a patient in Hounsfield units lies below this, or hardly any air is in it
@@ -46,7 +47,12 @@ def doubts_of(model: Model, case: Case, volume: Volume, cells: Mapping[str, int]
     study = model.study
     found = [Doubt(each.code, each.what) for each in oddities(case, volume, needs_of(study), picture)]
     found += _of_kind(study, volume, picture)
-    profiles = read_reference(model.fingerprint, study, f"release {model.name}")
+    try:
+        profiles = read_reference(model.fingerprint, study, f"release {model.name}")
+    except StateInvalid as error:  # made by a version that counted otherwise
+        profiles = ()
+        words = f"whether it is like the images that the release was measured on is not known: {error}"
+        found.append(Doubt("REFERENCE_UNKNOWN", words))
     if profiles and (beyond := outlying(cells, profiles)):
         told = ", ".join(f"{name} {bounds_text(name, study, cells[name])}" for name in beyond[:SHOWN])
         distance = len(beyond) / len(cells)

@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_models.errors import FederationError, WeightsInvalid
+from shared_models.calibration import temperatures_of
+from shared_models.errors import WeightsInvalid
 from shared_models.study import Study
 
 Engine = Literal["onnxruntime", "torch"]
@@ -91,7 +92,7 @@ def load_model(release: Released, device: str = "cpu", threads: int = 0, engine:
     else:
         from fedclient.predict.torch_network import network_on  # 4 to 12 s of imports, for GPUs alone
 
-        through, words = network_on(release.study, release.weights, device, count)
+        through, words = network_on(release.study, release.content(release.weights.name), device, count)
         planes = 1 if device == "cpu" else 16
     return Model(
         name=release.name,
@@ -101,7 +102,7 @@ def load_model(release: Released, device: str = "cpu", threads: int = 0, engine:
         through=through,
         engine=words,
         planes=planes,
-        temperatures=_temperatures(release),
+        temperatures=temperatures_of(release.study, release.calibration),
         fingerprint=release.fingerprint,
     )
 
@@ -127,18 +128,3 @@ def _onnxruntime(network: bytes, threads: int) -> tuple[Through, str]:
         return answer
 
     return through, f"onnxruntime {onnxruntime.__version__}, CPU, {threads} threads"
-
-
-def _temperatures(release: Released) -> NDArray[np.float32] | None:
-    """One for each output, 1 where the release has none for it."""
-    if not release.calibration:
-        return None
-    task, by_answer = release.study.task, release.calibration.get("temperature", release.calibration)
-    names = [*(("background",) if task.kind == "segmentation" and task.exclusive else ()), *task.answers]
-    given = by_answer if isinstance(by_answer, Mapping) else dict.fromkeys(names, by_answer)
-    found = [float(given.get(name) or 1.0) for name in names]
-    if len(found) != task.outputs:
-        found = [found[0]] * task.outputs  # a prognosis has one event and many intervals
-    if not all(np.isfinite(value) and value > 0 for value in found):
-        raise FederationError("calibration of the release: a temperature is not above 0. Do not use the release.")
-    return np.array(found, np.float32)

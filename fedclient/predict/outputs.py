@@ -2,21 +2,57 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedclient.predict.case import Prediction
 from shared_models.errors import StateInvalid
-from shared_models.files import private_folder, replacing, write_json
+from shared_models.files import private_folder, replacing, write_atomic, write_json
 
 if TYPE_CHECKING:  # a second of imports, for DICOM alone
     from pydicom import Dataset
 
+LIMITS = "maps show where a score reacts, not why, and not that the answer is right; see `fedclient explain`"
 FORMATS = ("seg", "sr", "sc", "nifti", "json", "csv")
 
 
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One map of one answer.
+
+    Attributes:
+        number: of the answer, from 1.
+        plane: that is shown; None of a network that sees volumes, whose picture is of the plane with most of the map.
+        chance: of the answer in what is explained; `deviation`: over changed copies of it.
+        layer: that Grad-CAM looked at.
+        why: there is no picture; empty where there is one.
+        picture: PNG.
+    """
+
+    number: int
+    answer: str
+    method: str
+    plane: int | None
+    chance: float | None = None
+    deviation: float | None = None
+    layer: str = ""
+    why: str = ""
+    picture: bytes | None = field(repr=False, default=None)
+
+    @property
+    def file(self) -> str | None:
+        return None if self.picture is None else f"explained-{self.number}-{self.method}.png"
+
+
 def write_case(
-    prediction: Prediction, name: str, out: Path, formats: Sequence[str], *, overwrite: bool = False
+    prediction: Prediction,
+    name: str,
+    out: Path,
+    formats: Sequence[str],
+    *,
+    overwrite: bool = False,
+    explained: Sequence[Explanation] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Writes `out/name/`; returns the names of its files, and of what was asked for and cannot be made why not.
 
@@ -30,7 +66,7 @@ def write_case(
     shutil.rmtree(part, ignore_errors=True)
     private_folder(part)
     try:
-        written, missing = _written(prediction, part, formats)
+        written, missing = _written(prediction, part, formats, explained)
         if folder.exists():
             shutil.rmtree(folder)
         part.rename(folder)
@@ -40,7 +76,9 @@ def write_case(
     return written, missing
 
 
-def _written(prediction: Prediction, folder: Path, formats: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _written(
+    prediction: Prediction, folder: Path, formats: Sequence[str], explained: Sequence[Explanation]
+) -> tuple[list[str], dict[str, str]]:
     from fedclient.predict.results import facts, write_map, write_mask
 
     written: list[str] = []
@@ -57,11 +95,24 @@ def _written(prediction: Prediction, folder: Path, formats: Sequence[str]) -> tu
             if prediction.uncertainty is not None and prediction.uncertainty.planes is not None:
                 write_map(prediction, folder / f"uncertainty.{ending}")
                 written.append(f"uncertainty.{ending}")
+    for each in explained:
+        if each.picture is None or each.file is None:
+            missing[f"explanation of {each.answer} by {each.method}"] = each.why
+        else:
+            write_atomic(folder / each.file, each.picture)
+            written.append(each.file)
     if "json" in formats:
         told = facts(prediction) | {"files": [*written, "result.json"], "not_written": missing}
+        if explained:
+            told["explanations"] = {"limits": LIMITS, "maps": [_map_told(each) for each in explained]}
         write_json(folder / "result.json", told)
         written.append("result.json")
     return written, missing
+
+
+def _map_told(each: Explanation) -> dict[str, Any]:
+    told = {key: value for key, value in asdict(each).items() if key not in ("picture", "number", "why")}
+    return told | {"file": each.file}
 
 
 def _dicom(

@@ -2,21 +2,22 @@
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from fedclient.predict.case import Prediction, predict_case
 from fedclient.predict.inputs import Inputs, Source, Unread
 from fedclient.predict.model import Model
-from fedclient.predict.outputs import write_case
+from fedclient.predict.outputs import Explanation, write_case
 from fedclient.predict.table import Risk, risks
 from shared_models.errors import ImageUnreadable, StateInvalid, WeightsInvalid
 from shared_models.files import replacing, write_json
 
 RESULTS, INPUTS = "results.csv", "inputs.csv"  # the second says which file a case was, and stays here as they do
+Explain: TypeAlias = Callable[[Prediction], Sequence[Explanation]]
 COLUMNS = (
     "case", "input", "row", "status", "answer", "called", "chance", "volume_ml", "longest_axial_mm", "parts", "doubts",
     "uncertainty", "release", "seconds",
@@ -57,8 +58,12 @@ def predict_all(
     *,
     overwrite: bool = False,
     uncertainty: bool = False,
+    explain: Explain | None = None,
 ) -> Iterator[Done | Failed]:
     """Each case as it is done; `out/CASE/` holds its results, `out/results.csv` a row for each answer at the end.
+
+    Args:
+        explain: draws why the network answers so; `fedclient.predict.explained` does, in PyTorch.
 
     Raises:
         StateInvalid: `out` holds results already, and `overwrite` is not said.
@@ -69,7 +74,7 @@ def predict_all(
         _which(inputs, out)
     with _table(out, formats) as rows:
         for each in inputs.found:
-            outcome = _one(model, each, out, formats, overwrite, uncertainty)
+            outcome = _one(model, each, out, formats, overwrite, uncertainty, explain)
             rows.add(outcome)
             yield outcome
 
@@ -118,13 +123,20 @@ def _which(inputs: Inputs, out: Path) -> None:
 
 
 def _one(
-    model: Model, source: Source | Unread, out: Path, formats: Sequence[str], overwrite: bool, uncertainty: bool
+    model: Model,
+    source: Source | Unread,
+    out: Path,
+    formats: Sequence[str],
+    overwrite: bool,
+    uncertainty: bool,
+    explain: Explain | None,
 ) -> Done | Failed:
     if isinstance(source, Unread):
         return Failed(source.name, source.given, source.code, source.why)
     try:
         found = predict_case(model, source, uncertainty=uncertainty)
-        _, missing = write_case(found, source.name, out, formats, overwrite=overwrite)
+        explained = explain(found) if explain is not None else ()
+        _, missing = write_case(found, source.name, out, formats, overwrite=overwrite, explained=explained)
         return _done(found, source, missing)
     except ImageUnreadable as e:
         return Failed(source.name, source.given, e.code, str(e))

@@ -1,6 +1,5 @@
 """The network of a release in PyTorch, for a GPU."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,14 +7,16 @@ import torch
 from numpy.typing import NDArray
 
 from fedclient.predict.model import Through
-from shared_models import nets
 from shared_models.errors import WeightsInvalid
+from shared_models.runtimes import network_from
 from shared_models.study import Study
-from shared_models.weights import load
 
 
-def network_on(study: Study, weights: Path, device: str, threads: int) -> tuple[Through, str]:
+def network_on(study: Study, weights: bytes, device: str, threads: int) -> tuple[Through, str]:
     """The network in float32 (without TF32, so that its masks are those of a CPU), and its engine in words.
+
+    Args:
+        weights: model.safetensors; the bytes that were compared, so that a file that changes meanwhile changes nothing.
 
     Raises:
         WeightsInvalid: other weights than the study's, or a device that PyTorch does not see.
@@ -26,9 +27,7 @@ def network_on(study: Study, weights: Path, device: str, threads: int) -> tuple[
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    net = nets.network(study)
-    nets.load_arrays(net, load(weights, "model.safetensors of the release"))
-    net.to(where).eval()
+    net = network_from(study, weights).to(where)
 
     def through(images: NDArray[Any]) -> NDArray[np.float32]:
         with torch.inference_mode():

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedclient.verify import Authority, Status
 from shared_models.cli import guarded, print_json
 
 if TYPE_CHECKING:  # they import the readers, pydicom and more
@@ -27,7 +28,6 @@ Folder = Annotated[
     typer.Option("--site", envvar="FEDCLIENT_SITE", help="Folder of this node: settings, trust, what is kept."),
 ]
 ReleasePath = Annotated[Path, typer.Argument(help="A release: its folder, or its .fedrelease file.")]
-Authority = Annotated[Path | None, typer.Option(help="Certificate of the authority that the release must come from.")]
 Research = Annotated[
     bool, typer.Option("--research", help="Take a release that no federation has signed; never for patients.")
 ]
@@ -61,6 +61,9 @@ def serve_model(
     return_to: Annotated[
         str | None, typer.Option(help="Where results go: AE@host:port, or a DICOMweb URL. Nowhere without it.")
     ] = None,
+    insecure_return: Annotated[
+        bool | None, typer.Option("--insecure-return", help="Let results go to another machine by http, unencrypted.")
+    ] = None,
     quiet_s: Annotated[float | None, typer.Option(min=0, help="Silence after which a series is whole.")] = None,
     join_s: Annotated[
         float | None, typer.Option(min=0, help="How long a received series is kept, to be joined with what comes late.")
@@ -76,6 +79,7 @@ def serve_model(
     device: Annotated[Device, typer.Option(help="cpu takes onnxruntime, cuda PyTorch.")] = Device.CPU,
     threads: Annotated[int, typer.Option(min=0, help="Of the CPU; 0 for as many as there are cores.")] = 0,
     authority: Authority = None,
+    status: Status = None,
     research: Research = False,
 ) -> None:
     """Answers images from PACS, DICOMweb, REST and a page with a released model, until Ctrl-C. Not for diagnosis.
@@ -85,12 +89,13 @@ def serve_model(
     from fedclient.serving.logs import own_lines_only
     from fedclient.serving.service import Service
     from fedclient.serving.warm import python
-    from fedclient.verify import trust_in
+    from fedclient.trust import trust_in
     from shared_models.supervise import only_one
 
     given = {
         "host": host, "port": port, "token": token, "dicom_host": dicom_host, "dicom_port": dicom_port,
-        "ae_title": ae_title, "allow": tuple(allow) if allow else None, "return_to": return_to, "quiet_s": quiet_s,
+        "ae_title": ae_title, "allow": tuple(allow) if allow else None, "return_to": return_to,
+        "insecure_return": insecure_return, "quiet_s": quiet_s,
         "join_s": join_s, "quota_gib": quota_gib, "most_mib": most_mib, "queue": queue, "time_limit_s": time_limit_s,
         "keep_hours": keep_hours, "tls_certificate": tls_certificate, "tls_key": tls_key, "tls_ca": tls_ca,
     }  # fmt: skip
@@ -99,8 +104,10 @@ def serve_model(
     with only_one(site / "serve"):
         arguments = [str(_unpacked(release, site)), "--site", str(site), "--device", device.value]
         arguments += ["--threads", str(threads), *(["--research"] if research else [])]
-        trust_in(site, authority, research)  # or the worker would say it, after a while
-        arguments += ["--authority", str(authority)] if authority is not None else []
+        trust_in(site, authority or (), research)  # or the worker would say it, after a while
+        for path in authority or ():
+            arguments += ["--authority", str(path)]
+        arguments += ["--status", str(status)] if status is not None else []
         service = Service(site, serve, python("fedclient.serving.worker", *arguments))
         try:
             service.start()
@@ -137,6 +144,7 @@ def _say(service: "Service") -> None:
     scheme = "https" if serve.tls_key else "http"
     shown = f"[{serve.host}]" if ":" in serve.host else serve.host
     lines = [f"{model['name']} {model['version']} ({model['sha256'][:16]}), {model['engine']}. Not for diagnosis."]
+    lines += [f"warning: {words}" for words in model["warnings"]]
     lines.append(
         f"page and REST: {scheme}://{shown}:{service.port}/   DICOMweb: {scheme}://{shown}:{service.port}/dicom-web"
     )
@@ -176,13 +184,14 @@ def drift(
     """Says whether what a release is asked here, and what it answers, is still like what it was measured on."""
     import tempfile
 
-    from fedclient.drift import log_path, told
+    from fedclient.drift import told
     from fedclient.monitoring import exported
+    from fedclient.monitoring import forget as begin_anew
 
     with tempfile.TemporaryDirectory(prefix="fedclient-") as scratch:
         opened = _opened(release, site, authority, research, Path(scratch))
     if forget:
-        log_path(site, opened.digest).unlink(missing_ok=True)
+        begin_anew(site, opened.digest)
         console.print("Forgotten; the next case is the first.")
         return
     if export is not None:
@@ -196,11 +205,11 @@ def drift(
     _tell(found, opened)
 
 
-def _opened(release: Path, site: Path, authority: Path | None, research: bool, scratch: Path) -> "Release":
-    from fedclient.verify import trust_in
+def _opened(release: Path, site: Path, authority: list[Path] | None, research: bool, scratch: Path) -> "Release":
+    from fedclient.trust import trust_in
     from shared_models.release import open_release
 
-    return open_release(release, trust_in(site, authority, research), scratch=scratch)
+    return open_release(release, trust_in(site, authority or (), research), scratch=scratch)
 
 
 def _tell(found: "Drift", release: "Release") -> None:

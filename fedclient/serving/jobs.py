@@ -28,6 +28,7 @@ from shared_models.files import private_folder, read_json, write_json
 State = Literal["receiving", "waiting", "running", "done", "failed"]
 MOST_TRIES = 2  # of a case during which the worker, or this process, died
 SWEEP_S = 60.0
+MOST_KEPT = 5000  # jobs that are done; each takes some ten KB of memory
 
 log = logging.getLogger("fedclient.serving")
 
@@ -290,8 +291,13 @@ class Jobs:
             self.done(job)
 
     def sweep(self) -> None:
-        """Deletes what has been kept long enough, files and results, and uploads that never ended."""
+        """Deletes what has been kept long enough, files and results, uploads that never ended, and what is too much:
+        of the oldest first those that failed."""
         before = self.clock() - self.keep_s
+        ended = [job for job in self.all() if job.state in ("done", "failed") and job.returned != "waiting"]
+        ended.sort(key=lambda job: (job.state != "failed", job.came_s))
+        for job in ended[: max(0, len(ended) - MOST_KEPT)]:
+            self.forget(job.id)
         for job in self.all():
             if job.came_s < before and job.state != "running":
                 self.forget(job.id)

@@ -5,6 +5,7 @@ Bounds hold before a byte is looked into: of the whole body, of the number of pa
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from shared_models.errors import FederationError
 MOST_HEADERS = 8192  # bytes of the headers of one part
 MOST_PARTS = 20_000
 STALL_S = 60.0  # longest wait for the next bytes
+SLOWEST = 1 << 16  # bytes a second on the mean, once `STALL_S` are over
+LONGEST_S = 3600.0  # of a body
 
 
 class BodyRefused(FederationError):
@@ -55,6 +58,7 @@ async def parts_of(
     most_bytes: int,
     room: Room,
     new_file: Callable[[int, str], Path],
+    clock: Callable[[], float] = time.monotonic,
 ) -> list[Part]:
     """Writes each part to `new_file(number, filename)`, the number from 1; files of a body that is refused are deleted.
 
@@ -74,10 +78,11 @@ async def parts_of(
     writer = _Writer(most_bytes, room, new_file)
     parser = MultipartParser(boundary, writer.callbacks())
     try:
-        iterator = body.__aiter__()
+        iterator, began = body.__aiter__(), clock()
         while True:
+            left_s = time_left(clock() - began, writer.seen)
             try:
-                async with asyncio.timeout(STALL_S):
+                async with asyncio.timeout(min(STALL_S, left_s)):
                     block = await anext(iterator)
             except StopAsyncIteration:
                 break
@@ -91,13 +96,20 @@ async def parts_of(
         if isinstance(error, MultipartParseError):
             raise BodyRefused(400, "the body is not of the parts that its header says.") from None
         if isinstance(error, TimeoutError):
-            raise BodyRefused(408, f"no byte came for {STALL_S:.0f} s.") from None
+            raise BodyRefused(
+                408, f"nothing came for {STALL_S:.0f} s, or less than {SLOWEST >> 10} KiB a second."
+            ) from None
         if isinstance(error, FileExistsError):
             raise BodyRefused(400, "two files of one name were sent. Send each image on its own.") from None
         if isinstance(error, OSError):
             raise Overloaded("the files could not be written here. Try again later.") from None
         raise
     return writer.parts
+
+
+def time_left(gone_s: float, seen_bytes: int) -> float:
+    """How long a body may still take to send its next bytes, that one who sends a byte a minute holds no place."""
+    return max(0.0, min(STALL_S + seen_bytes / SLOWEST, LONGEST_S) - gone_s)
 
 
 class _Writer:
@@ -107,7 +119,7 @@ class _Writer:
         self.most_bytes, self.room, self.new_file = most_bytes, room, new_file
         self.parts: list[Part] = []
         self.ended = False
-        self._seen = 0
+        self.seen = 0
         self._taken = 0
         self._file: IO[bytes] | None = None
         self._name, self._value, self._headers = b"", b"", dict[bytes, bytes]()
@@ -125,8 +137,8 @@ class _Writer:
         }
 
     def count(self, size_bytes: int) -> None:
-        self._seen += size_bytes
-        if self._seen > self.most_bytes:
+        self.seen += size_bytes
+        if self.seen > self.most_bytes:
             raise BodyRefused(413, f"more than {self.most_bytes >> 20} MiB at once are not taken.")
 
     def undo(self) -> None:

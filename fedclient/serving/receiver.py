@@ -5,11 +5,13 @@ what peers send; here messages are bounded and written to disk as they come, and
 """
 
 import logging
+import socket
 import ssl
 import struct
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +29,14 @@ from fedclient.serving.settings import Serve
 from shared_models.errors import FederationError, ImageUnreadable, ProcessFailed
 
 SUCCESS, NOT_AUTHORISED, OUT_OF_RESOURCES, NOT_AN_IMAGE, CANNOT_UNDERSTAND = 0x0000, 0x0124, 0xA700, 0xA900, 0xC000
+P_DATA = b"\4"  # the first byte of a unit that is part of a message
 MOST_PDU = 1 << 20  # of one protocol data unit; peers are told 64 KiB
 SAID_PDU = 1 << 16
 MOST_COMMAND = 1 << 16  # bytes of the command of a message, which pynetdicom keeps in memory; they have some hundred
 MOST_ASSOCIATIONS = 16
+MOST_LINKS = 64  # connections, with those on which nobody has asked for an association yet; two threads each
 STALL_S = 60.0
+SLOWEST = 1 << 16  # bytes a second on the mean over a unit, and over a message, once `STALL_S` are over
 
 log = logging.getLogger("fedclient.serving")
 
@@ -62,15 +67,24 @@ def image_contexts() -> list[str]:
 class Receiver:
     """A DICOM peer that takes images of those who are allowed."""
 
-    def __init__(self, serve: Serve, intake: Intake, room: Room, context: ssl.SSLContext | None = None) -> None:
-        self.serve, self.intake, self.room, self.context = serve, intake, room, context
+    def __init__(
+        self,
+        serve: Serve,
+        intake: Intake,
+        room: Room,
+        context: ssl.SSLContext | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.serve, self.intake, self.room, self.context, self.clock = serve, intake, room, context, clock
         self.peers = allowed(serve.allow)
         self.most_bytes = int(serve.most_mib * 2**20)
         self._server: ThreadedAssociationServer | None = None
         self._lock = threading.Lock()
         self._bytes: dict[int, int] = {}  # of an association's message under way
         self._command_bytes: dict[int, int] = {}  # of a command that has not ended
+        self._begun: dict[int, float] = {}  # when it began
         self._links: WeakSet[Any] = WeakSet()
+        self._held: WeakSet[threading.Thread] = WeakSet()  # of each connection
 
     @property
     def port(self) -> int:
@@ -101,7 +115,7 @@ class Receiver:
             (evt.EVT_CONN_OPEN, self._bounded),
             (evt.EVT_DATA_RECV, self._counted),
             (evt.EVT_C_STORE, self._stored),
-            (evt.EVT_C_ECHO, lambda event: SUCCESS if self._permitted(event.assoc) else NOT_AUTHORISED),
+            (evt.EVT_C_ECHO, self._echoed),
             (evt.EVT_CONN_CLOSE, self._closed),
         ]
         try:
@@ -130,40 +144,70 @@ class Receiver:
 
     def _bounded(self, event: evt.Event) -> None:
         """No peer may make this process hold a unit of gigabytes, or a thread wait for ever."""
-        socket = event.assoc.dul.socket
-        if socket is None or socket.socket is None:
+        outer = event.assoc.dul.socket
+        if outer is None or outer.socket is None:
             return
-        socket.socket.settimeout(STALL_S)
-        read = socket.recv
+        link = outer.socket
+        link.settimeout(STALL_S)
         with self._lock:
-            self._links.add(socket.socket)
+            self._links.add(link)
+            crowded = sum(each.is_alive() for each in self._held) >= MOST_LINKS
+            self._held.add(event.assoc)
+        if crowded:
+            with suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
 
         def recv(size: int) -> bytearray:
             if size > MOST_PDU:
                 raise OSError("a unit longer than any that is agreed on")
-            return read(size)
+            return received(link, size)
 
-        socket.recv = recv  # type: ignore[assignment,method-assign]
+        outer.recv = recv  # type: ignore[assignment,method-assign]
 
     def _counted(self, event: evt.Event) -> None:
-        """Cuts an association whose message grows over what is taken."""
-        key = id(event.assoc)
+        """Cuts an association whose message grows over what is taken, for which there is no room, or which is slow.
+
+        What comes is paid for before it is whole: pynetdicom writes it into quarantine meanwhile.
+        """
+        key, size_bytes = id(event.assoc), len(event.data)
         with self._lock:
-            self._bytes[key] = self._bytes.get(key, 0) + len(event.data)
+            begun = self._begun.setdefault(key, self.clock()) if event.data[:1] == P_DATA else self.clock()
             self._command_bytes[key], longest = command_bytes(event.data, self._command_bytes.get(key, 0))
-            too_much = self._bytes[key] > self.most_bytes
+            held = self._bytes.get(key, 0) + size_bytes
+        slow = self.clock() - begun > STALL_S + held / SLOWEST
+        try:
+            self.room.take(size_bytes)
+        except Overloaded:
+            log.warning("a DICOM peer sent more than there is room for and was cut off")
+            event.assoc.abort()
+            return
+        with self._lock:
+            self._bytes[key] = held
         if longest > MOST_COMMAND:
             log.warning("a DICOM peer sent a command without an end and was cut off")
-            event.assoc.abort()
-        elif too_much:
+        elif held > self.most_bytes:
             log.warning("a DICOM peer sent an object of more than %d MiB and was cut off", self.most_bytes >> 20)
-            event.assoc.abort()
+        elif slow:
+            log.warning("a DICOM peer sent less than %d KiB a second and was cut off", SLOWEST >> 10)
+        else:
+            return
+        event.assoc.abort()
+
+    def _ended(self, association: Any) -> None:
+        """A message is over; what it took up in quarantine is given back."""
+        with self._lock:
+            held = self._bytes.pop(id(association), 0)
+            self._begun.pop(id(association), None)
+        self.room.give(held)
+
+    def _echoed(self, event: evt.Event) -> int:
+        self._ended(event.assoc)
+        return SUCCESS if self._permitted(event.assoc) else NOT_AUTHORISED
 
     def _stored(self, event: evt.Event) -> int:
         """What a peer hears of one object."""
         path = Path(event.dataset_path)
-        with self._lock:
-            self._bytes[id(event.assoc)] = 0
+        self._ended(event.assoc)
         try:
             if not self._permitted(event.assoc):
                 return NOT_AUTHORISED
@@ -187,14 +231,35 @@ class Receiver:
         return SUCCESS
 
     def _closed(self, event: evt.Event) -> None:
+        self._ended(event.assoc)
         with self._lock:
-            self._bytes.pop(id(event.assoc), None)
             self._command_bytes.pop(id(event.assoc), None)
         half = getattr(event.assoc.dimse.message, "_data_set_file", None)  # of a message that never ended
         if half is not None:
             half.close()
             Path(half.name).unlink(missing_ok=True)
         self.intake.closed(session_of(event.assoc))
+
+
+def received(link: socket.socket, size: int) -> bytearray:
+    """`size` bytes of a connection, fewer where it ends.
+
+    Raises:
+        TimeoutError: it sent nothing for `STALL_S`, or less than `SLOWEST` on the mean.
+    """
+    found, until = bytearray(), time.monotonic() + STALL_S + size / SLOWEST
+    try:
+        while len(found) < size:
+            link.settimeout(max(1e-3, min(STALL_S, until - time.monotonic())))
+            block = link.recv(min(1 << 16, size - len(found)))
+            if not block:
+                break
+            found += block
+            if time.monotonic() > until:
+                raise TimeoutError
+    finally:
+        link.settimeout(STALL_S)
+    return found
 
 
 def command_bytes(unit: bytes, before: int) -> tuple[int, int]:
@@ -204,7 +269,7 @@ def command_bytes(unit: bytes, before: int) -> tuple[int, int]:
     last of one has bit 1.
     """
     longest, at = before, 6
-    while unit[:1] == b"\4" and at + 6 <= len(unit):
+    while unit[:1] == P_DATA and at + 6 <= len(unit):
         (length,) = struct.unpack_from(">L", unit, at)
         if unit[at + 5] & 1:
             before += length

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -29,6 +30,7 @@ class Serve:
         allow: who may send: `AE` or `AE@address`. None named: there is no receiver.
         return_to: where results go: `AE@host:port` (C-STORE) or the URL of a DICOMweb service (STOW-RS); empty:
             nowhere.
+        insecure_return: `return_to` may be http:// to another machine: whoever listens on the way reads results.
         quiet_s: a series is whole when nobody who sent of it is connected and nothing more has come for so long.
         join_s: files of a series are kept so long after it was handed on: what comes of it later is predicted on
             together with them. What comes later still, or ever with 0, is refused until the whole series is sent again.
@@ -50,6 +52,7 @@ class Serve:
     ae_title: Annotated[str, Field(pattern=f"^{AET}$")] = "FEDIMAGING"
     allow: Annotated[tuple[Peer, ...], Field(max_length=100)] = ()
     return_to: str = ""
+    insecure_return: bool = False
     quiet_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
     join_s: Annotated[float, Field(ge=0, le=86400)] = 600.0
     quota_gib: Annotated[float, Field(gt=0, le=1e6)] = 20.0
@@ -62,8 +65,14 @@ class Serve:
     tls_ca: str = ""
 
     def __post_init__(self) -> None:
-        if self.return_to:
-            destination(self.return_to)
+        to = destination(self.return_to) if self.return_to else None
+        if to is not None and to.plain and not self.insecure_return:
+            raise ValueError(
+                f"return_to is {self.return_to!r}, by which results leave this machine for all to read: give an https "
+                f"URL, or insecure_return = true where the network is closed to others"
+            )
+        if self.insecure_return and (to is None or not to.plain):
+            raise ValueError("insecure_return is for a return_to by http to another machine, which this is not")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ValueError("tls_certificate and tls_key come together")
         if self.tls_ca and not self.tls_key:
@@ -91,6 +100,12 @@ class Destination:
     port: int
     ae_title: str = ""
     url: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether HTTP without TLS goes to another machine."""
+        address = urlsplit(self.url)
+        return address.scheme == "http" and not is_local(address.hostname or "")
 
     def __str__(self) -> str:
         return self.url or f"{self.ae_title}@{self.host}:{self.port}"

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,9 +24,9 @@ from fedclient.predict.model import Model, load_model
 from fedclient.predict.outputs import write_case
 from fedclient.serving.logs import own_lines_only, where
 from fedclient.serving.view import colours, write_view
-from shared_models.authority import ROOT, read_files
-from shared_models.errors import FederationError, ImageUnreadable
-from shared_models.release import Trust, open_release
+from fedclient.trust import Watch, groups_of, trust_in
+from shared_models.errors import FederationError, ImageUnreadable, ReleaseInvalid
+from shared_models.release import open_release
 
 FORMATS = ("seg", "sr", "sc", "nifti", "json")
 MOST_IMAGES = 64  # of one case
@@ -92,12 +92,16 @@ def rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def serve(model: Model, site: Path, orders: TextIO, answers: TextIO) -> None:
-    """Answers orders until there are no more."""
+def serve(model: Model, site: Path, watch: Watch, orders: TextIO, answers: TextIO) -> None:
+    """Answers orders until there are no more, none once the release is retired: a list may be handed in meanwhile."""
     for line in orders:
         order = json.loads(line)
         try:
+            watch.warnings()
             said = answered(model, Path(order["folder"]), site, bool(order.get("view")))
+        except ReleaseInvalid as error:
+            log.error("the release is not used any more: %s", error)
+            said = {"images": [], "unread": [{"code": "RELEASE_RETIRED", "why": str(error)}]}
         except Exception as error:  # a fault of ours, or of a library over a hostile file: the next case may be sound
             log.error("a case failed: %s", where(error))
             said = {"images": [], "unread": [{"code": "INTERNAL", "why": f"a fault over this case ({where(error)})."}]}
@@ -110,6 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("release", type=Path)
     parser.add_argument("--site", type=Path, required=True)
     parser.add_argument("--authority", type=Path, action="append", default=[])
+    parser.add_argument("--status", type=Path)
     parser.add_argument("--research", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
@@ -119,10 +124,10 @@ def main(arguments: list[str] | None = None) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     try:
-        keys = asked.site / "keys"
-        pinned = [read_files(keys)] if not asked.authority and (keys / ROOT).exists() else []
-        trust = Trust((*(path.read_bytes() for path in asked.authority), *pinned), asked.research)
+        trust = trust_in(asked.site, asked.authority, asked.research)
         release = open_release(asked.release, trust)
+        watch = Watch(asked.site, release, groups_of(asked.site, asked.authority), asked.status)
+        warnings = watch.warnings()
         model = load_model(release, asked.device, asked.threads)
     except FederationError as error:
         answers.write(json.dumps({"error": str(error)}) + "\n")
@@ -132,13 +137,13 @@ def main(arguments: list[str] | None = None) -> None:
         "name": model.name, "version": model.version, "sha256": model.digest, "engine": model.engine,
         "study": model.study.name, "title": model.study.title, "task": model.study.task.kind,
         "answers": list(model.study.task.answers), "modality": model.study.modality,
-        "channels": list(model.study.channels), "reference": bool(model.fingerprint),
+        "warnings": warnings, "channels": list(model.study.channels), "reference": bool(model.fingerprint),
         "colours": colours(len(model.study.task.answers)),
     }  # fmt: skip
     answers.write(json.dumps({"model": facts}) + "\n")
     answers.flush()
     own_lines_only(silent=True)
-    serve(model, asked.site, sys.stdin, answers)
+    serve(model, asked.site, replace(watch, given=None), sys.stdin, answers)
 
 
 if __name__ == "__main__":

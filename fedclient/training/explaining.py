@@ -169,7 +169,10 @@ def explain_all(
                 told.append({**line, "file": None, "why": str(e)})
                 continue
             file = f"{number:04d}-{method}.png"
-            write_atomic(out / file, picture_of(found, image, sure, model, picture.left_right_axis))
+            write_atomic(
+                out / file,
+                picture_of(found, image, sure, study, f"sha256 {model.sha256[:16]}", picture.left_right_axis),
+            )
             told.append({**line, "chance": round(found.chance, 6), "layer": found.layer, "file": file})
     results = {
         "study": study.name,
@@ -227,9 +230,12 @@ def around(place: Sequence[int], size: Sequence[int], example: NDArray[Any]) -> 
     return tuple(slice(begin, begin + edge) for begin, edge in zip(begins, size, strict=True))
 
 
-def picture_of(found: Explained, image: Tensor, sure: Spread, model: Trained, left_right_axis: int) -> bytes:
-    """The PNG of one map; of a volume its plane with the most of the map."""
-    study = model.study
+def picture_of(found: Explained, image: Tensor, sure: Spread, study: Study, stamp: str, left_right_axis: int) -> bytes:
+    """The PNG of one map; of a volume its plane with the most of the map.
+
+    Args:
+        stamp: which model it is, with its digest.
+    """
     channel = channel_of(study, found.answer)
     plane = _flattener(found.saliency, left_right_axis)
     panels = [Panel(TITLES[found.method], plane(found.saliency), "share of the largest")]
@@ -244,7 +250,7 @@ def picture_of(found: Explained, image: Tensor, sure: Spread, model: Trained, le
         f"{study.title or study.name}",
         f"{what}, deviation {deviation:.3f} over {sure.members} ({sure.kind})",
         f"{TITLES[found.method]}" + (f" at {found.layer}" if found.layer else "") + f"; {SCORE[study.task.kind]}",
-        f"model {model.sha256[:16]}",
+        f"model {stamp}",
     ]
     return drawn(plane(image[0].numpy()), panels, lines, region)
 

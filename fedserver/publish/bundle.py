@@ -10,8 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.bundle.config_parser import ConfigParser
+from numpy.typing import NDArray
 from torch import nn
 
 import shared_models
@@ -19,26 +21,34 @@ from fedserver.publish.exports import to_state_dict
 from shared_models import nets
 from shared_models.files import write_atomic, write_json
 from shared_models.parse import plain
-from shared_models.release import TORCHSCRIPT
+from shared_models.release import BUNDLE_SCRIPT, BUNDLE_STATE, TORCHSCRIPT
 from shared_models.runtimes import Runner, torch_runner
 from shared_models.study import MODALITIES, Study
 
 FOLDER = "bundle"
 METADATA, INFERENCE = f"{FOLDER}/configs/metadata.json", f"{FOLDER}/configs/inference.json"
-STATE, SCRIPT = f"{FOLDER}/models/model.pt", f"{FOLDER}/models/model.ts"
+STATE, SCRIPT = BUNDLE_STATE, BUNDLE_SCRIPT
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
 PLANES = 32  # shown to the network at once
 
 
-def write_bundle(net: nn.Module, study: Study, folder: Path, version_name: str, words: Mapping[str, Any]) -> None:
+def write_bundle(
+    net: nn.Module,
+    study: Study,
+    folder: Path,
+    version_name: str,
+    words: Mapping[str, Any],
+    temperatures: NDArray[np.float32] | None = None,
+) -> None:
     """Writes `folder`/bundle; model.ts of the release is there already.
 
     Args:
+        temperatures: of the release, by which the bundle's answers are calibrated too.
         words: description, intended_use, authors, copyright, data_source, eval_metrics, licence, readme, data_licence.
     """
     bundle = folder / FOLDER
     write_json(folder / METADATA, metadata(study, version_name, words))
-    write_json(folder / INFERENCE, inference(study))
+    write_json(folder / INFERENCE, inference(study, temperatures))
     (bundle / "models").mkdir(mode=0o700, exist_ok=True)
     to_state_dict(net, folder / STATE)
     shutil.copyfile(folder / TORCHSCRIPT, folder / SCRIPT)
@@ -142,7 +152,7 @@ def output_names(study: Study) -> list[str]:
     return [*background, *task.answers]
 
 
-def inference(study: Study) -> dict[str, Any]:
+def inference(study: Study, temperatures: NDArray[np.float32] | None = None) -> dict[str, Any]:
     """inference.json: NIfTI in DATASET_DIR (CASE.nii.gz, or CASE/CHANNEL.nii.gz), answers in OUTPUT_DIR."""
     return {
         "imports": ["$import glob", "$import os", "$import torch"],
@@ -158,7 +168,7 @@ def inference(study: Study) -> dict[str, Any]:
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "shuffle": False},
         "inferer": {"_target_": "scripts.steps.ByCase", "inner": _inferer(study)},
-        "postprocessing": {"_target_": "Compose", "transforms": _after(study)},
+        "postprocessing": {"_target_": "Compose", "transforms": _after(study, temperatures)},
         "evaluator": {
             "_target_": "SupervisedEvaluator",
             "device": "@device",
@@ -228,8 +238,8 @@ def _inferer(study: Study) -> dict[str, Any]:
     }
 
 
-def _after(study: Study) -> list[dict[str, Any]]:
-    """Probabilities, on the image's own grid, and what is decided by them."""
+def _after(study: Study, temperatures: NDArray[np.float32] | None) -> list[dict[str, Any]]:
+    """Probabilities, on the image's own grid, and what is decided by them; calibrated where they are told."""
     task = study.task
     softmax = task.exclusive
     chances = {"_target_": "Activationsd", "keys": "pred", "sigmoid": not softmax, "softmax": softmax}
@@ -237,7 +247,9 @@ def _after(study: Study) -> list[dict[str, Any]]:
         if softmax:  # of a case: examples first, as Activations wants a channel first
             chances["dim"] = 1
         told = {"_target_": "scripts.steps.Told", "out": "@output_dir", "names": output_names(study)}
-        return [chances, told | ({"survival": True} if task.kind == "prognosis" else {})]
+        by = [] if temperatures is None else temperatures.tolist()
+        cooled = [{"_target_": "scripts.steps.Tempered", "temperatures": by}] if by else []
+        return [*cooled, chances, told | ({"survival": True} if task.kind == "prognosis" else {})]
     if softmax:
         chances["dim"] = 1
     decided: dict[str, Any] = {"_target_": "AsDiscreted", "keys": "pred"}

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fedserver.report import in_words
+from shared_models.calibration import carried
 from shared_models.files import write_atomic, write_json
 from shared_models.parse import STRICT, parse, read_toml
 from shared_models.study import MODALITIES, Study
@@ -62,7 +63,7 @@ def card(
     performance = performance_of(study, found)
     populations = words.populations or UNKNOWN
     facets = merged_facets(data_cards.values())
-    calibration = calibration_of(performance)
+    calibration = calibration_of(performance, carried(study, found.get("calibration", {})), found)
     told: dict[str, Any] = {
         "format": 1,
         "name": study.name,
@@ -173,12 +174,18 @@ def interval(row: Mapping[str, Any]) -> list[float] | None:
     return [round(max(0.0, value - NORMAL * error), 4), round(min(1.0, value + NORMAL * error), 4)]
 
 
-def calibration_of(performance: Mapping[str, Any]) -> dict[str, Any] | str:
-    """Label -> expected calibration error and Brier score of all test cases, where the task has them."""
+def calibration_of(
+    performance: Mapping[str, Any], scales: Mapping[str, Any] | None, found: Mapping[str, Any]
+) -> dict[str, Any] | str:
+    """Label -> expected calibration error and Brier score of all test cases, where the task has them; and where the
+    release divides its logits by a temperature, that, and the error with it."""
     whole = {label: part["all_cases"] for label, part in performance["labels"].items() if part["all_cases"]}
     told = {
         label: {key: row[key] for key in ("ece", "brier") if row.get(key) is not None} for label, row in whole.items()
     }
+    for label, by in (scales or {}).get("temperature", {}).items():
+        row = {"temperature": by, "ece_after": found["calibration"][label].get("ece_after")}
+        told[label] = {**told.get(label, {}), **{key: value for key, value in row.items() if value is not None}}
     told = {label: row for label, row in told.items() if row}
     return told or UNKNOWN
 
@@ -272,7 +279,10 @@ def interval_words(row: Mapping[str, Any]) -> str:
 def calibration_words(calibration: Mapping[str, Any] | str) -> str:
     if isinstance(calibration, str):
         return calibration
-    names = {"ece": "expected calibration error", "brier": "Brier score"}
+    names = {
+        "ece": "expected calibration error", "brier": "Brier score",
+        "temperature": "calibrated by a temperature of", "ece_after": "calibration error then",
+    }  # fmt: skip
     return "; ".join(
         f"{label}: {', '.join(f'{names[key]} {value:.3f}' for key, value in row.items())}"
         for label, row in calibration.items()

@@ -4,6 +4,7 @@ Nothing is published unless the answers agree: the folder takes its name only af
 hospital would open it.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -11,14 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedserver.publish import bundle
 from fedserver.publish.card import Words, markdown, write_card
 from fedserver.publish.exports import to_onnx, to_torchscript
 from shared_models import parity
+from shared_models.calibration import temperatures_of
 from shared_models.errors import ReleaseInvalid
 from shared_models.files import private_folder, sync_folder, write_atomic, write_json
 from shared_models.identity import Credential
 from shared_models.release import (
+    CALIBRATION,
     FORMAT,
     ONNX,
     STUDY,
@@ -99,6 +105,7 @@ def make_release(recipe: Recipe, folder: Path) -> Manifest:
 
 def _fill(recipe: Recipe, folder: Path) -> Manifest:
     study = recipe.study
+    by = temperatures_of(study, json.loads(recipe.members.get(CALIBRATION, b"null")))
     write_atomic(folder / STUDY, canonical(study))
     save_arrays(folder / WEIGHTS, recipe.weights)
     net = network_of(study, folder / WEIGHTS)
@@ -110,10 +117,10 @@ def _fill(recipe: Recipe, folder: Path) -> Manifest:
     }
     write_card(folder, recipe.card)
     if not study.table_only:
-        bundle.write_bundle(net, study, folder, recipe.version, bundle_words(recipe))
+        bundle.write_bundle(net, study, folder, recipe.version, bundle_words(recipe), by)
         forms[bundle.STATE] = bundle.bundle_runner(folder)
         forms[bundle.SCRIPT] = torchscript_runner(folder / bundle.SCRIPT)
-    prove(folder, study, torch_runner(net), forms)
+    prove(folder, study, torch_runner(net), forms, by)
     for name, content in recipe.members.items():
         write_atomic(folder / name, content)
     manifest = Manifest(
@@ -134,11 +141,17 @@ def _fill(recipe: Recipe, folder: Path) -> Manifest:
     return seal(folder, manifest, recipe.signer, recipe.authority)
 
 
-def prove(folder: Path, study: Study, network: Runner, forms: Mapping[str, Runner]) -> None:
+def prove(
+    folder: Path,
+    study: Study,
+    network: Runner,
+    forms: Mapping[str, Runner],
+    temperatures: NDArray[np.float32] | None = None,
+) -> None:
     """Writes parity.safetensors and parity.json; raises ReleaseInvalid for the first form that answers otherwise."""
     cases = parity.made_up_cases(study)
-    wanted = [parity.answer(study, case, network(case.inputs)) for case in cases]
-    figures = parity.compared(study, cases, wanted, forms)
+    wanted = [parity.answer(study, case, network(case.inputs), temperatures) for case in cases]
+    figures = parity.compared(study, cases, wanted, forms, temperatures)
     parity.save_cases(folder, cases, wanted)
     write_json(folder / parity.FIGURES, {"tolerance": parity.TOLERANCE, "cases": len(cases), "forms": figures})
 

@@ -11,12 +11,13 @@ from fedserver.publish.lineage import RETRAINED, counted_rounds
 from fedserver.publish.making import Recipe
 from fedserver.publish.software import code_sha256, environment, package
 from fedserver.report import facts
+from shared_models.calibration import carried
 from shared_models.control import without_control
 from shared_models.errors import StateInvalid
 from shared_models.files import canonical_json, read_json
 from shared_models.identity import Credential
 from shared_models.provenance import APPROVED, CARDS, ENVIRONMENT, PLAN, sha256_of
-from shared_models.release import FINGERPRINT, Origin, Parent
+from shared_models.release import CALIBRATION, FINGERPRINT, Origin, Parent
 from shared_models.study import Study
 from shared_models.weights import file_sha256, load
 
@@ -82,7 +83,7 @@ def recipe_of(
     check_weights(run, state)
     found = facts(run)
     if number != state.round:  # what was tested is the last model, and no other
-        found = {**found, "test": {}, "not_tested": {}, "finished": False, "rounds_done": number}
+        found = {**found, "test": {}, "not_tested": {}, "calibration": {}, "finished": False, "rounds_done": number}
     rounds = [line for line in found["rounds"] if line["round"] <= number]
     digest = file_sha256(run.weights(number))
     if digest != rounds[-1]["weights_sha256"]:
@@ -101,6 +102,8 @@ def recipe_of(
     }
     if number == state.round and (run.path / REFERENCE).exists():
         members[FINGERPRINT] = (run.path / REFERENCE).read_bytes()
+    if (calibration := carried(study, found["calibration"])) is not None:
+        members[CALIBRATION] = canonical_json(calibration)
     origin = Origin(
         kind="federation" if by.kind == "federation" else "simulation",
         federation=by.name,

@@ -40,6 +40,7 @@ def test_a_file_goes_in_and_its_overlay_comes_out(service, tmp_path):
         assert page.value("document.getElementById('plane').naturalWidth") == 40
         assert page.value("document.getElementById('at').max") == "4"
         assert page.value("document.getElementById('answers').innerText").startswith("lung")
+        assert page.value("document.getElementById('standing').hidden") is True  # nothing to say of the release
         assert "mask.nii.gz" in page.value("document.getElementById('downloads').innerText")
         assert page.value("document.activeElement.id") == "result-title"  # a reader of the screen is told
 

@@ -55,6 +55,8 @@ async function begin() {
   at("title").textContent = model.title || model.study;
   at("model").textContent = `${model.name} ${model.version}: ${model.task} of ${model.answers.join(", ")} on ` +
     `${model.modality.toUpperCase()}. Release ${model.sha256.slice(0, 16)}.`;
+  at("standing").hidden = !model.warnings.length;
+  at("standing").textContent = model.warnings.join(" ");
   const part = health.partial === 1 ? "1 case is" : `${health.partial} cases are`;
   at("partial").hidden = !health.partial;
   at("partial").textContent = `${part} of a part of a series, and not to be relied on: send the whole series again.`;
