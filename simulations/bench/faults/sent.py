@@ -137,7 +137,7 @@ def flood(here: Fleet) -> str:
     growth = max(resident(here)[child] / before[child] for child in before)
     check(growth < MOST_GROWTH, f"memory grew {growth:.2f} times after the bomb")
     return (
-        f"400 MB: {status}; {kept} of {IDLE} idle connections of strangers kept; tensors in a message: 413, "
+        f"400 MB: {status}; {kept} of {IDLE} idle connections of strangers kept; tensors in a message: refused, "
         f"{LIAR} {found.split(':')[0]}; memory grew {growth:.2f} times, rounds went on"
     )
 
