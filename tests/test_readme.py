@@ -35,5 +35,7 @@ def test_every_command_and_option_in_it_exists():
         words = shlex.split(line)
         group = get_command(COMMANDS[words[0]])
         assert words[1] in group.commands, line  # type: ignore[attr-defined]
-        known = {o for p in group.commands[words[1]].params for o in p.opts}  # type: ignore[attr-defined]
+        command = group.commands[words[1]]  # type: ignore[attr-defined]
+        command = getattr(command, "commands", {}).get(words[2] if words[2:] else "", command)
+        known = {o for p in command.params for o in p.opts}
         assert {w for w in words if w.startswith("--")} <= known, line
