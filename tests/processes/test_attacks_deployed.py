@@ -230,7 +230,8 @@ def test_another_user_of_the_hospitals_machine_at_the_port_of_its_node(attacker:
         call.add_header("content-type", "application/protobuf")
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(call, timeout=10)
-        assert refused.value.code in (401, 403)
+        with refused.value as answer:
+            assert answer.code in (401, 403)
     wait("line", lambda: "RUNTIME_PORT" in {code(line) for line in read_lines(site / "audit.jsonl")}, FOREVER)
 
 
