@@ -93,7 +93,7 @@ def run_executor(files: NodeFiles, port: int, app_name: str) -> None:
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: _stop(ended))
     patch_client()
-    address, kept = f"{LOOPBACK}:{port}", files.site / "secrets/task"
+    address, kept = f"{LOOPBACK}:{port}", files.task
     _answer_lost_task(address, kept)  # before the app is loaded, which takes seconds
     work = Work(address, kept, load_app(app_name), digest(app_archive()))
     log.info("ready; app %s, archive %s", app_name, work.approved[:12])

@@ -25,6 +25,7 @@ import httpx
 
 from fedclient.authorities import refresh
 from fedclient.clock import await_clock
+from fedclient.overdue import is_over
 from fedclient.own_log import log_of
 from fedclient.renewal import Keeper, certificate_of, check_keys
 from fedclient.runtime_port import serve_executor
@@ -80,6 +81,11 @@ class NodeFiles:
     @property
     def port(self) -> Path:
         return self.site / "node/port"
+
+    @property
+    def task(self) -> Path:
+        """Note of the task that the executor works on; see `fedclient.executor.Work`."""
+        return self.site / "secrets/task"
 
     @property
     def contact(self) -> Path:
@@ -166,7 +172,7 @@ def run_node(files: NodeFiles, port: int) -> None:
     loop = flower_module("flwr.supernode.start_client_internal")
     state_factory = _state_factory()
     state = state_factory.state()
-    pace = Pace(waiting=Stranded(state).look)
+    pace = Pace(waiting=Stranded(state, files.task).look)
     patch_client()
     replace_name(loop, "time", pace)
     fleet = flower_module("flwr.supernode.fleet_http_connection")
@@ -366,9 +372,17 @@ def _answer_lost_order(files: NodeFiles, send: Any, push_object: Any) -> None:
 
 @dataclass(slots=True)
 class Stranded:
-    """Frees the node from an order that nobody will answer: Flower's loop would wait for its answer for ever."""
+    """Frees the node from an order that nobody will answer: Flower's loop would wait for its answer for ever.
+
+    Attributes:
+        task: note of the task under way. Flower 1.41 takes a task back 60 s after its last heartbeat, and a call that
+            holds the interpreter of the executor holds its heartbeat too: the coordinator would take the site for one
+            that went away, and ask it again. While the noted process is there and its time is not over, the node beats
+            for it; whoever ends it (`fedclient.overdue`) then leaves its successor the time to answer.
+    """
 
     state: "NodeState"
+    task: Path
     since: float | None = None
     looked_at: float = float("-inf")
 
@@ -384,6 +398,7 @@ class Stranded:
         if now - self.looked_at < 1.0:
             return
         self.looked_at = now
+        self._beat()
         if self.state.get_tasks(statuses=[Status.PENDING, Status.STARTING, Status.RUNNING]):
             self.since = None
             return
@@ -393,6 +408,14 @@ class Stranded:
         self.since = None
         if not self._answer():
             raise ProcessFailed("the executor ended while it handed its answer over; the coordinator will ask again")
+
+    def _beat(self) -> None:
+        """Keeps the task of an executor that lives, and whose order has time left; one without a note is its own."""
+        with suppress(OSError, ValueError, KeyError, TypeError):  # it is idle, or has ended
+            noted = read_json(self.task)
+            os.kill(noted["pid"], 0)
+            if not is_over(noted) and (task := self.state.get_task_by_token(noted["token"])):
+                self.state.acknowledge_task_heartbeat(task.task_id)
 
     def _answer(self) -> bool:
         """Answers every order that was never taken or never answered; False when there is none."""

@@ -4,6 +4,7 @@ import ssl
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +13,7 @@ from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import SubStatus
 from flwr.supercore.constant import TaskType
+from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode.nodestate import NodeStateFactory
@@ -19,6 +21,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from fedclient import node
 from fedclient.node import NodeFiles, Pace, Stranded, _session_of_the_dead, pause
+from fedclient.overdue import GRACE_S
 from fedclient.tls import ClientTls
 from shared_models.errors import ProcessFailed, StateInvalid
 from shared_models.files import write_atomic, write_json
@@ -154,20 +157,22 @@ def hold_order(state: InMemoryNodeState) -> int:
     return task
 
 
-def test_an_order_whose_task_waits_is_not_stranded(state: InMemoryNodeState) -> None:
+def test_an_order_whose_task_waits_is_not_stranded(state: InMemoryNodeState, tmp_path: Path) -> None:
     hold_order(state)
-    Stranded(state).look()
+    Stranded(state, tmp_path / "task").look()
     assert not state.get_messages_legacy(is_reply=True)
 
 
-def test_an_order_whose_task_ended_without_an_answer_is_answered_with_an_error(state: InMemoryNodeState) -> None:
+def test_an_order_whose_task_ended_without_an_answer_is_answered_with_an_error(
+    state: InMemoryNodeState, tmp_path: Path
+) -> None:
     state.finish_task(hold_order(state), SubStatus.FAILED, "")
-    Stranded(state).look()
+    Stranded(state, tmp_path / "task").look()
     (reply,) = state.get_messages_legacy(is_reply=True)
     assert (reply.error.code, reply.error.reason) == (node.EXECUTOR_LOST, "EXECUTOR_LOST")
 
 
-def test_an_answer_that_came_in_half_is_given_up(state: InMemoryNodeState) -> None:
+def test_an_answer_that_came_in_half_is_given_up(state: InMemoryNodeState, tmp_path: Path) -> None:
     task = hold_order(state)
     (order,) = state.get_messages_legacy(is_reply=False)
     reply = Message(RecordDict({"answer": ConfigRecord({"round": 3})}), reply_to=order)
@@ -176,4 +181,54 @@ def test_an_answer_that_came_in_half_is_given_up(state: InMemoryNodeState) -> No
     state.finish_task(task, SubStatus.FAILED, "")
     assert state.get_messages_legacy(is_reply=True)  # Flower's loop has taken it and waits for its content
     with pytest.raises(ProcessFailed, match="ask again"):
-        Stranded(state).look()
+        Stranded(state, tmp_path / "task").look()
+
+
+class FlowersClock:
+    """The time of Flower's own state, moved by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at = datetime.now(UTC)
+        monkeypatch.setattr(in_memory_corestate, "now", lambda: self.at)
+
+    def sleep(self, seconds: float) -> None:
+        self.at += timedelta(seconds=seconds)
+
+
+def wait_for_an_answer(
+    state: InMemoryNodeState, note: Path, clock: FlowersClock, *, pid: int, until: float
+) -> str | None:
+    """Two minutes of the loop's looks while an executor, noted so, sends no heartbeat; the token of its task then."""
+    task = hold_order(state)
+    token = state.claim_task(task)
+    assert token is not None
+    assert state.activate_task(task)
+    write_json(note, {"token": token, "pid": pid, "until": until})
+    for _ in range(12):
+        clock.sleep(10.0)
+        Stranded(state, note).look()
+        if state.get_task_by_token(token) is None:
+            return None
+    return token
+
+
+def test_the_node_keeps_the_task_of_an_executor_whose_interpreter_is_held(
+    state: InMemoryNodeState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, until = FlowersClock(monkeypatch), time.monotonic() + 5.0
+    token = wait_for_an_answer(state, tmp_path / "task", clock, pid=os.getpid(), until=until)
+    assert token is not None
+    assert not state.get_messages_legacy(is_reply=True), "the coordinator would take it for a site that went away"
+    clock.sleep(55.0)  # it is killed, and its successor starts
+    assert state.get_task_by_token(token), "the successor can still say why"
+
+
+@pytest.mark.parametrize(("pid", "over_s"), [(os.getpid(), GRACE_S + 1.0), (None, -5.0)], ids=["over", "dead"])
+def test_the_task_of_an_executor_that_is_over_or_dead_is_taken_back_by_flower(
+    state: InMemoryNodeState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: int | None, over_s: float
+) -> None:
+    clock, until = FlowersClock(monkeypatch), time.monotonic() - over_s
+    note = tmp_path / "task"
+    assert wait_for_an_answer(state, note, clock, pid=pid or ended_pid(), until=until) is None
+    (reply,) = state.get_messages_legacy(is_reply=True)
+    assert reply.error.code == node.EXECUTOR_LOST
