@@ -55,6 +55,7 @@ LINK_PATIENCE_S = 2.0  # the loop comes back to what it could not do
 MOST_DEATHS, WITHIN_S = 5, 120.0
 ACQUIRE_S = 30.0  # a Flower run whose task has not been handed out by then is given up
 GRACE_S = 8.0  # from SIGTERM to SIGKILL; Flower ends by force after 5
+LOOK_S, HANGS_S = 10.0, 30.0  # between looks at the Flower run of a process; how long one may outlive it
 LEASE_S, STARTS_S = 10.0, 300.0  # Flower takes a task back after 30 s; how long a process may take to begin
 REPLY_S = 15.0  # for the content of a reply, which follows it at once: a site that keeps it back holds up the round
 FINISHED, PAUSED = 40, 41  # exit codes of the ServerApp's process; Flower itself ends with 0 when it is told to stop
@@ -95,6 +96,8 @@ class Job:
         token: of the task that the process has.
         child_at: when its process was started.
         leased_at: when Flower last heard from here that the task is in hand.
+        looked_at: when it was last asked whether Flower's run goes on.
+        outlived_at: when it was seen that the process outlives that run.
         resting: a person has paused it; one that lacks its quorum ends by itself.
     """
 
@@ -110,6 +113,8 @@ class Job:
     token: str = field(default="", repr=False)
     child_at: float = 0.0
     leased_at: float = 0.0
+    looked_at: float = 0.0
+    outlived_at: float | None = None
     resting: bool = False
 
 
@@ -196,8 +201,9 @@ def watch(desk: Desk, job: Job, run: Run) -> None:
     code = reap(job.child)
     if code is None:
         hold(desk, job, now)
+        end_hung(desk, job, job.child.pid, now)
     else:
-        job.child, job.ending_since, job.resting = None, None, False
+        job.child, job.ending_since, job.outlived_at, job.resting = None, None, None, False
         if job.flower_run_id is not None and code != FINISHED:  # then Flower has finished it itself
             job.stale.append(job.flower_run_id)
         job.flower_run_id = None
@@ -207,7 +213,7 @@ def watch(desk: Desk, job: Job, run: Run) -> None:
 def hold(desk: Desk, job: Job, now: float) -> None:
     """Keeps the task of a process that is still starting: under load its imports take longer than Flower's lease.
 
-    Later the process speaks for itself, and one that hangs loses its task.
+    Later the process speaks for itself, and one that hangs loses its task: see `end_hung`.
     """
     if now - job.child_at > STARTS_S or now - job.leased_at < LEASE_S:
         return
@@ -216,6 +222,29 @@ def hold(desk: Desk, job: Job, now: float) -> None:
     job.leased_at = now
     with _task_client(desk, job.token) as client, suppress(httpx.HTTPError):  # it is tried again
         client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+
+
+def end_hung(desk: Desk, job: Job, pid: int, now: float) -> None:
+    """Kills a process whose Flower run has long ended without it: one that hangs sends no heartbeat, nor ends itself.
+
+    Flower then gives up its task and run, and our run would wait for the process for ever, with others behind it.
+    """
+    if job.flower_run_id is None or now - job.looked_at < LOOK_S:
+        return
+    job.looked_at = now
+    try:
+        state = run_states(desk.link()).get(job.flower_run_id, "")
+    except (FederationError, httpx.HTTPError) as error:  # what is asked for later tells it too
+        log.warning("run %s: whether Flower's run goes on could not be asked (%s)", job.run_id, type(error).__name__)
+        return
+    if not state.startswith("finished"):
+        job.outlived_at = None
+    elif job.outlived_at is None:
+        job.outlived_at = now
+    elif now - job.outlived_at > HANGS_S:
+        log.warning("run %s: Flower's run is %s, but its process hangs and is killed", job.run_id, state)
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def rest(desk: Desk, job: Job, run: Run) -> Run:

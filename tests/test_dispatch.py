@@ -1,4 +1,6 @@
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from fedserver.state import Run, RunState, add_run, change_run, create_state, fi
 from shared_models.archive import app_archive
 from shared_models.errors import ProcessFailed, RoundPaused
 from shared_models.files import write_json
+from shared_models.supervise import Child, spawn
 
 
 @pytest.fixture
@@ -153,3 +156,56 @@ def test_the_task_of_a_process_that_is_still_starting_is_held(desk: Desk, monkey
         dispatch.hold(desk, job, float(second))
     assert superlink.heard == ["t"] * 30, "every ten seconds of the first five minutes"
     assert "'t'" not in repr(job)
+
+
+class Clock:
+    """The dispatcher's time, moved by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at = 1000.0
+        monkeypatch.setattr(dispatch, "time", SimpleNamespace(monotonic=lambda: self.at, time=time.time))
+
+
+@pytest.fixture
+def hanging(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+    """A run whose process neither ends nor speaks, past the time in which the dispatcher speaks for it."""
+    monkeypatch.setattr(Desk, "link", lambda _desk: None)
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    process = spawn(Child("run a", command, desk.folder / "logs/run-a.log"))
+    yield Job("a", 5, child=process)
+    if process.returncode is None:
+        process.kill()
+        process.wait()
+
+
+def watch_for(desk: Desk, job: Job, clock: Clock, seconds: int) -> None:
+    for _ in range(seconds):
+        clock.at += 1.0
+        if job.child is not None:
+            dispatch.watch(desk, job, run_of(desk))
+
+
+def test_a_process_that_outlives_its_flower_run_is_killed_and_its_run_goes_on(desk, hanging, monkeypatch) -> None:
+    clock, process = Clock(monkeypatch), hanging.child
+    monkeypatch.setattr(dispatch, "run_states", lambda _link: {5: "finished:failed"})
+    watch_for(desk, hanging, clock, 30)
+    assert hanging.child is process, "it may be about to end by itself"
+    watch_for(desk, hanging, clock, 15)
+    process.wait(5)
+    dispatch.watch(desk, hanging, run_of(desk))
+    assert (hanging.child, len(hanging.deaths), run_of(desk).state) == (None, 1, "running")
+    assert hanging.stale == [5]
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_process_whose_flower_run_goes_on_or_cannot_be_asked_for_is_left_alone(
+    desk, hanging, monkeypatch, away
+) -> None:
+    def states(_link: object) -> dict[int, str]:
+        if away:
+            raise ProcessFailed("the SuperLink does not answer")
+        return {5: "running", 4: "finished:failed"}
+
+    monkeypatch.setattr(dispatch, "run_states", states)
+    watch_for(desk, hanging, Clock(monkeypatch), 300)
+    assert hanging.child.poll() is None
