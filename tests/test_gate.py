@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from simulations.bench.gate import site_of, tried
 from simulations.fixtures.faults import FAULTS
 from simulations.fixtures.sown import LUNG, Fault, Set, person
 from simulations.phantoms import nifti
+from tests.toys import Clock
 
 REASON = "looked at by two radiologists"
 SLOW = ("front and back exchanged", "film on its side", "film upside down")  # they need ten cases
@@ -206,9 +208,40 @@ def test_a_file_that_hangs_costs_one_case_and_not_the_check(site: Site, tmp_path
     sound = run.listed(site).cases[0]
     hanging = replace(sound, key="f" * 16, channels=(Channel(files=(tmp_path / "pipe",)),))
     setting = Setting(site.data, NEEDS, "secret")
-    seen = {case.key: looked for case, looked in looks([hanging, sound], setting, 2, patience_s=2.0)}
+    seen = {case.key: looked for case, looked in looks([hanging, sound], setting, 2, site.go_on, patience_s=2.0)}
     assert [f.code for f in seen["f" * 16].findings] == ["IO_TIMEOUT"]
     assert seen[sound.key] == look_at(sound, site.data.resolve(), NEEDS, "secret")
+
+
+def out_of_time() -> None:
+    raise OrderRefused("TRAIN_TIMEOUT", "the order has taken more than 60 s")
+
+
+def test_a_check_that_outlives_its_order_is_refused_and_what_it_has_seen_is_kept(site: Site) -> None:
+    limit = Clock()
+
+    def go_on() -> None:
+        if limit() > 1060.0:
+            out_of_time()
+
+    with pytest.raises(OrderRefused) as refused:
+        check(replace(site, go_on=go_on), NEEDS, progress=lambda done, _of: limit.sleep(35.0))
+    assert refused.value.code == "TRAIN_TIMEOUT"
+    assert check(site, NEEDS).anew == 2, "35 s a case: two of four were seen"
+
+
+def test_an_order_whose_time_is_over_waits_for_no_file_that_hangs(site: Site, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    hanging = replace(run.listed(site).cases[0], channels=(Channel(files=(tmp_path / "pipe",)),))
+    began = time.monotonic()
+
+    def go_on() -> None:
+        if time.monotonic() > began + 2.0:
+            out_of_time()
+
+    with pytest.raises(OrderRefused, match="more than 60 s"):
+        list(looks([hanging], Setting(site.data, NEEDS, "secret"), 1, go_on))
+    assert time.monotonic() - began < 60.0, "a case has two minutes by itself"
 
 
 def test_a_reader_that_fails_in_a_way_that_nobody_foresaw_is_a_finding(

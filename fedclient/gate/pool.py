@@ -6,7 +6,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
@@ -22,6 +22,7 @@ from shared_models.errors import ProcessFailed
 
 PATIENCE_S = 120.0  # for one case, and a second more for each megabyte of it
 SLOWEST_BYTES_S = 1 << 20
+ASKED_S = 1.0  # between two questions whether the work may go on: one case may take longer than an order has left
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +43,32 @@ class _Worker:
 
 
 def looks(
-    cases: Sequence[Case], setting: Setting, processes: int, patience_s: float = PATIENCE_S
+    cases: Sequence[Case],
+    setting: Setting,
+    processes: int,
+    go_on: Callable[[], None],
+    patience_s: float = PATIENCE_S,
 ) -> Iterator[tuple[Case, Looked]]:
     """Each case and what was seen in it, in the order in which they are done.
 
     Args:
         processes: 0 looks in this process, where nothing ends a file that hangs.
+        go_on: `Site.go_on`; called before each case, and while cases are waited for.
 
     Raises:
         ProcessFailed: a process could not be started.
+        OrderRefused: of `go_on`.
     """
     if processes == 0:
         for case in cases:
+            go_on()
             yield case, look_at(case, setting.root, setting.needs, setting.secret)
         return
     waiting = list(reversed(cases))
     workers: list[_Worker] = []
     try:
         while waiting or any(worker.case for worker in workers):
+            go_on()
             while waiting and len(workers) < processes:
                 workers.append(_started(setting))
             for worker in workers:
@@ -67,7 +76,7 @@ def looks(
                     _hand(worker, waiting.pop(), patience_s)
             busy = [worker for worker in workers if worker.case is not None]
             first = min(worker.until for worker in busy)
-            ready = connection.wait([worker.pipe for worker in busy], max(0.0, first - time.monotonic()))
+            ready = connection.wait([worker.pipe for worker in busy], min(ASKED_S, max(0.0, first - time.monotonic())))
             for worker in busy:
                 done = _answer(worker, worker.pipe in ready)
                 if done is None:

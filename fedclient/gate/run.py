@@ -85,7 +85,11 @@ def check(
     patience_s: float = PATIENCE_S,
     progress: Progress | None = None,
 ) -> Checked:
-    """Every check of the catalogue that a study with these needs wants; whatever is wrong becomes a finding."""
+    """Every check of the catalogue that a study with these needs wants; whatever is wrong becomes a finding.
+
+    Raises:
+        OrderRefused: the site's work may not go on. What was seen by then is kept.
+    """
     waivers = read_waivers(site.folder)
     listing = listed(site)
     out = excluded(waivers)
@@ -93,7 +97,8 @@ def check(
     kept, states = _kept(site, needs, cases)
     todo = [case for case in cases if case.key not in kept]
     setting = Setting(site.data.resolve(), needs, site.salt)
-    for done, (case, looked) in enumerate(looks(todo, setting, min(processes, len(todo)), patience_s), start=1):
+    seeing = looks(todo, setting, min(processes, len(todo)), site.go_on, patience_s)
+    for done, (case, looked) in enumerate(seeing, start=1):
         kept[case.key] = looked
         if looked.state:  # else its files could not even be listed: it is tried again
             write_atomic(_path(site, needs, case), canonical_json(plain(looked)))
@@ -180,6 +185,7 @@ def _kept(site: Site, needs: Needs, cases: Sequence[Case]) -> tuple[dict[str, Lo
     found: dict[str, Looked] = {}
     states: dict[str, str] = {}
     for case in cases:
+        site.go_on()
         try:
             states[case.key] = state_of(case)
             looked = parse_json(Looked, _path(site, needs, case).read_bytes(), "kept result")
