@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import socket
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from fedserver.checkpoint import RunFolder, State, create_run
 from shared_models.files import append_json, write_json
 from shared_models.weights import save_arrays
-from simulations.bench.faults.__main__ import SCENARIOS, Seen, add_tests, chosen_faults, named_tests
+from simulations.bench.faults.__main__ import SCENARIOS, Seen, add_tests, chosen_faults, named_tests, run_tests
 from simulations.bench.faults.app import FIRST, MOST_SITES, moved
 from simulations.bench.faults.fleet import study
 from simulations.bench.faults.ledger import miscounted
@@ -61,7 +62,7 @@ def test_tests_of_processes_are_run_only_where_no_scenario_was():
         (["passed", "passed"], "pass", []),
         (["passed", "failed"], "FAIL", []),
         (["passed", "skipped"], "pass", ["tests/test_a.py::test_a[1]: needs root"]),
-        ([], "not run", ["tests/test_a.py::test_a: gave no result"]),
+        ([], "FAIL", []),
     ],
 )
 def test_a_fault_is_judged_by_all_parameters_of_its_tests(outcomes, verdict, not_run):
@@ -69,6 +70,24 @@ def test_a_fault_is_judged_by_all_parameters_of_its_tests(outcomes, verdict, not
     lines = [{"test": f"{name}[{i}]", "outcome": o, "why": "needs root"} for i, o in enumerate(outcomes)]
     add_tests(FAULT, {name: lines}, [name], seen)
     assert (seen.verdict, seen.not_run) == (verdict, not_run)
+
+
+def test_where_the_tests_are_not_at_hand_a_fault_is_not_judged_by_them():
+    seen = Seen()
+    add_tests(FAULT, None, FAULT.tests[:1], seen)
+    assert (seen.verdict, seen.not_run) == ("not run", ["tests/test_a.py::test_a: is not at hand"])
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, 1), (1, 1), (2, 0), (3, 0), (-9, 0)])
+def test_a_pytest_that_broke_off_tells_of_no_test(tmp_path, monkeypatch, code, told):
+    def ended(_words, *, env, **_):
+        append_json(Path(env["FAULTS_TOLD"]), {"test": "tests/test_a.py::test_a[0]", "outcome": "passed", "why": ""})
+        return subprocess.CompletedProcess([], code)
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    found = run_tests(["tests/test_a.py::test_a"], tmp_path)
+    assert found is not None
+    assert len(found) == told
 
 
 def test_a_scenario_that_fell_short_is_not_made_good_by_tests():

@@ -103,28 +103,40 @@ def named_tests(faults: Sequence[Fault], done: Mapping[str, Seen]) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
-def run_tests(tests: Sequence[str], out: Path) -> dict[str, list[dict[str, str]]]:
-    """How each test ended, by its node id, with all its parameters; none where the tests are not at hand."""
-    if not tests or not (ROOT / "tests").is_dir():
-        return {}
+Ended = dict[str, list[dict[str, str]]]  # lines of `told`, by node id without parameters
+
+
+def run_tests(tests: Sequence[str], out: Path) -> Ended | None:
+    """How each test ended, with all its parameters; None where the tests are not at hand.
+
+    A pytest that ends otherwise than with all its tests run tells of none: some parameters might never have had a turn.
+    """
+    if not (ROOT / "tests").is_dir():
+        return None
     into = out / "tests.jsonl"
     words = [sys.executable, "-m", "pytest", "-q", "-p", told.__name__, *tests]
     env = {**os.environ, **ONE_THREAD, told.INTO: str(into), "PYTHONPATH": str(ROOT)}
     with (out / "tests.log").open("wb") as log:
-        subprocess.run(words, cwd=ROOT, stdout=log, stderr=log, env=env, check=False)
-    ended: dict[str, list[dict[str, str]]] = {}
+        code = subprocess.run(words, cwd=ROOT, stdout=log, stderr=log, env=env, check=False).returncode
+    ended: Ended = {}
+    if code not in (0, 1):  # of pytest: all passed; all were run and some failed
+        print(f"pytest ended with {code}: see {log.name}", file=sys.stderr, flush=True)
+        return ended
     for line in map(json.loads, into.read_text().splitlines() if into.exists() else ()):
         ended.setdefault(line["test"].partition("[")[0], []).append(line)
     return ended
 
 
-def add_tests(fault: Fault, ended: Mapping[str, list[dict[str, str]]], chosen: Sequence[str], seen: Seen) -> None:
-    """What the tests of a fault came to."""
+def add_tests(fault: Fault, ended: Ended | None, chosen: Sequence[str], seen: Seen) -> None:
+    """What the tests of a fault came to; one that was to run and tells nothing has failed."""
     passed = 0
     for test in (t for t in fault.tests if t in chosen):
+        if ended is None:
+            seen.not_run.append(f"{test}: is not at hand")
+            continue
         lines = ended.get(test, [])
         if not lines:
-            seen.not_run.append(f"{test}: gave no result")
+            seen.failed.append(f"{test}: gave no result")
         for line in lines:
             if line["outcome"] == "failed":
                 seen.failed.append(f"{line['test']} failed")
@@ -185,7 +197,7 @@ def main() -> None:
         for fault in faults:
             tell(fault, done[fault.id])
     short = [fault.id for fault in faults if done[fault.id].failed]
-    ran = sum(seen.ran for seen in done.values())
+    ran = sum(seen.verdict != "not run" for seen in done.values())
     print(f"\n{ran - len(short)} of {ran} faults came to what they have to, {len(faults) - ran} could not be tried; "
           f"{(time.monotonic() - began) / 60:.1f} min")  # fmt: skip
     if short or arguments.out:
