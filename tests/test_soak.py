@@ -5,7 +5,20 @@ import random
 
 import pytest
 
-from simulations.bench.soak import DEADLINE_S, OUTAGE_S, SLACK_S, WARM_ROUNDS, Soak, growth, overdue_rounds, size_of
+from fedserver.checkpoint import RunFolder
+from simulations.bench.soak import (
+    DEADLINE_S,
+    MIB,
+    OUTAGE_S,
+    SLACK_S,
+    WARM_ROUNDS,
+    Sampled,
+    Soak,
+    growth,
+    overdue_rounds,
+    processes,
+    size_of,
+)
 from tests.test_faults import finished
 
 ROUNDS = list(range(100))
@@ -18,13 +31,39 @@ def test_growth_is_from_the_first_quarter_after_the_warm_up_to_the_last():
 
 def test_what_a_process_takes_in_its_first_rounds_and_one_peak_are_no_growth():
     warm = [n if n < WARM_ROUNDS else WARM_ROUNDS for n in ROUNDS]
-    assert growth(ROUNDS, warm)[0] == 0.0
+    assert growth(ROUNDS, warm) == (0.0, 64)
     peak = [100 if n != 60 else 10_000 for n in ROUNDS]
-    assert growth(ROUNDS, peak)[0] == 0.0
+    assert growth(ROUNDS, peak) == (0.0, 64)
 
 
 def test_a_process_that_lived_shortly_tells_nothing_of_growth():
-    assert growth(list(range(20)), list(range(20))) == (0.0, 0)
+    assert growth(list(range(20)), list(range(20))) is None
+
+
+def soak_of(tmp_path, **seen):
+    return Soak(None, RunFolder(tmp_path), random.Random(0), **seen)  # type: ignore[arg-type]
+
+
+def test_a_kind_of_process_of_which_none_lived_long_enough_falls_short(tmp_path):
+    short = Sampled("site node", list(range(20)), [5] * 20, [9] * 20)
+    going = soak_of(tmp_path, processes={1: short, 2: short})
+    (told,) = processes(going)
+    assert told.startswith("site node: none of 2 processes lived long enough to be measured")
+    going.processes[3] = Sampled("site node", ROUNDS, [5] * 100, [9] * 100)
+    assert processes(going) == []
+
+
+@pytest.mark.parametrize(
+    ("mib", "files", "told"),
+    [
+        (0.65, 0.0, "site node: memory grew by 41.6 MiB in 64 rounds"),  # 24 (1 + 64 / 100) = 39.4 MiB are allowed
+        (0.6, 0.0, ""),
+        (0.0, 0.25, "site node: 16 more open files"),
+    ],
+)
+def test_memory_or_files_that_grow_fall_short(tmp_path, mib, files, told):
+    node = Sampled("site node", ROUNDS, [int(n * mib * MIB) for n in ROUNDS], [int(n * files) for n in ROUNDS])
+    assert processes(soak_of(tmp_path, processes={1: node})) == ([told] if told else [])
 
 
 def test_logs_are_left_out_of_a_folders_size(tmp_path):

@@ -45,6 +45,7 @@ MOST_GROWTH_MIB = 24.0  # of a process's memory in 100 rounds, and once besides
 MOST_FOLDER_KIB = 96.0  # a round, of the coordinator's folder and of a site's, logs left out
 MOST_FILES = 8.0  # more open files of a process at the end than at the beginning
 SAMPLE_S = 2.0
+UNMEASURED = "lived long enough to be measured. Take more rounds, or disturb less (--every)."
 RUN = "soak"
 
 
@@ -239,11 +240,14 @@ def overdue_rounds(going: Soak) -> list[str]:
     return late
 
 
-def growth(rounds: list[int], values: list[int]) -> tuple[float, int]:
-    """How much a value grew from its first quarter to its last, after the first rounds, and in how many rounds."""
+def growth(rounds: list[int], values: list[int]) -> tuple[float, int] | None:
+    """How much a value grew from its first quarter to its last, after the first rounds, and in how many rounds.
+
+    None of a life too short to tell.
+    """
     kept = [(n, v) for n, v in zip(rounds, values, strict=True) if n >= rounds[0] + WARM_ROUNDS]
     if len(kept) < 8:
-        return 0.0, 0
+        return None
     quarter = max(1, len(kept) // 4)
     first, last = kept[:quarter], kept[-quarter:]
     grown = median(v for _, v in last) - median(v for _, v in first)
@@ -264,34 +268,51 @@ def judged(going: Soak) -> list[str]:
     late = sum(n != line["round"] for line in lines for _, n in updates_of(line))
     print(f"{len(counted)} of {asked} updates counted, {late} of them late")
     print(f"disturbances: {', '.join(f'{n} x {what}' for what, n in sorted(going.done.items()))}")
+    short += processes(going)
+    short += folders(going)
+    short += logs_that_fail(going.here)
+    return short
+
+
+def processes(going: Soak) -> list[str]:
+    """Kinds of processes whose memory or open files grow, or of which none could be measured."""
+    short = []
     for kind in sorted({seen.name for seen in going.processes.values()}):
         lived = [seen for seen in going.processes.values() if seen.name == kind]
-        most, over = max((growth(seen.rounds, seen.rss) for seen in lived), key=lambda g: g[0])
-        files = max(growth(seen.rounds, seen.files)[0] for seen in lived)
+        memory = [grown for seen in lived if (grown := growth(seen.rounds, seen.rss))]
+        if not memory:
+            short.append(f"{kind}: none of {len(lived)} processes {UNMEASURED}")
+            continue
+        most, over = max(memory)
+        files = max(grown[0] for seen in lived if (grown := growth(seen.rounds, seen.files)))
         longest = max(seen.rounds[-1] - seen.rounds[0] for seen in lived)
         peak = max(max(seen.rss) for seen in lived) / MIB
         allowed = MOST_GROWTH_MIB * (1 + over / 100)
         print(
-            f"  {kind:26} {len(lived):3} processes, the longest over {longest} rounds; peak {peak:.0f} MiB; grew by at "
-            f"most {most / MIB:.1f} MiB in {over} rounds (allowed {allowed:.0f}), open files by {files:+.0f}"
+            f"  {kind:26} {len(lived):3} processes, {len(memory)} measured, the longest over {longest} rounds; peak "
+            f"{peak:.0f} MiB; grew by at most {most / MIB:.1f} MiB in {over} rounds (allowed {allowed:.0f}), open "
+            f"files by {files:+.0f}"
         )
         if most / MIB > allowed:
             short.append(f"{kind}: memory grew by {most / MIB:.1f} MiB in {over} rounds")
         if files > MOST_FILES:
             short.append(f"{kind}: {files:.0f} more open files")
-    short += folders(going)
-    short += logs_that_fail(going.here)
     return short
 
 
 def folders(going: Soak) -> list[str]:
     short = []
     for who, sizes in going.folders.items():
-        grown, over = growth([n for n, _ in sizes], [size for _, size in sizes])
-        each = grown / 1024 / max(1, over)
-        print(f"  {who:26} folder {sizes[-1][1] / MIB:.1f} MiB, {each:.1f} KiB a round (at most {MOST_FOLDER_KIB:g})")
-        if each > MOST_FOLDER_KIB:
-            short.append(f"{who}: its folder grows by {each:.0f} KiB a round")
+        measured = growth([n for n, _ in sizes], [size for _, size in sizes])
+        if measured is None:
+            short.append(f"{who}: its folder was not there long enough to be measured. Take more rounds.")
+        else:
+            grown, over = measured
+            each = grown / 1024 / max(1, over)
+            size = sizes[-1][1] / MIB
+            print(f"  {who:26} folder {size:.1f} MiB, {each:.1f} KiB a round (at most {MOST_FOLDER_KIB:g})")
+            if each > MOST_FOLDER_KIB:
+                short.append(f"{who}: its folder grows by {each:.0f} KiB a round")
         logs = [path for path in (going.here.folder(who) / "logs").glob("*") if path.is_file()]
         short += [f"{who}: {p.name} has {p.stat().st_size / MIB:.0f} MiB" for p in logs
                   if p.stat().st_size > 1.2 * LOG_LIMIT_BYTES]  # fmt: skip
