@@ -2,21 +2,27 @@
 
 import ast
 import hashlib
+import http.client
 import socket
+import ssl
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fedserver.checkpoint import RunFolder, State, create_run
 from shared_models.files import append_json, write_json
+from shared_models.identity import new_site_keys, save_secret
 from shared_models.weights import save_arrays
+from simulations.bench.faults import sent
 from simulations.bench.faults.__main__ import SCENARIOS, Seen, add_tests, chosen_faults, named_tests, run_tests
 from simulations.bench.faults.app import FIRST, MOST_SITES, moved
-from simulations.bench.faults.fleet import study
+from simulations.bench.faults.fleet import FellShort, study
 from simulations.bench.faults.ledger import miscounted
 from simulations.bench.faults.line import Line
+from simulations.bench.faults.sent import MIB, offered
 from simulations.bench.faults.table import FAULTS, Fault
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +153,86 @@ def test_each_site_has_a_place_of_its_own():
     after = moved(FIRST, f"s{MOST_SITES}", 3)
     assert after["site"].tolist() == [0.0] * (MOST_SITES - 1) + [1.0]
     assert after["round"][-1] == pytest.approx(0.003)
+
+
+# A body that is too large
+
+
+class Peer:
+    """A connection to a server that takes so many bytes, and then answers with a status or not at all."""
+
+    def __init__(self, takes: int, status: int | None) -> None:
+        self.left, self.status, self.told = takes, status, list[tuple[str, str]]()
+
+    def putrequest(self, *words: str) -> None:
+        self.told.append(("POST", words[1]))
+
+    def putheader(self, name: str, value: str) -> None:
+        self.told.append((name, value))
+
+    def endheaders(self) -> None:
+        pass
+
+    def send(self, block: bytes) -> None:
+        if len(block) > self.left:
+            raise BrokenPipeError
+        self.left -= len(block)
+
+    def getresponse(self) -> SimpleNamespace:
+        if self.status is None:
+            raise ConnectionResetError
+        return SimpleNamespace(status=self.status)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("status", [413, 200, None])
+@pytest.mark.parametrize("takes", [0, 3 * MIB, 400 * MIB])
+def test_how_a_large_body_ended_is_told_as_it_was(takes, status):
+    peer = Peer(takes, status)
+    assert offered(peer, "/push", {"key": "k"}) == (status, takes)  # type: ignore[arg-type]
+    assert peer.told == [("POST", "/push"), ("key", "k"), ("content-length", str(400 * MIB))]
+
+
+def test_a_server_that_says_nothing_has_not_hung_up(monkeypatch):
+    def silent(_peer: Peer) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(Peer, "getresponse", silent)
+    with pytest.raises(TimeoutError):
+        offered(Peer(0, None), "/push", {})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def large_body(tmp_path, monkeypatch):
+    """Offers the body of the table to a peer, in the place of the coordinator's gateway."""
+    save_secret(tmp_path / "keys/node.key", new_site_keys().node)
+    here, context = SimpleNamespace(folder=lambda _site: tmp_path, port=1), ssl.create_default_context()
+
+    def offer(takes_mib: int, status: int | None) -> str:
+        peer = Peer(takes_mib * MIB, status)
+        monkeypatch.setattr(http.client, "HTTPSConnection", lambda *_, **__: peer)
+        return sent._big_body(here, "s1", context)  # type: ignore[arg-type]
+
+    return offer
+
+
+def test_a_large_body_is_refused_with_a_status_or_by_hanging_up(large_body):
+    assert (large_body(3, 413), large_body(3, None)) == ("413", "cut off")
+
+
+@pytest.mark.parametrize(
+    ("takes_mib", "status", "told"),
+    [
+        (3, 200, "answered with 200"),
+        (400, None, "400 MiB of 400 MB were taken"),
+        (400, 413, "400 MiB of 400 MB were taken"),
+    ],
+)
+def test_a_large_body_that_is_taken_falls_short(large_body, takes_mib, status, told):
+    with pytest.raises(FellShort, match=told):
+        large_body(takes_mib, status)
 
 
 # The line
