@@ -18,9 +18,9 @@ class Limits:
     Attributes:
         memory_gib: of main memory, for each process that trains or prepares images; left out, none is set.
         gpu_memory_share: of the GPU's memory that training may take, where others use it too.
-        order_s: longest that one order may take, from its arrival to its answer, in seconds; left out, as long as the
-            coordinator's message lives (twice the round's deadline, at least ten minutes): later nobody takes the
-            answer. What takes longer is ended, also where it hangs, and answered as TRAIN_TIMEOUT.
+        order_s: longest that one order may take, from its arrival to its answer, in seconds; left out, a minute less
+            than the coordinator's message lives (twice the round's deadline, at least ten minutes): later nobody takes
+            the answer. What takes longer is ended, also where it hangs, and answered as TRAIN_TIMEOUT.
     """
 
     __pydantic_config__ = STRICT

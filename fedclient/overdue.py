@@ -21,12 +21,15 @@ TRAIN_TIMEOUT = "TRAIN_TIMEOUT"
 GRACE_S = 20.0  # from the limit to the kill: the longest step of work that lives, and a little more
 
 
+ANSWER_S = (
+    60.0  # before the order's message dies: grace, kill, a new process, and its answer, which must still be taken
+)
 LONGEST_S = 60 * 86400.0  # twice the longest deadline that a study may give
 
 
 def longest_s(limits: Limits, waited_for_s: float) -> float:
     """Seconds that an order may take, where its coordinator says that it waits `waited_for_s` for the answer."""
-    return min(LONGEST_S, max(1.0, waited_for_s)) if limits.order_s is None else limits.order_s
+    return min(LONGEST_S, max(1.0, waited_for_s - ANSWER_S)) if limits.order_s is None else limits.order_s
 
 
 def longest_at(folder: Path, waited_for_s: float) -> float:
