@@ -7,7 +7,9 @@ import pytest
 
 from fedclient.chain import Head
 from fedclient.ledger import Ledger, Reservation, open_ledger
+from shared_models.database import writing
 from shared_models.errors import OrderRefused, StateInvalid, StudyInvalid
+from shared_models.parse import parse_json
 from shared_models.protect.accounting import Spend, epsilon
 from tests.crash import fresh, killed_at
 
@@ -150,6 +152,17 @@ def test_another_process_that_was_first_is_counted_too(tmp_path):
     entry = ledger._read()[0][1]
     assert ledger._append(entry, stale) is False
     assert ledger.head().entries == 2
+
+
+def test_the_slower_of_two_that_wrote_side_by_side_does_not_put_the_witness_back(tmp_path):
+    ledger = booked(tmp_path)
+    chain, heads = ledger._chain, []
+    for words in ("one", "other"):  # both commit before either tells the witness
+        with writing(chain.path) as db:
+            heads.append(chain.add(db, words))
+    chain.seen(heads[1])
+    chain.seen(heads[0])
+    assert parse_json(Head, chain.witness.read_bytes(), "witness", StateInvalid) == heads[1]
 
 
 def test_killed_at_any_line_the_book_never_counts_less_than_was_trained(tmp_path):
