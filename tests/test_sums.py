@@ -154,7 +154,8 @@ def test_steps_out_of_order_and_of_sums_never_heard_of_are_refused(tmp_path):
     assert code_of(lambda: sums["site-00"].confirm(early)) == "STEP_REPEATED"
 
 
-def test_a_weight_above_the_cohorts_is_refused_before_the_masks_are_made(tmp_path):
+@pytest.mark.parametrize("weight", [0, 16])
+def test_a_weight_that_is_none_or_above_the_cohorts_is_refused_before_the_masks_are_made(weight, tmp_path):
     made = federation(3, whole=15)
     sums = open_all(made, tmp_path)
     server = SecureSum(made.context, made.roster, made.layout)
@@ -165,8 +166,9 @@ def test_a_weight_above_the_cohorts_is_refused_before_the_masks_are_made(tmp_pat
         server.take_sealed(each.share(adverts))
     inbox = server.close_sealed()["site-00"]
     party = made.parties["site-00"]
-    act = lambda: sums["site-00"].mask(inbox, InMemory(party.delta), 16, party.counts, made.layout)  # noqa: E731
-    assert code_of(act) == "WEIGHT_RANGE"
+    with pytest.raises(OrderRefused, match=f"weight {weight} is not from 1 to the cohort's 15") as refused:
+        sums["site-00"].mask(inbox, InMemory(party.delta), weight, party.counts, made.layout)
+    assert refused.value.code == "WEIGHT_RANGE"
 
 
 def test_secrets_are_sealed_on_disk_and_gone_when_the_sum_has_ended(tmp_path):
