@@ -240,14 +240,14 @@ def test_a_memory_of_sums_without_its_witness_is_not_begun_anew(tmp_path):
     assert code_of(lambda: open_sums(made.parties["site-00"].member, tmp_path / "site-00")) == "SUMS_ROLLBACK"
 
 
-def test_killed_at_any_line_a_site_never_does_a_step_twice_and_never_hangs(tmp_path):
+@pytest.mark.parametrize(("stride", "watched"), [(1, ("fedclient/chain.py",)), (5, ("fedclient/sums.py",))])
+def test_killed_at_a_line_a_site_never_does_a_step_twice_and_never_hangs(stride, watched, tmp_path):
+    """At every line of the chain, which each step is an entry of; of the steps themselves at every fifth."""
     made = federation(3)
     number, ended = 0, False
     while not ended:
         folder = fresh(tmp_path, number)
-        words, ended = killed_at(
-            1 + 5 * number, partial(take_part, made, folder), ("fedclient/sums.py", "fedclient/chain.py")
-        )
+        words, ended = killed_at(1 + stride * number, partial(take_part, made, folder), watched)
         again = open_sums(made.parties["site-00"].member, folder)
         anew = replace(made.context, attempt=2)
         if "advert" in words:
