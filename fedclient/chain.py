@@ -1,7 +1,8 @@
 """A table that only grows, so that a file which was cut, changed or put back from a backup is refused.
 
 Each entry carries the digest of the one before it. How far the file had come stands in a second file, the witness,
-which is written after each commit: a process that dies in between leaves a file that is ahead of it, never behind.
+which is written after each commit: a process that dies in between leaves a file that is ahead of it, never behind. Of
+two that commit side by side the slower takes nothing back from it.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from shared_models.database import connected
 from shared_models.errors import OrderRefused, StateInvalid
-from shared_models.files import canonical_json, write_atomic
+from shared_models.files import canonical_json, locked, write_atomic
 from shared_models.parse import STRICT, Count, Sha256, parse_json, plain
 
 NOTHING = "0" * 64
@@ -63,7 +64,7 @@ class Chain:
 
     def read(self) -> tuple[list[str], Head]:
         """All entries, once their chain holds and reaches at least as far as it had come before."""
-        self.check_receipt(parse_json(Head, self.witness.read_bytes(), str(self.witness), StateInvalid))
+        self.check_receipt(self._witnessed())
         last, rows = NOTHING, self.rows()
         for number, (digest, content) in enumerate(rows, start=1):
             if digest != _digest(last, number, content):
@@ -92,7 +93,13 @@ class Chain:
         return head
 
     def seen(self, head: Head) -> None:
-        write_atomic(self.witness, canonical_json(plain(head)))
+        """Moves the witness on to `head`, unless another process has moved it further meanwhile."""
+        with locked(self.witness.with_suffix(".lock")):
+            if not self.witness.exists() or self._witnessed().entries < head.entries:
+                write_atomic(self.witness, canonical_json(plain(head)))
+
+    def _witnessed(self) -> Head:
+        return parse_json(Head, self.witness.read_bytes(), str(self.witness), StateInvalid)
 
 
 def _digest(last: str, number: int, content: str) -> str:

@@ -160,9 +160,10 @@ def decide(
     if verdict == "approved" and not also_alike and (others := alike_here(site, digest, asked.study)):
         raise StateInvalid(
             f"study {asked.study.name!r}: its secure sums could be compared with those of "
-            f"{', '.join(f'{a.study.name} ({a.sha256[:12]})' for a in others)}, which trains the same network. If one "
-            f"site more takes part in one than in the other, their difference is nearly that site's update. Where the "
-            f"same sites take part in both, or you accept it: `fedclient approve {digest[:12]} --also-alike`."
+            f"{', '.join(f'{a.study.name} ({a.sha256[:12]})' for a in others)}, which trains the same network or "
+            f"much of it. If one site more takes part in one than in the other, their difference is nearly that site's "
+            f"update. Where the same sites take part in both, or you accept it: `fedclient approve {digest[:12]} "
+            f"--also-alike`."
         )
     now_s = time.time()
     until = now_s + (days or site.policy.approval_days) * DAY_S if verdict == "approved" else None

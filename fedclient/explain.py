@@ -150,8 +150,9 @@ def _alike(site: Site, asked: Asked) -> Iterator[str]:
     for other in alike_here(site, asked.sha256, asked.study):
         yield (
             f"Its sums could be compared with those of {other.study.name} ({other.sha256[:12]}), which trains the same "
-            f"network here: if one site more takes part in one than in the other, their difference is nearly that "
-            f"site's update. Ask the coordinator who takes part in both; a person approves it with --also-alike."
+            f"network here or much of it: if one site more takes part in one than in the other, their difference is "
+            f"nearly that site's update. Ask the coordinator who takes part in both; a person approves it with "
+            f"--also-alike."
         )
 
 

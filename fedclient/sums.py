@@ -118,7 +118,7 @@ class Sums:
         if not 0 < weight <= context.whole:
             raise OrderRefused(
                 "WEIGHT_RANGE",
-                f"secure sum of round {context.round}: this site's weight {weight} is above the cohort's "
+                f"secure sum of round {context.round}: this site's weight {weight} is not from 1 to the cohort's "
                 f"{context.whole}.",
             )
         state, masks = secagg.mask(before, self.member, inbox)

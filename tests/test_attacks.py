@@ -12,10 +12,11 @@ import simulations.cli
 from shared_models import nets
 from shared_models.errors import StudyInvalid
 from shared_models.protect.privacy import Privacy, Protect
+from shared_models.protect.secure import SecureAggregation
 from shared_models.study import Evaluate, Model, Study, canonical, load_study
 from simulations.attacks import claim, curious, imprint, inversion, membership, report
 from simulations.attacks import run as attacks
-from simulations.attacks.finding import Finding, judged, psnr
+from simulations.attacks.finding import Finding, Row, judged, psnr
 from simulations.attacks.people import people_of, small
 from simulations.attacks.sums import mean_of, secure_sum
 from simulations.engine import NodeConfig
@@ -26,6 +27,8 @@ PRIVATE = load_study("lung-ct-private")
 SMALL = Model(features=(4, 4, 4, 4, 4, 4), groups=2)
 TINY = replace(PRIVATE, model=SMALL, train=replace(PRIVATE.train, local_steps=2, batch_size=2))
 PLAIN = replace(TINY, protect=Protect(), evaluate=Evaluate(every=1))
+COARSE = Protect(secure_aggregation=SecureAggregation(ring_bits=24, threshold=0.7))
+SECURED = replace(PLAIN, rounds=replace(PLAIN.rounds, quorum=3), protect=COARSE)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,13 @@ def test_a_plain_step_gives_the_picture_away_and_a_protected_one_does_not(people
     assert next(iter(found.strips[0].pictures)) == "original"
 
 
+def test_a_private_update_that_shows_more_than_a_picture_made_up_is_not_called_no_better():
+    nothing = np.zeros((2, 2), np.float32)
+    told = {decibels: inversion._verdict(TINY, {inversion.PRIVATE: (decibels, nothing)}, 12.0) for decibels in (11, 13)}
+    assert "gets 11.0 dB, no better than a picture that is made up (12.0 dB" in told[11]
+    assert "gets 13.0 dB, better than a picture that is made up (12.0 dB" in told[13]
+
+
 def test_an_attack_that_fails_without_protection_is_missed(people):
     found = inversion.attack(TINY, people, 2)
     assert [r.against for r in found.missed] == ["nothing"]
@@ -163,6 +173,14 @@ def test_the_claim_holds_and_without_its_noise_it_does_not():
     assert 0 < honest.value <= 2.85 < silent.value
 
 
+def test_an_audit_with_more_noise_than_the_study_has_is_none_of_the_study():
+    noisy, quiet = (replace(TINY, protect=Protect(privacy=Privacy(noise, 0.5))) for noise in (1.0, 0.5))
+    own, other = (claim.attack(study, Privacy(1.0, 0.5), 200) for study in (noisy, quiet))
+    assert row(own, "differential privacy").study
+    assert not row(other, "differential privacy").study
+    assert "with noise 1 (the study's own, 0.5, is less)" in other.setting
+
+
 def test_as_many_steps_are_audited_as_the_canaries_can_disprove():
     assert (claim.most_steps(1.0), claim.most_steps(3.0)) == (1, 7)
 
@@ -196,6 +214,43 @@ def test_a_transcript_of_a_secure_sum_holds_the_mean_and_no_update():
     assert curious.alike(one, curious.half_unmasked(made, "site-0")) < 0.12
     assert curious.alike(one, made.without_masks(deltas["site-0"])["w"].ravel()) > 0.999
     assert curious.numbers_in(made) == 0
+
+
+def test_a_secure_sum_is_in_the_ring_and_to_the_threshold_of_its_study():
+    """A ring of 24 bits has (2**23 - 128) / 6 elements for 1: each of four sites rounds by half of one at most."""
+    draw = np.random.default_rng(0)
+    deltas = {f"site-{n}": {"w": draw.standard_normal((50, 40)).astype(np.float32)} for n in range(4)}
+    made = secure_sum(deltas, clip=6.0, table=SecureAggregation(ring_bits=24, threshold=1.0))
+    mean = np.mean([delta["w"].astype(np.float64) for delta in deltas.values()], axis=0)
+    assert made.context.threshold == 4
+    assert {vector.size % 3 for vector in made.vectors.values()} == {0}
+    assert np.abs(mean_of(made)["w"] - mean).max() < 2 * 6 / (2**23 - 128)
+    one = deltas["site-0"]["w"].ravel()
+    assert curious.alike(one, made.without_masks(deltas["site-0"])["w"].ravel()) > 0.999
+    assert curious.alike(one, made.read_as_plain("site-0")["w"].ravel()) < 0.12
+    assert curious.alike(one, curious.half_unmasked(made, "site-0")) < 0.12
+
+
+def test_a_secured_study_is_listened_to_in_its_own_ring(nodes, tmp_path):
+    found = curious.attack(SECURED, nodes, tmp_path)
+    assert not found.missed
+    assert "in a ring of 24 bits, 3 of 3 sites needed to its end" in found.setting
+    assert found.verdict.endswith("the mean and sums over all sites, and of one site nothing.")
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_that_a_secure_sum_tells_nothing_is_not_said_of_one_that_tells_something(control):
+    failed = Row("nothing" if control else "secure sum", "likeness", 0.5, "as it must", False, control)
+    rows = (Row("secure sum", "numbers", 0.0, "below 1", True), failed)
+    words = f"is not shown: likeness of 0.5 under '{failed.against}'."
+    assert curious._verdict(SECURED, rows, []) == f"That the coordinator reads nothing of one site {words}"
+    assert curious._verdict(PLAIN, rows, []).endswith(f"That a secure sum would tell less {words}")
+    assert curious._verdict(SECURED, rows[:1], []).endswith("of one site nothing.")
+
+
+def test_numbers_that_a_private_study_tells_are_told():
+    assert "noisy update of each site, and losses, seconds." in curious._verdict(TINY, (), ["losses", "seconds"])
+    assert "noisy update of each site, and nothing else." in curious._verdict(TINY, (), [])
 
 
 def test_two_sites_are_too_few_for_a_secure_sum(nodes, tmp_path):

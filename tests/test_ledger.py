@@ -7,7 +7,9 @@ import pytest
 
 from fedclient.chain import Head
 from fedclient.ledger import Ledger, Reservation, open_ledger
+from shared_models.database import writing
 from shared_models.errors import OrderRefused, StateInvalid, StudyInvalid
+from shared_models.parse import parse_json
 from shared_models.protect.accounting import Spend, epsilon
 from tests.crash import fresh, killed_at
 
@@ -152,7 +154,38 @@ def test_another_process_that_was_first_is_counted_too(tmp_path):
     assert ledger.head().entries == 2
 
 
-def test_killed_at_any_line_the_book_never_counts_less_than_was_trained(tmp_path):
+def test_the_slower_of_two_that_wrote_side_by_side_does_not_put_the_witness_back(tmp_path):
+    ledger = booked(tmp_path)
+    chain, heads = ledger._chain, []
+    for words in ("one", "other"):  # both commit before either tells the witness
+        with writing(chain.path) as db:
+            heads.append(chain.add(db, words))
+    chain.seen(heads[1])
+    chain.seen(heads[0])
+    assert parse_json(Head, chain.witness.read_bytes(), "witness", StateInvalid) == heads[1]
+
+
+def test_killed_at_any_line_of_its_chain_the_book_holds_what_was_trained(tmp_path):
+    epsilon([WORK], 1e-5)  # the forked processes find it in memory
+    number, ended, seen = 0, False, set()
+    while not ended:
+        ledger = booked(fresh(tmp_path, number), 100.0)
+
+        def act(tell, ledger=ledger):
+            reserved = ledger.reserve(Reservation("all", "run-1", STUDY, 500, WORK))
+            tell("trained 60")
+            ledger.settle(reserved, 60)
+            tell("settled")
+
+        words, ended = killed_at(1 + number, act, ("fedclient/chain.py",))
+        [account] = open_ledger(ledger.folder).accounts()
+        seen.add((len(words), sum(spend.steps for spend in account.spends)))
+        number += 1
+    assert seen == {(0, 0), (0, 100), (1, 100), (1, 60), (2, 60)}
+
+
+def test_killed_at_a_line_the_book_never_counts_less_than_was_trained(tmp_path):
+    """At every 17th line of the book and its chain, over two trainings."""
     epsilon([WORK], 1e-5), epsilon([WORK, WORK], 1e-5)  # the forked processes find it in memory
     number, ended, seen = 0, False, set()
     while not ended:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedclient import alike as alike_module
 from fedclient import own_log
 from fedclient.alike import alike
 from fedclient.consent import Asked, alike_here, decide, find_asked
@@ -16,13 +17,14 @@ from fedclient.egress import sent
 from fedclient.explain import explained
 from fedclient.own_log import log_of
 from fedclient.policy import Policy
+from fedclient.site import Site
 from fedserver.app import newest_roster
 from fedserver.lifecycle import revoke
 from shared_models.errors import RoundPaused, StateInvalid
 from shared_models.files import read_lines
 from shared_models.protect.secure import SecureAggregation
 from shared_models.study import Evaluate, Study, load_study, sha256
-from shared_models.weights import load
+from shared_models.weights import Spec, load
 from tests.edge import Edge, running_edge
 from tests.hospitals import Hospitals
 from tests.order_path import FLOATS
@@ -182,9 +184,40 @@ def test_a_study_stays_alike_after_its_approval_was_withdrawn_for_its_sums_are_o
     assert alike_here(site, sha256(PLAIN_STUDY), PLAIN_STUDY) == []
 
 
-def test_histograms_of_a_plan_are_the_same_in_every_study_that_asks_for_them(hospitals):
+def likened(folder: Path, known: Study, study: Study) -> bool:
+    """Whether a site that takes part in `known` finds `study` to be like it."""
+    asked = Asked("f" * 64, known, "", 0.0, None, "approved")
+    site = Site("a", folder, folder, (), "cpu", 1, 11, "salt", deployed=True)
+    return alike(site, study, [asked]) == [asked]
+
+
+def test_histograms_of_a_plan_are_the_same_in_every_study_that_asks_for_them(tmp_path):
     first = replace(STUDY, name="plan-1", plan="federated")
-    known = Asked("f" * 64, first, "", 0.0, None, "approved")
     other = replace(first, name="plan-2", seed=7, train=replace(first.train, learning_rate=1e-5))
-    assert alike(hospitals.site("a"), other, [known]) == [known]
-    assert alike(hospitals.site("a"), STUDY, [known]) == []
+    assert likened(tmp_path, first, other)
+
+
+def test_one_label_more_changes_the_last_layer_and_hides_no_likeness(tmp_path):
+    """Of lung-ct-secure's 495,905 weights 17 belong to the last layer: 16 and a bias, which two labels have twice."""
+    study = load_study("lung-ct-secure")
+    more = replace(study, name="more", task=replace(study.task, labels=(*study.task.labels, "heart")))
+    assert likened(tmp_path, study, more)
+    assert likened(tmp_path, more, study)
+
+
+def test_networks_of_which_less_than_a_tenth_is_the_same_are_not_alike_and_from_a_tenth_they_are(tmp_path, monkeypatch):
+    f4 = np.dtype(np.float32)
+    of = {8: {"a": Spec((9,), f4), "b": Spec((91,), f4)}, 16: {"a": Spec((9,), f4), "b": Spec((92,), f4)}}
+    monkeypatch.setattr(alike_module, "_schema", lambda study: of[study.model.features[0]])
+    narrow, wide = (replace(STUDY, model=replace(STUDY.model, features=(n,) * 6)) for n in (8, 16))
+    assert not likened(tmp_path, narrow, wide)  # 9 of 100
+    of[8]["b"] = Spec((81,), f4)
+    assert likened(tmp_path, narrow, wide)  # 9 of 90
+    assert likened(tmp_path, wide, narrow)
+
+
+def test_a_federated_plan_may_come_to_the_network_of_any_other_study(tmp_path):
+    planned = replace(STUDY, name="plan-1", plan="federated")
+    assert likened(tmp_path, planned, STUDY)
+    assert likened(tmp_path, STUDY, planned)
+    assert not likened(tmp_path, planned, PLAIN_STUDY)  # not summed at all

@@ -194,7 +194,8 @@ def test_a_round_beyond_the_study_and_a_site_without_patients_are_refused(tmp_pa
     assert spent(tmp_path) == ()
 
 
-def test_killed_at_any_line_no_training_is_missing_from_the_book(tmp_path):
+def test_killed_at_a_line_no_training_is_missing_from_the_book(tmp_path):
+    """At every 14th line of the round; at any line of the book's chain in tests/test_ledger.py."""
     epsilon([replace(ROUND, steps=40)], DELTA)  # the forked processes find dp-accounting loaded
     number, ended, seen = 0, False, set()
     while not ended:

@@ -154,7 +154,8 @@ def test_steps_out_of_order_and_of_sums_never_heard_of_are_refused(tmp_path):
     assert code_of(lambda: sums["site-00"].confirm(early)) == "STEP_REPEATED"
 
 
-def test_a_weight_above_the_cohorts_is_refused_before_the_masks_are_made(tmp_path):
+@pytest.mark.parametrize("weight", [0, 16])
+def test_a_weight_that_is_none_or_above_the_cohorts_is_refused_before_the_masks_are_made(weight, tmp_path):
     made = federation(3, whole=15)
     sums = open_all(made, tmp_path)
     server = SecureSum(made.context, made.roster, made.layout)
@@ -165,8 +166,9 @@ def test_a_weight_above_the_cohorts_is_refused_before_the_masks_are_made(tmp_pat
         server.take_sealed(each.share(adverts))
     inbox = server.close_sealed()["site-00"]
     party = made.parties["site-00"]
-    act = lambda: sums["site-00"].mask(inbox, InMemory(party.delta), 16, party.counts, made.layout)  # noqa: E731
-    assert code_of(act) == "WEIGHT_RANGE"
+    with pytest.raises(OrderRefused, match=f"weight {weight} is not from 1 to the cohort's 15") as refused:
+        sums["site-00"].mask(inbox, InMemory(party.delta), weight, party.counts, made.layout)
+    assert refused.value.code == "WEIGHT_RANGE"
 
 
 def test_secrets_are_sealed_on_disk_and_gone_when_the_sum_has_ended(tmp_path):
@@ -238,14 +240,14 @@ def test_a_memory_of_sums_without_its_witness_is_not_begun_anew(tmp_path):
     assert code_of(lambda: open_sums(made.parties["site-00"].member, tmp_path / "site-00")) == "SUMS_ROLLBACK"
 
 
-def test_killed_at_any_line_a_site_never_does_a_step_twice_and_never_hangs(tmp_path):
+@pytest.mark.parametrize(("stride", "watched"), [(1, ("fedclient/chain.py",)), (5, ("fedclient/sums.py",))])
+def test_killed_at_a_line_a_site_never_does_a_step_twice_and_never_hangs(stride, watched, tmp_path):
+    """At every line of the chain, which each step is an entry of; of the steps themselves at every fifth."""
     made = federation(3)
     number, ended = 0, False
     while not ended:
         folder = fresh(tmp_path, number)
-        words, ended = killed_at(
-            1 + 5 * number, partial(take_part, made, folder), ("fedclient/sums.py", "fedclient/chain.py")
-        )
+        words, ended = killed_at(1 + stride * number, partial(take_part, made, folder), watched)
         again = open_sums(made.parties["site-00"].member, folder)
         anew = replace(made.context, attempt=2)
         if "advert" in words:

@@ -172,6 +172,11 @@ def unpacked(octets: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     return wide.reshape(-1).view("<u4").astype(np.uint32, copy=False)
 
 
+def signed(elements: NDArray[np.uint32], bits: int) -> NDArray[np.int32]:
+    """Elements as whole numbers around 0; what stands above `bits` counts for nothing."""
+    return elements.view(np.int32) if bits == 32 else (elements << np.uint32(8)).view(np.int32) >> np.int32(8)
+
+
 def bytes_of(layout: Layout, bits: int) -> int:
     """How long a masked vector is as it travels."""
     return layout.elements * bits // 8
@@ -210,7 +215,6 @@ def mean_of(vector: NDArray[np.uint32], layout: Layout, how: Encoding, name: str
     mean = np.empty(end - begin, np.float64)
     for at in range(begin, end, CHUNK):
         part = vector[at : min(at + CHUNK, end)]
-        signed = part.view(np.int32) if how.bits == 32 else (part << np.uint32(8)).view(np.int32) >> np.int32(8)
-        np.multiply(signed, 1.0 / (how.scale * share), out=mean[at - begin : at - begin + part.size])
+        np.multiply(signed(part, how.bits), 1.0 / (how.scale * share), out=mean[at - begin : at - begin + part.size])
     np.clip(mean, -how.clip, how.clip, out=mean)
     return mean.reshape(layout.schema[name].shape)

@@ -166,7 +166,7 @@ def wanted(
         round=round_number,
         attempt=attempt,
         cohort=cohort,
-        threshold=max(least_threshold(sites), ceil(sites * table.threshold - 1e-9)),
+        threshold=threshold_of(table, sites),
         least_cohort=study.rounds.quorum,
         roster_sha256=roster_sha256,
         model_sha256=model_sha256,
@@ -177,6 +177,11 @@ def wanted(
         scale=how.scale,
         ring_bits=table.ring_bits,
     )
+
+
+def threshold_of(table: SecureAggregation, sites: int) -> int:
+    """How many of the sites of a sum must stay to its end."""
+    return max(least_threshold(sites), ceil(sites * table.threshold - 1e-9))
 
 
 def round_of(kind: str, round_number: int) -> int:

@@ -72,19 +72,20 @@ def attack(study: Study, example: Privacy, canaries: int, tick: Callable[[], Non
     tick()
     silent = audit(privacy, canaries, steps, Chance(), np.zeros)
     tick()
+    less = f" (the study's own, {own.noise_multiplier:g}, is less)" if own and own.noise_multiplier < noise else ""
     least = f"epsilon at least ({honest.claimed:.3g} claimed)"
     rows = (
         Row("nothing: accounted for, the noise left out", least, silent.at_least, f"above {silent.claimed:.3g}",
             silent.at_least > silent.claimed, control=True),
         Row("differential privacy", least, honest.at_least, f"at most {honest.claimed:.3g}",
-            honest.at_least <= honest.claimed, study=own is not None),
+            honest.at_least <= honest.claimed, study=own is not None and own.noise_multiplier >= LEAST_NOISE),
     )  # fmt: skip
     return Finding(
         "claim",
-        "One-run audit of the claimed epsilon",
+        "One-run audit of the mechanism and its claimed epsilon",
         f"{canaries} canaries, each a patient with a weight of its own, half of them in (Steinke et al. 2023); {steps} "
-        f"step(s) with noise {noise:g}, all patients in each, delta {DELTA:g}. What sampling adds to privacy is not "
-        f"audited.",
+        f"step(s) with noise {noise:g}{less}, all patients in each, delta {DELTA:g}. What sampling adds to privacy "
+        f"is not audited, nor the study's own number of steps.",
         rows,
         f"An attacker who sees every weight and made the patients up proves epsilon {honest.at_least:.2f}, where "
         f"{honest.claimed:.2f} is accounted for ({honest.found.right} of {honest.found.made} guesses right); without "

@@ -6,7 +6,7 @@ that are revealed in the end give away is taken off again.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from shared_models import nets
 from shared_models.errors import StudyInvalid
 from shared_models.protect.masking import self_mask_key
 from shared_models.protect.prg import Masks
+from shared_models.protect.ring import signed
 from shared_models.protect.shamir import combine
 from shared_models.scores import row_of
 from shared_models.study import Study
@@ -31,6 +32,7 @@ from simulations.engine import NodeConfig, run_local
 
 STEPS = 2  # of the round that is listened to: what is told of it is the same as of a long one
 FEWEST = 3
+SECURE = "secure sum"
 
 
 class Listening:
@@ -59,13 +61,14 @@ def attack(study: Study, nodes: Mapping[str, NodeConfig], folder: Path) -> Findi
     flat = {site: np.concatenate([delta[n].ravel() for n in sorted(delta)]) for site, delta in deltas.items()}
     clip = 1.01 * max(float(np.abs(values).max()) for values in flat.values())
     counts = {site: {"cases": max(of.examples for of in replies[site])} for site in deltas}
-    transcript = secure_sum(deltas, clip, counts=counts)
+    transcript = secure_sum(deltas, clip, counts=counts, table=study.protect.secure_aggregation)
     chance = 5 / len(next(iter(flat.values()))) ** 0.5  # five deviations of a correlation of what has none
     bare = min(alike(flat[site], _flat(transcript.without_masks(deltas[site]))) for site in flat)
     masked = max(alike(flat[site], _flat(transcript.read_as_plain(site))) for site in flat)
     halfway = max(alike(flat[site], half_unmasked(transcript, site)) for site in flat)
     mean: NDArray[np.float64] = np.stack(list(flat.values())).astype(np.float64).mean(0)
     off = float(np.abs(_flat(mean_of(transcript)) - mean).max())
+    step = len(flat) / transcript.context.scale  # each site rounds by half an element at most
     kept = on_disk(run, flat)
     likeness = "likeness of what is read to one site's update (correlation)"
     rows = (
@@ -74,33 +77,39 @@ def attack(study: Study, nodes: Mapping[str, NodeConfig], folder: Path) -> Findi
             not told if private else None, study=not secured(study)),
         Row("nothing", "updates of single sites that the run folder keeps", float(kept), "below 1", kept == 0,
             study=not secured(study)),
-        judged("secure sum", likeness, masked, below=chance, study=secured(study)),
-        judged("secure sum, its revealed shares used", likeness, halfway, below=chance, study=secured(study)),
-        Row("secure sum", "numbers of one site in its messages", float(numbers_in(transcript)), "below 1",
-            numbers_in(transcript) == 0),
-        Row("secure sum", "told of all sites together", ", ".join(sorted(transcript.total.counts))),
-        judged("secure sum", "largest difference of the sum from the plain mean", off, below=1e-6),
+        judged(SECURE, likeness, masked, below=chance, study=secured(study)),
+        judged(f"{SECURE}, its revealed shares used", likeness, halfway, below=chance, study=secured(study)),
+        Row(SECURE, "numbers of one site in its messages", float(numbers_in(transcript)), "below 1",
+            numbers_in(transcript) == 0, study=secured(study)),
+        Row(SECURE, "told of all sites together", ", ".join(sorted(transcript.total.counts))),
+        judged(SECURE, "largest difference of the sum from the plain mean", off, below=max(1e-6, step)),
     )  # fmt: skip
-    what = "the noisy update of each site and nothing else" if private else "each site's update, whole"
-    also = "" if private or not told else f", and {', '.join(told)}"
-    if secured(study):
-        verdict = (
-            "Of this study's rounds the coordinator reads the mean and sums over all sites, and of one site nothing."
-        )
-    else:
-        verdict = (
-            f"Of this study's rounds the coordinator reads {what}{also}. Under a secure sum it would read the mean and "
-            f"sums alone."
-        )
     return Finding(
         "curious",
         "A curious coordinator",
         f"One round of the study with {len(nodes)} sites by the real client and server code, all replies kept; then a "
-        f"secure sum of the same updates ({len(mean):,} weights), all vectors and messages kept.",
+        f"secure sum of the same updates ({len(mean):,} weights in a ring of {transcript.context.ring_bits} bits, "
+        f"{transcript.context.threshold} of {len(nodes)} sites needed to its end), all vectors and messages kept.",
         rows,
-        verdict,
+        _verdict(study, rows, told),
         details={"told": told, "clip": clip},
     )
+
+
+def _verdict(study: Study, rows: Sequence[Row], told: Sequence[str]) -> str:
+    """What is read of a site; that a secure sum tells nothing of it only where every figure of it is as it must be."""
+    failed = [row for row in rows if row.holds is False and (row.control or row.against.startswith(SECURE))]
+    figures = ", ".join(f"{row.figure} of {row.told} under {row.against!r}" for row in failed)
+    if secured(study):
+        if failed:
+            return f"That the coordinator reads nothing of one site is not shown: {figures}."
+        return "Of this study's rounds the coordinator reads the mean and sums over all sites, and of one site nothing."
+    what = "each site's update, whole" if study.protect.privacy is None else "the noisy update of each site"
+    also = f", and {', '.join(told)}" if told else ", and nothing else" if study.protect.privacy is not None else ""
+    would = f"That a secure sum would tell less is not shown: {figures}." if failed else (
+        "Under a secure sum it would read the mean and sums alone."
+    )  # fmt: skip
+    return f"Of this study's rounds the coordinator reads {what}{also}. {would}"
 
 
 def listened(
@@ -158,7 +167,7 @@ def half_unmasked(transcript: Transcript, site: str) -> NDArray[np.float64]:
     chosen = dict(sorted(shares.items())[: context.threshold])
     elements = transcript.elements(site).copy()
     Masks([(self_mask_key(combine(chosen), context.digest, site), -1)]).apply(elements)
-    return elements.view(np.int32).astype(np.float64)
+    return signed(elements, context.ring_bits).astype(np.float64)
 
 
 def numbers_in(transcript: Transcript) -> int:

@@ -93,7 +93,9 @@ def attack(
     tick()
     alone = found_of([chosen[i] for i in parts[0]], recovered(deltas["site-0"]))
     largest = max(float(np.abs(array).max()) for delta in deltas.values() for array in delta.values())
-    together = found_of(chosen, recovered(mean_of(secure_sum(deltas, clip=1.01 * largest))))
+    together = found_of(
+        chosen, recovered(mean_of(secure_sum(deltas, clip=1.01 * largest, table=study.protect.secure_aggregation)))
+    )
     tick()
     refusals = [*admission(study, nodes), ("the site's secure sum", "SCHEMA_MISMATCH", in_a_secure_sum(study))]
     figure = f"slices above {RECOVERED_DB:g} dB, of {len(alone)}"

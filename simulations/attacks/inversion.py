@@ -128,7 +128,8 @@ def attack(study: Study, people: Sequence[Patient], iterations: int, tick: Tick 
         return psnr(original, closest), closest
 
     plain = [delta_of(net, batch_of([p], [n])) for p, n in zip(pictures, labels, strict=True)]
-    transcript = secure_sum({f"site-{n}": delta for n, delta in enumerate(plain)}, clip=_largest(plain))
+    sites = {f"site-{n}": delta for n, delta in enumerate(plain)}
+    transcript = secure_sum(sites, clip=_largest(plain), table=study.protect.secure_aggregation)
     got = {
         "nothing": one(plain[0], mine),
         PRIVATE: one(delta_of(net, batch_of(pictures[:1], mine), privacy), mine),
@@ -173,9 +174,10 @@ def _largest(deltas: Sequence[Arrays]) -> float:
 
 def _verdict(study: Study, got: dict[str, tuple[float, Picture]], guessed: float) -> str:
     if study.protect.privacy is not None:
+        than = "no better" if got[PRIVATE][0] <= guessed else "better"
         return (
-            f"From a differentially private update the attacker gets {got[PRIVATE][0]:.1f} dB, no "
-            f"better than a picture that is made up ({guessed:.1f} dB is the mean of all patients)."
+            f"From a differentially private update the attacker gets {got[PRIVATE][0]:.1f} dB, {than} "
+            f"than a picture that is made up ({guessed:.1f} dB is the mean of all patients)."
         )
     if secured(study):
         best = max(decibels for name, (decibels, _) in got.items() if name.startswith(SECURE))

@@ -11,10 +11,11 @@ from fedclient.secagg import Held, Member
 from fedclient.sums import masked
 from fedserver.secagg import SecureSum, SecureTotal
 from shared_models.identity import identity_public_key, new_site_keys
-from shared_models.protect.context import Context, least_threshold
+from shared_models.protect.context import Context
 from shared_models.protect.messages import Revealed, write
 from shared_models.protect.prg import Masks
-from shared_models.protect.ring import Layout, bytes_of, encoding, unpacked
+from shared_models.protect.ring import Layout, bytes_of, encoding, signed, unpacked
+from shared_models.protect.secure import SecureAggregation, threshold_of
 from shared_models.roster import Roster
 from shared_models.weights import Arrays, InMemory, schema_of
 
@@ -55,7 +56,7 @@ class Transcript:
 
 def read_elements(elements: NDArray[np.uint32], context: Context, layout: Layout) -> dict[str, NDArray[np.float64]]:
     """Elements of the ring as tensors, each a site's share of the mean."""
-    whole = elements.view(np.int32).astype(np.float64) / context.scale
+    whole = signed(elements, context.ring_bits).astype(np.float64) / context.scale
     return {n: whole[a:b].reshape(layout.schema[n].shape) for n, (a, b) in layout.places.items()}
 
 
@@ -64,19 +65,25 @@ def secure_sum(
     clip: float,
     weights: Mapping[str, int] | None = None,
     counts: Mapping[str, Mapping[str, int]] | None = None,
+    table: SecureAggregation | None = None,
 ) -> Transcript:
-    """Carries out the whole protocol for `deltas`, by site; all weigh the same unless `weights` says otherwise."""
+    """Carries out the whole protocol for `deltas`, by site; all weigh the same unless `weights` says otherwise.
+
+    Args:
+        table: of the study, whose ring and threshold are those of the sum; left out, the defaults.
+    """
     sites = tuple(sorted(deltas))
     shares = weights or dict.fromkeys(sites, 1)
     told = counts or {site: {} for site in sites}
     keys = {site: new_site_keys().identity for site in sites}
     roster = Roster("attack", 1, {site: identity_public_key(key).hex() for site, key in keys.items()})
     layout = Layout(schema_of(deltas[sites[0]]), tuple(sorted(told[sites[0]])))
-    how = encoding(clip)
+    asked = table or SecureAggregation()
+    how = encoding(clip, asked.ring_bits)
     context = Context(
-        run="attack", round=1, attempt=1, cohort=sites, threshold=least_threshold(len(sites)), least_cohort=3,
+        run="attack", round=1, attempt=1, cohort=sites, threshold=threshold_of(asked, len(sites)), least_cohort=3,
         roster_sha256=roster.sha256, model_sha256=NOWHERE, schema_sha256=layout.sha256, policy_sha256=NOWHERE,
-        whole=sum(shares.values()), clip=how.clip, scale=how.scale,
+        whole=sum(shares.values()), clip=how.clip, scale=how.scale, ring_bits=asked.ring_bits,
     )  # fmt: skip
     members = {site: Member(site, keys[site], roster) for site in sites}
     held, server = Held(NOWHERE, layout.sha256, NOWHERE), SecureSum(context, roster, layout)
