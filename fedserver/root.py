@@ -239,7 +239,8 @@ def install(federation: Federation, content: bytes) -> Authority:
     if not federation.offline:
         raise StateInvalid(f"{federation.folder}: its root key is kept here, there is nothing to bring from elsewhere.")
     before = read_authority(federation.authority)
-    if not newer(federation.authority, answer.authority.encode()):
+    offered = answer.authority.encode()
+    if not newer(federation.authority, offered) or read_authority(offered).number == before.number:
         raise StateInvalid(f"answer of the root: list {before.number} is in use already. Make a new request.")
     made = _take(federation, content)
     revoked = made.revoked - before.revoked

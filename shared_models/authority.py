@@ -136,6 +136,9 @@ def _read_offline(
 def newer(known: bytes, offered: bytes) -> bool:
     """Whether `offered` is to take the place of `known`, an authority of the same root.
 
+    The root signs its list and each issuing key, but not how many come along: whoever stands in between can leave one
+    out. So a list of the same number counts as newer where it brings an issuing key that was not seen.
+
     Raises:
         StateInvalid: it has another root, an older list, or another list of the same number.
     """
@@ -149,7 +152,7 @@ def newer(known: bytes, offered: bytes) -> bool:
         )
     if theirs.number == mine.number and (theirs.revoked, theirs.until_s) != (mine.revoked, mine.until_s):
         raise StateInvalid(f"authority: two revocation lists are number {mine.number}. Telephone the coordinator.")
-    return theirs.number > mine.number
+    return theirs.number > mine.number or bool(set(theirs.issuers) - set(mine.issuers))
 
 
 # What a root signs

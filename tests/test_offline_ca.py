@@ -35,6 +35,7 @@ from shared_models.authority import (
     new_root,
     newer,
     read_authority,
+    read_files,
     revocation_list,
 )
 from shared_models.errors import EnrolmentFailed, ProcessFailed, StateInvalid
@@ -371,6 +372,32 @@ def test_a_coordinator_that_was_rolled_back_is_refused_and_written_down(served: 
     assert ["is stale" in line["why"] for line in lines] == [True], "once"
     with pytest.raises(StateInvalid, match="list 1 is in use already"):
         install(served.federation, json.dumps({"authority": before.decode(), "signer": ""}).encode())
+
+
+def test_an_issuing_key_that_somebody_in_between_left_out_is_taken_up_from_the_same_list(
+    served: Served, tmp_path: Path
+) -> None:
+    site = joined_site(served.edge, tmp_path, "north")
+    first = read_authority(served.federation.authority).issuers[0]
+    served.change()
+    whole = served.federation.authority
+    served.federation.listed.write_bytes(before_newest(whole))
+    assert refresh(home(site), "north", site.address)
+    assert read_authority(read_files(site.keys)).issuers == (first,), "nothing shows that one is missing"
+    served.federation.listed.write_bytes(whole.removeprefix(read_authority(whole).root))
+    assert refresh(home(site), "north", site.address)
+    assert read_files(site.keys) == whole
+    assert not refresh(home(site), "north", site.address)
+    answer = json.dumps({"authority": whole.decode(), "signer": ""}).encode()
+    served.federation.listed.write_bytes(before_newest(whole))
+    with pytest.raises(StateInvalid, match="list 2 is in use already"):
+        install(served.federation, answer)
+
+
+def before_newest(authority: bytes) -> bytes:
+    """An authority without its root's certificate, as after `ca.pem`, and without its newest issuing key."""
+    found = read_authority(authority)
+    return authority.removeprefix(found.root).removesuffix(found.issuers[-1])
 
 
 def test_an_invite_of_today_is_not_answered_by_a_list_of_yesterday(served: Served, tmp_path: Path) -> None:
