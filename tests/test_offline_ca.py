@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
@@ -319,6 +320,24 @@ def await_log(served: Served, event: str) -> None:
     assert eventually(lambda: any(line["event"] == event for line in read_lines(served.federation.audit)))
 
 
+def test_strangers_who_hold_all_places_stop_no_renewal_and_no_roster(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = joined_site(served.edge, tmp_path, "north")
+    before = load_credential(site.keys / "tls.pem").certificate
+
+    def full(address: str) -> bytes:
+        raise EnrolmentFailed(f"coordinator at {address}: cannot be reached (Connection reset by peer).")
+
+    monkeypatch.setattr("fedclient.authorities.offered", full)
+    keeper = Keeper(home(site), "north", site.address, lambda: read_certificate(before).expires_at_s - 86400)
+    for _ in range(2):
+        keeper.look()
+    assert load_credential(site.keys / "tls.pem").certificate != before
+    assert read_roster(home(site)) is not None
+    assert sum("Connection reset by peer" in line for line in caplog.messages) == 1, "once a day"
+
+
 # Stolen keys
 
 
@@ -339,7 +358,7 @@ def test_a_stolen_issuing_key_is_refused_once_a_site_has_heard_and_the_site_find
         assert refresh(home(site), "north", site.address)
         with pytest.raises(ssl.SSLCertVerificationError):
             handshake(address, site_context(site.keys))
-    with pytest.raises(ProcessFailed, match="has revoked an issuing key"):
+    with pytest.raises(ProcessFailed, match=r"an issuing key .* counts no more"):
         old.refresh()
     assert is_orphaned(home(site))
     refused = ask(served.edge, site_context(site.keys), "GET", "/health")
@@ -353,6 +372,31 @@ def test_a_stolen_issuing_key_is_refused_once_a_site_has_heard_and_the_site_find
     assert followed is not None
     assert followed.roster.epoch == 2, "its renewal, after epochs that are signed anew"
     assert followed.certificate == signer(served.federation).certificate.decode()
+
+
+def test_a_running_node_starts_anew_though_the_revoked_keys_certificate_does_not_come_along(
+    served: Served, tmp_path: Path
+) -> None:
+    site = joined_site(served.edge, tmp_path, "north")
+    tls, old = ClientTls(site.keys), load_credential(served.federation.issuing).certificate
+    served.change(revoke=True)
+    assert old in served.federation.authority
+    (site.keys / LIST).write_bytes(served.federation.listed.read_bytes().replace(old, b""))
+    with pytest.raises(ProcessFailed, match=r"an issuing key .* counts no more"):
+        tls.refresh()
+
+
+def test_a_running_node_goes_on_after_an_issuing_key_that_has_ended_is_left_out(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = joined_site(served.edge, tmp_path, "north")
+    tls, old = ClientTls(site.keys), load_credential(served.federation.issuing).certificate
+    served.change()
+    (site.keys / LIST).write_bytes(served.federation.listed.read_bytes().replace(old, b""))
+    after = read_certificate(old).expires_at_s + 1
+    monkeypatch.setattr("fedclient.tls.time", SimpleNamespace(time=lambda: after))
+    tls.refresh()
+    assert old not in tls.authority
 
 
 def shows_new(served: Served) -> bool:
