@@ -16,7 +16,11 @@ Stick = Annotated[
 ]
 Days = Annotated[float, typer.Option(help="For which the issuing key is good.")]
 RevokeOld = Annotated[
-    bool, typer.Option("--revoke-old", help="The keys at the coordinator may be in other hands: revoke all before.")
+    bool,
+    typer.Option(
+        "--revoke-old",
+        help="The keys at the coordinator may be in other hands: revoke all before. See `ca request --anew`.",
+    ),
 ]
 
 
@@ -68,6 +72,9 @@ def show(
 @guarded
 def request(
     out: Annotated[Path, typer.Argument(help="The file to bring to the root key; it holds no secret.")],
+    anew: Annotated[
+        bool, typer.Option("--anew", help="Before `certify --revoke-old`: keys that wait may be in other hands, too.")
+    ] = False,
     federation: Folder = HERE,
 ) -> None:
     """Makes a new issuing key here and writes what the root key is to certify."""
@@ -75,7 +82,7 @@ def request(
     from fedserver.root import request as ask
     from shared_models.files import write_atomic
 
-    write_atomic(out, ask(open_federation(federation)))
+    write_atomic(out, ask(open_federation(federation), anew))
     console.print(f"{out}: bring it to the root key. There: `fedserver ca certify {out.name} ANSWER --root FOLDER`.")
 
 
@@ -133,7 +140,7 @@ def renew(
     opened = open_federation(federation)
     before = len(_revoked(federation))
     unlocked = open_root(root, passphrase(passphrase_file, twice=False))
-    made = take(opened, sign(unlocked, ask(opened), days, revoke_old))
+    made = take(opened, sign(unlocked, ask(opened, anew=revoke_old), days, revoke_old))
     _tell(len(made.revoked) > before)
     console.print("Take the stick out again.")
 

@@ -208,11 +208,15 @@ def founding(folder: Path, passphrase: str, days: float = ISSUER_DAYS) -> Found:
     return found
 
 
-def request(federation: Federation) -> bytes:
-    """Makes the keys that are to be certified, keeps them here, and asks; asked again, it asks for the same."""
+def request(federation: Federation, anew: bool = False) -> bytes:
+    """Makes the keys that are to be certified, keeps them here, and asks; asked again, it asks for the same.
+
+    Args:
+        anew: asks for others than before: whoever took the coordinator's keys has those that wait, too.
+    """
     ca = federation.folder / "ca"
     for name, make in (("issuing.next", new_authority_key), ("signer.next", new_identity_key)):
-        if not (ca / name).exists():
+        if anew or not (ca / name).exists():
             save_secret(ca / name, make())
     return canonical_json(
         plain(

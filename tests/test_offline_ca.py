@@ -535,6 +535,27 @@ def test_the_stick_may_stay_at_another_machine(served: Served, tmp_path: Path) -
     open_log(served.federation)
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_keys_that_waited_when_the_coordinators_were_stolen_are_not_certified(
+    served: Served, tmp_path: Path, by_hand: bool
+) -> None:
+    ca, words = served.federation.folder / "ca", tmp_path / "words"
+    words.write_text(WORDS + "\n")
+    at, by = ["--federation", str(served.federation.folder)], ["--root", str(served.stick)]
+    by += ["--passphrase-file", str(words), "--revoke-old"]
+    asked, answer = str(tmp_path / "asked"), str(tmp_path / "answer")
+    call("request", asked, *at)
+    stolen = {(ca / name).read_bytes() for name in ("issuing.next", "signer.next")}
+    if by_hand:
+        call("request", asked, "--anew", *at)
+        call("certify", asked, answer, *by)
+        call("install", answer, *at)
+    else:
+        call("renew", *by, *at)
+    in_use = {load_credential(path).key for path in (served.federation.issuing, served.federation.signer)}
+    assert len(stolen | in_use) == 4
+
+
 def other_answer(served: Served, asked: Path) -> Path:
     """An answer to a request whose keys are not at the coordinator any more."""
     request(served.federation)
