@@ -50,9 +50,7 @@ def refusal(
         site, rows: of the certificate's name, as the state has them.
         orphaned: numbers of certificates by an issuing key that counts no more.
     """
-    row = next((row for row in rows if row.serial == shown.serial), None)
-    if row is not None and read_certificate(row.pem.encode()).fingerprint != shown.fingerprint:
-        row = None
+    row = next((row for row in rows if _is(row, shown)), None)
     if row is not None and row.ended == "revoked":
         when = date_text(row.ended_at or 0.0)
         return Doubt("REVOKED", f"this site's certificate was revoked on {when}. Ask the coordinator.")
@@ -69,6 +67,10 @@ def refusal(
     if row.ended or any(r.used_at is not None and r.used_at < now_s - OVERLAP_S for r in newer):
         return Doubt("REPLACED", "shows a certificate that a newer one has replaced. Use the newest keys.")
     return ORPHANED if row.serial in orphaned else None
+
+
+def _is(row: CertificateRow, shown: Certificate) -> bool:
+    return row.serial == shown.serial and read_certificate(row.pem.encode()).fingerprint == shown.fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class Admission:
     def _read(self, certificate: Certificate) -> Known:
         now, rows = time.monotonic(), tuple(list_certificates(self.state, certificate.name))
         for row in rows:
-            if row.serial == certificate.serial and row.used_at is None:
+            if row.used_at is None and _is(row, certificate):
                 used_certificate(self.state, row.serial, time.time())
         authority = read_files(self.ca)
         counted = [row for row in rows if row.ended == "" and row.expires_at > time.time()]

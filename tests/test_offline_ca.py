@@ -29,6 +29,7 @@ from fedserver.backup import backup, restore
 from fedserver.cli import app as coordinator
 from fedserver.enrol import Federation, authority_of, init_federation, invite, open_federation, open_log, signer
 from fedserver.root import certify, founding, install, open_root, request
+from fedserver.state import list_certificates
 from shared_models.authority import (
     LIST,
     authority_certificate,
@@ -229,6 +230,13 @@ def test_an_issuing_key_states_nothing_and_the_root_without_its_list_vouches_for
 
 def test_whoever_stole_the_issuing_key_cannot_pose_as_a_site_by_its_number(served: Served, tmp_path: Path) -> None:
     site = joined_site(served.edge, tmp_path, "north")
+    refused = ask(served.edge, posing_as(served, site, tmp_path), "GET", "/health")
+    assert (refused.status, "not active in this federation with this certificate" in refused.detail) == (403, True)
+    assert health(served, site) == 200
+
+
+def posing_as(served: Served, site: Joined, folder: Path) -> ssl.SSLContext:
+    """Shows a certificate with the name and number of the site's own for another key, by the stolen issuing key."""
     real = x509.load_pem_x509_certificate(load_credential(site.keys / "tls.pem").certificate)
     issuing = authority_of(served.federation)
     by, key = x509.load_pem_x509_certificate(issuing.certificate), serialization.load_pem_private_key(issuing.key, None)
@@ -242,15 +250,32 @@ def test_whoever_stole_the_issuing_key_cannot_pose_as_a_site_by_its_number(serve
     for extension in real.extensions:
         if not isinstance(extension.value, x509.SubjectKeyIdentifier):
             forged = forged.add_extension(extension.value, extension.critical)
-    save_credential(
-        tmp_path / "f.pem",
-        Credential(forged.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM), thief),
-    )
+    pem_of_forged = forged.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM)
+    save_credential(folder / "forged.pem", Credential(pem_of_forged, thief))
     context = trusting(served.federation.authority)
-    context.load_cert_chain(tmp_path / "f.pem")
-    refused = ask(served.edge, context, "GET", "/health")
-    assert (refused.status, "not active in this federation with this certificate" in refused.detail) == (403, True)
+    context.load_cert_chain(folder / "forged.pem")
+    return context
+
+
+def test_a_forged_certificate_counts_for_no_first_use_of_the_one_with_its_number(
+    served: Served, tmp_path: Path
+) -> None:
+    site = joined_site(served.edge, tmp_path, "north")
+    old = site_context(site.keys)
+    renew(home(site), "north", site.address)
+    served.edge.gateway.admission.forget()
+    assert ask(served.edge, posing_as(served, site, tmp_path), "GET", "/health").status == 403
+    assert used(served, "north") == [True, False], "or the one in use would be retired a day later"
+    served.edge.gateway.admission.forget()
+    assert ask(served.edge, old, "GET", "/health").status == 200
+    assert used(served, "north") == [True, False]
+    served.edge.gateway.admission.forget()
     assert health(served, site) == 200
+    assert used(served, "north") == [True, True]
+
+
+def used(served: Served, site: str) -> list[bool]:
+    return [row.used_at is not None for row in list_certificates(served.federation.state, site)]
 
 
 # Rotation
