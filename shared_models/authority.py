@@ -171,14 +171,17 @@ def issuer_certificate(
     """A certificate (PEM) for the issuing key of `request`: it signs leaves only, and ends with the root at the latest.
 
     Raises:
-        StateInvalid: the request is not signed by the key that it carries, or that is not P-384.
+        StateInvalid: the request is damaged, not signed by the key that it carries, or that is on no elliptic curve.
     """
     by, at = x509.load_pem_x509_certificate(root), now or datetime.now(UTC)
-    asked = x509.load_pem_x509_csr(request)
-    public = asked.public_key()
-    if not asked.is_signature_valid or not isinstance(public, ec.EllipticCurvePublicKey):
+    try:
+        asked = x509.load_pem_x509_csr(request)
+        public, sound = asked.public_key(), asked.is_signature_valid
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        sound = False
+    if not sound or not isinstance(public, ec.EllipticCurvePublicKey):
         raise StateInvalid(
-            "request for an issuing key: is not signed by its own key. Make it with `fedserver ca request`."
+            "request for an issuing key: is damaged, or not signed by its own key. Make it with `fedserver ca request`."
         )
     days = min(days, (by.not_valid_after_utc - at) / timedelta(days=1))
     whose = str(by.subject.get_attributes_for_oid(x509.NameOID.ORGANIZATION_NAME)[0].value)

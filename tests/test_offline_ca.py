@@ -6,7 +6,7 @@ import socket
 import ssl
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -558,6 +558,21 @@ def test_the_stick_may_stay_at_another_machine(served: Served, tmp_path: Path) -
     events = [line["facts"] for line in read_lines(served.federation.audit) if line["event"] == "authority"]
     assert events[-1]["revoked"] == 4
     open_log(served.federation)
+
+
+@pytest.mark.parametrize("part", ["issuer", "signer"])
+@pytest.mark.parametrize("spoilt", [lambda pem: "", lambda pem: pem[:200], lambda pem: pem.replace("M", "N", 40)])
+def test_a_damaged_request_is_named_and_certifies_nothing(
+    served: Served, tmp_path: Path, part: str, spoilt: Callable[[str], str]
+) -> None:
+    words, asked = tmp_path / "words", json.loads(request(served.federation))
+    words.write_text(WORDS + "\n")
+    (tmp_path / "asked").write_text(json.dumps(asked | {part: spoilt(asked[part])}))
+    before = open_root(served.stick, WORDS).authority
+    by = ["--root", str(served.stick), "--passphrase-file", str(words), "--revoke-old"]
+    told = call("certify", str(tmp_path / "asked"), str(tmp_path / "answer"), *by, code=1)
+    assert "is damaged, or not signed by its own key" in told
+    assert open_root(served.stick, WORDS).authority == before
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
