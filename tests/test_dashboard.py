@@ -11,7 +11,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +114,17 @@ def test_what_is_not_the_token_opens_nothing(visitor, monkeypatch, body):
 
 def test_a_body_without_end_is_not_read_to_its_end(visitor):
     assert visitor.post("/login", content=b"token=" + b"x" * 5000).status_code == 413
+
+
+def test_a_body_that_stalls_is_not_waited_for(visitor, monkeypatch):
+    monkeypatch.setattr("fedserver.dashboard.web.BODY_S", 0.05)
+
+    async def stalling() -> AsyncIterator[bytes]:
+        yield b"token="
+        await asyncio.sleep(20)
+
+    answer = visitor.post("/login", content=stalling())
+    assert (answer.status_code, answer.headers["connection"]) == (408, "close")
 
 
 def test_the_token_counts_in_the_form_alone(here, visitor):

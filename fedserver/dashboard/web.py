@@ -38,6 +38,7 @@ POLICY = (
     "base-uri 'none'; frame-ancestors 'none'"
 )
 MOST_BODY = 4096
+BODY_S = 10.0  # for a token to arrive: who has none yet keeps no place for longer
 WRONG_S = 0.5  # before a wrong token is answered
 
 
@@ -102,10 +103,14 @@ def _login(app: FastAPI, looks: Looker, sessions: Login) -> None:
     @app.post("/login")
     async def enter(request: Request) -> Response:
         body = b""
-        async for block in request.stream():
-            body += block
-            if len(body) > MOST_BODY:
-                return PlainTextResponse("A token is shorter.\n", 413, {"connection": "close"})
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for block in request.stream():
+                    body += block
+                    if len(body) > MOST_BODY:
+                        return PlainTextResponse("A token is shorter.\n", 413, {"connection": "close"})
+        except TimeoutError:
+            return PlainTextResponse("A token takes less long.\n", 408, {"connection": "close"})
         fields = parse_qs(body.decode("utf-8", "replace"))
         session = sessions.begin(fields.get("token", [""])[0])
         if session is None:
