@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedserver.state import CertificateRow, Site, find_site, list_certificates, used_certificate
-from shared_models.authority import read_files
+from shared_models.authority import read_authority, read_files
+from shared_models.errors import StateInvalid
 from shared_models.expiry import date_text
 from shared_models.identity import Certificate, is_issued_by, read_certificate
 
@@ -75,12 +76,17 @@ def _is(row: CertificateRow, shown: Certificate) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the state says of a site, with all its certificates, as it was read at `read_at` (monotonic seconds)."""
+    """What the state says of a site, with all its certificates, as it was read at `read_at` (monotonic seconds).
+
+    Attributes:
+        ended: why nobody can tell which issuing keys count, or "".
+    """
 
     site: Site | None
     certificates: tuple[CertificateRow, ...]
     read_at: float
     orphaned: frozenset[str] = frozenset()
+    ended: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,10 @@ class Admission:
         known = self.known.get(certificate.name)
         if known is None or time.monotonic() - known.read_at >= CACHE_S:
             known = self.known[certificate.name] = await asyncio.to_thread(self._read, certificate)
-        return known.site, refusal(known.site, known.certificates, certificate, time.time(), known.orphaned)
+        why = refusal(known.site, known.certificates, certificate, time.time(), known.orphaned)
+        if known.ended and why in (None, ORPHANED):
+            why = Doubt("LIST_ENDED", known.ended)
+        return known.site, why
 
     def forget(self) -> None:
         """The next question goes to the state."""
@@ -109,7 +118,11 @@ class Admission:
         for row in rows:
             if row.used_at is None and _is(row, certificate):
                 used_certificate(self.state, row.serial, time.time())
-        authority = read_files(self.ca)
+        authority, ended = read_files(self.ca), ""
+        try:
+            read_authority(authority).check_current()
+        except StateInvalid as error:
+            ended = str(error)
         counted = [row for row in rows if row.ended == "" and row.expires_at > time.time()]
         orphaned = frozenset(row.serial for row in counted if not is_issued_by(row.pem.encode(), authority))
-        return Known(find_site(self.state, certificate.name), rows, now, orphaned)
+        return Known(find_site(self.state, certificate.name), rows, now, orphaned, ended)

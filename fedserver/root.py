@@ -135,6 +135,8 @@ def open_root(folder: Path, passphrase: str) -> Root:
 def certify(root: Root, content: bytes, days: float = ISSUER_DAYS, revoke: bool = False) -> bytes:
     """Answers an IssuerRequest: a further issuing key, and with `revoke` an end to all keys before it.
 
+    The list lasts as long as the longest of the keys that count: a key for fewer days shortens no other.
+
     Raises:
         StateInvalid: the request is damaged or another federation's, or `days` is not above 0 and at most 398.
     """
@@ -155,7 +157,8 @@ def certify(root: Root, content: bytes, days: float = ISSUER_DAYS, revoke: bool 
     known, gone = _kept(before, now), frozenset[int]() if before is None else before.revoked
     if revoke and before is not None:
         gone |= {_serial(pem) for pem in (*before.issuers, *_signers(root))}
-    until = x509.load_pem_x509_certificate(issuer).not_valid_after_utc
+    counted = [issuer, *(pem for pem in known if _serial(pem) not in gone)]
+    until = max(x509.load_pem_x509_certificate(pem).not_valid_after_utc for pem in counted)
     number = 1 if before is None else before.number + 1
     listed = revocation_list(certificate, root.key, number, gone, until, now)
     authority = b"".join((certificate, listed, *known, issuer))

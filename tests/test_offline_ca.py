@@ -499,6 +499,32 @@ def test_a_list_that_has_ended_is_named_by_both_sides(served: Served, tmp_path: 
     assert vouched(certificate + ended + issuer, signer(served.federation).certificate) is not None, "for old releases"
 
 
+def test_the_gateway_lets_nobody_in_once_its_list_has_ended(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = joined_site(served.edge, tmp_path, "north")
+    context = site_context(site.keys)
+    after = read_authority(served.federation.authority).until_s + 1
+    with monkeypatch.context() as patch:
+        patch.setattr("shared_models.authority.time", SimpleNamespace(time=lambda: after))
+        served.edge.gateway.admission.forget()
+        for method, path in (("GET", "/health"), ("POST", "/renew")):
+            refused = ask(served.edge, context, method, path)
+            assert (refused.status, "revocation list 1" in refused.detail) == (403, True)
+    served.edge.gateway.admission.forget()
+    assert ask(served.edge, context, "GET", "/health").status == 200
+
+
+def test_a_list_lasts_as_long_as_the_longest_of_the_keys_that_count(served: Served) -> None:
+    def days(revoke: bool) -> float:
+        answer = certify(open_root(served.stick, WORDS), request(served.federation, revoke), 10, revoke)
+        found = install(served.federation, answer)
+        return (found.until_s - datetime.now(UTC).timestamp()) / 86400
+
+    assert days(False) == pytest.approx(180, abs=0.1), "the key before counts on"
+    assert days(True) == pytest.approx(10, abs=0.1)
+
+
 def test_lists_that_the_root_has_not_signed_are_refused(served: Served, tmp_path: Path) -> None:
     init_federation(tmp_path / "c", "C", "127.0.0.1:1", found=founding(tmp_path / "other", WORDS))
     mine, theirs = served.federation.authority, open_federation(tmp_path / "c").authority
