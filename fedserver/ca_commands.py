@@ -114,11 +114,11 @@ def install(
     """Takes up a new issuing key; sites learn of it within a minute, and no connection is cut."""
     from fedserver.enrol import open_federation
     from fedserver.root import install as take
+    from fedserver.root import revokes
 
-    opened = open_federation(federation)
-    before = len(_revoked(federation))
-    made = take(opened, answer.read_bytes())
-    _tell(len(made.revoked) > before)
+    content = answer.read_bytes()
+    take(open_federation(federation), content)
+    _tell(revokes(content))
 
 
 @ca.command()
@@ -138,18 +138,10 @@ def renew(
     from fedserver.root import request as ask
 
     opened = open_federation(federation)
-    before = len(_revoked(federation))
     unlocked = open_root(root, passphrase(passphrase_file, twice=False))
-    made = take(opened, sign(unlocked, ask(opened, anew=revoke_old), days, revoke_old))
-    _tell(len(made.revoked) > before)
+    take(opened, sign(unlocked, ask(opened, anew=revoke_old), days, revoke_old))
+    _tell(revoke_old)
     console.print("Take the stick out again.")
-
-
-def _revoked(federation: Path) -> frozenset[int]:
-    from fedserver.enrol import open_federation
-    from shared_models.authority import read_authority
-
-    return read_authority(open_federation(federation).authority).revoked
 
 
 def _tell(revoked: bool) -> None:

@@ -29,7 +29,7 @@ from fedserver.backup import backup, restore
 from fedserver.cli import app as coordinator
 from fedserver.enrol import Federation, authority_of, init_federation, invite, open_federation, open_log, signer
 from fedserver.root import certify, founding, install, open_root, request
-from fedserver.state import list_certificates
+from fedserver.state import list_certificates, list_rosters
 from shared_models.authority import (
     LIST,
     authority_certificate,
@@ -57,6 +57,7 @@ from shared_models.identity import (
     vouched,
 )
 from shared_models.invite import Invite, read_invite, write_invite
+from shared_models.roster import read_signed
 from shared_models.transfer import connect, site_context, trusting
 from tests.edge import Edge, ask, joined_site, running_edge
 
@@ -422,6 +423,34 @@ def test_a_running_node_goes_on_after_an_issuing_key_that_has_ended_is_left_out(
     monkeypatch.setattr("fedclient.tls.time", SimpleNamespace(time=lambda: after))
     tls.refresh()
     assert old not in tls.authority
+
+
+@pytest.mark.parametrize("at", ["save_credential", "sign_rosters_anew", "renew_server", "open_log", "_forget_request"])
+def test_an_install_that_was_killed_is_finished_by_the_same_answer(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    joined_site(served.edge, tmp_path, "north")
+    answer = certify(open_root(served.stick, WORDS), request(served.federation), revoke=True)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"fedserver.root.{at}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            install(served.federation, answer)
+    (tmp_path / "answer").write_bytes(answer)
+    told = call("install", str(tmp_path / "answer"), "--federation", str(served.federation.folder))
+    assert "The keys before are revoked. Restart" in told
+    authority, now = served.federation.authority, signer(served.federation).certificate
+    assert vouched(authority, now) is not None
+    rosters = [read_signed(content, "roster") for content in list_rosters(served.federation.state, 0, 9)[1]]
+    assert [each.certificate.encode() for each in rosters] == [now]
+    newest = authority_of(served.federation).certificate
+    assert is_issued_by(load_credential(served.federation.server_certificate).certificate, newest)
+    assert not list((served.federation.folder / "ca").glob("*.next"))
+    with pytest.raises(StateInvalid, match="list 2 is in use already"):
+        install(served.federation, answer)
 
 
 def shows_new(served: Served) -> bool:
