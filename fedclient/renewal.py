@@ -17,7 +17,7 @@ from fedclient.enrol import ROSTER, store_certificate
 from fedclient.own_log import complain
 from fedclient.welcome import note_refusal
 from shared_models.authority import read_files
-from shared_models.errors import FederationError, StateInvalid
+from shared_models.errors import EnrolmentFailed, FederationError, StateInvalid
 from shared_models.expiry import date_text, due, warning
 from shared_models.files import write_atomic
 from shared_models.identity import (
@@ -185,8 +185,7 @@ class Keeper:
         A trouble is logged and tried again.
         """
         try:
-            if refresh(self.site, self.name, self.address):
-                log.info("the federation's authority has a new revocation list")
+            self._hear_authority()
             settle_identity(self.site, self.name, self.address)
             if due(certificate_of(self.site), self.clock()) or is_orphaned(self.site):
                 facts = renew(self.site, self.name, self.address)
@@ -201,6 +200,14 @@ class Keeper:
             self._say("refused", str(refused))
         except (FederationError, OSError) as error:
             self._say(type(error).__name__, str(error))
+
+    def _hear_authority(self) -> None:
+        """Fetches the list as a stranger does; whoever holds all places for strangers stops nothing but this."""
+        try:
+            if refresh(self.site, self.name, self.address):
+                log.info("the federation's authority has a new revocation list")
+        except EnrolmentFailed as error:
+            self._say("authority", str(error))
 
     def pause_s(self) -> float:
         try:

@@ -1,11 +1,13 @@
 """The node's side of mutual TLS: what it shows is read anew when it was renewed, without a restart."""
 
 import ssl
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared_models.authority import read_authority, read_files
 from shared_models.errors import ProcessFailed
+from shared_models.identity import read_certificate
 from shared_models.transfer import site_context
 
 
@@ -29,7 +31,7 @@ class ClientTls:
 
         Raises:
             ProcessFailed: the node key is a new one too, because the site has joined again: this process holds the old.
-                Or the authority has revoked a key, and a context forgets none.
+                Or an issuing key counts no more, and a context forgets none.
         """
         changed_at, joined_at = self._file_changed_at("tls.pem"), self._file_changed_at("node.key")
         if joined_at != self.joined_at:
@@ -45,8 +47,11 @@ class ClientTls:
         if told == self.authority:
             return
         before, now = read_authority(self.authority), read_authority(told)
-        if set(before.issuers) & set(now.withdrawn):
-            raise ProcessFailed("the federation's authority has revoked an issuing key; the node starts anew")
+        gone = set(before.issuers) - set(
+            now.issuers
+        )  # what is revoked need not come along; what has ended does no harm
+        if any(read_certificate(pem).expires_at_s > time.time() for pem in gone):
+            raise ProcessFailed("an issuing key of the federation's authority counts no more; the node starts anew")
         self.context.load_verify_locations(cadata=now.anchors)
         self.authority = told
 

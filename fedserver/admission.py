@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedserver.state import CertificateRow, Site, find_site, list_certificates, used_certificate
-from shared_models.authority import read_files
+from shared_models.authority import read_authority, read_files
+from shared_models.errors import StateInvalid
 from shared_models.expiry import date_text
 from shared_models.identity import Certificate, is_issued_by, read_certificate
 
@@ -50,9 +51,7 @@ def refusal(
         site, rows: of the certificate's name, as the state has them.
         orphaned: numbers of certificates by an issuing key that counts no more.
     """
-    row = next((row for row in rows if row.serial == shown.serial), None)
-    if row is not None and read_certificate(row.pem.encode()).fingerprint != shown.fingerprint:
-        row = None
+    row = next((row for row in rows if _is(row, shown)), None)
     if row is not None and row.ended == "revoked":
         when = date_text(row.ended_at or 0.0)
         return Doubt("REVOKED", f"this site's certificate was revoked on {when}. Ask the coordinator.")
@@ -71,14 +70,23 @@ def refusal(
     return ORPHANED if row.serial in orphaned else None
 
 
+def _is(row: CertificateRow, shown: Certificate) -> bool:
+    return row.serial == shown.serial and read_certificate(row.pem.encode()).fingerprint == shown.fingerprint
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the state says of a site, with all its certificates, as it was read at `read_at` (monotonic seconds)."""
+    """What the state says of a site, with all its certificates, as it was read at `read_at` (monotonic seconds).
+
+    Attributes:
+        ended: why nobody can tell which issuing keys count, or "".
+    """
 
     site: Site | None
     certificates: tuple[CertificateRow, ...]
     read_at: float
     orphaned: frozenset[str] = frozenset()
+    ended: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,10 @@ class Admission:
         known = self.known.get(certificate.name)
         if known is None or time.monotonic() - known.read_at >= CACHE_S:
             known = self.known[certificate.name] = await asyncio.to_thread(self._read, certificate)
-        return known.site, refusal(known.site, known.certificates, certificate, time.time(), known.orphaned)
+        why = refusal(known.site, known.certificates, certificate, time.time(), known.orphaned)
+        if known.ended and why in (None, ORPHANED):
+            why = Doubt("LIST_ENDED", known.ended)
+        return known.site, why
 
     def forget(self) -> None:
         """The next question goes to the state."""
@@ -105,9 +116,13 @@ class Admission:
     def _read(self, certificate: Certificate) -> Known:
         now, rows = time.monotonic(), tuple(list_certificates(self.state, certificate.name))
         for row in rows:
-            if row.serial == certificate.serial and row.used_at is None:
+            if row.used_at is None and _is(row, certificate):
                 used_certificate(self.state, row.serial, time.time())
-        authority = read_files(self.ca)
+        authority, ended = read_files(self.ca), ""
+        try:
+            read_authority(authority).check_current()
+        except StateInvalid as error:
+            ended = str(error)
         counted = [row for row in rows if row.ended == "" and row.expires_at > time.time()]
         orphaned = frozenset(row.serial for row in counted if not is_issued_by(row.pem.encode(), authority))
-        return Known(find_site(self.state, certificate.name), rows, now, orphaned)
+        return Known(find_site(self.state, certificate.name), rows, now, orphaned, ended)

@@ -16,7 +16,11 @@ Stick = Annotated[
 ]
 Days = Annotated[float, typer.Option(help="For which the issuing key is good.")]
 RevokeOld = Annotated[
-    bool, typer.Option("--revoke-old", help="The keys at the coordinator may be in other hands: revoke all before.")
+    bool,
+    typer.Option(
+        "--revoke-old",
+        help="The keys at the coordinator may be in other hands: revoke all before. See `ca request --anew`.",
+    ),
 ]
 
 
@@ -68,6 +72,9 @@ def show(
 @guarded
 def request(
     out: Annotated[Path, typer.Argument(help="The file to bring to the root key; it holds no secret.")],
+    anew: Annotated[
+        bool, typer.Option("--anew", help="Before `certify --revoke-old`: keys that wait may be in other hands, too.")
+    ] = False,
     federation: Folder = HERE,
 ) -> None:
     """Makes a new issuing key here and writes what the root key is to certify."""
@@ -75,7 +82,7 @@ def request(
     from fedserver.root import request as ask
     from shared_models.files import write_atomic
 
-    write_atomic(out, ask(open_federation(federation)))
+    write_atomic(out, ask(open_federation(federation), anew))
     console.print(f"{out}: bring it to the root key. There: `fedserver ca certify {out.name} ANSWER --root FOLDER`.")
 
 
@@ -107,11 +114,11 @@ def install(
     """Takes up a new issuing key; sites learn of it within a minute, and no connection is cut."""
     from fedserver.enrol import open_federation
     from fedserver.root import install as take
+    from fedserver.root import revokes
 
-    opened = open_federation(federation)
-    before = len(_revoked(federation))
-    made = take(opened, answer.read_bytes())
-    _tell(len(made.revoked) > before)
+    content = answer.read_bytes()
+    take(open_federation(federation), content)
+    _tell(revokes(content))
 
 
 @ca.command()
@@ -131,18 +138,10 @@ def renew(
     from fedserver.root import request as ask
 
     opened = open_federation(federation)
-    before = len(_revoked(federation))
     unlocked = open_root(root, passphrase(passphrase_file, twice=False))
-    made = take(opened, sign(unlocked, ask(opened), days, revoke_old))
-    _tell(len(made.revoked) > before)
+    take(opened, sign(unlocked, ask(opened, anew=revoke_old), days, revoke_old))
+    _tell(revoke_old)
     console.print("Take the stick out again.")
-
-
-def _revoked(federation: Path) -> frozenset[int]:
-    from fedserver.enrol import open_federation
-    from shared_models.authority import read_authority
-
-    return read_authority(open_federation(federation).authority).revoked
 
 
 def _tell(revoked: bool) -> None:

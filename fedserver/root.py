@@ -35,6 +35,7 @@ from shared_models.identity import (
     AUTHORITY_DAYS,
     Credential,
     certify_signer,
+    load_credential,
     load_secret,
     new_authority_key,
     new_identity_key,
@@ -135,6 +136,8 @@ def open_root(folder: Path, passphrase: str) -> Root:
 def certify(root: Root, content: bytes, days: float = ISSUER_DAYS, revoke: bool = False) -> bytes:
     """Answers an IssuerRequest: a further issuing key, and with `revoke` an end to all keys before it.
 
+    The list lasts as long as the longest of the keys that count: a key for fewer days shortens no other.
+
     Raises:
         StateInvalid: the request is damaged or another federation's, or `days` is not above 0 and at most 398.
     """
@@ -155,7 +158,8 @@ def certify(root: Root, content: bytes, days: float = ISSUER_DAYS, revoke: bool 
     known, gone = _kept(before, now), frozenset[int]() if before is None else before.revoked
     if revoke and before is not None:
         gone |= {_serial(pem) for pem in (*before.issuers, *_signers(root))}
-    until = x509.load_pem_x509_certificate(issuer).not_valid_after_utc
+    counted = [issuer, *(pem for pem in known if _serial(pem) not in gone)]
+    until = max(x509.load_pem_x509_certificate(pem).not_valid_after_utc for pem in counted)
     number = 1 if before is None else before.number + 1
     listed = revocation_list(certificate, root.key, number, gone, until, now)
     authority = b"".join((certificate, listed, *known, issuer))
@@ -203,16 +207,21 @@ def founding(folder: Path, passphrase: str, days: float = ISSUER_DAYS) -> Found:
         root = make_root(folder, made.name, passphrase)
         write_atomic(made.ca_certificate, root.authority)
         _take(made, certify(root, request(made), days))
+        _forget_request(made)
         return Credential(root.authority, _pem(root.key))
 
     return found
 
 
-def request(federation: Federation) -> bytes:
-    """Makes the keys that are to be certified, keeps them here, and asks; asked again, it asks for the same."""
+def request(federation: Federation, anew: bool = False) -> bytes:
+    """Makes the keys that are to be certified, keeps them here, and asks; asked again, it asks for the same.
+
+    Args:
+        anew: asks for others than before: whoever took the coordinator's keys has those that wait, too.
+    """
     ca = federation.folder / "ca"
     for name, make in (("issuing.next", new_authority_key), ("signer.next", new_identity_key)):
-        if not (ca / name).exists():
+        if anew or not (ca / name).exists():
             save_secret(ca / name, make())
     return canonical_json(
         plain(
@@ -227,7 +236,7 @@ def request(federation: Federation) -> bytes:
 
 
 def install(federation: Federation, content: bytes) -> Authority:
-    """Takes up what the root has answered; sites that are connected stay connected.
+    """Takes up what the root has answered; sites that are connected stay connected. What was killed is done again.
 
     Where the root has revoked the keys before, the server's certificate is a new one at once and every epoch of the
     roster is signed anew; processes that hold the old key must be started again.
@@ -239,21 +248,32 @@ def install(federation: Federation, content: bytes) -> Authority:
     if not federation.offline:
         raise StateInvalid(f"{federation.folder}: its root key is kept here, there is nothing to bring from elsewhere.")
     before = read_authority(federation.authority)
-    if not newer(federation.authority, answer.authority.encode()):
+    offered, ca = answer.authority.encode(), federation.folder / "ca"
+    begun = offered == federation.authority and (ca / "issuing.next").exists()
+    if not begun and (not newer(federation.authority, offered) or read_authority(offered).number == before.number):
         raise StateInvalid(f"answer of the root: list {before.number} is in use already. Make a new request.")
     made = _take(federation, content)
-    revoked = made.revoked - before.revoked
-    if answer.signer:
+    if answer.signer:  # then the keys before are revoked
         by = signer(federation)
         sign_rosters_anew(
             federation.state,
             lambda content: write_signed(sign_roster(by, read_signed(content, str(federation.state)).roster)),
         )
-    if revoked:
         renew_server(federation, always=True)
     issuers = [public_digest(pem) for pem in made.issuers]
     open_log(federation).add("authority", list=made.number, issuers=issuers, revoked=len(made.revoked))
+    _forget_request(federation)
     return made
+
+
+def revokes(content: bytes) -> bool:
+    """Whether an answer of the root ends the keys before; raises StateInvalid for one that is damaged."""
+    return bool(parse_json(IssuerAnswer, content, "answer of the root", StateInvalid).signer)
+
+
+def _forget_request(federation: Federation) -> None:
+    for name in ("signer.next", "issuing.next"):  # as long as the last is there, `install` can be done again
+        (federation.folder / "ca" / name).unlink(missing_ok=True)
 
 
 def _take(federation: Federation, content: bytes) -> Authority:
@@ -269,10 +289,8 @@ def _take(federation: Federation, content: bytes) -> Authority:
         raise StateInvalid("answer of the root: its key for statements is not vouched for. Ask again.")
     write_atomic(federation.listed, authority.removeprefix(made.root))
     save_credential(federation.issuing, Credential(newest[-1], key))
-    if statements:
+    if statements and not (federation.signer.exists() and load_credential(federation.signer).certificate == statements):
         save_credential(federation.signer, Credential(statements, load_secret(ca / "signer.next")))
-    for name in ("issuing.next", "signer.next"):
-        (ca / name).unlink(missing_ok=True)
     return made
 
 

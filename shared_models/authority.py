@@ -136,6 +136,9 @@ def _read_offline(
 def newer(known: bytes, offered: bytes) -> bool:
     """Whether `offered` is to take the place of `known`, an authority of the same root.
 
+    The root signs its list and each issuing key, but not how many come along: whoever stands in between can leave one
+    out. So a list of the same number counts as newer where it brings an issuing key that was not seen.
+
     Raises:
         StateInvalid: it has another root, an older list, or another list of the same number.
     """
@@ -149,7 +152,7 @@ def newer(known: bytes, offered: bytes) -> bool:
         )
     if theirs.number == mine.number and (theirs.revoked, theirs.until_s) != (mine.revoked, mine.until_s):
         raise StateInvalid(f"authority: two revocation lists are number {mine.number}. Telephone the coordinator.")
-    return theirs.number > mine.number
+    return theirs.number > mine.number or bool(set(theirs.issuers) - set(mine.issuers))
 
 
 # What a root signs
@@ -168,14 +171,17 @@ def issuer_certificate(
     """A certificate (PEM) for the issuing key of `request`: it signs leaves only, and ends with the root at the latest.
 
     Raises:
-        StateInvalid: the request is not signed by the key that it carries, or that is not P-384.
+        StateInvalid: the request is damaged, not signed by the key that it carries, or that is on no elliptic curve.
     """
     by, at = x509.load_pem_x509_certificate(root), now or datetime.now(UTC)
-    asked = x509.load_pem_x509_csr(request)
-    public = asked.public_key()
-    if not asked.is_signature_valid or not isinstance(public, ec.EllipticCurvePublicKey):
+    try:
+        asked = x509.load_pem_x509_csr(request)
+        public, sound = asked.public_key(), asked.is_signature_valid
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        sound = False
+    if not sound or not isinstance(public, ec.EllipticCurvePublicKey):
         raise StateInvalid(
-            "request for an issuing key: is not signed by its own key. Make it with `fedserver ca request`."
+            "request for an issuing key: is damaged, or not signed by its own key. Make it with `fedserver ca request`."
         )
     days = min(days, (by.not_valid_after_utc - at) / timedelta(days=1))
     whose = str(by.subject.get_attributes_for_oid(x509.NameOID.ORGANIZATION_NAME)[0].value)

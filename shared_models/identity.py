@@ -170,10 +170,16 @@ def request_signer(key: bytes) -> bytes:
 
 def certify_signer(authority: Credential, request: bytes) -> bytes:
     """The certificate (PEM) for the key of `request`; raises EnrolmentFailed unless that has signed it."""
-    issuer, asked = x509.load_pem_x509_certificate(authority.certificate), x509.load_pem_x509_csr(request)
-    key = asked.public_key()
-    if not asked.is_signature_valid or not isinstance(key, ed25519.Ed25519PublicKey):
-        raise EnrolmentFailed("request for a key of statements: is not signed by its own key. Make it anew.")
+    issuer = x509.load_pem_x509_certificate(authority.certificate)
+    try:
+        asked = x509.load_pem_x509_csr(request)
+        key, sound = asked.public_key(), asked.is_signature_valid
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        sound = False
+    if not sound or not isinstance(key, ed25519.Ed25519PublicKey):
+        raise EnrolmentFailed(
+            "request for a key of statements: is damaged, or not signed by its own key. Make it anew."
+        )
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "coordinator")])
     builder = _leaf(subject, issuer.subject, key, _days_left(issuer), datetime.now(UTC))
     return _sign_leaf(builder, DOCUMENT_SIGNING, authority)

@@ -11,7 +11,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +114,17 @@ def test_what_is_not_the_token_opens_nothing(visitor, monkeypatch, body):
 
 def test_a_body_without_end_is_not_read_to_its_end(visitor):
     assert visitor.post("/login", content=b"token=" + b"x" * 5000).status_code == 413
+
+
+def test_a_body_that_stalls_is_not_waited_for(visitor, monkeypatch):
+    monkeypatch.setattr("fedserver.dashboard.web.BODY_S", 0.05)
+
+    async def stalling() -> AsyncIterator[bytes]:
+        yield b"token="
+        await asyncio.sleep(20)
+
+    answer = visitor.post("/login", content=stalling())
+    assert (answer.status_code, answer.headers["connection"]) == (408, "close")
 
 
 def test_the_token_counts_in_the_form_alone(here, visitor):
@@ -488,6 +499,23 @@ def test_a_look_that_fails_is_told_and_so_is_its_mending():
     played(story)
 
 
+def test_a_look_that_fails_for_one_run_is_no_trouble_of_another_and_is_not_ended_by_its_looks():
+    def look(focus: str | None) -> dict[str, str]:
+        if focus == "spoilt":
+            raise StateInvalid("the run is spoilt")
+        return {"a": str(time.monotonic())}
+
+    async def story(feed: Feed, _: Changing) -> None:
+        feed.look = look
+        spoilt, sound = await asyncio.gather(heard(feed, frames=8, focus="spoilt"), heard(feed, frames=30))
+        states = [json.loads(each["data"])["trouble"] for each in events(spoilt) if each.get("event") == "state"]
+        first = states.index("the run is spoilt")
+        assert set(states[first:]) == {"the run is spoilt"}
+        assert b"spoilt" not in b"".join(sound)
+
+    played(story)
+
+
 def test_a_stream_ends_with_the_session():
     async def story(feed: Feed, _: Changing) -> None:
         allowed = [True]
@@ -576,6 +604,16 @@ def test_one_listener_too_many_is_told_to_come_back(here):
     feed.pages[None] = feeds.Page(listeners=feeds.MOST_LISTENERS)
     answer = client.get("/events")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "30")
+
+
+@pytest.mark.parametrize("path", ["/", "/runs/first", "/events?run=first"])
+def test_state_that_cannot_be_read_is_told_wherever_it_is_asked(here, path):
+    looks, sessions = looker(here.folder), login(here.folder)
+    gone = replace(looks, federation=replace(looks.federation, folder=here.folder / "gone"))
+    client = Browser(application(gone, sessions), HERE)
+    client.post("/login", data={"token": sessions.token})
+    answer = client.get(path)
+    assert (answer.status_code, "gone" in answer.text) == (503, True)
 
 
 def test_events_of_a_run_that_is_not_there_are_refused(member):

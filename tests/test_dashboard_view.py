@@ -14,7 +14,7 @@ from fedserver.comparison import ALL
 from fedserver.dashboard import view
 from fedserver.dashboard.book import MOST_EVENTS, Book, Chain
 from fedserver.dashboard.login import TOKEN, token_path
-from fedserver.dashboard.look import ICONS, likely, palette
+from fedserver.dashboard.look import ICONS, environment, likely, palette
 from fedserver.dashboard.web import STATIC
 from shared_models.audit import AuditLog, verify_log
 from shared_models.figure_text import DASH
@@ -148,6 +148,20 @@ def test_events_are_told_without_the_routine_and_only_the_latest(log):
     assert (refused.site, refused.run, refused.round, refused.words) == ("south", "a", 4, "DATA_NOT_READY")
     assert refused.mark == "bad"
     assert not any(event.what == "order" for event in book.latest)
+
+
+@pytest.mark.parametrize("moment", [b"1e18", b"-1e18", b"1e308", b"NaN", b"Infinity", b"true", b'"noon"'])
+def test_an_edited_line_of_no_day_is_named_and_hides_no_other(log, moment):
+    log.add("revoked", site="south", reason="has ended")
+    log.add("run-queued", run="b")
+    lines = log.path.read_bytes().split(b"\n")
+    lines[7] = re.sub(rb'"time":[0-9.e+]+', b'"time":' + moment, lines[7])
+    log.path.write_bytes(b"\n".join(lines))
+    book = book_of(log)
+    assert book.chain.bad is not None
+    assert book.chain.bad[0] == 8
+    text = environment().get_template("audit.html").render(chain=view.chain(book), events=list(book.latest))
+    assert "run queued" in text
 
 
 def test_each_site_has_its_last_word(log):

@@ -6,11 +6,12 @@ import socket
 import ssl
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
@@ -28,6 +29,7 @@ from fedserver.backup import backup, restore
 from fedserver.cli import app as coordinator
 from fedserver.enrol import Federation, authority_of, init_federation, invite, open_federation, open_log, signer
 from fedserver.root import certify, founding, install, open_root, request
+from fedserver.state import list_certificates, list_rosters
 from shared_models.authority import (
     LIST,
     authority_certificate,
@@ -35,6 +37,7 @@ from shared_models.authority import (
     new_root,
     newer,
     read_authority,
+    read_files,
     revocation_list,
 )
 from shared_models.errors import EnrolmentFailed, ProcessFailed, StateInvalid
@@ -54,6 +57,7 @@ from shared_models.identity import (
     vouched,
 )
 from shared_models.invite import Invite, read_invite, write_invite
+from shared_models.roster import read_signed
 from shared_models.transfer import connect, site_context, trusting
 from tests.edge import Edge, ask, joined_site, running_edge
 
@@ -227,6 +231,13 @@ def test_an_issuing_key_states_nothing_and_the_root_without_its_list_vouches_for
 
 def test_whoever_stole_the_issuing_key_cannot_pose_as_a_site_by_its_number(served: Served, tmp_path: Path) -> None:
     site = joined_site(served.edge, tmp_path, "north")
+    refused = ask(served.edge, posing_as(served, site, tmp_path), "GET", "/health")
+    assert (refused.status, "not active in this federation with this certificate" in refused.detail) == (403, True)
+    assert health(served, site) == 200
+
+
+def posing_as(served: Served, site: Joined, folder: Path) -> ssl.SSLContext:
+    """Shows a certificate with the name and number of the site's own for another key, by the stolen issuing key."""
     real = x509.load_pem_x509_certificate(load_credential(site.keys / "tls.pem").certificate)
     issuing = authority_of(served.federation)
     by, key = x509.load_pem_x509_certificate(issuing.certificate), serialization.load_pem_private_key(issuing.key, None)
@@ -240,15 +251,32 @@ def test_whoever_stole_the_issuing_key_cannot_pose_as_a_site_by_its_number(serve
     for extension in real.extensions:
         if not isinstance(extension.value, x509.SubjectKeyIdentifier):
             forged = forged.add_extension(extension.value, extension.critical)
-    save_credential(
-        tmp_path / "f.pem",
-        Credential(forged.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM), thief),
-    )
+    pem_of_forged = forged.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM)
+    save_credential(folder / "forged.pem", Credential(pem_of_forged, thief))
     context = trusting(served.federation.authority)
-    context.load_cert_chain(tmp_path / "f.pem")
-    refused = ask(served.edge, context, "GET", "/health")
-    assert (refused.status, "not active in this federation with this certificate" in refused.detail) == (403, True)
+    context.load_cert_chain(folder / "forged.pem")
+    return context
+
+
+def test_a_forged_certificate_counts_for_no_first_use_of_the_one_with_its_number(
+    served: Served, tmp_path: Path
+) -> None:
+    site = joined_site(served.edge, tmp_path, "north")
+    old = site_context(site.keys)
+    renew(home(site), "north", site.address)
+    served.edge.gateway.admission.forget()
+    assert ask(served.edge, posing_as(served, site, tmp_path), "GET", "/health").status == 403
+    assert used(served, "north") == [True, False], "or the one in use would be retired a day later"
+    served.edge.gateway.admission.forget()
+    assert ask(served.edge, old, "GET", "/health").status == 200
+    assert used(served, "north") == [True, False]
+    served.edge.gateway.admission.forget()
     assert health(served, site) == 200
+    assert used(served, "north") == [True, True]
+
+
+def used(served: Served, site: str) -> list[bool]:
+    return [row.used_at is not None for row in list_certificates(served.federation.state, site)]
 
 
 # Rotation
@@ -318,6 +346,24 @@ def await_log(served: Served, event: str) -> None:
     assert eventually(lambda: any(line["event"] == event for line in read_lines(served.federation.audit)))
 
 
+def test_strangers_who_hold_all_places_stop_no_renewal_and_no_roster(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = joined_site(served.edge, tmp_path, "north")
+    before = load_credential(site.keys / "tls.pem").certificate
+
+    def full(address: str) -> bytes:
+        raise EnrolmentFailed(f"coordinator at {address}: cannot be reached (Connection reset by peer).")
+
+    monkeypatch.setattr("fedclient.authorities.offered", full)
+    keeper = Keeper(home(site), "north", site.address, lambda: read_certificate(before).expires_at_s - 86400)
+    for _ in range(2):
+        keeper.look()
+    assert load_credential(site.keys / "tls.pem").certificate != before
+    assert read_roster(home(site)) is not None
+    assert sum("Connection reset by peer" in line for line in caplog.messages) == 1, "once a day"
+
+
 # Stolen keys
 
 
@@ -338,7 +384,7 @@ def test_a_stolen_issuing_key_is_refused_once_a_site_has_heard_and_the_site_find
         assert refresh(home(site), "north", site.address)
         with pytest.raises(ssl.SSLCertVerificationError):
             handshake(address, site_context(site.keys))
-    with pytest.raises(ProcessFailed, match="has revoked an issuing key"):
+    with pytest.raises(ProcessFailed, match=r"an issuing key .* counts no more"):
         old.refresh()
     assert is_orphaned(home(site))
     refused = ask(served.edge, site_context(site.keys), "GET", "/health")
@@ -352,6 +398,59 @@ def test_a_stolen_issuing_key_is_refused_once_a_site_has_heard_and_the_site_find
     assert followed is not None
     assert followed.roster.epoch == 2, "its renewal, after epochs that are signed anew"
     assert followed.certificate == signer(served.federation).certificate.decode()
+
+
+def test_a_running_node_starts_anew_though_the_revoked_keys_certificate_does_not_come_along(
+    served: Served, tmp_path: Path
+) -> None:
+    site = joined_site(served.edge, tmp_path, "north")
+    tls, old = ClientTls(site.keys), load_credential(served.federation.issuing).certificate
+    served.change(revoke=True)
+    assert old in served.federation.authority
+    (site.keys / LIST).write_bytes(served.federation.listed.read_bytes().replace(old, b""))
+    with pytest.raises(ProcessFailed, match=r"an issuing key .* counts no more"):
+        tls.refresh()
+
+
+def test_a_running_node_goes_on_after_an_issuing_key_that_has_ended_is_left_out(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = joined_site(served.edge, tmp_path, "north")
+    tls, old = ClientTls(site.keys), load_credential(served.federation.issuing).certificate
+    served.change()
+    (site.keys / LIST).write_bytes(served.federation.listed.read_bytes().replace(old, b""))
+    after = read_certificate(old).expires_at_s + 1
+    monkeypatch.setattr("fedclient.tls.time", SimpleNamespace(time=lambda: after))
+    tls.refresh()
+    assert old not in tls.authority
+
+
+@pytest.mark.parametrize("at", ["save_credential", "sign_rosters_anew", "renew_server", "open_log", "_forget_request"])
+def test_an_install_that_was_killed_is_finished_by_the_same_answer(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    joined_site(served.edge, tmp_path, "north")
+    answer = certify(open_root(served.stick, WORDS), request(served.federation), revoke=True)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"fedserver.root.{at}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            install(served.federation, answer)
+    (tmp_path / "answer").write_bytes(answer)
+    told = call("install", str(tmp_path / "answer"), "--federation", str(served.federation.folder))
+    assert "The keys before are revoked. Restart" in told
+    authority, now = served.federation.authority, signer(served.federation).certificate
+    assert vouched(authority, now) is not None
+    rosters = [read_signed(content, "roster") for content in list_rosters(served.federation.state, 0, 9)[1]]
+    assert [each.certificate.encode() for each in rosters] == [now]
+    newest = authority_of(served.federation).certificate
+    assert is_issued_by(load_credential(served.federation.server_certificate).certificate, newest)
+    assert not list((served.federation.folder / "ca").glob("*.next"))
+    with pytest.raises(StateInvalid, match="list 2 is in use already"):
+        install(served.federation, answer)
 
 
 def shows_new(served: Served) -> bool:
@@ -371,6 +470,32 @@ def test_a_coordinator_that_was_rolled_back_is_refused_and_written_down(served: 
     assert ["is stale" in line["why"] for line in lines] == [True], "once"
     with pytest.raises(StateInvalid, match="list 1 is in use already"):
         install(served.federation, json.dumps({"authority": before.decode(), "signer": ""}).encode())
+
+
+def test_an_issuing_key_that_somebody_in_between_left_out_is_taken_up_from_the_same_list(
+    served: Served, tmp_path: Path
+) -> None:
+    site = joined_site(served.edge, tmp_path, "north")
+    first = read_authority(served.federation.authority).issuers[0]
+    served.change()
+    whole = served.federation.authority
+    served.federation.listed.write_bytes(before_newest(whole))
+    assert refresh(home(site), "north", site.address)
+    assert read_authority(read_files(site.keys)).issuers == (first,), "nothing shows that one is missing"
+    served.federation.listed.write_bytes(whole.removeprefix(read_authority(whole).root))
+    assert refresh(home(site), "north", site.address)
+    assert read_files(site.keys) == whole
+    assert not refresh(home(site), "north", site.address)
+    answer = json.dumps({"authority": whole.decode(), "signer": ""}).encode()
+    served.federation.listed.write_bytes(before_newest(whole))
+    with pytest.raises(StateInvalid, match="list 2 is in use already"):
+        install(served.federation, answer)
+
+
+def before_newest(authority: bytes) -> bytes:
+    """An authority without its root's certificate, as after `ca.pem`, and without its newest issuing key."""
+    found = read_authority(authority)
+    return authority.removeprefix(found.root).removesuffix(found.issuers[-1])
 
 
 def test_an_invite_of_today_is_not_answered_by_a_list_of_yesterday(served: Served, tmp_path: Path) -> None:
@@ -401,6 +526,32 @@ def test_a_list_that_has_ended_is_named_by_both_sides(served: Served, tmp_path: 
     with pytest.raises(StateInvalid, match="revocation list 9"):
         authority_of(served.federation)
     assert vouched(certificate + ended + issuer, signer(served.federation).certificate) is not None, "for old releases"
+
+
+def test_the_gateway_lets_nobody_in_once_its_list_has_ended(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = joined_site(served.edge, tmp_path, "north")
+    context = site_context(site.keys)
+    after = read_authority(served.federation.authority).until_s + 1
+    with monkeypatch.context() as patch:
+        patch.setattr("shared_models.authority.time", SimpleNamespace(time=lambda: after))
+        served.edge.gateway.admission.forget()
+        for method, path in (("GET", "/health"), ("POST", "/renew")):
+            refused = ask(served.edge, context, method, path)
+            assert (refused.status, "revocation list 1" in refused.detail) == (403, True)
+    served.edge.gateway.admission.forget()
+    assert ask(served.edge, context, "GET", "/health").status == 200
+
+
+def test_a_list_lasts_as_long_as_the_longest_of_the_keys_that_count(served: Served) -> None:
+    def days(revoke: bool) -> float:
+        answer = certify(open_root(served.stick, WORDS), request(served.federation, revoke), 10, revoke)
+        found = install(served.federation, answer)
+        return (found.until_s - datetime.now(UTC).timestamp()) / 86400
+
+    assert days(False) == pytest.approx(180, abs=0.1), "the key before counts on"
+    assert days(True) == pytest.approx(10, abs=0.1)
 
 
 def test_lists_that_the_root_has_not_signed_are_refused(served: Served, tmp_path: Path) -> None:
@@ -462,6 +613,42 @@ def test_the_stick_may_stay_at_another_machine(served: Served, tmp_path: Path) -
     events = [line["facts"] for line in read_lines(served.federation.audit) if line["event"] == "authority"]
     assert events[-1]["revoked"] == 4
     open_log(served.federation)
+
+
+@pytest.mark.parametrize("part", ["issuer", "signer"])
+@pytest.mark.parametrize("spoilt", [lambda pem: "", lambda pem: pem[:200], lambda pem: pem.replace("M", "N", 40)])
+def test_a_damaged_request_is_named_and_certifies_nothing(
+    served: Served, tmp_path: Path, part: str, spoilt: Callable[[str], str]
+) -> None:
+    words, asked = tmp_path / "words", json.loads(request(served.federation))
+    words.write_text(WORDS + "\n")
+    (tmp_path / "asked").write_text(json.dumps(asked | {part: spoilt(asked[part])}))
+    before = open_root(served.stick, WORDS).authority
+    by = ["--root", str(served.stick), "--passphrase-file", str(words), "--revoke-old"]
+    told = call("certify", str(tmp_path / "asked"), str(tmp_path / "answer"), *by, code=1)
+    assert "is damaged, or not signed by its own key" in told
+    assert open_root(served.stick, WORDS).authority == before
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_keys_that_waited_when_the_coordinators_were_stolen_are_not_certified(
+    served: Served, tmp_path: Path, by_hand: bool
+) -> None:
+    ca, words = served.federation.folder / "ca", tmp_path / "words"
+    words.write_text(WORDS + "\n")
+    at, by = ["--federation", str(served.federation.folder)], ["--root", str(served.stick)]
+    by += ["--passphrase-file", str(words), "--revoke-old"]
+    asked, answer = str(tmp_path / "asked"), str(tmp_path / "answer")
+    call("request", asked, *at)
+    stolen = {(ca / name).read_bytes() for name in ("issuing.next", "signer.next")}
+    if by_hand:
+        call("request", asked, "--anew", *at)
+        call("certify", asked, answer, *by)
+        call("install", answer, *at)
+    else:
+        call("renew", *by, *at)
+    in_use = {load_credential(path).key for path in (served.federation.issuing, served.federation.signer)}
+    assert len(stolen | in_use) == 4
 
 
 def other_answer(served: Served, asked: Path) -> Path:

@@ -172,7 +172,7 @@ class Book:
     def _note(self, text: bytes) -> None:
         if text.startswith(ROUTINE):
             return
-        with suppress(StateInvalid, KeyError, TypeError, ValueError, AttributeError):
+        with suppress(StateInvalid, KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError):
             event = told(parse_json(dict[str, Any], text, LOG, StateInvalid), self._known)
             self.latest.append(event)
             if event.site and event.what != KINDS["refused"][0]:  # who shows a site's old certificate is not that site
@@ -189,7 +189,11 @@ class Book:
 
 
 def told(line: Mapping[str, Any], number: int) -> Event:
-    """An event in words; whatever a line holds becomes text."""
+    """An event in words; whatever a line holds becomes text.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError: it is no event, or none of any day.
+    """
     event, facts = str(line["event"]), line["facts"]
     what, mark = KINDS.get(event, (event.replace("-", " "), ""))
     said = facts.get("why") or facts.get("reason") or facts.get("words") or facts.get("problem") or ""
@@ -205,9 +209,11 @@ def told(line: Mapping[str, Any], number: int) -> Event:
         extra.append(f"by {facts['by']}")
     extra.append(str(said))
     number_of_round = facts.get("round")
+    at = float(line["time"])
+    time.gmtime(at)  # a page that cannot write a moment of it would show nothing at all
     return Event(
         number,
-        float(line["time"]),
+        at,
         what,
         mark,
         str(facts.get("site") or facts.get("peer") or ""),

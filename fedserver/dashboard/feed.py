@@ -31,11 +31,16 @@ Look = Callable[[str | None], Mapping[str, str]]
 
 @dataclass(slots=True)
 class Page:
-    """The sections of one view, each with the number of its last change."""
+    """The sections of one view, each with the number of its last change.
+
+    Attributes:
+        trouble: why the last look failed; "" where it did not.
+    """
 
     sections: dict[str, tuple[int, str]] = field(default_factory=dict)
     looked_at: float = float("-inf")
     listeners: int = 0
+    trouble: str = ""
 
 
 @dataclass(slots=True)
@@ -44,7 +49,6 @@ class Feed:
 
     Attributes:
         look: makes the sections for a run, None for the likely one; called in a thread, one at a time.
-        trouble: why the last look failed; "" where it did not.
     """
 
     look: Look
@@ -53,7 +57,6 @@ class Feed:
     stall_s: float = STALL_S
     boot: str = field(default_factory=lambda: secrets.token_hex(4))
     number: int = 0
-    trouble: str = ""
     pages: dict[str | None, Page] = field(default_factory=dict)
     _news: asyncio.Condition = field(default_factory=asyncio.Condition)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -93,27 +96,27 @@ class Feed:
         try:
             await self._look(focus, page)
         except FederationError as error:
-            await self._say(str(error))
+            await self._say(page, str(error))
         except Exception as error:  # a gap of ours ends no listener; the type says enough, and names nobody
             log.exception("a look has failed")
-            await self._say(f"The dashboard could not read the federation ({type(error).__name__}); see its log.")
+            await self._say(page, f"The dashboard could not read the federation ({type(error).__name__}); see its log.")
 
     async def _look(self, focus: str | None, page: Page) -> None:
         made = await asyncio.to_thread(self.look, focus)
         page.looked_at = time.monotonic()
         changed = {name: html for name, html in made.items() if page.sections.get(name, (0, None))[1] != html}
-        if changed or self.trouble:
+        if changed or page.trouble:
             async with self._news:
                 self.number += 1
-                self.trouble = ""
+                page.trouble = ""
                 page.sections |= {name: (self.number, html) for name, html in changed.items()}
                 self._news.notify_all()
 
-    async def _say(self, words: str) -> None:
+    async def _say(self, page: Page, words: str) -> None:
         async with self._news:
-            if words != self.trouble:
+            if words != page.trouble:
                 self.number += 1
-                self.trouble = words
+                page.trouble = words
                 self._news.notify_all()
 
     def _tidy(self) -> None:
@@ -142,7 +145,7 @@ class Feed:
         try:
             yield f"retry: {RETRY_MS}\n\n".encode()
             while allowed():
-                upto, told = self.number, self.trouble
+                upto, told = self.number, page.trouble
                 for name, (number, html) in sorted(page.sections.items(), key=lambda item: item[1][0]):
                     if number > sent:
                         yield frame("section", {"name": name, "html": html})

@@ -38,6 +38,7 @@ POLICY = (
     "base-uri 'none'; frame-ancestors 'none'"
 )
 MOST_BODY = 4096
+BODY_S = 10.0  # for a token to arrive: who has none yet keeps no place for longer
 WRONG_S = 0.5  # before a wrong token is answered
 
 
@@ -102,10 +103,14 @@ def _login(app: FastAPI, looks: Looker, sessions: Login) -> None:
     @app.post("/login")
     async def enter(request: Request) -> Response:
         body = b""
-        async for block in request.stream():
-            body += block
-            if len(body) > MOST_BODY:
-                return PlainTextResponse("A token is shorter.\n", 413, {"connection": "close"})
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for block in request.stream():
+                    body += block
+                    if len(body) > MOST_BODY:
+                        return PlainTextResponse("A token is shorter.\n", 413, {"connection": "close"})
+        except TimeoutError:
+            return PlainTextResponse("A token takes less long.\n", 408, {"connection": "close"})
         fields = parse_qs(body.decode("utf-8", "replace"))
         session = sessions.begin(fields.get("token", [""])[0])
         if session is None:
@@ -146,11 +151,18 @@ def _pages(app: FastAPI, looks: Looker, sessions: Login, feed: Feed) -> None:
     async def page_of_run(request: Request, run: str) -> Response:
         if not allowed(request):
             return RedirectResponse("/login", 303)
-        if not await asyncio.to_thread(looks.knows, run):
-            return PlainTextResponse("There is no such run.\n", 404)
-        return await shown(run)
+        return await _missing(looks, run) or await shown(run)
 
     app.router.routes.append(Route("/events", Events(looks, feed, allowed)))
+
+
+async def _missing(looks: Looker, run: str) -> Response | None:
+    """The answer where there is no such run, or nobody can tell."""
+    try:
+        known = await asyncio.to_thread(looks.knows, run)
+    except FederationError as error:
+        return PlainTextResponse(f"{error}\n", 503)
+    return None if known else PlainTextResponse("There is no such run.\n", 404)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +186,8 @@ class Events:
             return PlainTextResponse("A stream can only be listened to.\n", 405)
         if self.feed.listeners >= MOST_LISTENERS:
             return PlainTextResponse("Too many pages listen already.\n", 503, {"retry-after": "30"})
-        if run is not None and not await asyncio.to_thread(self.looks.knows, run):
-            return PlainTextResponse("There is no such run.\n", 404)
+        if run is not None and (told := await _missing(self.looks, run)) is not None:
+            return told
         last_id = request.headers.get("last-event-id") or request.query_params.get("after", "")
         return Stream(self.feed.events(run, last_id, lambda: self.allowed(request)), self.feed.stall_s)
 
