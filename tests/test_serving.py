@@ -301,6 +301,33 @@ def test_a_case_that_the_worker_dies_of_fails_alone(tmp_path):
         assert "PATIENT" not in str(jobs.find(odd))
 
 
+@pytest.mark.parametrize("state", ["running", "done"])
+def test_a_case_whose_state_cannot_be_written_fails_alone_and_there_may_be_room_for_the_next(
+    tmp_path, monkeypatch, state
+):
+    def full(path, facts):
+        if facts["id"] == first and facts["state"] == state:
+            raise OSError(28, "No space left on device", str(path))
+        write_json(path, facts)
+
+    with queue(tmp_path, Told(), started=False) as (jobs, _):
+        first, second = put(jobs), put(jobs)
+        monkeypatch.setattr("fedclient.serving.jobs.write_json", full)
+        jobs.start()
+        until(lambda: jobs.find(second).state == "done")
+        assert (jobs.find(first).state, jobs.find(first).error[0]) == ("failed", "DISK_FULL")
+
+
+def test_a_case_that_is_forgotten_as_it_leaves_the_queue_does_not_come_back(tmp_path):
+    worker = Told()
+    with queue(tmp_path, worker, started=False) as (jobs, _):
+        job = jobs.find(put(jobs))
+        assert jobs.forget(job.id)
+        jobs._work(job)
+        assert jobs.find(job.id) is None
+        assert (worker.seen, jobs.place(job.id).exists()) == ([], False)
+
+
 def test_a_case_under_way_when_the_service_ends_is_gone_on_with(tmp_path):
     def say(folder):
         jobs.stop(0)

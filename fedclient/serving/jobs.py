@@ -256,15 +256,35 @@ class Jobs:
                     return
                 job = self._known[self._queue.popleft()] if self._queue else None
             if job is not None:
-                self._work(job)
+                try:
+                    self._work(job)
+                except OSError as error:  # a full disk, or one that is only read: there may be room for the next one
+                    log.error("job %s: %s, %s", job.id[:8], error.strerror, where(error))
+                    self._unwritten(job.id)
             if time.monotonic() - swept > SWEEP_S:
-                self.sweep()
+                try:
+                    self.sweep()
+                except OSError as error:
+                    log.error("nothing is swept: %s, %s", error.strerror, where(error))
                 swept = time.monotonic()
 
-    def _work(self, job: Job) -> None:
-        """One case, whatever it does to the worker; the thread outlives it."""
+    def _unwritten(self, job_id: str) -> None:
+        """Ends a job whose state cannot be written; in memory alone, so that the next start tries it again."""
+        words = "its state could not be written here: the disk is full or faulty. Send the case again."
         with self._change:
-            job = replace(self._known.get(job.id, job), state="running", tries=job.tries + 1)
+            if job_id in self._known:
+                self._known[job_id] = replace(self._known[job_id], state="failed", error=("DISK_FULL", words))
+
+    def _work(self, job: Job) -> None:
+        """One case, whatever it does to the worker.
+
+        Raises:
+            OSError: where it stands cannot be written.
+        """
+        with self._change:
+            if job.id not in self._known:  # forgotten since it left the queue
+                return
+            job = replace(self._known[job.id], state="running", tries=job.tries + 1)
             self._set(job)
         folder = self.place(job.id)
         try:
@@ -321,8 +341,8 @@ class Jobs:
 
     def _set(self, job: Job) -> None:
         """Under the lock."""
-        self._known[job.id] = job
         write_json(self.place(job.id) / "job.json", asdict(job))
+        self._known[job.id] = job
 
     def _recover(self) -> None:
         """Goes on with what a process before this one left: uploads that never ended are deleted."""
