@@ -25,7 +25,7 @@ from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, Segmentatio
 from pynetdicom import AE
 from uvicorn.server import ServerState
 
-from fedclient.serving.back import Back, NotTaken
+from fedclient.serving.back import Back, NotTaken, store
 from fedclient.serving.commands import _say
 from fedclient.serving.guard import guarded
 from fedclient.serving.handed import Before, Handed
@@ -964,6 +964,46 @@ def test_results_are_sent_again_until_they_are_taken(tmp_path):
         until(lambda: jobs.find(job).returned == "sent")
         back.stop()
     assert tries == [["seg.dcm", "sr.dcm"]] * 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("PATIENT^NAME"), httpx.InvalidURL("no port"), OSError(28, "full")])
+def test_whatever_keeps_a_result_from_being_returned_the_next_one_goes(tmp_path, caplog, error):
+    tries = []
+
+    def sending(to, files, ae_title):
+        tries.append(files)
+        if len(tries) == 1:
+            raise error
+
+    back = Back(destination("PACS@h:1"), lambda: jobs, "US", sending, first_s=0.01)
+    with queue(tmp_path, Told(), done=back.add) as (jobs, _):
+        back.start()
+        ids = [put(jobs), put(jobs)]
+        until(lambda: all(jobs.find(each).returned == "sent" for each in ids))
+        back.stop()
+    assert len(tries) == 3
+    assert "PATIENT" not in caplog.text
+
+
+def test_a_peer_that_hangs_up_between_two_objects_has_not_taken_them(monkeypatch):
+    class Association:
+        is_established = True
+        sent = 0
+
+        def send_c_store(self, data):
+            self.sent += 1
+            if self.sent == 2:
+                raise RuntimeError("The association with a peer SCP must be established")
+            return status
+
+        def release(self):
+            pass
+
+    status = pydicom.Dataset()
+    status.add_new(0x00000900, "US", 0)
+    monkeypatch.setattr("fedclient.serving.back.AE.associate", lambda *_, **__: Association())
+    with pytest.raises(NotTaken, match="broke off"):
+        store(destination("PACS@127.0.0.1:104"), [SEG_FILE, SEG_FILE], "US")
 
 
 # ---- the process ----

@@ -11,6 +11,7 @@ from pydicom import dcmread
 from pynetdicom import AE
 
 from fedclient.serving.jobs import Job, Jobs
+from fedclient.serving.logs import where
 from fedclient.serving.settings import Destination
 from shared_models.errors import FederationError
 
@@ -73,7 +74,13 @@ class Back:
                     self._change.wait(due[0][0] - now if due else None)
                     continue
                 _, job_id = due[0]
-            self._one(job_id)
+            try:
+                self._one(job_id)
+            except OSError as error:  # that it was given up cannot be written: it is tried, or given up, once more
+                log.error("job %s: %s, %s", job_id[:8], error.strerror, where(error))
+                with self._change:
+                    _, wait_s, since = self._due[job_id]
+                    self._due[job_id] = (time.monotonic() + wait_s, wait_s, since)
 
     def _one(self, job_id: str) -> None:
         job = self.jobs().find(job_id)
@@ -84,7 +91,7 @@ class Back:
                 self.send(self.to, files, self.ae_title)
                 self.jobs().mark_returned(job_id, "sent")
                 log.info("job %s: %d results returned", job_id[:8], len(files))
-            except (FederationError, OSError, httpx.HTTPError) as error:
+            except Exception as error:  # of the destination, or of a library over what it said: the next may be taken
                 now = time.monotonic()
                 if now - since < GIVE_UP_S:
                     log.warning("job %s: not returned yet (%s); again in %.0f s", job_id[:8], _words(error), wait_s)
@@ -98,7 +105,7 @@ class Back:
 
 
 def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, NotTaken) else type(error).__name__
+    return str(error) if isinstance(error, NotTaken) else where(error)
 
 
 def dicom_results(folder: Path, job: Job) -> list[Path]:
@@ -118,7 +125,7 @@ def store(to: Destination, files: Sequence[Path], ae_title: str) -> None:
     """C-STORE.
 
     Raises:
-        NotTaken: no association, or a status that is no success.
+        NotTaken: no association, one that broke off, or a status that is no success.
     """
     entity = AE(ae_title=ae_title)
     entity.network_timeout = entity.dimse_timeout = entity.acse_timeout = entity.connection_timeout = STALL_S
@@ -134,6 +141,8 @@ def store(to: Destination, files: Sequence[Path], ae_title: str) -> None:
                 status = association.send_c_store(data)
             except ValueError:  # no context was accepted for this class
                 raise NotTaken(f"{to}: takes no objects of one of the classes of the results") from None
+            except RuntimeError:  # it hung up between two objects
+                raise NotTaken(f"{to}: the association broke off") from None
             if "Status" not in status or (status.Status != 0 and status.Status & 0xF000 != 0xB000):
                 raise NotTaken(f"{to}: status 0x{status.get('Status', 0):04X}")
     finally:
