@@ -41,7 +41,7 @@ from shared_models.doctor import (
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.expiry import date_text
 from shared_models.identity import is_issued_by, split_address, whose
-from shared_models.standing import day
+from shared_models.standing import ahead, day
 from shared_models.supervise import read_status, troubles
 from shared_models.transfer import connect, site_context
 
@@ -361,5 +361,8 @@ def _releases(folder: Path, policy: Releases) -> Iterator[Line]:
     if not lists and policy.status_required:
         yield Line("releases", "fail", "site.toml asks for a list of releases, and none was handed in.", mend)
     for each in lists:
+        if wrong := ahead(each, time.time()):
+            yield Line("releases", "fail", f"of {each.federation!r}, {wrong}", mend)
+            continue
         words = f"the list of {each.federation!r} is good until {day(each.good_until)}."
         yield Line("releases", "ok", words) if time.time() <= each.good_until else Line("releases", "warn", words, mend)

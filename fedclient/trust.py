@@ -19,7 +19,7 @@ from shared_models.identity import vouched
 from shared_models.parse import parse_json
 from shared_models.release import SIGNATURE, Release, Trust
 from shared_models.release_facts import Signed
-from shared_models.standing import Standings, day, read_standings, warned
+from shared_models.standing import Standings, ahead, day, read_standings, retired, warned
 
 
 def policy_of(site: Path) -> Releases:
@@ -93,8 +93,8 @@ class Watch:
         """What there is to say before the release is used; nothing where all is well, or nobody has handed in a list.
 
         Raises:
-            ReleaseInvalid: it is retired or unknown; a list of another federation; none that is good, where site.toml
-                asks for one.
+            ReleaseInvalid: it is retired or unknown; a list of another federation, or one dated ahead of this
+                machine's clock; none that is good, where site.toml asks for one.
         """
         origin = self.release.manifest.origin
         required = policy_of(self.site).status_required
@@ -103,7 +103,7 @@ class Watch:
             if self.given is not None:
                 raise ReleaseInvalid(f"{self.given}: a research release stands on no list. Leave --status out.")
             return []
-        standings, told = self._newest()
+        standings, told = self._newest(now_s)
         if standings is None:
             if required:
                 raise ReleaseInvalid(
@@ -121,17 +121,20 @@ class Watch:
 
     def said(self) -> str:
         """For who verifies: what the newest list says of the release, or that there is none."""
-        standings, _ = self._newest()
+        standings, _ = self._newest(time.time())
         if standings is None:
             return "no list of the federation's releases was handed in: whether it was retired since is not known"
         known = standings.releases.get(self.release.digest)
         stage = "unknown to" if known is None else f"{known.stage} by"
         return f"{stage} the list of {day(standings.made_at)}, which is good until {day(standings.good_until)}"
 
-    def _newest(self) -> tuple[Standings | None, list[str]]:
+    def _newest(self, now_s: float) -> tuple[Standings | None, list[str]]:
         authorities, kept_at = self._authorities(), self._kept_at()
         if self.given is None:
-            return self._kept(kept_at, authorities), []
+            kept = self._kept(kept_at, authorities)
+            if kept is not None and (words := ahead(kept, now_s)):
+                raise ReleaseInvalid(f"{kept_at}: {words}")
+            return kept, []
         content = self.given.read_bytes() if self.given.is_file() else b""
         handed = read_standings(content, authorities, str(self.given))
         if handed.federation != self.release.manifest.origin.federation:
@@ -139,6 +142,8 @@ class Watch:
                 f"{self.given}: is the list of {handed.federation!r}, the release is of "
                 f"{self.release.manifest.origin.federation!r}. Give the list of that federation."
             )
+        if words := ahead(handed, now_s):
+            raise ReleaseInvalid(f"{self.given}: {words}")
         if not (self.site / "keys").is_dir():
             return handed, []
         try:
@@ -147,7 +152,11 @@ class Watch:
                     kept = self._kept(kept_at, authorities)
                 except ReleaseInvalid:  # of an authority that was dropped since, or spoilt: the new one takes its place
                     kept = None
+                if kept is not None and ahead(kept, now_s):  # nothing could ever be newer
+                    retired(kept, self.release.digest)
+                    kept = None
                 if kept is not None and kept.made_at > handed.made_at:
+                    retired(handed, self.release.digest)  # whatever the newer one says: nothing comes back from that
                     return kept, [f"{self.given}: is older than the list of {day(kept.made_at)} that is kept here"]
                 if handed != kept:
                     write_atomic(kept_at, content)

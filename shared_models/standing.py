@@ -20,6 +20,7 @@ from shared_models.release_facts import Pem, Signature64
 
 PURPOSE = "release-status"
 MOST_BYTES = 4 << 20
+AHEAD_S = 86400.0  # that the coordinator's clock may be before a hospital's
 Stage: TypeAlias = Literal["candidate", "approved", "retired"]
 Time = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
@@ -86,6 +87,29 @@ def read_standings(content: bytes, authorities: Sequence[bytes], where: str) -> 
     return signed.standings
 
 
+def ahead(standings: Standings, now_s: float) -> str:
+    """What is wrong with the times of a list, which would be the newest for as long as it is ahead; "" if nothing."""
+    if standings.made_at > now_s + AHEAD_S:
+        return (
+            f"the list is dated {day(standings.made_at)}, which has not come. Look at the clocks here and at the "
+            "coordinator, and get a new list from there."
+        )
+    if standings.good_until < standings.made_at:
+        return "the list ends before it begins. Get a new list from the coordinator."
+    return ""
+
+
+def retired(standings: Standings, digest: str) -> None:
+    """Raises ReleaseInvalid where a list says that the release with this digest was retired."""
+    known = standings.releases.get(digest)
+    if known is not None and known.stage == "retired":
+        why = f" ({known.words})" if known.words else ""
+        raise ReleaseInvalid(
+            f"release {known.label}: {standings.federation!r} has retired it on {day(known.since)}{why}. Predict "
+            "nothing more with it; ask the coordinator for its successor."
+        )
+
+
 def day(at_s: float) -> str:
     """As people write it."""
     return time.strftime("%Y-%m-%d", time.gmtime(at_s))
@@ -97,13 +121,8 @@ def warned(standings: Standings, digest: str, made_at: float, now_s: float) -> l
     Raises:
         ReleaseInvalid: it is retired, or the list is younger than the release and does not know it.
     """
+    retired(standings, digest)
     known, warnings = standings.releases.get(digest), list[str]()
-    if known is not None and known.stage == "retired":
-        why = f" ({known.words})" if known.words else ""
-        raise ReleaseInvalid(
-            f"release {known.label}: {standings.federation!r} has retired it on {day(known.since)}{why}. Predict "
-            "nothing more with it; ask the coordinator for its successor."
-        )
     if known is None and standings.made_at > made_at:
         raise ReleaseInvalid(
             f"release {digest[:12]}: is not among those of {standings.federation!r} on {day(standings.made_at)}, "

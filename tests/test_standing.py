@@ -64,6 +64,12 @@ def site(made: Made, tmp_path: Path) -> Path:
     return tmp_path / "site"
 
 
+@pytest.fixture
+def today(monkeypatch) -> None:
+    """Commands, too, are after the release was made."""
+    monkeypatch.setattr("time.time", lambda: MADE + 4 * DAY)
+
+
 def configured(site: Path, **table: Any) -> None:
     file = SiteFile("north", "host:1", "f", Data("/d"), releases=Releases(**table))
     write_atomic(site / "site.toml", site_toml(file).encode())
@@ -175,6 +181,32 @@ def test_an_older_list_that_is_handed_in_is_said_to_be_one(made, site, tmp_path)
     assert "older than the list" in warning
 
 
+def test_a_list_dated_ahead_or_without_a_day_is_not_taken_and_one_of_a_clock_an_hour_off_is(made, site, tmp_path):
+    with pytest.raises(ReleaseInvalid, match="dated 2030-01-14, which has not come"):
+        asked(made, site, made.listed(tmp_path / "s", at=MADE + 1095 * DAY))
+    with pytest.raises(ReleaseInvalid, match="ends before it begins"):
+        asked(made, site, made.listed(tmp_path / "t", days=-1))
+    assert not (site / "release-status").exists()
+    assert asked(made, site, made.listed(tmp_path / "u", at=MADE + 2 * DAY + 3600)) == []
+
+
+def test_a_kept_list_dated_ahead_hides_no_retirement(made, site, tmp_path):
+    ahead = made.listed(tmp_path / "ahead", at=MADE + 1095 * DAY)
+    assert asked(made, site, ahead, MADE + 1096 * DAY) == []  # kept while this machine's clock was as wrong
+    with pytest.raises(ReleaseInvalid, match="which has not come"):
+        asked(made, site)
+    with pytest.raises(ReleaseInvalid, match="retired"):
+        asked(made, site, made.listed(tmp_path / "true", "retired"))
+    with pytest.raises(ReleaseInvalid, match="retired"):
+        asked(made, site)
+
+
+def test_a_retirement_stands_that_only_an_older_list_has(made, site, tmp_path):
+    assert asked(made, site, made.listed(tmp_path / "new", at=MADE + 2 * DAY)) == []
+    with pytest.raises(ReleaseInvalid, match="retired"):
+        asked(made, site, made.listed(tmp_path / "old", "retired", at=MADE + DAY))
+
+
 def test_a_list_that_cannot_be_kept_counts_all_the_same_and_that_is_said(made, site, tmp_path):
     (site / "release-status").write_bytes(b"no folder")  # as on a disk that is only read
     (warning,) = asked(made, site, made.listed(tmp_path / "s"))
@@ -194,17 +226,23 @@ def test_where_there_is_no_site_a_list_is_looked_at_and_not_kept(made, tmp_path)
 # ---- commands ----
 
 
+@pytest.mark.usefixtures("today")
 def test_the_doctor_tells_of_a_list_that_is_not_good_any_more_and_of_one_that_is_asked_for(made, site, tmp_path):
     asks = Releases(status_required=True)
     assert [line.state for line in doctor._releases(site, Releases())] == []
     assert [line.state for line in doctor._releases(site, asks)] == ["fail"]
     asked(made, site, made.listed(tmp_path / "s", days=30_000))
     assert [line.state for line in doctor._releases(site, asks)] == ["ok"]
+    (kept,) = (site / "release-status").glob("*.json")
+    kept.write_bytes(made.listed(tmp_path / "u", at=MADE + 1095 * DAY).read_bytes())
+    assert [line.state for line in doctor._releases(site, asks)] == ["fail"]
+    kept.write_bytes(made.listed(tmp_path / "v", days=30_000).read_bytes())
     past = made.listed(tmp_path / "t", at=1.0e9)
     (site / "release-status").joinpath(f"{'0' * 16}.json").write_bytes(past.read_bytes())
     assert [line.state for line in doctor._releases(site, asks)] == ["warn", "ok"]
 
 
+@pytest.mark.usefixtures("today")
 def test_verify_keeps_the_list_and_predict_then_refuses(made, site, tmp_path):
     (tmp_path / "a.nii").write_bytes(b"never read")
     words = [str(made.folder), "--site", str(site)]
@@ -219,6 +257,7 @@ def test_verify_keeps_the_list_and_predict_then_refuses(made, site, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("today")
 def test_a_service_that_runs_stops_answering_once_a_list_retires_its_release(made, site, tmp_path):
     watch = Watch(site, made.opened(), ((made.authority,),))
     orders = [json.dumps({"folder": str(tmp_path / "case")}) + "\n"] * 2
