@@ -376,6 +376,19 @@ def test_results_are_deleted_when_their_time_is_over_or_when_asked(tmp_path):
         assert not jobs.forget(old)
 
 
+def test_results_that_pacs_has_not_taken_outlast_their_time(tmp_path):
+    now = [1000.0]
+    with queue(tmp_path, Told(), keep_s=100, clock=lambda: now[0], done=lambda _: None) as (jobs, _):
+        job = put(jobs)
+        until(lambda: jobs.find(job).returned == "waiting")
+        now[0] += 101
+        jobs.sweep()
+        assert jobs.find(job).returned == "waiting"
+        jobs.mark_returned(job, "failed")
+        jobs.sweep()
+        assert jobs.find(job) is None
+
+
 def test_of_more_jobs_than_are_kept_those_that_failed_go_first_and_what_pacs_waits_for_stays(tmp_path, monkeypatch):
     monkeypatch.setattr("fedclient.serving.jobs.MOST_KEPT", 2)
     now = [1000.0]

@@ -312,14 +312,14 @@ class Jobs:
 
     def sweep(self) -> None:
         """Deletes what has been kept long enough, files and results, uploads that never ended, and what is too much:
-        of the oldest first those that failed."""
+        of the oldest first those that failed. What waits for PACS is kept until it is there, or given up."""
         before = self.clock() - self.keep_s
         ended = [job for job in self.all() if job.state in ("done", "failed") and job.returned != "waiting"]
         ended.sort(key=lambda job: (job.state != "failed", job.came_s))
         for job in ended[: max(0, len(ended) - MOST_KEPT)]:
             self.forget(job.id)
         for job in self.all():
-            if job.came_s < before and job.state != "running":
+            if job.came_s < before and job.state != "running" and job.returned != "waiting":
                 self.forget(job.id)
             elif job.state in ("done", "failed") and self._past_joining(job) and (self.place(job.id) / "in").exists():
                 shutil.rmtree(self.place(job.id) / "in", ignore_errors=True)
