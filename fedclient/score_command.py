@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from fedclient.trust import trust_in
-from fedclient.verify import Authority, Research
+from fedclient.trust import Watch, groups_of, trust_in
+from fedclient.verify import Authority, Research, Status
 from shared_models.cli import guarded, print_json
 from shared_models.errors import StateInvalid
 from shared_models.release import open_release
@@ -29,6 +30,7 @@ def score(
         Split, typer.Option(help="Which patients: those kept for the test, or for validation; neither trains.")
     ] = "test",
     authority: Authority = None,
+    status: Status = None,
     research: Research = False,
     site: Annotated[Path, typer.Option("--site", envvar="FEDCLIENT_SITE", help="Folder of this node.")] = Path("site"),
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
@@ -36,11 +38,15 @@ def score(
     """Scores a release on this site's own patients, as a round of its study would; stays here."""
     with tempfile.TemporaryDirectory(prefix="fedclient-score-") as scratch:
         opened = open_release(release, trust_in(site, authority or (), research), scratch=Path(scratch))
+        warnings = Watch(site, opened, groups_of(site, authority or ()), status).warnings()
         rows = scored(site, opened.study, opened.weights, split)
     if as_json:
-        print_json({"release": opened.name, "version": opened.version, "split": split, "scores": rows})
+        print_json({"release": opened.name, "version": opened.version, "split": split, "scores": rows,
+                    "warnings": warnings})  # fmt: skip
         return
     console.print(f"[bold]{opened.name}[/] version {opened.version}, {split} patients of this site", highlight=False)
+    for words in warnings:
+        console.print(f"[yellow]warning[/] {escape(words)}", highlight=False)
     for label, row in rows.items():
         value = value_in(row)
         words = "no figure" if value is None else f"{NAMES[row['measure']]} {value:.3f}"

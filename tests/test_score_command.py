@@ -1,6 +1,7 @@
 """A release scored at a hospital: the figures are those that a round would count, and nothing leaves."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ from typer.testing import CliRunner
 import fedclient.cli
 from fedclient.site import Data, SiteFile, open_site, site_toml
 from fedclient.training.learner import ImageLearner
+from fedserver.publish.making import make_release
 from shared_models.files import private_folder, write_atomic
 from shared_models.nets import initial_weights
+from shared_models.standing import Stage, Standing, Standings, sign_standings
 from simulations.phantoms import PhantomPlan, phantom
-from tests.releases import made_release, tiny_study
+from tests.releases import made_release, recipe, tiny_study
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +61,25 @@ def test_a_person_reads_one_line_for_each_label(hospital, released):
     assert code == 0, out
     assert "lung: Dice 0." in out
     assert "Nothing of this has left the site" in out
+
+
+def test_a_release_that_was_retired_is_not_scored_and_what_else_the_list_says_is_told(tmp_path, hospital):
+    what, release = recipe(), tmp_path / "release"
+    digest = make_release(what, release).digest
+    (tmp_path / "ca.pem").write_bytes(what.authority)
+    given = release, tmp_path / "ca.pem"
+    now = time.time()
+
+    def listed(stage: Stage, until_s: float) -> str:
+        standings = Standings(
+            "fedstatus/1", "test federation", now - 9, until_s, {digest: Standing("tiny-1", stage, now)}
+        )
+        (tmp_path / stage).write_bytes(sign_standings(what.signer, standings))
+        return str(tmp_path / stage)
+
+    code, out = score(hospital, given, "--json", "--status", listed("approved", now - 5))
+    assert code == 0, out
+    assert "was good until" in json.loads(out)["warnings"][0]
+    code, out = score(hospital, given, "--status", listed("retired", now + 9))
+    assert code == 1
+    assert "has retired it" in out
