@@ -1041,7 +1041,9 @@ def test_a_process_that_dies_hangs_or_grows_is_replaced(tmp_path):
             warm.ask(Path(what), False)
         assert warm.ask(Path("well"), False) == {"images": [], "rss_bytes": 10}
     assert warm.ask(Path("grow"), False)["rss_bytes"] == 10**12
+    assert warm.restarts == 2  # the one that has grown is replaced when there is another case
     assert warm.ask(Path("well"), False)["rss_bytes"] == 10
+    assert warm.restarts == 3
     warm.stop()
 
 

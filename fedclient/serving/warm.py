@@ -28,6 +28,7 @@ class Warm:
 
     Attributes:
         model: what the child said of the model as it started.
+        restarts: how often another child took the place of one that died, hung or had grown.
     """
 
     def __init__(self, command: Sequence[str], time_limit_s: float, grown_bytes: int = GROWN_BYTES) -> None:
@@ -65,8 +66,9 @@ class Warm:
             ProcessFailed: the child died of them, or took too long; the next one begins with another child.
         """
         if self._process is None or self._process.poll() is not None:
-            self.restarts += self._process is not None
+            again = bool(self.model)
             self.start()
+            self.restarts += again
         assert self._process is not None
         assert self._process.stdin is not None
         try:
