@@ -147,6 +147,20 @@ def test_results_go_by_https_or_within_this_machine_or_where_somebody_says_that_
     assert Serve(**more).return_to == more["return_to"]
 
 
+@pytest.mark.parametrize(("more", "told"), [
+    ({"return_to": "PACS@10.1.2.3:104"}, ["C-STORE to 10.1.2.3 is not encrypted"]),
+    ({"dicom_host": "0.0.0.0", "allow": ("PACS",)}, ["the DICOM receiver is without TLS"]),
+    ({"dicom_host": "0.0.0.0", "allow": ("PACS",), "tls_key": "k", "tls_certificate": "c"}, []),
+    ({"dicom_host": "0.0.0.0"}, []), ({"allow": ("PACS",), "return_to": "PACS@127.0.0.1:104"}, []),
+    ({"return_to": "https://pacs.example.org/dicom-web"}, []),
+])  # fmt: skip
+def test_as_it_starts_the_service_warns_of_dicom_that_goes_unencrypted_to_other_machines(capsys, more, told):
+    model = {"name": "m", "version": "1", "sha256": "0" * 64, "engine": "onnx", "warnings": []}
+    _say(heard(warm=heard(model=model), serve=Serve(**more), port=8484, token=None, receiver=None))
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line.removeprefix("warning: ").partition(":")[0].partition(" (")[0] for line in warned] == told
+
+
 def test_a_destination_is_a_peer_or_a_url():
     assert destination("PACS@10.0.0.7:104") == Destination("dicom", "10.0.0.7", 104, "PACS")
     assert destination("PACS@[::1]:104").host == "::1"

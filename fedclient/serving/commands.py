@@ -144,7 +144,7 @@ def _say(service: "Service") -> None:
     scheme = "https" if serve.tls_key else "http"
     shown = f"[{serve.host}]" if ":" in serve.host else serve.host
     lines = [f"{model['name']} {model['version']} ({model['sha256'][:16]}), {model['engine']}. Not for diagnosis."]
-    lines += [f"warning: {words}" for words in model["warnings"]]
+    lines += [f"warning: {words}" for words in (*model["warnings"], *serve.unencrypted)]
     lines.append(
         f"page and REST: {scheme}://{shown}:{service.port}/   DICOMweb: {scheme}://{shown}:{service.port}/dicom-web"
     )

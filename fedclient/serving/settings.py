@@ -90,6 +90,17 @@ class Serve:
         """Whether the pages are for this machine alone."""
         return is_local(self.host)
 
+    @property
+    def unencrypted(self) -> list[str]:
+        """What whoever listens on the network can read: few PACS speak TLS, so that it is told and not refused."""
+        to = destination(self.return_to) if self.return_to else None
+        found = []
+        if to is not None and to.kind == "dicom" and not is_local(to.host):
+            found.append(f"C-STORE to {to.host} is not encrypted: whoever listens on the way reads results")
+        if self.allow and not is_local(self.dicom_host) and not self.tls_key:
+            found.append("the DICOM receiver is without TLS (tls_key): whoever listens on the way reads what is sent")
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Destination:
