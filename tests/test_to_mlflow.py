@@ -1,9 +1,10 @@
 """A release in MLflow, read back by MLflow itself from a folder; skipped where the extra is not installed."""
 
 import hashlib
+import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,7 +15,7 @@ from fedserver.enrol import Federation, init_federation, signer
 from fedserver.publish import to_mlflow
 from fedserver.publish.making import make_release
 from fedserver.registry import Entry, Step, folder_of
-from shared_models.errors import StateInvalid
+from shared_models.errors import FederationError, StateInvalid
 from shared_models.files import write_json
 from shared_models.parse import plain
 from shared_models.release import members_of
@@ -87,3 +88,64 @@ def test_a_release_that_waits_for_its_approvers_is_not_exported(registered, monk
     monkeypatch.setattr(to_mlflow, "manifest_of", lambda *_: cast(Any, SimpleNamespace(approvals=1)))
     with pytest.raises(StateInvalid, match="waits for its approvers"):
         to_mlflow.to_mlflow(federation, entry, "file:///nowhere")
+
+
+class Server:
+    """In the place of MLflow: takes everything but files."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        self.ended: list[tuple[str, ...]] = []
+        self.made: list[str] = []
+        servers.append(self)
+
+    def get_experiment_by_name(self, _: str) -> SimpleNamespace:
+        return SimpleNamespace(experiment_id="1")
+
+    def create_run(self, *_: Any, **__: Any) -> SimpleNamespace:
+        self.made.append("r")
+        return SimpleNamespace(info=SimpleNamespace(run_id="r"))
+
+    def log_batch(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log_artifacts(self, *_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def set_terminated(self, *words: str) -> None:
+        self.ended.append(words)
+
+
+servers: list[Server] = []
+
+
+@pytest.fixture
+def mlflow(monkeypatch) -> None:
+    servers.clear()
+    made = {
+        "mlflow": ModuleType("mlflow"),
+        "mlflow.entities": SimpleNamespace(Metric=tuple_of, Param=tuple_of, RunTag=tuple_of),
+        "mlflow.exceptions": SimpleNamespace(MlflowException=RuntimeError),
+        "mlflow.tracking": SimpleNamespace(MlflowClient=Server),
+    }
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def tuple_of(*words: Any) -> tuple[Any, ...]:
+    return words
+
+
+@pytest.mark.usefixtures("mlflow")
+def test_a_run_that_breaks_off_half_way_is_marked_as_failed(registered):
+    federation, entry = registered
+    with pytest.raises(StateInvalid, match="No space left"):
+        to_mlflow.to_mlflow(federation, entry, "http://127.0.0.1:1")
+    assert servers[0].ended == [("r", "FAILED")]
+
+
+@pytest.mark.usefixtures("mlflow")
+def test_a_release_that_leaves_out_where_it_comes_from_makes_no_run(registered):
+    federation, entry = registered
+    with pytest.raises(FederationError, match="leaves out where it comes from"):
+        to_mlflow.to_mlflow(federation, replace(entry, run=""), "http://127.0.0.1:1")
+    assert servers == []

@@ -6,6 +6,7 @@ and no hospital trusts it. Its telemetry, which is on by default from 3.2, is sw
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,20 +43,25 @@ def to_mlflow(federation: Federation, entry: Entry, uri: str, experiment: str = 
     except ImportError:
         raise StateInvalid("MLflow is not installed here: pip install 'mlflow-skinny>=2.14,<4'.") from None
     at_ms = int(entry.history[0].at * 1000)
+    figures, tags, params = list(metrics_of(source)), tags_of(release, entry), iter(sorted(params_of(release).items()))
     try:
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
         number = found.experiment_id if found is not None else client.create_experiment(experiment)
         run: str = client.create_run(number, start_time=at_ms, run_name=entry.label).info.run_id
-        params = iter(sorted(params_of(release).items()))
-        while part := [Param(name, value) for name, value in islice(params, TOGETHER)]:
-            client.log_batch(run, params=part)
-        client.log_batch(
-            run,
-            metrics=[Metric(name, value, at_ms, entry.round) for name, value in metrics_of(source)],
-            tags=[RunTag(name, value) for name, value in tags_of(release, entry).items()],
-        )
-        client.log_artifacts(run, str(source), "release")
+        try:
+            while part := [Param(name, value) for name, value in islice(params, TOGETHER)]:
+                client.log_batch(run, params=part)
+            client.log_batch(
+                run,
+                metrics=[Metric(name, value, at_ms, entry.round) for name, value in figures],
+                tags=[RunTag(name, value) for name, value in tags.items()],
+            )
+            client.log_artifacts(run, str(source), "release")
+        except BaseException:
+            with suppress(MlflowException, OSError):  # the server may be gone
+                client.set_terminated(run, "FAILED")
+            raise
         client.set_terminated(run)
     except (MlflowException, OSError) as error:
         raise StateInvalid(
