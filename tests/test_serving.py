@@ -1282,6 +1282,9 @@ def test_results_are_found_and_retrieved_by_their_uids(tmp_path):
         assert len(ask("GET", f"/dicom-web/studies/{study}/series?Modality=SEG").json()) == 1
         assert ask("GET", "/dicom-web/series?Modality=CT").json() == []
         assert ask("GET", "/dicom-web/studies?limit=0").json() == []
+        assert ask("GET", f"/dicom-web/studies/1.2.3/series?StudyInstanceUID={study}").json() == []
+        assert ask("GET", f"/dicom-web/series?StudyInstanceUID={study}").json() != []
+        assert ask("GET", "/dicom-web/series?StudyInstanceUID=1.2.3").json() == []
         assert ask("GET", "/dicom-web/studies?PatientName=x").status_code == 400
         path = f"/dicom-web/studies/{study}/series/{series_uid}/instances/{instance}"
         retrieved = ask("GET", path)

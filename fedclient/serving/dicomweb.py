@@ -83,13 +83,14 @@ def router(jobs: Jobs, intake: Intake, room: Room, most_bytes: int) -> APIRouter
         number = {key: _count(asked.pop(key, default)) for key, default in (("limit", "1000"), ("offset", "0"))}
         for ignored in ("includefield", "fuzzymatching"):
             asked.pop(ignored, None)
-        wanted = {"StudyInstanceUID": study, "SeriesInstanceUID": series} | asked
+        path = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
+        wanted = asked | {key: value for key, value in path.items() if value is not None}
         if strange := set(asked) - {*UIDS.values(), "Modality"}:
             raise HTTPException(400, f"{len(strange)} keys are not searched by; allowed: {', '.join(UIDS.values())}.")
         rows: dict[str, dict[str, Any]] = {}
         for result in results_of(jobs):
             header = header_of(result.path)
-            if all(value is None or text(header, key) == value.upper() for key, value in wanted.items()):
+            if all(text(header, key) == value.upper() for key, value in wanted.items()):
                 key = {"studies": result.study, "series": result.series}.get(level, result.instance)
                 rows.setdefault(key, header_json(header, level))
         listed = list(rows.values())[number["offset"] : number["offset"] + number["limit"]]
