@@ -7,7 +7,7 @@ site/release-status/<name>.json   the newest list of each federation's releases 
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedclient.release_policy import Releases
@@ -118,6 +118,17 @@ class Watch:
                 "(`[releases] status_required`). Get a new one from the coordinator, and give it with --status FILE."
             )
         return told
+
+    def later(self) -> "Watch":
+        """For uses after this one: without the list that was handed in, unless it could not be kept."""
+        if self.given is None:
+            return self
+        newest, _ = self._newest(time.time())
+        try:
+            kept = self._kept(self._kept_at(), self._authorities())
+        except (OSError, ReleaseInvalid):
+            kept = None
+        return replace(self, given=None) if kept == newest else self
 
     def said(self) -> str:
         """For who verifies: what the newest list says of the release, or that there is none."""

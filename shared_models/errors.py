@@ -128,5 +128,9 @@ class ReleaseInvalid(FederationError):
         self.file = file
 
 
+class ReleaseRetired(ReleaseInvalid):
+    """A release that its federation has retired."""
+
+
 class ExplanationFailed(FederationError):
     """An answer of a network that cannot be explained."""

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from shared_models.errors import ReleaseInvalid
+from shared_models.errors import ReleaseInvalid, ReleaseRetired
 from shared_models.files import canonical_json
 from shared_models.identity import Credential, sign, stated
 from shared_models.parse import STRICT, Sha256, parse_json, plain
@@ -100,11 +100,11 @@ def ahead(standings: Standings, now_s: float) -> str:
 
 
 def retired(standings: Standings, digest: str) -> None:
-    """Raises ReleaseInvalid where a list says that the release with this digest was retired."""
+    """Raises ReleaseRetired where a list says that the release with this digest was retired."""
     known = standings.releases.get(digest)
     if known is not None and known.stage == "retired":
         why = f" ({known.words})" if known.words else ""
-        raise ReleaseInvalid(
+        raise ReleaseRetired(
             f"release {known.label}: {standings.federation!r} has retired it on {day(known.since)}{why}. Predict "
             "nothing more with it; ask the coordinator for its successor."
         )

@@ -277,6 +277,39 @@ def test_a_service_that_runs_stops_answering_once_a_list_retires_its_release(mad
     assert codes == ["FILE_MISSING", "FILE_MISSING", "RELEASE_RETIRED"]
 
 
+@pytest.mark.usefixtures("today")
+def test_a_service_whose_list_has_run_out_says_so_once_and_one_that_asks_for_a_list_does_not_call_it_retired(
+    made, site, tmp_path, caplog
+):
+    watch = Watch(site, made.opened(), ((made.authority,),), made.listed(tmp_path / "old", days=1)).later()
+    (tmp_path / "case" / "in").mkdir(parents=True)
+    order = json.dumps({"folder": str(tmp_path / "case")}) + "\n"
+
+    def sent():
+        yield from (order, order)
+        configured(site, status_required=True)
+        yield order
+
+    answers = io.StringIO()
+    worker.serve(model(), site, watch, sent(), answers)
+    codes = [json.loads(line)["unread"][0]["code"] for line in answers.getvalue().splitlines()]
+    assert codes == ["FILE_MISSING", "FILE_MISSING", "RELEASE_NOT_CLEARED"]
+    assert caplog.text.count("was good until 2027-01-17: whether") == 1
+
+
+@pytest.mark.usefixtures("today")
+def test_a_list_that_could_not_be_kept_counts_for_all_cases_of_a_service(made, site, tmp_path):
+    configured(site, status_required=True)
+    given = made.listed(tmp_path / "s")
+    kept = Watch(site, made.opened(), groups_of(site, ()), given).later()
+    assert kept.given is None
+    assert kept.warnings() == []
+    shutil.rmtree(site / "release-status")
+    (site / "release-status").write_bytes(b"no folder")  # as on a disk that is only read
+    (warning,) = Watch(site, made.opened(), groups_of(site, ()), given).later().warnings()
+    assert "could not be kept here" in warning
+
+
 # ---- whom a site trusts ----
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,7 +25,7 @@ from fedclient.predict.outputs import write_case
 from fedclient.serving.logs import own_lines_only, where
 from fedclient.serving.view import colours, write_view
 from fedclient.trust import Watch, groups_of, trust_in
-from shared_models.errors import FederationError, ImageUnreadable, ReleaseInvalid
+from shared_models.errors import FederationError, ImageUnreadable, ReleaseInvalid, ReleaseRetired
 from shared_models.release import open_release
 
 FORMATS = ("seg", "sr", "sc", "nifti", "json")
@@ -93,15 +93,21 @@ def rss_bytes() -> int:
 
 
 def serve(model: Model, site: Path, watch: Watch, orders: TextIO, answers: TextIO) -> None:
-    """Answers orders until there are no more, none once the release is retired: a list may be handed in meanwhile."""
+    """Answers orders until there are no more, none once the release is retired: a list may be handed in meanwhile.
+    What a list gives cause to say is logged once."""
+    told: list[str] = []
     for line in orders:
         order = json.loads(line)
         try:
-            watch.warnings()
+            if (warnings := watch.warnings()) != told:
+                told = warnings
+                for words in warnings:
+                    log.warning("%s", words)
             said = answered(model, Path(order["folder"]), site, bool(order.get("view")))
         except ReleaseInvalid as error:
             log.error("the release is not used any more: %s", error)
-            said = {"images": [], "unread": [{"code": "RELEASE_RETIRED", "why": str(error)}]}
+            code = "RELEASE_RETIRED" if isinstance(error, ReleaseRetired) else "RELEASE_NOT_CLEARED"
+            said = {"images": [], "unread": [{"code": code, "why": str(error)}]}
         except Exception as error:  # a fault of ours, or of a library over a hostile file: the next case may be sound
             log.error("a case failed: %s", where(error))
             said = {"images": [], "unread": [{"code": "INTERNAL", "why": f"a fault over this case ({where(error)})."}]}
@@ -143,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     answers.write(json.dumps({"model": facts}) + "\n")
     answers.flush()
     own_lines_only(silent=True)
-    serve(model, asked.site, replace(watch, given=None), sys.stdin, answers)
+    serve(model, asked.site, watch.later(), sys.stdin, answers)
 
 
 if __name__ == "__main__":
