@@ -1,5 +1,6 @@
 """Drift: counts that add up, bets with few false alarms, a shifted phantom site that is told and one that is not."""
 
+import json
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from fedclient import drift as log
+from fedclient.cli import app
 from fedclient.egress import sent
 from fedclient.monitoring import exported, forget
 from fedclient.policy import Policy
@@ -333,6 +336,22 @@ def test_a_site_adds_its_counts_to_a_round_and_its_log_says_so(tmp_path):
     assert (line["kind"], line["bytes"], line["release"]) == ("histograms", len(content), release.digest)
     observed = parse_json(Observed, content, "north.json")
     assert (observed.site, observed.profile.cases) == ("north", 20)
+
+
+def test_for_machines_an_export_and_a_new_beginning_are_told_as_json(tmp_path, monkeypatch):
+    here, release = site_folder(tmp_path / "site"), released_with([])
+    for cells_ in spread(np.random.default_rng(3), 2)[:20]:
+        log.note(here, STUDY, release.digest, cells_)
+    monkeypatch.setattr("fedclient.serving.commands._opened", lambda *_: release)
+
+    def told(*words: str) -> Any:
+        ran = CliRunner().invoke(app, ["drift", "x", "--site", str(here), "--json", *words])
+        assert ran.exit_code == 0, ran.output
+        return json.loads(ran.output)
+
+    to = str(tmp_path / "north.json")
+    assert told("--export", to) == {"release": release.digest, "file": to, "cases": 20}
+    assert told("--forget") == {"release": release.digest, "forgotten": True}
 
 
 def test_counts_of_too_few_cases_do_not_leave(tmp_path):

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
+from typer.testing import CliRunner
 
+from fedclient.cli import app
 from fedclient.data.volume import PICTURE_PIXELS, Volume
 from fedclient.predict import case
 from fedclient.predict.blocks import opened
@@ -268,6 +270,21 @@ def test_a_prognosis_tells_that_the_event_has_come_by_each_day():
     hazards = sigmoid([4, -4])
     assert answer.by_day[100.0] == pytest.approx(hazards[0], abs=1e-5)
     assert answer.by_day[200.0] == pytest.approx(1 - (1 - hazards[0]) * (1 - hazards[1]), abs=1e-5)
+
+
+def test_how_sure_an_answer_is_cannot_be_asked_of_a_release_for_tables(tmp_path, monkeypatch):
+    task = Task(kind="prognosis", labels=("death",), loss="hazard", intervals_days=(100.0, 200.0),
+                covariates=(Covariate("age", 50.0, 10.0),))  # fmt: skip
+    tables = model(Study(name="t", task=task, model=Model("mlp", features=(), norm="none")))
+    monkeypatch.setattr("shared_models.release.open_release", lambda *_, **__: None)
+    monkeypatch.setattr("fedclient.trust.Watch.warnings", lambda _: [])
+    monkeypatch.setattr("fedclient.predict.model.load_model", lambda *_: tables)
+    (tmp_path / "people.csv").write_text("name,age\nx,60\n")
+    words = ["predict", "r", str(tmp_path / "people.csv"), "-o", str(tmp_path / "out"), "--research", "--uncertainty"]
+    ran = CliRunner().invoke(app, words)
+    assert ran.exit_code == 1
+    assert "--uncertainty: is of images" in ran.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_of_a_table_get_their_risks_and_one_without_a_number_fails_alone(tmp_path):

@@ -88,6 +88,8 @@ def predict(
             from fedclient.predict.explained import explainer_of  # 4 to 12 s of PyTorch
 
             explain = explainer_of(opened, model, device.value, methods)
+        if model.study.table_only and uncertainty:
+            raise FederationError("--uncertainty: is of images, and this release answers by tables. Leave it out.")
         if model.study.table_only:
             total, outcomes = None, predict_table(model, inputs, out, wanted, overwrite=overwrite)
         else:

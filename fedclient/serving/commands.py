@@ -192,10 +192,16 @@ def drift(
         opened = _opened(release, site, authority, research, Path(scratch))
     if forget:
         begin_anew(site, opened.digest)
+        if as_json:
+            print_json({"release": opened.digest, "forgotten": True})
+            return
         console.print("Forgotten; the next case is the first.")
         return
     if export is not None:
         cases = exported(site, opened, export)
+        if as_json:
+            print_json({"release": opened.digest, "file": str(export), "cases": cases})
+            return
         console.print(f"{escape(str(export))}: counts of {cases} cases, for the coordinator's `fedserver monitor`.")
         return
     found = told(site, opened.study, opened.digest, opened.fingerprint, windows)
