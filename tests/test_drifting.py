@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from fedclient.cli import app
 from fedclient.egress import sent
 from fedclient.monitoring import exported, forget
 from fedclient.policy import Policy
+from fedclient.serving import worker
 from fedclient.site import Data, SiteFile, site_toml
 from fedserver.monitor import merged
 from shared_models.betting import ALARM, WINDOW, watched
@@ -336,6 +338,17 @@ def test_a_site_adds_its_counts_to_a_round_and_its_log_says_so(tmp_path):
     assert (line["kind"], line["bytes"], line["release"]) == ("histograms", len(content), release.digest)
     observed = parse_json(Observed, content, "north.json")
     assert (observed.site, observed.profile.cases) == ("north", 20)
+
+
+@pytest.mark.parametrize("count", [True, False])
+def test_the_predicting_process_counts_what_it_is_told_to_count(tmp_path, monkeypatch, count):
+    counted: list[dict[str, int]] = []
+    monkeypatch.setattr(worker, "list_inputs", lambda *_: SimpleNamespace(found=["an image"]))
+    monkeypatch.setattr(worker, "_one", lambda *_: {"name": "image-1", "cells": {"a": 1}})
+    monkeypatch.setattr(worker, "note", lambda site, study, digest, cells_: counted.append(cells_))
+    said = worker.answered(SimpleNamespace(study=STUDY, digest="d" * 64), tmp_path, tmp_path, False, count)  # type: ignore[arg-type]
+    assert said["images"] == [{"name": "image-1"}]
+    assert counted == ([{"a": 1}] if count else [])
 
 
 def test_for_machines_an_export_and_a_new_beginning_are_told_as_json(tmp_path, monkeypatch):

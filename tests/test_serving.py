@@ -58,8 +58,10 @@ class Told:
         self.go = threading.Event()
         self.go.set()
         self.seen: list[list[str]] = []
+        self.counted: list[bool] = []
 
-    def ask(self, folder: Path, view: bool):
+    def ask(self, folder: Path, view: bool, count: bool):
+        self.counted.append(count)
         assert self.go.wait(10)
         self.seen.append(sorted(path.name for path in (folder / "in").iterdir()))
         return self.say(folder)
@@ -507,6 +509,7 @@ def test_a_series_split_by_silence_is_predicted_on_again_as_a_whole(tmp_path, se
         assert (second.partial, second.returned) == (None, "waiting")
         assert jobs.find(first.id).partial == ("SERIES_REPLACED", f"job {second.id} is of more of the series.")
         assert [job.id for job in back] == [first.id, second.id]
+        assert worker.counted == [True, False]
 
 
 def test_the_rest_of_a_series_whose_files_are_gone_is_refused_until_the_whole_comes(tmp_path, series):
@@ -587,6 +590,23 @@ def pydicom_with_new_uid(path: Path, folder: Path) -> Path:
     data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3.4")
     data.save_as(folder / "new.dcm")
     return folder / "new.dcm"
+
+
+def test_drift_counts_a_case_that_is_whole_and_comes_for_the_first_time_and_no_other(tmp_path):
+    worker = Told()
+    changes: tuple[dict[str, Any], ...] = (
+        {},
+        {"again": True},
+        {"partial": ("SERIES_INCOMPLETE", "few.")},
+        {"tries": 1},
+    )
+    with queue(tmp_path, worker, most=9) as (jobs, _):
+        for change in changes:
+            job = jobs.begin("page")
+            (jobs.place(job.id) / "in" / "a.dcm").write_bytes(b"x")
+            jobs.submit(replace(job, **change))
+            until(lambda job=job: jobs.find(job.id).state == "done")
+    assert worker.counted == [True, False, False, False]
 
 
 @pytest.mark.parametrize(("said", "code", "returned"), [(3, "SERIES_INCOMPLETE", "withheld"), (2, None, "waiting")])

@@ -171,7 +171,7 @@ class Intake:
             if lacking:
                 self.jobs.refuse(job, SPLIT, f"{len(lacking)} objects came before and are gone: send the whole series.")
             else:
-                self.jobs.submit(replace(job, partial=_short(into)), admitted=True)
+                self.jobs.submit(replace(job, partial=_short(into), again=bool(before.names)), admitted=True)
         except OSError:  # a full disk: the series waits on
             if not folder.exists():
                 into.rename(folder)

@@ -40,8 +40,9 @@ class Overloaded(FederationError):
 class Worker(Protocol):
     """Whoever predicts on a folder: `fedclient.serving.warm.Warm` in the service."""
 
-    def ask(self, folder: Path, view: bool) -> Mapping[str, Any]:
+    def ask(self, folder: Path, view: bool, count: bool) -> Mapping[str, Any]:
         """What came of the files in `folder`/in, with results in `folder`/out; where a `view` is wanted, pictures too.
+        Drift hears of the case where it is to `count`.
 
         Raises:
             FederationError: the worker died, or took too long.
@@ -61,6 +62,7 @@ class Job:
         returned: to PACS: `off`, `waiting`, `sent`, `failed`, or `withheld` because it is partial.
         partial: code and words, where it is of a part of its series: `SERIES_SPLIT`, `SERIES_INCOMPLETE`, or
             `SERIES_REPLACED` once a later job has the whole. It is not returned, and no DICOMweb search finds it.
+        again: objects of its series were handed on before.
     """
 
     id: str
@@ -72,6 +74,12 @@ class Job:
     error: tuple[str, str] | None = None
     returned: Literal["off", "waiting", "sent", "failed", "withheld"] = "off"
     partial: tuple[str, str] | None = None
+    again: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether drift counts it: a case of its own, whole, and for the first time."""
+        return self.partial is None and not self.again and self.tries <= 1
 
 
 class Room:
@@ -288,7 +296,7 @@ class Jobs:
             self._set(job)
         folder = self.place(job.id)
         try:
-            answer = self.worker.ask(folder, job.via == "page")
+            answer = self.worker.ask(folder, job.via == "page", job.counts)
             job = _answered(job, answer)
         except FederationError as error:
             job = replace(job, state="failed", error=("WORKER_FAILED", str(error)))

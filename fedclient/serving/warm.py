@@ -59,7 +59,7 @@ class Warm:
         self.model = said["model"]
         return self.model
 
-    def ask(self, folder: Path, view: bool) -> Mapping[str, Any]:
+    def ask(self, folder: Path, view: bool, count: bool = True) -> Mapping[str, Any]:
         """What comes of the files in `folder`.
 
         Raises:
@@ -72,7 +72,9 @@ class Warm:
         assert self._process is not None
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"folder": str(folder), "view": view}).encode() + b"\n")
+            self._process.stdin.write(
+                json.dumps({"folder": str(folder), "view": view, "count": count}).encode() + b"\n"
+            )
             self._process.stdin.flush()
         except OSError:
             self.stop()

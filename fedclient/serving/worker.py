@@ -35,7 +35,7 @@ KIND = {".dcm": "dicom", ".png": "picture", ".json": "facts"}
 log = logging.getLogger("fedclient.serving")
 
 
-def answered(model: Model, folder: Path, site: Path, view: bool) -> dict[str, Any]:
+def answered(model: Model, folder: Path, site: Path, view: bool, count: bool) -> dict[str, Any]:
     """What the files in `folder`/in come to; results lie in `folder`/out."""
     images: list[dict[str, Any]] = []
     unread: list[dict[str, str]] = []
@@ -53,7 +53,9 @@ def answered(model: Model, folder: Path, site: Path, view: bool) -> dict[str, An
         except FederationError as error:
             unread.append({"code": getattr(error, "code", "CASE_UNREADABLE"), "why": str(error)})
             continue
-        note(site, model.study, model.digest, images[-1].pop("cells"))
+        cells = images[-1].pop("cells")
+        if count:
+            note(site, model.study, model.digest, cells)
     if len(found) > MOST_IMAGES:
         unread.append({"code": "INPUT_TOO_LARGE", "why": f"more than {MOST_IMAGES} images were sent at once."})
     return {"images": images, "unread": unread}
@@ -103,7 +105,7 @@ def serve(model: Model, site: Path, watch: Watch, orders: TextIO, answers: TextI
                 told = warnings
                 for words in warnings:
                     log.warning("%s", words)
-            said = answered(model, Path(order["folder"]), site, bool(order.get("view")))
+            said = answered(model, Path(order["folder"]), site, bool(order.get("view")), bool(order.get("count")))
         except ReleaseInvalid as error:
             log.error("the release is not used any more: %s", error)
             code = "RELEASE_RETIRED" if isinstance(error, ReleaseRetired) else "RELEASE_NOT_CLEARED"
