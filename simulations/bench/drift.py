@@ -2,11 +2,11 @@
 
     python -m simulations.bench.drift [--seeds 5] [--network RUN/weights.safetensors]
 
-Cases are patients of the phantom's hospitals, two slices each, predicted on as `fedclient predict` and `serve-model` do
-do it; what is counted of a case is what they count. The network is that of lung-ct-quick at 64x64, trained here for
-half a minute on patients of the three hospitals that the release is of (or by `fedsim run lung-ct-quick`, if a file of
-its weights is given). The release's reference is of 40 further patients of each of them. Then 200 more come one by
-one, from a hospital as it was, or from one with another scanner. Every seed has other patients.
+Cases are patients of the phantom's hospitals, two slices each, predicted on as `fedclient predict` and `serve-model`
+do it; what is counted of a case is what `serve-model` counts. The network is that of lung-ct-quick at 64x64, trained
+here for half a minute on patients of the three hospitals that the release is of (or by `fedsim run lung-ct-quick`, if
+a file of its weights is given). The release's reference is of 40 further patients of each of them. Then 200 more come
+one by one, from a hospital as it was, or from one with another scanner. Every seed has other patients.
 
 Target: every change is told within 200 cases in every seed; and a hospital without one is not: of windows of 200 cases
 at most one in a hundred may be called a drift, so that at most as many are as chance allows (95 %).
