@@ -304,7 +304,9 @@ def ledger_rolled_back(here: Fleet) -> str:
     with_budgets(here, 50.0)
     ledger = here.folder(LIAR) / "ledger.db"
     for path in _files_of(ledger):
-        path.with_name(f"saved-{path.name}").write_bytes(path.read_bytes())
+        saved = path.with_name(f"saved-{path.name}")
+        saved.write_bytes(path.read_bytes())
+        saved.chmod(0o600)
     here.begin("f26-before", private("f26-before", 1))
     here.finish("f26-before")
     newest = {path: path.read_bytes() for path in _files_of(ledger)}
