@@ -3,10 +3,12 @@
 SERVE_FUZZ_S=600 python -m pytest tests/processes/test_serve_hostile.py -k random    fuzzes for longer
 """
 
+import gc
 import os
 import re
 import socket
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -156,6 +158,9 @@ def c_store(service: Served, objects: list[bytes], folder: Path) -> None:
             link.send_c_store(path)
     if link.is_established:
         link.release()
+    left = link.dul.socket.socket if link.dul.socket is not None else None
+    if left is not None:  # of an association that was refused or aborted
+        left.close()
 
 
 def raw(service: Served, content: bytes) -> None:
@@ -196,7 +201,10 @@ def test_dicom_changed_at_random_neither_ends_the_service_nor_makes_it_grow(serv
     assert growth < GROWTH_BYTES, f"{growth >> 20} MiB after {sent} objects"
     if processes[1].is_running():
         assert processes[1].memory_info().rss - before[1] < GROWTH_BYTES
-    assert processes[0].num_fds() < open_before + 40
+    until(lambda: processes[0].num_fds() < open_before + 40, "connections that broke are let go")  # half a minute
+    with warnings.catch_warnings():  # pynetdicom, as a client, forgets sockets of associations that were refused
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
     assert "PHANTOM-0001" not in service.log.read_text()
     restarts = service.get("/api/health")["restarts"]
     print(f"{sent} objects in {FUZZ_S:.0f} s, growth {growth >> 20} MiB, {restarts} restarts")
