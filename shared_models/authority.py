@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from shared_models.errors import StateInvalid
@@ -165,6 +166,15 @@ def new_root(name: str, days: float, now: datetime | None = None) -> tuple[bytes
     return authority_certificate(x509.Name(_named(name, "root")), key.public_key(), days, at, 1, None, key), key
 
 
+def requested_key(request: bytes) -> CertificatePublicKeyTypes | None:
+    """The key that a signing request (PEM) is for; None where it is damaged, or not signed by that key."""
+    try:
+        asked = x509.load_pem_x509_csr(request)
+        return asked.public_key() if asked.is_signature_valid else None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return None
+
+
 def issuer_certificate(
     root: bytes, key: ec.EllipticCurvePrivateKey, request: bytes, days: float, now: datetime | None = None
 ) -> bytes:
@@ -174,12 +184,8 @@ def issuer_certificate(
         StateInvalid: the request is damaged, not signed by the key that it carries, or that is on no elliptic curve.
     """
     by, at = x509.load_pem_x509_certificate(root), now or datetime.now(UTC)
-    try:
-        asked = x509.load_pem_x509_csr(request)
-        public, sound = asked.public_key(), asked.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        sound = False
-    if not sound or not isinstance(public, ec.EllipticCurvePublicKey):
+    public = requested_key(request)
+    if not isinstance(public, ec.EllipticCurvePublicKey):
         raise StateInvalid(
             "request for an issuing key: is damaged, or not signed by its own key. Make it with `fedserver ca request`."
         )

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from shared_models.authority import read_authority
+from shared_models.authority import read_authority, requested_key
 from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.files import write_atomic
 from shared_models.words import WORDS
@@ -171,12 +171,8 @@ def request_signer(key: bytes) -> bytes:
 def certify_signer(authority: Credential, request: bytes) -> bytes:
     """The certificate (PEM) for the key of `request`; raises EnrolmentFailed unless that has signed it."""
     issuer = x509.load_pem_x509_certificate(authority.certificate)
-    try:
-        asked = x509.load_pem_x509_csr(request)
-        key, sound = asked.public_key(), asked.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        sound = False
-    if not sound or not isinstance(key, ed25519.Ed25519PublicKey):
+    key = requested_key(request)
+    if not isinstance(key, ed25519.Ed25519PublicKey):
         raise EnrolmentFailed(
             "request for a key of statements: is damaged, or not signed by its own key. Make it anew."
         )
