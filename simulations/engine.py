@@ -164,9 +164,10 @@ class _Idle:
     def take(self, threads: int) -> _Worker | None:
         """One that lives and was started with so many threads."""
         with self.lock:
-            for place, (of, worker) in enumerate(self.kept or ()):
+            kept = self.kept or []
+            for place, (of, worker) in enumerate(kept):
                 if of == threads and worker.process.poll() is None:
-                    del (self.kept or [])[place]
+                    del kept[place]
                     return worker
         return None
 
