@@ -22,6 +22,7 @@ OF_MODEL = {  # the keys that some networks read and others do not
     "groups": ("unet", "dynunet", "residual-unet", "segresnet", *ENCODERS),
     "dropout": (*PIXELWISE, "mlp", "vgg11", "vgg13", "vgg16", "vgg19", "densenet121"),
     "head": ("vgg11", "vgg13", "vgg16", "vgg19"),
+    "width": ("resnet18", "resnet34", "resnet50"),
 }
 Features = Annotated[int, Field(ge=4, le=2048)]
 
@@ -54,6 +55,8 @@ class Model:
             is only for norm layers that stay at their site (`personal.keep`). `none` is for a VGG as it was published,
             and for `mlp` and `attention-mil`.
         head: of a VGG: `slim` is one layer on pooled features; `full` are the published three, 120 M parameters.
+        width: of a ResNet: channels of its first blocks, doubled three times; 64 as it was published. The fewer, the
+            less noise a private study takes in all.
     """
 
     __pydantic_config__ = STRICT
@@ -69,6 +72,7 @@ class Model:
     groups: Annotated[int, Field(ge=1, le=64)] = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     head: Literal["slim", "full"] = "slim"
+    width: Annotated[int, Field(ge=8, le=128, multiple_of=8)] = 64
 
     def __post_init__(self) -> None:
         if self.name == "unet" and self.levels:

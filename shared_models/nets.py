@@ -14,7 +14,7 @@ from monai.networks.nets.basic_unet import BasicUNet
 from monai.networks.nets.densenet import DenseNet121
 from monai.networks.nets.dynunet import DynUNet
 from monai.networks.nets.efficientnet import EfficientNetBN
-from monai.networks.nets.resnet import resnet18, resnet34, resnet50
+from monai.networks.nets.resnet import ResNet
 from monai.networks.nets.segresnet import SegResNet
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
@@ -103,11 +103,20 @@ def segresnet(model: Model, in_channels: int, out_channels: int) -> nn.Module:
     return net
 
 
+RESNETS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "resnet18": ("basic", (2, 2, 2, 2)),
+    "resnet34": ("basic", (3, 4, 6, 3)),
+    "resnet50": ("bottleneck", (3, 4, 6, 3)),
+}
+
+
 def resnet(model: Model, in_channels: int, outputs: int) -> nn.Module:
     """ResNet (He et al. 2016, table 1) with the stem and the names of torchvision: logits float32[B, outputs]."""
-    make = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}[model.name]
-    net: nn.Module = make(
-        pretrained=False,
+    block, layers = RESNETS[model.name]
+    net: nn.Module = ResNet(
+        block,
+        list(layers),
+        [model.width * 2**stage for stage in range(4)],
         spatial_dims=model.spatial_dims,
         n_input_channels=in_channels,
         num_classes=outputs,

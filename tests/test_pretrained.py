@@ -85,6 +85,20 @@ def test_tensors_have_torchvisions_names(name, names):
         assert {n for n, _ in nets.network(STUDY).named_parameters()} == names
 
 
+def test_a_narrow_resnet_has_the_same_tensors_with_fewer_channels():
+    wide, narrow = (nets.network(replace(STUDY, model=Model(name="resnet18", width=w))).state_dict() for w in (64, 8))
+    assert wide.keys() == narrow.keys()
+    assert [tuple(narrow[n].shape) for n in ("conv1.weight", "layer1.0.conv1.weight", "layer4.1.conv2.weight")] == [
+        (8, 1, 7, 7), (8, 8, 3, 3), (64, 64, 3, 3),
+    ]  # fmt: skip
+    assert narrow["fc.weight"].shape == (1, 64)
+
+
+def test_a_width_is_of_a_resnet_alone():
+    with pytest.raises(ValueError, match='width is not an argument of name = "unet"'):
+        Model(width=16)
+
+
 @pytest.mark.parametrize("norm", ["group", "instance"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_no_batch_norm_is_left_in_any_encoder(name, norm):
