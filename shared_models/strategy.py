@@ -106,6 +106,8 @@ class Personal:
             weights with this share.
         apfl_adaptive: the share is learned as well (its equation 10).
         fine_tune_epochs, fine_tune_steps: training of the site's model, by itself, after the last round.
+        fine_tune_rate: its learning rate as a share of `train.learning_rate`; left out, it is that of the last round,
+            which a `cosine` schedule has brought down to a twentieth.
     """
 
     __pydantic_config__ = STRICT
@@ -116,6 +118,7 @@ class Personal:
     apfl_adaptive: bool = False
     fine_tune_epochs: Annotated[int, Field(ge=0, le=1000)] = 0
     fine_tune_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    fine_tune_rate: Annotated[float, Field(gt=0, le=10)] | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.keep)) < len(self.keep):
@@ -129,6 +132,8 @@ class Personal:
             raise ValueError("apfl_adaptive needs apfl_alpha, the share to begin with")
         if self.fine_tune_epochs and self.fine_tune_steps:
             raise ValueError("fine_tune_epochs and fine_tune_steps are two measures of one thing; give one of them")
+        if self.fine_tune_rate is not None and not self.fine_tunes:
+            raise ValueError("fine_tune_rate is for fine-tuning; give fine_tune_epochs or fine_tune_steps")
 
     @property
     def fine_tunes(self) -> bool:

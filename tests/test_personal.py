@@ -184,6 +184,20 @@ def test_fine_tuning_goes_on_from_the_sites_own_model(north, weights):
     assert LEARNER.own(north, personal(fine_tune_steps=2), weights, {}, False) is None
 
 
+def test_fine_tuning_has_a_rate_of_its_own_or_that_of_the_last_round(north, weights):
+    rated = replace(STUDY, train=replace(STUDY.train, optimizer="sgd", schedule="cosine"))  # SGD's step is as its rate
+    by = {}
+    for rate in (None, 0.05, 0.5):
+        study = replace(rated, personal=Personal(fine_tune_steps=1, fine_tune_rate=rate))
+        tuned = LEARNER.own(north, study, weights, {}, True)
+        assert tuned is not None
+        by[rate] = tuned["final_conv.bias"] - weights["final_conv.bias"]
+    assert by[None] == pytest.approx(by[0.05], rel=1e-3)  # a twentieth is what a cosine ends with
+    assert by[0.5] == pytest.approx(10 * by[0.05], rel=1e-3)
+    with pytest.raises(ValueError, match="fine_tune_rate is for fine-tuning"):
+        Personal(fine_tune_rate=0.5)
+
+
 # Memory
 
 

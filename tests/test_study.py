@@ -323,6 +323,7 @@ PAIRED: dict[tuple[str, ...], dict[tuple[str, ...], Any]] = {  # what another va
                             ("strategy", "weighting"): "uniform"},
     ("personal", "head_epochs"): {("personal", "keep"): ("head",)},
     ("personal", "apfl_adaptive"): {("personal", "apfl_alpha"): 0.5},
+    ("personal", "fine_tune_rate"): {("personal", "fine_tune_steps"): 2},
     ("protect", "top_k"): {("protect", "compression"): "top_k"},
 }  # fmt: skip
 OF_SEGMENTS: list[dict[str, Any]] = [

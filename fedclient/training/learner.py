@@ -104,8 +104,9 @@ class ImageLearner:
         net = nets.network(study)
         nets.load_arrays(net, weights if mine is None else mine)
         net.to(device)
-        last = study.rounds.count
-        train = replace(scheduled(study.train, last, last), proximal_mu=0.0)
+        last, share = study.rounds.count, study.personal.fine_tune_rate
+        rate = scheduled(study.train, last, last).learning_rate if share is None else share * study.train.learning_rate
+        train = replace(study.train, learning_rate=rate, proximal_mu=0.0)
         draw, steps = rng(study.seed, study.name, site.name, "fine-tuning"), study.personal.fine_tune_steps or None
         epochs = None if steps else study.personal.fine_tune_epochs
         batches = drawn(site, data_set(site, study, "train"), study, device, draw, epochs, steps)
