@@ -1,7 +1,7 @@
 """`fedsim`: multi-site studies on one machine, and the demo."""
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import typer
 from rich.console import Console
@@ -207,6 +207,38 @@ def explain(
         return
     for name, results in told.items():
         tell(results, folder / name)
+
+
+@app.command()
+@guarded
+def candidates(
+    run: Annotated[Path, typer.Argument(help="Folder of `fedsim run`, or of one run in it.")],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="The data of its sites, as for `fedsim run`; without it, the phantom.")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="How data is laid out; auto finds it.")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for tables; RUN/candidates.")] = None,
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Of which patients.")] = "test",
+    least: Annotated[float, typer.Option(min=0, max=1, help="Probability below which nothing is listed.")] = 0.001,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Lists what a run of a detection finds as points in LPS mm, in the table that LUNA16's evaluation reads."""
+    from fedclient.site import open_site
+    from fedclient.training.candidates import candidates as tables_of
+    from simulations import explaining
+    from simulations import run as simulation
+    from simulations.site_options import SiteOptions, sites_of
+
+    model = explaining.run_at(run)
+    folder, how = out or run / "candidates", simulation.machine("local", 0, 1, "auto")
+    nodes = sites_of(model.study, folder, SiteOptions(data or [], layout), how, CACHE / "phantom", console.print)
+    told = {name: tables_of(model, open_site(config), split, least, folder / name) for name, config in nodes.items()}
+    if as_json:
+        print_json(told)
+        return
+    for name, labels in told.items():
+        for label, rows in labels.items():
+            print(f"{name}: {rows} points  {folder / name / f'{label}.csv'}")
 
 
 @app.command()
