@@ -13,8 +13,8 @@ that are to be protected is a release that no epsilon here counts (Papernot & St
 told is above what was asked for; at epsilon 8 the mean over sites and seeds stays within 0.05 of training without
 privacy, at epsilon 3 within 0.1; the ready study has the settings that were chosen.
 
-`--data`: the study `nodule-malignancy` with a ResNet-18 an eighth as wide (176 thousand weights) and sixty steps that
-take half of the patients; the sites of DIR, AUROC over the test cases of all sites together; an answer is the mean of a
+`--data`: the study `nodule-malignancy` (a narrow ResNet-18 of 176 thousand weights), sixty steps that take half of the
+patients; the sites of DIR, AUROC over the test cases of all sites together; an answer is the mean of a
 case's planes, a patient's nodules count as one patient. There is no second federation to choose settings by, so they
 are chosen by the validation patients of the same one over all seeds: a release of these patients that no epsilon here
 counts. One setting with noise trains the last layer alone, on features as the seed gives them. Only what is told of
@@ -98,12 +98,10 @@ def lungs(cache: Path) -> Trial:
 
 
 def nodules(data: Path, seeds: int) -> Trial:
-    """The study `nodule-malignancy` with the shape of a private one: few weights, sixty steps that take half of the
-    patients."""
+    """The study `nodule-malignancy` with the shape of a private one: sixty steps that take half of the patients."""
     study = load_study("nodule-malignancy")
     private = replace(
         study,
-        model=replace(study.model, width=8),
         train=replace(study.train, local_steps=6, batch_size=16, precision="float32", schedule="constant"),
         rounds=replace(study.rounds, count=10),
         strategy=replace(study.strategy, weighting="uniform"),
