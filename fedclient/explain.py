@@ -146,14 +146,9 @@ def _summed(study: Study) -> Iterator[str]:
 
 
 def _alike(site: Site, asked: Asked) -> Iterator[str]:
-    """With which studies the sums of this one could be compared; no policy approves such a one by itself."""
+    """Which other studies may tell what secure sums hide, and why; no policy approves such a one by itself."""
     for other in alike_here(site, asked.sha256, asked.study):
-        yield (
-            f"Its sums could be compared with those of {other.study.name} ({other.sha256[:12]}), which trains the same "
-            f"network here or much of it: if one site more takes part in one than in the other, their difference is "
-            f"nearly that site's update. Ask the coordinator who takes part in both; a person approves it with "
-            f"--also-alike."
-        )
+        yield f"{other.why} Ask the coordinator who takes part in both; a person approves it with --also-alike."
 
 
 def _costs(site: Site, asked: Asked) -> Iterator[str]:
