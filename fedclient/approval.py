@@ -120,7 +120,8 @@ def approve(
         int | None, typer.Option(min=1, max=3650, help="How long it holds; else as the policy says.")
     ] = None,
     also_alike: Annotated[
-        bool, typer.Option("--also-alike", help="Although its secure sums could be compared with another study's.")
+        bool,
+        typer.Option("--also-alike", help="Although another study reads the same here, and sums hide less for it."),
     ] = False,
     reason: Reason = "",
     site: Folder = Path("site"),

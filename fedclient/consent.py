@@ -4,7 +4,7 @@
     site/studies/<sha256>/decision.json   the last decision on it; none while nobody has decided
 
 Any change of a study is another digest, and asks anew. A decision is read before each step of work under way. On a
-study whose secure sums could be compared with those of another one no policy decides, only a person who says so.
+study that reads the same as another one, where one of them has secure sums, no policy decides, only a person.
 """
 
 import getpass
@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedclient.alike import alike
+from fedclient.alike import Alike, alike
 from fedclient.own_log import log_of
 from fedclient.policy import objections
 from fedclient.records import check_own_log
@@ -135,8 +135,8 @@ def _ask(order: Order, study: Study, site: Site, now_s: float) -> None:
             _write(site, order.study_sha256, Decision("approved", POLICY, now_s, until))
 
 
-def alike_here(site: Site, digest: str, study: Study) -> list[Asked]:
-    """The other studies at this site with whose secure sums those of `study` could be compared."""
+def alike_here(site: Site, digest: str, study: Study) -> list[Alike]:
+    """The other studies at this site that may tell what secure sums of `study` hide, or the other way about."""
     return alike(site, study, [other for other in list_asked(site) if other.sha256 != digest])
 
 
@@ -146,7 +146,7 @@ def decide(
     """A person's decision; work under way on a study that is not approved ends at its next step.
 
     Args:
-        also_alike: approves a study although its secure sums could be compared with those of another one.
+        also_alike: approves a study although it reads the same as another one, and secure sums hide less for that.
 
     Raises:
         StateInvalid: a study outside the policy cannot be approved, nor one that is like another unless `also_alike`.
@@ -157,18 +157,15 @@ def decide(
             f"study {asked.study.name!r} is outside the policy and would be refused all the same. "
             f"{'. '.join(map(str, found))}. Change [policy] in {site.folder / 'site.toml'} first, or refuse the study."
         )
-    if verdict == "approved" and not also_alike and (others := alike_here(site, digest, asked.study)):
-        raise StateInvalid(
-            f"study {asked.study.name!r}: its secure sums could be compared with those of "
-            f"{', '.join(f'{a.study.name} ({a.sha256[:12]})' for a in others)}, which trains the same network or "
-            f"much of it. If one site more takes part in one than in the other, their difference is nearly that site's "
-            f"update. Where the same sites take part in both, or you accept it: `fedclient approve {digest[:12]} "
-            f"--also-alike`."
-        )
     now_s = time.time()
     until = now_s + (days or site.policy.approval_days) * DAY_S if verdict == "approved" else None
     decision = Decision(verdict, getpass.getuser(), round(now_s, 3), until, reason)
     with locked(site.folder / "studies" / ".lock"):
+        if verdict == "approved" and not also_alike and (others := alike_here(site, digest, asked.study)):
+            raise StateInvalid(
+                f"study {asked.study.name!r} needs one more word. {' '.join(other.why for other in others)} Where the "
+                f"same sites take part in both, or you accept it: `fedclient approve {digest[:12]} --also-alike`."
+            )
         _write(site, digest, decision)
     if verdict != "approved":
         for kept in (site.folder / "runs").glob(f"*/*-{digest[:16]}.*"):

@@ -34,6 +34,11 @@ def explained(site: Site, asked: Asked) -> dict[str, Any]:
 def _trains(study: Study) -> Iterator[str]:
     net = "a network that the sites' counts decide" if study.plan == "federated" else f"a {study.model.name}"
     yield f"{study.title or study.name}: {study.task.kind} of {', '.join(study.task.labels)} by {net}."
+    if study.transfer.sha256:
+        yield (
+            f"It begins with weights from a file at the coordinator (SHA-256 {study.transfer.sha256[:12]}): what they "
+            f"were trained on, this hospital's patients perhaps among it, is not told here. Ask the coordinator."
+        )
     steps = f"{study.train.local_steps} steps" if study.train.local_steps else f"{study.train.local_epochs} epochs"
     yield (f"{study.rounds.count} rounds of {steps} here; a round is counted with {study.rounds.quorum} or more sites.")
 
@@ -146,14 +151,9 @@ def _summed(study: Study) -> Iterator[str]:
 
 
 def _alike(site: Site, asked: Asked) -> Iterator[str]:
-    """With which studies the sums of this one could be compared; no policy approves such a one by itself."""
+    """Which other studies may tell what secure sums hide, and why; no policy approves such a one by itself."""
     for other in alike_here(site, asked.sha256, asked.study):
-        yield (
-            f"Its sums could be compared with those of {other.study.name} ({other.sha256[:12]}), which trains the same "
-            f"network here or much of it: if one site more takes part in one than in the other, their difference is "
-            f"nearly that site's update. Ask the coordinator who takes part in both; a person approves it with "
-            f"--also-alike."
-        )
+        yield f"{other.why} Ask the coordinator who takes part in both; a person approves it with --also-alike."
 
 
 def _costs(site: Site, asked: Asked) -> Iterator[str]:
@@ -170,6 +170,11 @@ def _costs(site: Site, asked: Asked) -> Iterator[str]:
             f"{asked.study.rounds.count} rounds; `fedclient ledger` says what is left of the budget, and an order that "
             f"would exceed it is refused."
         )
+        if asked.study.transfer.sha256:
+            yield (
+                "What the weights that it begins with hold of this site's patients is not made private by that: the "
+                "ledger counts it only where it was trained privately here too."
+            )
     elif asked.study.protect.secure_aggregation is not None:
         yield (
             "Privacy: the coordinator sees sums of the sites' updates, without noise. What is in a sum is of no site "

@@ -22,7 +22,7 @@ from pydantic import Field
 from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation, open_log, signer
 from fedserver.publish.card import Words
-from fedserver.publish.lineage import ancestors
+from fedserver.publish.lineage import ancestors, earlier, sites_counted
 from fedserver.publish.proofs import audit_extract, newest_roster
 from shared_models.errors import ReleaseInvalid, StateInvalid
 from shared_models.evidence import LOG
@@ -351,6 +351,10 @@ def manifest_sites(federation: Federation, entry: Entry) -> set[str]:
             continue
         seen.add(digest)
         found |= set(by_digest[digest].sites)
+        for before in earlier(RunFolder(federation.runs / by_digest[digest].run)):
+            if before.run is not None:
+                lines = read_lines(before.run.metrics)
+                found |= sites_counted([line for line in lines if not line.get("final")], before.round)
         todo += [p.sha256 for p in manifest_of(federation, by_digest[digest]).origin.parents if p.kind == "release"]
     return found
 

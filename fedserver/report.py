@@ -14,10 +14,11 @@ from urllib.parse import quote
 
 from fedserver import comparison as compared
 from fedserver import plots
-from fedserver.checkpoint import RunFolder, read_state, trained_study
+from fedserver.checkpoint import RunFolder, read_state, read_study, trained_study
 from fedserver.comparison import ALL, Comparison
 from fedserver.page import render
-from fedserver.privacy import spent
+from fedserver.privacy import Before, spent
+from fedserver.publish.lineage import Earlier, earlier
 from shared_models.files import read_lines, replacing, write_atomic, write_json
 from shared_models.scores import NAMES, measure_of, value_in
 from shared_models.study import MODALITIES, Study
@@ -93,7 +94,7 @@ def facts(run: RunFolder, comparisons: Sequence[Comparison] = ()) -> dict[str, A
         "finished": state.round >= study.rounds.count and (final is not None or not study.evaluate.every),
         "weights": {"file": run.weights(state.round).name, "sha256": state.weights_sha256},
         "rounds": rounds,
-        "privacy": spent(study, rounds),
+        "privacy": spent(study, rounds, [_before(each) for each in earlier(run)]),
         "secure": _secure(study, rounds),
         "totals": {key: round(sum(r[key] for r in rounds), 3) for key in ("seconds", "bytes_down", "bytes_up")},
         "test": {label: _test(final, label) for label in study.task.answers} if final is not None else {},
@@ -101,6 +102,14 @@ def facts(run: RunFolder, comparisons: Sequence[Comparison] = ()) -> dict[str, A
         "not_tested": final["left_out"] if final is not None else {},
         "comparison": compared.as_json(comparisons, NAMES[measure]) if comparisons else None,
     }
+
+
+def _before(each: Earlier) -> Before:
+    """An earlier run as the account of privacy wants it."""
+    if each.run is None:
+        return Before()
+    lines = [line for line in read_lines(each.run.metrics) if not line.get("final") and line["round"] <= each.round]
+    return Before(each.run.id, each.round, read_study(each.run), [_round(line) for line in lines])
 
 
 def drawn(found: Mapping[str, Any]) -> list[str]:

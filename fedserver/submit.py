@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedserver.checkpoint import RunFolder, create_run, read_state
+from fedserver.checkpoint import RunFolder, create_run, read_state, read_study
 from fedserver.enrol import Federation, open_log
+from fedserver.publish.lineage import BEGAN, run_with
 from fedserver.queue import unhold
+from fedserver.registry import list_releases, manifest_of
 from fedserver.state import (
     Run,
     add_run,
@@ -17,6 +19,8 @@ from fedserver.state import (
     list_runs,
 )
 from shared_models.errors import StateInvalid
+from shared_models.files import write_json
+from shared_models.release import WEIGHTS
 from shared_models.size import size_in_words
 from shared_models.study import Study, sha256
 from shared_models.supervise import read_status
@@ -64,9 +68,28 @@ def submit(federation: Federation, study: Study, name: str | None, new: bool, we
         create_run(federation.runs, run_id, study, initial)
     elif read_state(folder).study_sha256 != digest:  # left there by a command that was killed before it was queued
         raise StateInvalid(f"{folder.path}: holds a run of another study. Move that folder away, or choose a name.")
+    if study.transfer.sha256:
+        told = (*told, note_origin(federation, folder, study))
     open_log(federation).add("run-queued", run=run_id, name=study.name, study=digest)
     add_run(federation.state, Run(run_id, study.name, digest, "queued", None, now, now, ""))
     return Submitted(run_id, RunFolder(federation.runs / run_id), study.rounds.count, told)
+
+
+def note_origin(federation: Federation, folder: RunFolder, study: Study) -> str:
+    """Writes down of which run of this federation the weights are that a run begins with; a sentence on it."""
+    digest = study.transfer.sha256
+    released = [e for e in list_releases(federation) if manifest_of(federation, e).files[WEIGHTS].sha256 == digest]
+    origin = (released[0].run, released[0].round) if released else run_with(federation.runs, digest)
+    if origin is None:
+        return "it is not known here what the first weights were trained on"
+    run, number = origin
+    write_json(folder.path / BEGAN, {"run": run, "round": number, "sha256": digest})
+    private = read_study(RunFolder(federation.runs / run)).protect.privacy is not None
+    return f"the first weights are those of round {number} of run {run}" + (
+        "; the report adds up what both have spent of a patient's privacy"
+        if private
+        else ", which was not differentially private: nothing bounds what they hold of its patients"
+    )
 
 
 def outcome(federation: Federation, run_id: str) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from fedserver.checkpoint import WITHOUT, RunFolder, State, excluded, read_state, read_study
 from fedserver.enrol import Federation, open_log
 from fedserver.lifecycle import revoke
-from fedserver.publish.lineage import RETRAINED, first_counted
+from fedserver.publish.lineage import BEGAN, RETRAINED, first_counted
 from fedserver.registry import SITE_LEFT, Entry, containing, retire_release
 from fedserver.report import facts
 from fedserver.state import Run, add_run, find_run, find_site, list_runs
@@ -158,7 +158,7 @@ def copy_until(old: RunFolder, number: int, to: Path, sites: Sequence[str]) -> R
             known = kept[-1]["weights_sha256"] if kept else None
             if known is not None and digest != known:
                 raise StateInvalid(f"{old.weights(number)}: is not as it was written. Restore it from a backup.")
-            for name in ("plan.json", "fingerprint.json"):
+            for name in ("plan.json", "fingerprint.json", BEGAN):
                 if (old.path / name).exists():
                     shutil.copyfile(old.path / name, part / name)
         if number and old.server_state(number).exists():

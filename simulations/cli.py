@@ -5,6 +5,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from shared_models.cli import guarded, print_json
@@ -325,7 +326,8 @@ def attack(
 ) -> None:
     """Attacks a study as a curious or lying coordinator would, without protection and with it; says what is got.
 
-    Exits with 1 where an attack fails that nothing protects from, or one gets more than a protection allows.
+    Exits with 1 where an attack fails that nothing protects from, so that nothing is shown, or where one gets more
+    than a protection allows.
     """
     from simulations import run as simulation  # imports the data readers
     from simulations.attacks import report
@@ -352,7 +354,7 @@ def attack(
     else:
         Console().print(report.table(loaded, findings))
         for finding in findings:
-            Console().print(f"[bold]{finding.title}.[/] {finding.verdict}", highlight=False)
+            Console().print(f"[bold]{finding.title}.[/] {escape(finding.verdict)}", highlight=False)
         print("\n".join(f"{kind:24} {path}" for kind, path in written.items()))
     if any(finding.missed for finding in findings):
         raise typer.Exit(1)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from simulations.attacks import run as attacks
 from simulations.attacks.finding import Finding, Row, judged, psnr
 from simulations.attacks.people import people_of, small
 from simulations.attacks.sums import mean_of, secure_sum
+from simulations.audit import Guesses
 from simulations.engine import NodeConfig
 from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, node_configs
@@ -128,9 +130,127 @@ def test_a_private_update_that_shows_more_than_a_picture_made_up_is_not_called_n
     assert "gets 13.0 dB, better than a picture that is made up (12.0 dB" in told[13]
 
 
-def test_an_attack_that_fails_without_protection_is_missed(people):
+def test_an_inversion_that_fails_without_protection_shows_nothing_of_any(people):
     found = inversion.attack(TINY, people, 2)
     assert [r.against for r in found.missed] == ["nothing"]
+    assert found.verdict.startswith("The control failed: nothing is shown (PSNR, dB against 'nothing' is ")
+    assert "better" not in found.verdict
+    assert [r.holds for r in found.rows if r.must and not r.control] == [None] * 4
+    assert {found.word(r) for r in found.rows if r.must} == {"CONTROL FAILED", "nothing is shown"}
+
+
+# What a failed control leaves of a finding
+
+CONTROL = judged("nothing", "AUC", 0.61, above=0.8, control=True)
+HOLDS = judged("differential privacy", "AUC", 0.5, below=0.7, study=True)
+WORSE = judged("differential privacy", "AUC", 0.75, below=0.7, study=True)
+GETS = "The attacker gets nothing."
+
+
+def of(*rows: Row) -> Finding:
+    return Finding("name", "Title", "setting", rows, GETS)
+
+
+def test_a_protection_holds_only_beside_a_control_that_succeeds():
+    succeeds = replace(CONTROL, value=0.9, holds=True)
+    assert (of(succeeds, HOLDS).verdict, of(succeeds, HOLDS).rows[1].holds) == (GETS, True)
+    failed = of(CONTROL, HOLDS)
+    assert (
+        failed.verdict == "The control failed: nothing is shown (AUC against 'nothing' is 0.61, and must be above 0.8)."
+    )
+    assert [failed.word(r) for r in failed.rows] == ["CONTROL FAILED", "nothing is shown"]
+
+
+def test_one_control_of_several_that_fails_is_enough():
+    succeeds = replace(CONTROL, figure="TPR", value=0.9, holds=True)
+    assert not of(succeeds, CONTROL, HOLDS).shown
+
+
+def test_a_finding_without_a_judged_control_shows_nothing():
+    told = Row("nothing", "TPR", 0.3, control=True)
+    assert of(told, HOLDS).verdict == "The control failed: nothing is shown (there is none)."
+    assert of(told, HOLDS).rows[1].holds is None
+
+
+def test_a_protection_that_is_worse_than_claimed_is_told_whatever_the_control_says():
+    worse = "Worse than claimed: AUC against 'differential privacy' is 0.75, and must be below 0.7."
+    failed, sound = of(CONTROL, WORSE), of(replace(CONTROL, value=0.9, holds=True), WORSE)
+    assert sound.verdict == f"{worse} {GETS}"
+    assert failed.verdict.endswith(f"must be above 0.8). {worse}")
+    assert failed.word(failed.rows[1]) == sound.word(sound.rows[1]) == "WORSE THAN CLAIMED"
+
+
+def test_machines_and_the_page_are_told_that_nothing_is_shown():
+    numbers = report.numbers(TINY, [of(CONTROL, HOLDS)])
+    assert (numbers["holds"], numbers["shown"], numbers["attacks"][0]["shown"]) == (False, False, False)
+    assert [r["holds"] for r in numbers["attacks"][0]["rows"]] == [False, None]
+    page = report.page(TINY, [of(CONTROL, HOLDS)], {})
+    assert page.count('<span class="flag">nothing is shown</span>') == 1
+    assert page.count("The control failed: nothing is shown (AUC") == 2
+    assert '<span class="good">' not in page
+    assert GETS not in page
+
+
+def _none_found(*_: object) -> np.ndarray:
+    return np.zeros((1, inversion.EDGE, inversion.EDGE), np.float32)
+
+
+def test_an_imprint_layer_that_reads_no_picture_shows_nothing(people, nodes, monkeypatch):
+    monkeypatch.setattr(imprint, "recovered", _none_found)
+    found = imprint.attack(TINY, nodes, people)
+    assert not found.shown
+    assert "The control failed: nothing is shown (slices above 30 dB, of 8 against 'nothing' is 0" in found.verdict
+
+
+def test_a_client_that_refuses_every_order_has_not_shown_that_it_refuses_an_imprint_layer(people, nodes, monkeypatch):
+    monkeypatch.setattr(imprint, "asked", lambda *_: "WEIGHTS_MISMATCH")
+    found = imprint.attack(TINY, nodes, people)
+    assert not found.shown
+    assert 'answered by against "nothing: asked: the study\'s own weights" is WEIGHTS_MISMATCH' in found.verdict
+    assert "Nothing: the client trains no network" not in found.verdict
+
+
+def test_membership_inference_that_finds_nobody_without_protection_shows_nothing(people, monkeypatch):
+    def guessing(known, labels, members, *_: object) -> Any:
+        return np.random.default_rng(0).standard_normal(members.shape)
+
+    monkeypatch.setattr(membership, "confidences", guessing)
+    found = membership.attack(TINY, people, 11)
+    controls = [r.figure for r in found.missed]
+    assert controls == ["LiRA: AUC", "LiRA: TPR at 1 % FPR, at least (95 %)", "loss threshold: AUC"]
+    assert found.verdict.startswith("The control failed: nothing is shown (LiRA: AUC against 'nothing'")
+    assert {r.holds for r in found.rows if not r.control} == {None}
+
+
+@pytest.mark.parametrize("attacker", ["LiRA", "loss threshold"])
+def test_each_membership_attack_is_a_control_of_its_own(attacker):
+    weak = membership.Reach(0.6, 0.02, (0.0, 0.04))
+    rows = membership._rows("nothing", attacker, weak, weak, False, "private")
+    assert [r.holds for r in rows if r.control and r.must] == [False] * (2 if attacker == "LiRA" else 1)
+    protected = membership._rows("private", attacker, weak, weak, True, "private")
+    assert {r.holds for r in protected} == {None}
+    assert any(r.must for r in protected)
+
+
+def test_a_private_network_that_the_loss_alone_tells_members_of_is_worse_than_claimed():
+    strong, leaky = membership.Reach(0.98, 0.5), membership.Reach(0.8, 0.1)
+    rows = membership._rows("private", "loss threshold", leaky, strong, True, "private")
+    assert (rows[0].must, rows[0].holds) == ("below 0.79", False)
+
+
+def test_an_audit_that_does_not_find_the_noise_left_out_shows_nothing(monkeypatch):
+    monkeypatch.setattr(claim, "audit", lambda *_: claim.Audit(2.85, 0.5, Guesses(600, 10, 6)))
+    found = claim.attack(TINY, Privacy(1.0, 0.5), 600)
+    assert [r.against for r in found.missed] == ["nothing: accounted for, the noise left out"]
+    assert found.verdict.startswith("The control failed: nothing is shown (epsilon at least (2.85 claimed)")
+    assert found.rows[1].holds is None
+
+
+def test_a_listener_that_would_find_no_update_in_any_file_shows_nothing(nodes, tmp_path, monkeypatch):
+    monkeypatch.setattr(curious, "on_disk", lambda *_: 0)
+    found = curious.attack(PLAIN, nodes, tmp_path)
+    assert [r.against for r in found.missed] == ["nothing: each update in a file of its own"]
+    assert found.verdict.startswith("The control failed: nothing is shown (updates of single sites")
 
 
 # The imprint layer
@@ -139,8 +259,9 @@ def test_an_attack_that_fails_without_protection_is_missed(people):
 def test_an_imprint_layer_reads_pictures_off_a_sum_too_and_the_client_refuses_it_by_name(people, nodes):
     found = imprint.attack(TINY, nodes, people)
     assert not found.missed
-    assert row(found, "nothing").value >= 6  # of 8
+    assert row(found, "nothing", "slices").value >= 6  # of 8
     assert row(found, "secure sum of").value >= 16  # of 24
+    assert [r.value for r in found.rows if r.against.startswith("nothing: asked")] == ["trained", "added up"]
     told = {r.against: r.value for r in found.rows if r.against.startswith("admission")}
     assert sorted(told.values()) == ["SCHEMA_MISMATCH", "STUDY_MISMATCH", "WEIGHTS_MISMATCH", "WEIGHTS_MISMATCH"]
 
@@ -287,12 +408,11 @@ def test_the_command_fails_when_a_control_fails(data, tmp_path, monkeypatch):
     code, out = attack("lung-ct-private", "--data", data, "--attacks", "inversion", "--quick", "--out", tmp_path / "o")
     assert code == 1
     assert "CONTROL FAILED" in out
-
-
-def test_a_protection_that_is_worse_than_claimed_is_called_so():
-    worse = judged("differential privacy", "PSNR, dB", 16.0, below=15.0)
-    assert report.word(worse) == "[red]WORSE THAN CLAIMED[/]"
-    assert worse.holds is False
+    assert "Gradient inversion. The control failed: nothing is shown" in " ".join(out.split())
+    assert "holds" not in out
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "The control failed: nothing is shown" in page
+    assert "no better" not in out + page
 
 
 def test_unknown_attacks_and_studies_without_a_network_or_images_are_refused(nodes, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from shared_models.database import check, connected, create, reading, writing
 from shared_models.errors import StateInvalid
-from tests.crash import fresh, killed_at
+from tests.crash import WRITES, left_by_kills
 
 SCHEMA = "CREATE TABLE things (name TEXT PRIMARY KEY) STRICT; PRAGMA user_version = 3;"
 
@@ -21,18 +21,17 @@ def made(path, tell) -> None:
     create(path, SCHEMA)
 
 
-def test_killed_at_any_line_a_file_is_there_whole_or_not_at_all(tmp_path):
-    number, ended, found = 0, False, set()
-    while not ended:
-        path = fresh(tmp_path, number) / "state.db"
-        _, ended = killed_at(1 + 2 * number, partial(made, path), ("shared_models/database.py",))
+def test_killed_at_any_line_a_file_is_there_whole_or_not_at_all(quick_folder):
+    here, found = quick_folder / "here", set()
+    here.mkdir()
+    for left in left_by_kills(here, partial(made, here / "state.db"), WRITES, quick_folder / "kept"):
+        path = left.folder / "state.db"
         found.add(path.exists())
         if path.exists():
             check(path, 3, "a test")
         else:
             create(path, SCHEMA)
         assert path.stat().st_mode & 0o777 == 0o600
-        number += 1
     assert found == {True, False}
 
 

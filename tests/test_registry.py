@@ -21,6 +21,7 @@ from fedserver.cohort import Presence
 from fedserver.enrol import open_federation, signer
 from fedserver.publish.card import Words
 from fedserver.state import Run, add_run, find_run, find_site
+from fedserver.submit import submit
 from fedserver.withdrawal import begin_from, copy_until, retrain, withdraw
 from shared_models.errors import ReleaseInvalid, StateInvalid
 from shared_models.evidence import LOG
@@ -36,7 +37,8 @@ from shared_models.protect.secure import SecureAggregation
 from shared_models.provenance import AUDIT, ENVIRONMENT, ROSTER, against_kept, check_provenance
 from shared_models.release import MANIFEST, Manifest, Trust, open_release, seal
 from shared_models.standing import read_standings
-from shared_models.study import Model, Study, canonical, sha256
+from shared_models.study import Model, Study, Transfer, canonical, sha256
+from shared_models.weights import file_sha256
 from simulations.release import research_release
 from tests.edge import running_edge
 from tests.hospitals import Hospitals
@@ -415,6 +417,26 @@ def test_a_site_that_is_left_out_of_a_run_is_not_asked_in_it(hospitals):
     federation = hospitals.edge.federation
     assert "north" in presence(Grid(), federation).sites  # type: ignore[arg-type]
     assert "north" not in presence(Grid(), federation, ("north",)).sites  # type: ignore[arg-type]
+
+
+def test_a_release_that_began_with_weights_of_another_run_holds_what_was_sent_in_that(hospitals):
+    """East was counted in round 3 of the run whose weights another study begins with, and in none of its own."""
+    federation = hospitals.edge.federation
+    weights = RunFolder(federation.runs / "lung").weights(3)
+    transfer = Transfer(file_sha256(weights))
+    study = replace(STUDY, name="next", transfer=transfer, rounds=replace(STUDY.rounds, count=1))
+    submitted = submit(federation, study, None, False, weights)
+    assert "round 3 of run lung, which was not differentially private" in submitted.told[-1]
+    numbers = dict(enumerate(sorted(hospitals.sites), start=1))
+    there = Presence({name: number for number, name in numbers.items() if name != "east"})
+    hospitals.run(study, submitted.id, presence=lambda: there)
+    made = registry.register(federation, submitted.folder)
+    assert made.sites == {"north": 1, "south": 1}
+    assert made in registry.containing(federation, "east")
+    opened = open_release(registry.folder_of(federation, made.digest) / "release", registry.trust_of(federation))
+    parents = [(parent.kind, parent.name, parent.sha256) for parent in opened.manifest.origin.parents]
+    assert parents[-2:] == [("weights", "next", transfer.sha256), ("run", "lung", transfer.sha256)]
+    check_provenance(opened, registry.trust_of(federation).authorities)
 
 
 def test_a_damaged_checkpoint_is_not_trained_on(hospitals, tmp_path):

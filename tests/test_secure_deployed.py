@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedclient import alike as alike_module
 from fedclient import own_log
 from fedclient.alike import alike
-from fedclient.consent import Asked, alike_here, decide, find_asked
+from fedclient.consent import Asked, Decision, alike_here, decide, find_asked
 from fedclient.egress import sent
 from fedclient.explain import explained
 from fedclient.own_log import log_of
@@ -22,9 +21,11 @@ from fedserver.app import newest_roster
 from fedserver.lifecycle import revoke
 from shared_models.errors import RoundPaused, StateInvalid
 from shared_models.files import read_lines
+from shared_models.protect.privacy import Protect
 from shared_models.protect.secure import SecureAggregation
-from shared_models.study import Evaluate, Study, load_study, sha256
-from shared_models.weights import Spec, load
+from shared_models.study import Evaluate, Model, Personal, Study, Task, Transfer, load_study, sha256
+from shared_models.task_table import Covariate, Region
+from shared_models.weights import load
 from tests.edge import Edge, running_edge
 from tests.hospitals import Hospitals
 from tests.order_path import FLOATS
@@ -134,12 +135,19 @@ def test_a_hospital_whose_whole_folder_was_put_back_from_a_backup_sums_no_more_u
     backup = here.with_name("backup")
     shutil.copytree(here, backup)
     again = replace(STUDY, name="toy-2", model=replace(STUDY.model, features=(8, 8, 8, 8, 8, 8)))
+    with pytest.raises(RoundPaused):
+        secure(hospitals, again, name="toy-2")
+    accept(hospitals, again)
     state, _ = secure(hospitals, again, name="toy-2")
     assert state.cohort == NAMES
     shutil.rmtree(here)
     shutil.copytree(backup, here)  # its ledger, its sums and their witnesses with it
     own_log._opened.cache_clear()  # its processes were begun anew
     third = replace(again, name="toy-3", model=replace(again.model, features=(4, 4, 4, 4, 4, 4), groups=4))
+    with pytest.raises(RoundPaused, match="d: OWN_LOG_CUT"):
+        secure(hospitals, third, name="toy-3")
+    for name in ("a", "b", "c"):
+        decide(hospitals.site(name), sha256(third), "approved", also_alike=True)
     state, run = secure(hospitals, third, name="toy-3")
     assert state.cohort == ("a", "b", "c")
     left = next(iter(read_lines(run.metrics)))["left_out"]
@@ -158,14 +166,32 @@ def test_a_study_that_is_nearly_the_same_is_approved_by_no_policy_and_shown_for_
     site = hospitals.site("a")
     found = find_asked(site, "toy-2")
     assert found.state == "pending"
-    told = [s for s in explained(site, found)["leaves"] if "could be compared with those of toy (" in s]
+    told = [s for s in explained(site, found)["leaves"] if "reads the same here as toy (" in s]
     assert len(told) == 1
-    with pytest.raises(StateInvalid, match=r"nearly that site's update.*--also-alike"):
+    assert "): images. Whatever network, labels and settings the two have" in told[0]
+    with pytest.raises(StateInvalid, match=r"as toy \(\w{12}\): images.*nearly that site's update.*--also-alike"):
         decide(site, found.sha256, "approved")
-    for name in NAMES:
-        decide(hospitals.site(name), found.sha256, "approved", also_alike=True)
+    accept(hospitals, nearly)
     state, _ = secure(hospitals, nearly, name=nearly.name)
     assert state.cohort == NAMES
+
+
+def test_a_twin_without_masks_is_approved_by_no_policy_for_its_updates_can_be_taken_off_the_sums(edge, quick_folder):
+    hospitals = Hospitals(edge, quick_folder / "sites")
+    for name in NAMES:
+        hospitals.join(name, replace(INSIDE, protections=()))
+    secure(hospitals)
+    with pytest.raises(RoundPaused, match="a: awaits approval at the site"):
+        hospitals.run(PLAIN_STUDY, app=toy_app(LEARNER), weights=FLOATS, name="twin")
+    site = hospitals.site("a")
+    [told] = [s for s in explained(site, find_asked(site, sha256(PLAIN_STUDY)))["leaves"] if "reads the same" in s]
+    assert "sees this site's updates to this study by themselves, and can take them off the sums of toy (" in told
+
+
+def accept(hospitals: Hospitals, study: Study) -> None:
+    """A person at each hospital approves a study that is like another one."""
+    for name in NAMES:
+        decide(hospitals.site(name), sha256(study), "approved", also_alike=True)
 
 
 def test_a_study_stays_alike_after_its_approval_was_withdrawn_for_its_sums_are_out(hospitals):
@@ -173,51 +199,95 @@ def test_a_study_stays_alike_after_its_approval_was_withdrawn_for_its_sums_are_o
     site = hospitals.site("a")
     decide(site, find_asked(site, "toy").sha256, "withdrawn")
     nearly = replace(STUDY, name="toy-2")
-    assert [a.study.name for a in alike_here(site, sha256(nearly), nearly)] == ["toy"]
-    other = replace(nearly, model=replace(nearly.model, features=(8, 8, 8, 8, 8, 8)))
-    assert alike_here(site, sha256(other), other) == []
-    noisy = replace(load_study("lung-ct-private"), model=nearly.model)
-    private = replace(
-        noisy, protect=replace(noisy.protect, secure_aggregation=SecureAggregation()), rounds=STUDY.rounds
-    )
-    assert alike_here(site, sha256(private), private) == []
-    assert alike_here(site, sha256(PLAIN_STUDY), PLAIN_STUDY) == []
+    assert [a.asked.study.name for a in alike_here(site, sha256(nearly), nearly)] == ["toy"]
 
 
-def likened(folder: Path, known: Study, study: Study) -> bool:
-    """Whether a site that takes part in `known` finds `study` to be like it."""
-    asked = Asked("f" * 64, known, "", 0.0, None, "approved")
+def likened(folder: Path, known: Study, study: Study, decision: Decision | None = None, state: str = "approved"):
+    """What a site that takes part in `known` is told of `study`."""
+    asked = Asked("f" * 64, known, "", 0.0, decision, state)
     site = Site("a", folder, folder, (), "cpu", 1, 11, "salt", deployed=True)
-    return alike(site, study, [asked]) == [asked]
+    return alike(site, study, [asked])
 
 
-def test_histograms_of_a_plan_are_the_same_in_every_study_that_asks_for_them(tmp_path):
-    first = replace(STUDY, name="plan-1", plan="federated")
-    other = replace(first, name="plan-2", seed=7, train=replace(first.train, learning_rate=1e-5))
-    assert likened(tmp_path, first, other)
+KNOWN = load_study("lung-ct-secure")
+PRIVATE = load_study("lung-ct-private-secure")
+SUMS = Protect(secure_aggregation=SecureAggregation())
+BARE = replace(KNOWN, protect=Protect())
+TABLE = replace(
+    load_study("brca-prognosis"), protect=SUMS, rounds=KNOWN.rounds, strategy=replace(KNOWN.strategy, name="fedavg")
+)
+BAGS = replace(load_study("fed-camelyon16"), protect=SUMS, rounds=KNOWN.rounds)
+UNET, TASK, SEEN = KNOWN.model, KNOWN.task, KNOWN.preprocess
+CLASSES = Task("classification", ("lung",), "bce")
+RENAMED = replace(TASK, labels=("thorax",))
+HEART = replace(TASK, labels=("heart", "lung"))
+EVASIONS: dict[str, Study] = {
+    "another name and title": replace(KNOWN, name="another", title="Another"),
+    "another seed": replace(KNOWN, seed=7),
+    "a network twice as wide": replace(KNOWN, model=replace(UNET, features=(32, 32, 64, 128, 256, 32))),
+    "a narrower network": replace(KNOWN, model=replace(UNET, features=(8,) * 6)),
+    "a residual network, and a layer less": replace(KNOWN, model=Model("residual-unet", features=(16, 32, 64))),
+    "another norm": replace(KNOWN, model=replace(UNET, norm="instance")),
+    "one label more": replace(KNOWN, task=replace(TASK, labels=("lung", "heart"))),
+    "labels in another order": replace(KNOWN, task=HEART),
+    "a label of another name": replace(KNOWN, task=RENAMED),
+    "another loss": replace(KNOWN, task=replace(TASK, loss="focal")),
+    "regions instead of labels": replace(KNOWN, task=replace(TASK, regions=(Region("all", ("lung",)),))),
+    "classes instead of masks": replace(KNOWN, task=CLASSES, model=Model("resnet18")),
+    "no labels at all": replace(KNOWN, task=Task("reconstruction", ("lung",), "masked_l1")),
+    "another size of images": replace(KNOWN, preprocess=replace(SEEN, size=(128, 128))),
+    "another window": replace(KNOWN, preprocess=replace(SEEN, window_hu=(-1001.0, 400.0))),
+    "another modality": replace(KNOWN, modality="mr", preprocess=replace(SEEN, intensity="percentile")),
+    "a named channel": replace(KNOWN, channels=("t1",)),
+    "a federated plan": replace(KNOWN, plan="federated"),
+    "pre-trained weights and frozen layers": replace(KNOWN, transfer=Transfer("a" * 64, freeze=2)),
+    "a head that stays at the site": replace(KNOWN, personal=Personal(keep=("head",))),
+    "another rate and schedule": replace(KNOWN, train=replace(KNOWN.train, learning_rate=1e-5, schedule="cosine")),
+    "another number of rounds": replace(KNOWN, rounds=replace(KNOWN.rounds, count=1)),
+    "another strategy": replace(KNOWN, strategy=replace(KNOWN.strategy, name="fedadam")),
+    "another ring": replace(KNOWN, protect=Protect(secure_aggregation=SecureAggregation(ring_bits=24))),
+    "no masks": BARE,
+}
 
 
-def test_one_label_more_changes_the_last_layer_and_hides_no_likeness(tmp_path):
-    """Of lung-ct-secure's 495,905 weights 17 belong to the last layer: 16 and a bias, which two labels have twice."""
-    study = load_study("lung-ct-secure")
-    more = replace(study, name="more", task=replace(study.task, labels=(*study.task.labels, "heart")))
-    assert likened(tmp_path, study, more)
-    assert likened(tmp_path, more, study)
+@pytest.mark.parametrize("evasion", EVASIONS)
+def test_nothing_that_a_coordinator_writes_makes_a_study_of_the_same_images_another_one(evasion, tmp_path):
+    for one, other in ((KNOWN, EVASIONS[evasion]), (EVASIONS[evasion], KNOWN)):
+        assert [found.reads for found in likened(tmp_path, one, other)] == [("images",)]
 
 
-def test_networks_of_which_less_than_a_tenth_is_the_same_are_not_alike_and_from_a_tenth_they_are(tmp_path, monkeypatch):
-    f4 = np.dtype(np.float32)
-    of = {8: {"a": Spec((9,), f4), "b": Spec((91,), f4)}, 16: {"a": Spec((9,), f4), "b": Spec((92,), f4)}}
-    monkeypatch.setattr(alike_module, "_schema", lambda study: of[study.model.features[0]])
-    narrow, wide = (replace(STUDY, model=replace(STUDY.model, features=(n,) * 6)) for n in (8, 16))
-    assert not likened(tmp_path, narrow, wide)  # 9 of 100
-    of[8]["b"] = Spec((81,), f4)
-    assert likened(tmp_path, narrow, wide)  # 9 of 90
-    assert likened(tmp_path, wide, narrow)
+@pytest.mark.parametrize(("one", "other"), [(KNOWN, TABLE), (KNOWN, BAGS), (TABLE, BAGS)])
+def test_studies_that_read_nothing_in_common_are_not_asked_about(one, other, tmp_path):
+    assert likened(tmp_path, one, other) == likened(tmp_path, other, one) == []
 
 
-def test_a_federated_plan_may_come_to_the_network_of_any_other_study(tmp_path):
-    planned = replace(STUDY, name="plan-1", plan="federated")
-    assert likened(tmp_path, planned, STUDY)
-    assert likened(tmp_path, STUDY, planned)
-    assert not likened(tmp_path, planned, PLAIN_STUDY)  # not summed at all
+def test_tables_are_alike_by_any_column_that_both_read_however_it_is_written(tmp_path):
+    own = Task("prognosis", ("death",), "hazard", intervals_days=(100.0, 200.0), time_column="days",
+               event_column="died", covariates=(Covariate("weight"),))  # fmt: skip
+    other = replace(TABLE, task=own)
+    assert likened(tmp_path, TABLE, other) == []
+    age = TABLE.task.covariates[0].column
+    again = replace(other, task=replace(own, covariates=(Covariate("weight"), Covariate(age.upper()))))
+    assert [found.reads for found in likened(tmp_path, TABLE, again)] == [(f"the column {age.casefold()!r}",)]
+    followed = replace(other, task=replace(own, time_column=TABLE.task.time_column))
+    assert len(likened(tmp_path, TABLE, followed)) == 1
+
+
+def test_a_prognosis_from_images_and_one_from_a_table_are_alike_by_what_they_foretell(tmp_path):
+    of_images = replace(TABLE.task, covariates=())
+    seen = replace(KNOWN, task=of_images, model=Model("resnet18"))
+    [found] = likened(tmp_path, TABLE, seen)
+    assert found.reads == ("the column 'e'", "the column 't'")  # whether and when the event came
+
+
+def test_private_updates_and_two_studies_without_masks_are_not_asked_about(tmp_path):
+    for one, other in ((KNOWN, PRIVATE), (PRIVATE, KNOWN), (BARE, replace(BARE, seed=7)), (PRIVATE, BARE)):
+        assert likened(tmp_path, one, other) == []
+
+
+def test_a_study_without_masks_is_known_while_its_updates_are_out_and_one_that_was_refused_never_is(tmp_path):
+    withdrawn, refused = (Decision(verdict, "steward", 0.0) for verdict in ("withdrawn", "refused"))
+    assert len(likened(tmp_path, BARE, KNOWN, withdrawn, "withdrawn")) == 1
+    assert likened(tmp_path, BARE, KNOWN, refused, "refused") == []
+    assert likened(tmp_path, BARE, KNOWN, None, "pending") == []
+    assert likened(tmp_path, KNOWN, BARE, withdrawn, "withdrawn") == []  # no sum of it was confirmed

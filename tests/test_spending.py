@@ -37,7 +37,7 @@ from shared_models.weights import Arrays, InMemory, load
 from shared_models.wire import Order, Split
 from simulations.engine import NodeConfig, run_local
 from simulations.phantoms import PhantomPlan, phantom
-from tests.crash import fresh, killed_at
+from tests.crash import WRITES, left_by_kills
 from tests.toys import WEIGHTS, ToyLearner
 
 PRIVATE = Study(
@@ -194,28 +194,28 @@ def test_a_round_beyond_the_study_and_a_site_without_patients_are_refused(tmp_pa
     assert spent(tmp_path) == ()
 
 
-def test_killed_at_a_line_no_training_is_missing_from_the_book(tmp_path):
-    """At every 14th line of the round; at any line of the book's chain in tests/test_ledger.py."""
-    epsilon([replace(ROUND, steps=40)], DELTA)  # the forked processes find dp-accounting loaded
-    number, ended, seen = 0, False, set()
-    while not ended:
-        folder = with_budget(fresh(tmp_path, number), 100.0)
+def test_killed_at_any_line_of_a_round_no_training_is_missing_from_the_book(quick_folder):
+    epsilon([replace(ROUND, steps=40)], DELTA)  # the forked process finds dp-accounting loaded
+    here, seen = quick_folder / "site", set()
+    here.mkdir()
+    with_budget(here, 100.0)
 
-        def act(tell, folder=folder):
-            class Telling(ToyLearner):
-                def learn(self, *about: Any) -> Learned:
-                    tell("trained")
-                    return ToyLearner.learn(self, *about)
+    def act(tell):
+        class Telling(ToyLearner):
+            def learn(self, *about: Any) -> Learned:
+                tell("trained")
+                return ToyLearner.learn(self, *about)
 
-            carry_out(order(), WEIGHTS, site_at(folder), Telling())
-            tell("answered")
+        carry_out(order(), WEIGHTS, site_at(here), Telling())
+        tell("answered")
 
-        words, ended = killed_at(1 + 14 * number, act, ("fedclient/spending.py", "fedclient/work.py"))
-        trained, counted = 10 * words.count("trained"), sum(s.steps for s in spent(folder))
+    watched = ("fedclient/spending.py", "fedclient/work.py", "fedclient/ledger.py", "fedclient/chain.py", *WRITES)
+    for left in left_by_kills(here, act, watched, quick_folder / "kept"):
+        trained, counted = 10 * left.words.count("trained"), sum(s.steps for s in spent(left.folder))
         assert counted >= trained
         seen.add((trained, counted))
-        number += 1
-    assert {(0, 0), (10, 10)} <= seen
+    assert left.words == ("trained", "answered")
+    assert seen == {(0, 0), (0, 10), (10, 10)}
 
 
 # What the site's own rules say

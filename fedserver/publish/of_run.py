@@ -7,7 +7,7 @@ from typing import Any
 
 from fedserver.checkpoint import RunFolder, check_weights, read_state, read_study, trained_study
 from fedserver.publish.card import Words, card
-from fedserver.publish.lineage import RETRAINED, counted_rounds
+from fedserver.publish.lineage import RETRAINED, counted_rounds, earlier
 from fedserver.publish.making import Recipe
 from fedserver.publish.software import code_sha256, environment, package
 from fedserver.report import facts
@@ -143,6 +143,9 @@ def _parents(run: RunFolder, study: Study) -> list[Parent]:
     parents: list[Parent] = []
     if study.transfer.sha256:
         parents.append(Parent("weights", study.name, study.transfer.sha256))
+        parents += [
+            Parent("run", each.run.id, study.transfer.sha256) for each in earlier(run)[:1] if each.run is not None
+        ]
     if (run.path / RETRAINED).exists():
         before = read_json(run.path / RETRAINED)
         parents.append(Parent("run", str(before["run"]), str(before["weights_sha256"])))

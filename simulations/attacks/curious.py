@@ -24,6 +24,7 @@ from shared_models.protect.ring import signed
 from shared_models.protect.shamir import combine
 from shared_models.scores import row_of
 from shared_models.study import Study
+from shared_models.weights import Arrays, save_arrays
 from shared_models.wire import Reply, read_reply, tensors_of
 from simulations.attacks.finding import Finding, Row, judged
 from simulations.attacks.people import as_sent, secured
@@ -33,6 +34,7 @@ from simulations.engine import NodeConfig, run_local
 STEPS = 2  # of the round that is listened to: what is told of it is the same as of a long one
 FEWEST = 3
 SECURE = "secure sum"
+KEPT = "updates of single sites that are found in the folder"
 
 
 class Listening:
@@ -69,14 +71,18 @@ def attack(study: Study, nodes: Mapping[str, NodeConfig], folder: Path) -> Findi
     mean: NDArray[np.float64] = np.stack(list(flat.values())).astype(np.float64).mean(0)
     off = float(np.abs(_flat(mean_of(transcript)) - mean).max())
     step = len(flat) / transcript.context.scale  # each site rounds by half an element at most
-    kept = on_disk(run, flat)
+    kept = on_disk(run.path, deltas)
+    for site, delta in deltas.items():
+        save_arrays(folder / "kept" / f"{site}.safetensors", delta)
+    findable = on_disk(folder / "kept", deltas)
     likeness = "likeness of what is read to one site's update (correlation)"
     rows = (
         judged("nothing: the same vector without its masks", likeness, bare, above=0.999, control=True),
         Row("nothing", "told of each site beside its update", ", ".join(told) or "no number", "no number" * private,
             not told if private else None, study=not secured(study)),
-        Row("nothing", "updates of single sites that the run folder keeps", float(kept), "below 1", kept == 0,
-            study=not secured(study)),
+        Row("nothing: each update in a file of its own", KEPT, float(findable), f"{len(deltas)}",
+            findable == len(deltas), control=True),
+        Row("nothing", f"{KEPT} of the run", float(kept), "below 1", kept == 0, study=not secured(study)),
         judged(SECURE, likeness, masked, below=chance, study=secured(study)),
         judged(f"{SECURE}, its revealed shares used", likeness, halfway, below=chance, study=secured(study)),
         Row(SECURE, "numbers of one site in its messages", float(numbers_in(transcript)), "below 1",
@@ -183,11 +189,12 @@ def numbers_in(transcript: Transcript) -> int:
     return sum(count(json.loads(message)) for message in transcript.messages)
 
 
-def on_disk(run: RunFolder, flat: Mapping[str, NDArray[Any]]) -> int:
-    """Of how many sites the update lies in some file of a run, by a stretch of its bytes."""
-    files = [path.read_bytes() for path in sorted(run.path.rglob("*")) if path.is_file()]
+def on_disk(folder: Path, deltas: Mapping[str, Arrays]) -> int:
+    """Of how many sites the update lies in some file of a folder, by a stretch of the bytes of its largest element."""
+    files = [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()]
     found = 0
-    for values in flat.values():
+    for delta in deltas.values():
+        values = max((array.ravel() for array in delta.values()), key=lambda each: float(np.abs(each).max()))
         at = int(np.abs(values).argmax()) // 8 * 8
         stretch = values[at : at + 8].astype("<f4").tobytes()
         found += any(stretch in content for content in files)

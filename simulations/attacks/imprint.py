@@ -8,6 +8,7 @@ the real client is sent such weights here, as an order of a run, and has to refu
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,6 +41,8 @@ UNITS = 256
 RECOVERED_DB = 30.0
 BATCH = 8  # pictures of each site
 NOWHERE = "0" * 64
+STEPS = 2  # of the training that the client is asked for
+TRAINED, SUMMED = "trained", "added up"
 
 
 class Imprinted(nn.Module):
@@ -97,17 +100,18 @@ def attack(
         chosen, recovered(mean_of(secure_sum(deltas, clip=1.01 * largest, table=study.protect.secure_aggregation)))
     )
     tick()
-    refusals = [*admission(study, nodes), ("the site's secure sum", "SCHEMA_MISMATCH", in_a_secure_sum(study))]
+    answers = [*admission(study, nodes), *in_a_secure_sum(study)]
     figure = f"slices above {RECOVERED_DB:g} dB, of {len(alone)}"
     rows = [
         judged("nothing", figure, _count(alone), above=len(alone) / 2 - 0.5, control=True),
         Row("secure sum of 3 sites", f"slices above {RECOVERED_DB:g} dB, of {len(together)}", _count(together)),
         *(
-            Row(f"admission: {what}", "refused as", found, must, found == must, study=True)
-            for what, must, found in refusals
+            Row(f"{'nothing: asked' if own else 'admission'}: {what}", "answered by", found, must, found == must,
+                control=own, study=not own)
+            for what, must, found, own in answers
         ),
-    ]
-    held = all(found == must for _, must, found in refusals)
+    ]  # fmt: skip
+    held = all(found == must for _, must, found, own in answers if not own)
     best = max(range(len(alone)), key=lambda n: alone[n][0])
     return Finding(
         "imprint",
@@ -144,24 +148,30 @@ def _step(net: nn.Module, pictures: Sequence[Picture]) -> dict[str, NDArray[Any]
 # The defence
 
 
-def admission(study: Study, nodes: Mapping[str, NodeConfig]) -> list[tuple[str, str, str]]:
-    """What was tried, the code that it must be refused by, and what the real client answers."""
+def admission(study: Study, nodes: Mapping[str, NodeConfig]) -> list[tuple[str, str, str, bool]]:
+    """What was tried, what the real client must answer and what it answers, and whether it is the control.
+
+    The control is the study's own network: of a client that trains nothing at all a refusal says nothing.
+    """
     study = as_sent(study)
+    study = replace(study, train=replace(study.train, local_steps=STEPS))
     own = nets.initial_weights(study)
     extra = {"imprint.weight": np.zeros((UNITS, 16), np.float32), "imprint.bias": np.zeros(UNITS, np.float32)}
     name = next(n for n in own if own[n].ndim > 1)
     wider = np.concatenate([own[name], np.zeros_like(own[name])])
     text = canonical(study).decode()
     other = text.replace(f'"{study.model.norm}"', '"instance"' if study.model.norm != "instance" else '"group"', 1)
-    return [
-        ("weights with a layer more", "WEIGHTS_MISMATCH", asked(study, nodes, {**own, **extra}, text)),
-        ("weights with a wider layer", "WEIGHTS_MISMATCH", asked(study, nodes, {**own, name: wider}, text)),
-        ("another network in the study, under its digest", "STUDY_MISMATCH", asked(study, nodes, own, other)),
+    tried: list[tuple[str, str, Arrays, str, bool]] = [
+        ("the study's own weights", TRAINED, own, text, True),
+        ("weights with a layer more", "WEIGHTS_MISMATCH", {**own, **extra}, text, False),
+        ("weights with a wider layer", "WEIGHTS_MISMATCH", {**own, name: wider}, text, False),
+        ("another network in the study, under its digest", "STUDY_MISMATCH", own, other, False),
     ]
+    return [(what, must, asked(study, nodes, weights, told), ours) for what, must, weights, told, ours in tried]
 
 
 def asked(study: Study, nodes: Mapping[str, NodeConfig], weights: Arrays, text: str) -> str:
-    """The code by which the installed client refuses to train on `weights`, or `trained`."""
+    """The code by which the installed client refuses to train on `weights`, or `TRAINED`."""
     from fedclient.app import app  # the one that a hospital runs
 
     identify()
@@ -171,24 +181,31 @@ def asked(study: Study, nodes: Mapping[str, NodeConfig], weights: Arrays, text: 
     with TemporaryDirectory() as folder:
         told = {**config, "site": site, "work": str(Path(folder))}
         reply = read_reply(answer(app, write_order(order, 1, pack(weights)), told), "imprint")
-    return reply.refusal or "trained"
+    return reply.refusal or TRAINED
 
 
-def in_a_secure_sum(study: Study) -> str:
-    """The code by which a site refuses to make keys for a sum over another network than the study's."""
+def in_a_secure_sum(study: Study) -> list[tuple[str, str, str, bool]]:
+    """As `admission`, of a site that is asked for the keys of a sum over the study's network, and over another one."""
     sites = ("site-0", "site-1", "site-2")
     keys = {site: new_site_keys().identity for site in sites}
     roster = Roster("imprint", 1, {site: identity_public_key(key).hex() for site, key in keys.items()})
     own = schema_of({n: a for n, a in nets.initial_weights(study).items() if a.dtype.kind == "f"})
     altered = Layout({**own, **schema_of({"imprint.bias": np.zeros(UNITS, np.float32)})})
-    how = encoding(1.0)
-    context = Context(
-        run="imprint", round=1, attempt=1, cohort=sites, threshold=least_threshold(3), least_cohort=3,
-        roster_sha256=roster.sha256, model_sha256=NOWHERE, schema_sha256=altered.sha256, policy_sha256=NOWHERE,
-        whole=3, clip=how.clip, scale=how.scale,
-    )  # fmt: skip
-    try:
-        check_context(Member("site-0", keys["site-0"], roster), context, Held(NOWHERE, Layout(own).sha256, NOWHERE))
-    except OrderRefused as refused:
-        return refused.code
-    return "added up"
+    how, member = encoding(1.0), Member("site-0", keys["site-0"], roster)
+
+    def summed(layout: Layout) -> str:
+        context = Context(
+            run="imprint", round=1, attempt=1, cohort=sites, threshold=least_threshold(3), least_cohort=3,
+            roster_sha256=roster.sha256, model_sha256=NOWHERE, schema_sha256=layout.sha256, policy_sha256=NOWHERE,
+            whole=3, clip=how.clip, scale=how.scale,
+        )  # fmt: skip
+        try:
+            check_context(member, context, Held(NOWHERE, Layout(own).sha256, NOWHERE))
+        except OrderRefused as refused:
+            return refused.code
+        return SUMMED
+
+    return [
+        ("a secure sum over the study's own network", SUMMED, summed(Layout(own)), True),
+        ("a secure sum over another network", "SCHEMA_MISMATCH", summed(altered), False),
+    ]

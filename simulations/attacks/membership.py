@@ -224,14 +224,22 @@ def attack(study: Study, people: Sequence[Patient], networks: int, tick: Callabl
 
 
 def _rows(name: str, attacker: str, got: Reach, plain: Reach, study: bool, private: str) -> list[Row]:
+    """Area under the curve and members found; of the loss threshold, which finds hardly any so surely, the area counts.
+
+    What a protection must come to follows from what the attack finds without it, and is judged where it finds enough.
+    """
     area, share = f"{attacker}: AUC", f"{attacker}: TPR at 1 % FPR"
-    least, most = got.between
-    if name == "nothing" and attacker == "LiRA":
-        return [judged(name, area, got.auc, above=LEAST_AUC, control=True),
-                Row(name, share, got.found, control=True),
-                judged(name, f"{share}, at least (95 %)", least, above=LEAST_FOUND, control=True)]  # fmt: skip
-    if name == private and attacker == "LiRA":
-        return [judged(name, area, got.auc, below=(1 + plain.auc) / 2 - 0.2, study=study),
-                Row(name, share, got.found, study=study),
-                judged(name, f"{share}, at most (95 %)", most, below=plain.between[0] / 2, study=study)]  # fmt: skip
-    return [Row(name, area, got.auc, study=study), Row(name, share, got.found, study=study)]
+    (least, most), lira = got.between, attacker == "LiRA"
+    control = name == "nothing"
+    rows = [Row(name, area, got.auc, study=study), Row(name, share, got.found, control=control, study=study)]
+    if control:
+        rows[0] = judged(name, area, got.auc, above=LEAST_AUC, control=True)
+        if lira:
+            rows.append(judged(name, f"{share}, at least (95 %)", least, above=LEAST_FOUND, control=True))
+    elif name == private:
+        rows[0] = judged(name, area, got.auc, below=(1 + plain.auc) / 2 - 0.2, study=study)
+        if lira:
+            rows.append(judged(name, f"{share}, at most (95 %)", most, below=plain.between[0] / 2, study=study))
+        if plain.auc <= LEAST_AUC or (lira and plain.between[0] <= LEAST_FOUND):
+            rows = [replace(row, holds=None) for row in rows]
+    return rows

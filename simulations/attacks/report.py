@@ -13,7 +13,9 @@ from fedclient.worth_page import environment
 from fedserver.plots import new_figure, png
 from shared_models.files import write_atomic, write_json
 from shared_models.study import Study, sha256
-from simulations.attacks.finding import Finding, Row, Strip
+from simulations.attacks.finding import Finding, Strip
+
+GOOD = ("holds", "succeeds, as it must")
 
 
 def numbers(study: Study, findings: Sequence[Finding]) -> dict[str, Any]:
@@ -23,11 +25,13 @@ def numbers(study: Study, findings: Sequence[Finding]) -> dict[str, Any]:
         "study_sha256": sha256(study),
         "privacy": None if study.protect.privacy is None else asdict(study.protect.privacy),
         "holds": not any(finding.missed for finding in findings),
+        "shown": all(finding.shown for finding in findings),
         "attacks": [
             {
                 "attack": finding.attack,
                 "title": finding.title,
                 "setting": finding.setting,
+                "shown": finding.shown,
                 "verdict": finding.verdict,
                 "seconds": round(finding.seconds, 1),
                 "rows": [asdict(row) for row in finding.rows],
@@ -56,7 +60,7 @@ def page(study: Study, findings: Sequence[Finding], pictures: Mapping[str, Seque
     text: str = (
         environment("simulations")
         .get_template("attacks.html")
-        .render(study=study, privacy=study.protect.privacy, findings=findings, pictures=pictures)
+        .render(study=study, privacy=study.protect.privacy, findings=findings, pictures=pictures, good=GOOD)
     )
     return text
 
@@ -73,25 +77,20 @@ def strip_png(strip: Strip) -> bytes:
 
 
 def table(study: Study, findings: Sequence[Finding]) -> Table:
-    """A line for each figure; `ok` where it is as it must be."""
+    """A line for each figure, and in a word whether it is as it must be."""
     drawn = Table(title=f"Attacks on {study.name}")
     for name, side in (("attack", "left"), ("against", "left"), ("figure", "left"), ("found", "right"),
                        ("must be", "left"), ("", "left")):  # fmt: skip
         drawn.add_column(name, justify="right" if side == "right" else "left")
     for finding in findings:
         for number, row in enumerate(finding.rows):
-            last = number == len(finding.rows) - 1
+            last, word = number == len(finding.rows) - 1, _coloured(finding.word(row))
             drawn.add_row(
-                finding.attack if number == 0 else "", row.against, row.figure, row.told, row.must, word(row),
+                finding.attack if number == 0 else "", row.against, row.figure, row.told, row.must, word,
                 end_section=last,
             )  # fmt: skip
     return drawn
 
 
-def word(row: Row) -> str:
-    """Whether a row is as it must be, in a word."""
-    if row.holds is None:
-        return ""
-    if row.holds:
-        return "[green]succeeds, as it must[/]" if row.control else "[green]holds[/]"
-    return "[red]CONTROL FAILED[/]" if row.control else "[red]WORSE THAN CLAIMED[/]"
+def _coloured(word: str) -> str:
+    return f"[{'green' if word in GOOD else 'red'}]{word}[/]" if word else ""

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedclient.consent import decide, read_decision
+from fedclient.site import open_site
 from fedserver.checkpoint import read_state
 from shared_models.files import read_json, read_lines
 from shared_models.protect.ring import encode, encoding
 from shared_models.protect.secure import layout_of
-from shared_models.study import load_study
+from shared_models.study import load_study, sha256
 from shared_models.weights import Arrays, InMemory, load
 from simulations.phantoms import PhantomPlan, phantom
 from tests.processes.deployment import Deployment, deployed, until
@@ -118,6 +120,7 @@ def test_five_hospitals_one_killed_after_masking_and_the_coordinator_holds_no_by
         # The same search finds them all where the same updates come without masks
         with recorded(here.federation, tmp_path / "plain", {}, kept):
             here.fedserver("run", str(tmp_path / "plain.toml"), "--name", "plain", "--no-wait")
+            accept(here, there, tmp_path / "plain.toml", logs)
             until(lambda: here.run("plain")["state"] == "finished", 2 * deadline, "the plain run is finished", logs)
         sent = {name: secret for name, secret in secrets.items() if name.split()[0] in there and " ring" not in name}
         assert holding(tmp_path / "plain", mostly(sent, "score")).keys() == mostly(sent, "score").keys()
@@ -127,8 +130,19 @@ def test_five_hospitals_one_killed_after_masking_and_the_coordinator_holds_no_by
             path.write_text(path.read_text().replace("smallest_count = 11", "smallest_count = 1"))
         (tmp_path / "planned.toml").write_text(PLANNED.format(deadline=deadline))
         here.fedserver("run", str(tmp_path / "planned.toml"), "--name", "planned", "--no-wait")
+        accept(here, there, tmp_path / "planned.toml", logs)
         until(lambda: here.run("planned")["state"] == "finished", 2 * deadline, "the planned run is finished", logs)
         names_nobody(taps[0].sent(tmp_path / "secrets"), here, {s: vectors[s][:64] for s in there}, data, logs)
+
+
+def accept(here: Deployment, sites: Iterable[str], study_file: Path, logs: Path) -> None:
+    """A person at each site approves, once it has come, a study that would show what the secure sums have hidden."""
+    digest = sha256(load_study(str(study_file)))
+    for site in sites:
+        folder = here.site(site)
+        until((folder / "studies" / digest / "study.json").exists, 120, f"the study has come to {site}", logs)
+        assert read_decision(folder, digest) is None, "the policy lets in what it allows, and not this"
+        decide(open_site({"site-dir": str(folder)}), digest, "approved", also_alike=True)
 
 
 def names_nobody(
