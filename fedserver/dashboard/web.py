@@ -6,8 +6,6 @@ http://127.0.0.1:PORT/events      what changes (server-sent events)
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -20,7 +18,7 @@ from fedserver.dashboard.login import SESSION_S, Login
 from fedserver.dashboard.look import Looker, looker, palette
 from shared_models.errors import FederationError
 from shared_models.live.feed import Feed
-from shared_models.live.pages import Events, focus_of, policy, serve_files
+from shared_models.live.pages import Events, focus_of, listening, policy, serve_files
 from shared_models.loopback import loopback_app, page_main
 
 STATIC = Path(__file__).parent / "static"
@@ -42,16 +40,7 @@ def dashboard_app(folder: Path) -> FastAPI:
 def application(looks: Looker, sessions: Login, feed: Feed | None = None) -> FastAPI:
     """All pages, behind the login."""
     heard = feed or Feed(looks.sections)
-
-    @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        looking = asyncio.create_task(heard.run())
-        yield
-        looking.cancel()
-        with suppress(asyncio.CancelledError):
-            await looking
-
-    app = loopback_app("a coordinator's dashboard", policy("'self'"), ("/login", "/logout"), lifespan=life)
+    app = loopback_app("a coordinator's dashboard", policy("'self'"), ("/login", "/logout"), lifespan=listening(heard))
     _static(app)
     _login(app, looks, sessions)
     _pages(app, looks, sessions, heard)

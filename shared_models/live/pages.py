@@ -1,9 +1,11 @@
 """Pages that change while one looks: the templates, script and style of both ends, and the route of their events."""
 
+import asyncio
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,22 @@ def serve_files(app: Starlette, own: Mapping[str, Path]) -> None:
         return Response(status_code=204)
 
     app.router.routes += [Route("/static/{name}", file), Route("/favicon.ico", icon)]
+
+
+def listening(feed: Feed) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    """The life of an application whose feed looks as long as somebody listens, and no longer than it is served."""
+
+    @asynccontextmanager
+    async def life(_: Starlette) -> AsyncIterator[None]:
+        looking = asyncio.create_task(feed.run())
+        try:
+            yield
+        finally:
+            looking.cancel()
+            with suppress(asyncio.CancelledError):
+                await looking
+
+    return life
 
 
 async def _nobody(_: Request) -> None:
