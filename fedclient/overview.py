@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from shared_models.supervise import read_status, troubles
 QUIET_S = 60.0  # a node asks at least every two seconds while it has no work
 
 
-def overview(folder: Path, book: Book | None = None) -> dict[str, Any]:
+def overview(folder: Path, book: Book | None = None, counted: Callable[[Path], int] = cache_bytes) -> dict[str, Any]:
     """Facts of the site in `folder`; `fedclient status --json` prints them.
 
     Args:
         book: of this site, where it is looked at again and again.
+        counted: the bytes of its cache, likewise: there may be a hundred thousand files in it.
 
     Raises:
         StateInvalid: no site folder, or keys that others may read.
@@ -60,7 +61,7 @@ def overview(folder: Path, book: Book | None = None) -> dict[str, Any]:
         "last_refused": book.last_refused,
         "roster_epoch": None if roster is None else roster.roster.epoch,
         "sent": {"messages": book.messages, "bytes": book.size_bytes},
-        "disk": disk_facts(folder, file),
+        "disk": disk_facts(folder, file, counted),
         "ledger": spent,
     }
 
@@ -89,10 +90,10 @@ def work_under_way(folder: Path) -> dict[str, Any] | None:
     return reduce(worked, events(folder / "audit.jsonl", WORK), None)
 
 
-def disk_facts(folder: Path, file: SiteFile) -> dict[str, Any]:
+def disk_facts(folder: Path, file: SiteFile, counted: Callable[[Path], int] = cache_bytes) -> dict[str, Any]:
     usage = shutil.disk_usage(folder)
     quota = int(file.cache.quota_gib * 2**30)
-    return {"free": usage.free, "total": usage.total, "cache": cache_bytes(folder / "cache"), "quota": quota}
+    return {"free": usage.free, "total": usage.total, "cache": counted(folder / "cache"), "quota": quota}
 
 
 def ledger_facts(folder: Path) -> list[dict[str, Any]]:

@@ -274,6 +274,16 @@ def test_the_tool_is_not_asked_at_every_look(tool, site):
     assert "second" in looks.sections()["machine"]
 
 
+def test_the_cache_is_counted_twice_a_minute(site):
+    looks = looker(site)
+    looks.sections()
+    (site / "cache/plan").mkdir(parents=True)
+    (site / "cache/plan/0a1b").write_bytes(b"x" * 2**22)
+    assert "Cache 0 GiB taken" in words(looks.sections()["machine"])
+    looks._cache_at -= 31
+    assert "Cache 0.004 GiB taken" in words(looks.sections()["machine"])
+
+
 # Whom it answers, and what it lets a browser do
 
 

@@ -9,6 +9,7 @@ from jinja2 import Environment
 
 from fedclient.book import Book
 from fedclient.consent import list_asked
+from fedclient.data.quota import cache_bytes
 from fedclient.gpus import gpus
 from fedclient.overview import overview
 from fedclient.page import view
@@ -18,6 +19,7 @@ from shared_models.live import pages
 SECTIONS = (
     "alarms", "summary", "now", "connection", "queue", "studies", "machine", "card", "policy", "ledger", "sent",
 )  # fmt: skip
+CACHE_S = 30.0  # from one count of the cache to the next: it may have many files
 MACHINE_S = 5.0  # from one question to NVIDIA's tool to the next: it takes a moment, and its figures waver
 
 
@@ -30,6 +32,8 @@ class Looker:
     pages: Environment = field(default_factory=lambda: pages.environment("fedclient.page"))
     _machine: dict[str, Any] = field(default_factory=dict)
     _machine_at: float = float("-inf")
+    _cache: int = 0
+    _cache_at: float = float("-inf")
 
     def sections(self, _: str | None = None, now_s: float | None = None) -> dict[str, str]:
         """All sections.
@@ -38,7 +42,7 @@ class Looker:
             FederationError: state that cannot be read.
         """
         now = time.time() if now_s is None else now_s
-        file, facts = read_site_file(self.folder), overview(self.folder, self.book)
+        file, facts = read_site_file(self.folder), overview(self.folder, self.book, self._counted)
         listed = list_asked(open_site({"site-dir": str(self.folder)}))
         asked = {each.sha256: each for each in listed}
         at_work, studies = view.round_now(facts, self.book, asked), view.studies(listed)
@@ -60,6 +64,11 @@ class Looker:
             "sent": view.sent(self.book),
         }
         return {name: self.pages.get_template(f"{name}.html").render(values) for name in SECTIONS}
+
+    def _counted(self, cache: Path) -> int:
+        if time.monotonic() - self._cache_at > CACHE_S:
+            self._cache, self._cache_at = cache_bytes(cache), time.monotonic()
+        return self._cache
 
     def _seen(self, file: SiteFile) -> dict[str, Any]:
         if time.monotonic() - self._machine_at > MACHINE_S:

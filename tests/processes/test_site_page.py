@@ -1,12 +1,14 @@
 """A hospital's page in a real browser: work shows without a reload, wide, narrow, by keyboard; old figures are told."""
 
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -119,13 +121,27 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AtWork]:
             yield AtWork(hospitals)
 
 
-@contextmanager
-def seen(here: AtWork, tmp_path: Path) -> Iterator[tuple[Browser, str, object]]:
+@dataclass(frozen=True)
+class Shown:
+    """The page of a site, in a browser, and the process that serves it."""
+
+    page: Browser
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def live(self) -> Browser:
+        self.page.open(f"{self.url}/")
+        until(lambda: self.page.value(LIVE) == "on", "the page is live")
+        return self.page
+
+
+@pytest.fixture(scope="module")
+def shown(here: AtWork, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
+    folder = tmp_path_factory.mktemp("browser")
     words = ["fedclient.cli", "page", "--site", str(here.site)]
-    with served_page(words, "/", tmp_path / "log") as (process, url), chromium(tmp_path) as page:
-        page.open(f"{url}/")
-        until(lambda: page.value(LIVE) == "on", "the page is live")
-        yield page, url, process
+    with served_page(words, "/", folder / "log") as (process, url), chromium(folder) as page:
+        yield Shown(page, url, process, folder / "log")
 
 
 def text(page: Browser, section: str) -> str:
@@ -136,74 +152,93 @@ def shows(page: Browser, section: str, words: str) -> None:
     until(lambda: words in text(page, section), f"{section} shows {words!r}, not {text(page, section)!r}")
 
 
-def test_a_study_that_comes_and_a_round_under_way_show_without_a_reload(here, tmp_path):
-    with seen(here, tmp_path) as (page, url, process):
-        here.heard()
-        shows(page, "connection", "connected, and waiting for orders")
-        page.value("""window.before = 'kept'; document.querySelector('#card details').open = true;
-            document.querySelector('#card .scroll').focus();
-            getSelection().selectAllChildren(document.querySelector('#policy li'))""")
-        chosen = page.value("getSelection().toString()")
+def test_a_study_that_comes_and_a_round_under_way_show_without_a_reload(here, shown, tmp_path):
+    page = shown.live()
+    here.heard()
+    shows(page, "connection", "connected, and waiting for orders")
+    page.value("""window.before = 'kept'; document.querySelector('#card details').open = true;
+        document.querySelector('#card .scroll').focus();
+        getSelection().selectAllChildren(document.querySelector('#policy li'))""")
+    chosen = page.value("getSelection().toString()")
 
-        running = threading.Thread(target=here.run, daemon=True)
-        running.start()
-        shows(page, "studies", "waits for your decision")
-        shows(page, "queue", "waits for your decision")
-        assert CliRunner().invoke(fedclient.cli.app, ["approve", "lung-ct", "--site", str(here.site)]).exit_code == 0
-        shows(page, "studies", "approved")
-        here.heard()
-        shows(page, "now", "round 1 of 4")
-        assert "training" in text(page, "now")
-        assert "Lungs on CT" in text(page, "now")
-        here.learner.go_on.release(2)
-        shows(page, "now", "round 3 of 4")
-        shows(page, "sent", "lung-ct-1, round 2")
-        assert "round 3 of 4, training" in page.value("document.getElementById('said').textContent")
-        shows(page, "connection", "connected, and at work on an order")
-        page.value("row = document.querySelector('#sent tbody tr')")
-        first = page.value("row.innerText.split('\\t').slice(1).join()")
+    running = threading.Thread(target=here.run, daemon=True)
+    running.start()
+    shows(page, "studies", "waits for your decision")
+    shows(page, "queue", "waits for your decision")
+    assert CliRunner().invoke(fedclient.cli.app, ["approve", "lung-ct", "--site", str(here.site)]).exit_code == 0
+    shows(page, "studies", "approved")
+    here.heard()
+    shows(page, "now", "round 1 of 4")
+    assert "training" in text(page, "now")
+    assert "Lungs on CT" in text(page, "now")
+    here.learner.go_on.release(2)
+    shows(page, "now", "round 3 of 4")
+    shows(page, "sent", "lung-ct-1, round 2")
+    assert "round 3 of 4, training" in page.value("document.getElementById('said').textContent")
+    shows(page, "connection", "connected, and at work on an order")
+    page.value("row = document.querySelector('#sent tbody tr')")
+    first = page.value("row.innerText.split('\\t').slice(1).join()")
 
-        for width in (1280, 400):
-            page.fits(width, tmp_path / f"site-{width}.png")
-        page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-        page.fits(1280, tmp_path / "site-1280-dark.png")
-        page.value("scrollTo(0, 250)")
-        here.learner.go_on.release(2)
-        shows(page, "now", "No order is under way")
-        shows(page, "queue", "scoring the model done")
-        running.join(60)
-        assert "4 updates have left" in text(page, "now")
-        assert page.value("row.isConnected && row !== row.parentNode.firstElementChild"), "later rows came before it"
-        assert page.value("row.innerText.split('\\t').slice(1).join()") == first
-        assert page.value("scrollY") == 250
-        assert page.value("window.before") == "kept", "no reload"
-        assert page.value("document.querySelector('#card details').open")
-        assert page.value("document.activeElement === document.querySelector('#card .scroll')")
-        assert page.value("getSelection().toString()") == chosen != ""
+    for width in (1280, 400):
+        page.fits(width, tmp_path / f"site-{width}.png")
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    page.fits(1280, tmp_path / "site-1280-dark.png")
+    page.value("scrollTo(0, 250)")
+    here.learner.go_on.release(2)
+    shows(page, "now", "No order is under way")
+    shows(page, "queue", "scoring the model done")
+    running.join(60)
+    assert "4 updates have left" in text(page, "now")
+    assert page.value("row.isConnected && row !== row.parentNode.firstElementChild"), "later rows came before it"
+    assert page.value("row.innerText.split('\\t').slice(1).join()") == first
+    assert page.value("scrollY") == 250
+    assert page.value("window.before") == "kept", "no reload"
+    assert page.value("document.querySelector('#card details').open")
+    assert page.value("document.activeElement === document.querySelector('#card .scroll')")
+    assert page.value("getSelection().toString()") == chosen != ""
 
-        assert page.complaints == []
-        assert {address for address in page.requests if not address.startswith(url)} == set()
-        whole = page.value("document.documentElement.outerHTML")
-        for never in (PATIENT, "case-keys", *(path.name for path in (here.site.parents[1] / PATIENT).rglob("*.png"))):
-            assert never not in whole
-
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) is not None, "an open page does not keep it from ending"
-        until(lambda: page.value(LIVE) == "lost", "the page says so")
-        assert "does not answer" in page.value("document.getElementById('lost').innerText")
-        assert float(page.value("getComputedStyle(document.querySelector('#sent')).opacity")) < 1
-        assert "Traceback" not in (tmp_path / "log").read_text()
+    assert page.complaints == []
+    assert {address for address in page.requests if not address.startswith(shown.url)} == set()
+    whole = page.value("document.documentElement.outerHTML")
+    for never in (PATIENT, "case-keys", *(path.name for path in (here.site.parents[1] / PATIENT).rglob("*.png"))):
+        assert never not in whole
 
 
-def test_by_keyboard_alone_one_gets_to_everything_and_a_process_that_hangs_is_told(here, tmp_path):
-    with seen(here, tmp_path) as (page, _, process):
-        assert page.tab_through() > 12
-        page.value("document.querySelector('#card summary').focus()")
-        page.press("Enter", 13)
-        until(lambda: page.value("document.querySelector('#card details').open"), "the counts of the card open")
-        process.send_signal(signal.SIGSTOP)
-        until(lambda: page.value(LIVE) == "lost", "no sign of life is noticed", seconds=60)
-        assert "What stands here is as of" in page.value("document.getElementById('lost').innerText")
-        process.send_signal(signal.SIGCONT)
-        until(lambda: page.value(LIVE) == "on", "and so is its return", seconds=60)
-        assert page.value("document.getElementById('lost').hidden")
+def test_by_keyboard_alone_one_gets_to_everything_and_sees_where_one_is(shown):
+    page = shown.live()
+    assert page.tab_through() > 12
+    page.value("document.querySelector('#card summary').focus()")
+    page.press("Enter", 13)
+    until(lambda: page.value("document.querySelector('#card details').open"), "the counts of the card open")
+
+
+def test_without_scripts_it_says_when_it_was_made_and_asks_again_by_itself(shown):
+    asks = "document.querySelector('meta[http-equiv=refresh]')?.content ?? 'never'"
+    assert shown.live().value(asks) == "never", "with scripts nothing is loaded anew"
+    shown.page.call("Emulation.setScriptExecutionDisabled", value=True)
+    shown.page.open(f"{shown.url}/")
+    assert shown.page.value(asks) == "30"
+    assert "this page needs its script" in shown.page.value("document.getElementById('live').innerText")
+    made = shown.page.value("document.getElementById('asof').innerText")
+    assert abs(datetime.strptime(made, "%Y-%m-%d %H:%M:%S %Z").replace(tzinfo=UTC).timestamp() - time.time()) < 60
+    assert "lung-ct" in shown.page.value("document.getElementById('studies').innerText")
+    shown.page.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_a_process_that_hangs_or_has_ended_is_told_and_what_stands_there_is_said_to_be_old(shown):
+    page = shown.live()
+    shown.process.send_signal(signal.SIGSTOP)
+    page.value("real = Date.now; Date.now = () => real() + 25000; 0")  # the wait, without waiting
+    until(lambda: page.value(LIVE) == "lost", "no sign of life is noticed")
+    assert "does not answer" in page.value("document.getElementById('lost').innerText")
+    assert "What stands here is as of" in page.value("document.getElementById('lost').innerText")
+    assert float(page.value("getComputedStyle(document.querySelector('#sent')).opacity")) < 1
+    shown.process.send_signal(signal.SIGCONT)
+    until(lambda: page.value(LIVE) == "on", "its return is noticed")
+    assert page.value("document.getElementById('lost').hidden")
+    assert page.value("getComputedStyle(document.querySelector('#sent')).opacity") == "1"
+
+    shown.process.send_signal(signal.SIGTERM)
+    assert shown.process.wait(10) is not None, "an open page does not keep it from ending"
+    until(lambda: page.value(LIVE) == "lost", "its end is noticed")
+    assert "Traceback" not in shown.log.read_text()
