@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -82,7 +83,10 @@ class AtWork:
 
     def run(self) -> None:
         presence = Presence({"north": 1, "south": 2})
-        pace = {"clock": lambda: FASTER * time.monotonic(), "sleep": lambda pause: time.sleep(pause / FASTER)}
+        pace: dict[str, Any] = {
+            "clock": lambda: FASTER * time.monotonic(),
+            "sleep": lambda pause: time.sleep(pause / FASTER),
+        }
         self.hospitals.run(STUDY, "lung-ct-1", toy_app(self.learner), presence=lambda: presence, **pace)
 
 
