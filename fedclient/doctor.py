@@ -1,10 +1,8 @@
 """What may keep a hospital's node from working, looked at one by one: network, machine, the site's own files."""
 
-import csv
 import os
 import socket
 import ssl
-import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -17,6 +15,7 @@ from fedclient.authorities import refresh
 from fedclient.clock import clock_gap, gap_words, too_far
 from fedclient.consent import undecided
 from fedclient.data.quota import cache_bytes
+from fedclient.gpus import asked
 from fedclient.limits import Limits
 from fedclient.policy import Policy
 from fedclient.release_policy import Releases
@@ -288,12 +287,7 @@ def device(wanted: str, limits: Limits) -> Iterator[Line]:
 
 def nvidia() -> list[str]:
     """`NAME with driver VERSION` of each GPU that NVIDIA's own tool sees; nothing where there is no such tool."""
-    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=TIMEOUT_S, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [f"{row[0].strip()} with driver {row[1].strip()}" for row in csv.reader(told.splitlines()) if len(row) == 2]
+    return [f"{name} with driver {driver}" for name, driver in asked("name", "driver_version")]
 
 
 # What is the site's own

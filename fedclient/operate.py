@@ -89,8 +89,8 @@ def page(
     site: Folder = Path("site"),
 ) -> None:
     """Serves a read-only page on this machine alone: how the site stands, and figures for Prometheus under /metrics."""
+    from fedclient.page.web import page_app
     from fedclient.site import read_site_file
-    from fedclient.status_page import page_app
     from shared_models.loopback import serve_loopback
 
     file = read_site_file(site)

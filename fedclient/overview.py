@@ -2,11 +2,12 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from fedclient import egress
+from fedclient.book import WORK, Book, worked
 from fedclient.consent import undecided
 from fedclient.data.quota import cache_bytes
 from fedclient.ledger import open_ledger
@@ -14,7 +15,7 @@ from fedclient.node import NodeFiles
 from fedclient.renewal import certificate_of, check_keys, expiry_warning, read_roster
 from fedclient.site import SiteFile, read_site_file
 from fedclient.welcome import refused_words
-from shared_models.alarms import alarm_words, events, last_refused
+from shared_models.alarms import alarms_in, events
 from shared_models.errors import FederationError
 from shared_models.files import read_json
 from shared_models.supervise import read_status, troubles
@@ -22,8 +23,12 @@ from shared_models.supervise import read_status, troubles
 QUIET_S = 60.0  # a node asks at least every two seconds while it has no work
 
 
-def overview(folder: Path) -> dict[str, Any]:
+def overview(folder: Path, book: Book | None = None, counted: Callable[[Path], int] = cache_bytes) -> dict[str, Any]:
     """Facts of the site in `folder`; `fedclient status --json` prints them.
+
+    Args:
+        book: of this site, where it is looked at again and again.
+        counted: the bytes of its cache, likewise: there may be a hundred thousand files in it.
 
     Raises:
         StateInvalid: no site folder, or keys that others may read.
@@ -32,7 +37,9 @@ def overview(folder: Path) -> dict[str, Any]:
     check_keys(folder)
     now, roster = time.time(), read_roster(folder)
     warned = [words for words in (refused_words(folder), expiry_warning(folder, now)) if words]
-    sent, alarms, spent = egress.sent(folder), alarm_words(folder / "audit.jsonl"), list[dict[str, Any]]()
+    book = book or Book(folder)
+    book.look()
+    alarms, spent = alarms_in(book.alarms), list[dict[str, Any]]()
     try:
         spent = ledger_facts(folder)
     except FederationError as error:  # a book that was cut or put back
@@ -43,18 +50,18 @@ def overview(folder: Path) -> dict[str, Any]:
         "coordinator": file.coordinator,
         "processes": running,
         "connection": connection(folder, running, now),
-        "work": work_under_way(folder),
+        "work": book.work,
         "finished_work": sorted(str(p.relative_to(folder / "runs")) for p in (folder / "runs").glob("*/*.json")),
-        "rounds_done": sum(line["kind"] == "tensors" for line in sent),
+        "rounds_done": book.rounds_done,
         "studies_waiting": len(undecided(folder)),
         "open_now": file.policy.is_open(now),
         "certificate_expires_at": certificate_of(folder).expires_at_s,
         "warnings": [*warned, *troubles(running)],
         "alarms": alarms,
-        "last_refused": last_refused(folder / "audit.jsonl"),
+        "last_refused": book.last_refused,
         "roster_epoch": None if roster is None else roster.roster.epoch,
-        "sent": {"messages": len(sent), "bytes": sum(int(line["bytes"]) for line in sent)},
-        "disk": disk_facts(folder, file),
+        "sent": {"messages": book.messages, "bytes": book.size_bytes},
+        "disk": disk_facts(folder, file, counted),
         "ledger": spent,
     }
 
@@ -80,21 +87,13 @@ def connection(folder: Path, running: Mapping[str, Any], now: float) -> dict[str
 
 def work_under_way(folder: Path) -> dict[str, Any] | None:
     """The order that was taken last and not answered yet: run, round, kind, since; None where there is none."""
-    last = None
-    for line in events(folder / "audit.jsonl", ("order", "sent", "order-refused")):
-        about = (line["facts"].get("run"), line["facts"].get("round"))
-        if line["event"] == "order":
-            kind = line["facts"].get("kind")
-            last = {"run": about[0], "round": about[1], "kind": kind, "since": line["time"]}
-        elif last is not None and about == (last["run"], last["round"]) and line["facts"].get("kind") != "tensors":
-            last = None
-    return last
+    return reduce(worked, events(folder / "audit.jsonl", WORK), None)
 
 
-def disk_facts(folder: Path, file: SiteFile) -> dict[str, Any]:
+def disk_facts(folder: Path, file: SiteFile, counted: Callable[[Path], int] = cache_bytes) -> dict[str, Any]:
     usage = shutil.disk_usage(folder)
     quota = int(file.cache.quota_gib * 2**30)
-    return {"free": usage.free, "total": usage.total, "cache": cache_bytes(folder / "cache"), "quota": quota}
+    return {"free": usage.free, "total": usage.total, "cache": counted(folder / "cache"), "quota": quota}
 
 
 def ledger_facts(folder: Path) -> list[dict[str, Any]]:
@@ -106,6 +105,7 @@ def ledger_facts(folder: Path) -> list[dict[str, Any]]:
             "data_set": account.data_set,
             "spent": account.spent if account.budget else None,
             "budget": account.budget.epsilon if account.budget else None,
+            "delta": account.budget.delta if account.budget else None,
             "not_settled": account.open,
         }
         for account in open_ledger(folder).accounts()

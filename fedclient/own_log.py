@@ -18,9 +18,14 @@ def log_of(folder: Path, name: str) -> AuditLog:
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of the site's log, and before them those of the logs that earlier identity keys have signed."""
-    logs = [read_lines(path) for path in folder.glob("audit-*.jsonl")]
-    before = sorted((lines for lines in logs if lines), key=lambda lines: float(lines[0]["time"]))
-    return [line for lines in (*before, read_lines(folder / "audit.jsonl")) for line in lines]
+    return [line for path in (*earlier_logs(folder), folder / "audit.jsonl") for line in read_lines(path)]
+
+
+def earlier_logs(folder: Path) -> list[Path]:
+    """The logs that earlier identity keys have signed, the oldest first."""
+    begun = {path: next(iter(read_lines(path)), None) for path in folder.glob("audit-*.jsonl")}
+    found = [(float(line["time"]), path) for path, line in begun.items() if line is not None]
+    return [path for _, path in sorted(found)]
 
 
 def complain(folder: Path, name: str, event: str, why: str) -> None:

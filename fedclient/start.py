@@ -52,6 +52,6 @@ def _children(site: Path, app: str, page: int | None) -> list[Child]:
         ),
     ]
     if page is not None:
-        command = [*python, "fedclient.status_page", str(site), "--port", str(page)]
+        command = [*python, "fedclient.page.web", str(site), "--port", str(page)]
         children.append(Child("page", command, logs / "page.log", env))
     return children

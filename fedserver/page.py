@@ -10,7 +10,7 @@ from typing import Any
 from fedserver import plots
 from fedserver.comparison import ALL, points_text, spread_of, spread_text
 from shared_models.detection_counts import RATES
-from shared_models.figure_text import DASH, value_text
+from shared_models.figure_text import DASH, duration_text, size_text, value_text
 
 PARTS = {  # a seat's last state -> words, and how high its cell stands (colour alone would not do for everyone)
     "counted": ("counted", 20),
@@ -249,21 +249,3 @@ def ranges(numbers: Sequence[int]) -> str:
             spans.append([n, n])
     words = ", ".join(str(a) if a == b else f"{a}{DASH}{b}" for a, b in spans)
     return f"round{'s' if len(numbers) > 1 else ''} {words}"
-
-
-def size_text(size_bytes: float) -> str:
-    """Three digits of a size, in powers of a thousand."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 999.5:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" or size_bytes >= 99.5 else f"{size_bytes:.3g} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:,.1f} TB"
-
-
-def duration_text(seconds: float) -> str:
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"

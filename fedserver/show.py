@@ -22,10 +22,9 @@ from rich.text import Text
 
 from fedserver.checkpoint import RunFolder, read_progress
 from fedserver.comparison import ALL, points_text, spread_of, spread_text
-from fedserver.page import duration_text
 from shared_models.alarms import day
 from shared_models.expiry import date_text
-from shared_models.figure_text import value_text
+from shared_models.figure_text import duration_text, value_text
 from shared_models.scores import NAMES, value_in
 
 PHASES = {

@@ -2,12 +2,13 @@
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 ALARMS = ("witness-refused", "witness-unsigned", "witness-missing")
+REFUSAL = ("code", "run", "round")  # what is told of an order that was not carried out
 PROBLEMS = {
     "LOG_CUT": "its end was cut off",
     "LOG_FORKED": "lines that were vouched for have been written anew",
@@ -20,8 +21,13 @@ PROBLEMS = {
 
 def events(path: Path, of: Collection[str]) -> Iterator[Mapping[str, Any]]:
     """The lines of an audit log of some kinds, in order; a line that is none is the verifier's to name."""
+    return events_in(path.read_bytes() if path.exists() else b"", of)
+
+
+def events_in(content: bytes, of: Collection[str]) -> Iterator[Mapping[str, Any]]:
+    """As `events`, of the whole lines of a piece of a log."""
     marks = [f'"event":"{name}"'.encode() for name in of]  # as canonical JSON has it
-    for text in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+    for text in content.split(b"\n")[:-1]:
         if any(mark in text for mark in marks):  # a log has many lines, and few of them are asked for
             with suppress(ValueError, AttributeError):
                 line = json.loads(text)
@@ -31,8 +37,12 @@ def events(path: Path, of: Collection[str]) -> Iterator[Mapping[str, Any]]:
 
 def alarm_words(path: Path) -> list[str]:
     """A sentence for each problem that was noticed with the log of another party, once for each kind and party."""
+    return alarms_in(events(path, ALARMS))
+
+
+def alarms_in(lines: Iterable[Mapping[str, Any]]) -> list[str]:
     last: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for line in events(path, ALARMS):
+    for line in lines:
         problem = str(line["facts"].get("problem", line["event"]))
         last[str(line["facts"]["peer"]), problem] = line
     return [
@@ -43,7 +53,7 @@ def alarm_words(path: Path) -> list[str]:
 
 def last_refused(path: Path) -> dict[str, Any] | None:
     """The last order that this site did not carry out: time, code, run and round; None where there is none."""
-    return _last(path, ("order-refused",), ("code", "run", "round"))
+    return _last(path, ("order-refused",), REFUSAL)
 
 
 def last_turned_down(path: Path) -> dict[str, Any] | None:
@@ -55,7 +65,12 @@ def _last(path: Path, of: Collection[str], facts: Collection[str]) -> dict[str, 
     found = None
     for line in events(path, of):
         found = line
-    return None if found is None else {"time": found["time"], **{key: found["facts"].get(key) for key in facts}}
+    return None if found is None else told_of(found, facts)
+
+
+def told_of(line: Mapping[str, Any], facts: Collection[str] = REFUSAL) -> dict[str, Any]:
+    """When a line was written, and some of its facts; None for one that it does not have."""
+    return {"time": line["time"], **{key: line["facts"].get(key) for key in facts}}
 
 
 def day(at_s: float) -> str:

@@ -23,15 +23,17 @@ from typer.testing import CliRunner
 
 import fedserver.cli
 from fedserver.checkpoint import RunFolder
-from fedserver.dashboard import feed as feeds
-from fedserver.dashboard.feed import Feed, Stream
 from fedserver.dashboard.login import MOST_SESSIONS, SESSION_S, Login, login, token_path
-from fedserver.dashboard.look import looker, palette, ticked
-from fedserver.dashboard.web import STATIC, application, dashboard_app
+from fedserver.dashboard.look import looker, palette
+from fedserver.dashboard.web import FILES, STATIC, application, dashboard_app
 from shared_models.database import writing
 from shared_models.errors import StateInvalid
 from shared_models.files import read_json, write_json
 from shared_models.heads import Heads
+from shared_models.live import feed as feeds
+from shared_models.live import pages as live
+from shared_models.live.feed import Feed, Stream
+from shared_models.live.pages import ticked
 from tests.asking import Browser
 from tests.test_submit import STUDY
 from tests.watched import LUNGS, SITES, Watched, queued, watched
@@ -219,7 +221,7 @@ def test_a_page_has_no_script_or_style_in_it_and_names_nobody_else(member, path)
 def test_only_listed_files_are_served(visitor):
     for name in ("../web.py", "%2e%2e/web.py", "page.html"):
         assert visitor.get(f"/static/{name}").status_code == 404
-    for name in ("dashboard.js", "login.js", "dashboard.css", "palette.css", "uPlot.iife.min.js", "uPlot.min.css"):
+    for name in (*live.SHARED, *FILES, "palette.css"):
         assert visitor.get(f"/static/{name}").status_code == 200
     assert "MIT License" in visitor.get("/static/uPlot.LICENSE").text
 
@@ -235,8 +237,8 @@ def test_the_vendored_library_is_that_of_npm(name, digest):
 
 
 def test_its_own_scripts_and_styles_name_nobody_else():
-    for name in ("dashboard.js", "login.js", "dashboard.css"):
-        assert "://" not in (STATIC / name).read_text()
+    for path in (*(live.STATIC / name for name in live.SHARED), *(STATIC / name for name in FILES[:3])):
+        assert "://" not in path.read_text()
     assert "://" not in palette()
 
 
@@ -395,7 +397,7 @@ def test_a_listener_gets_every_section_and_then_an_id():
         assert [each.get("id") for each in told if each.get("event") == "section"] == [None] * 3
         states = [each for each in told if each.get("event") == "state"]
         assert states[-1]["id"] == feed.mark()
-        assert json.loads(states[-1]["data"]) == {"trouble": ""}
+        assert json.loads(states[-1]["data"])["trouble"] == ""
 
     played(story)
 
@@ -456,10 +458,15 @@ def test_two_listeners_of_two_runs_hear_each_his_own():
     played(story)
 
 
-def test_a_quiet_stream_has_a_heartbeat():
+def test_a_quiet_stream_has_a_heartbeat_that_tells_when_was_looked_last():
     async def story(feed: Feed, _: Changing) -> None:
         await feed.fresh(None)
-        assert (await heard(feed, feed.mark(), 4))[2:] == [b": beat\n\n", b": beat\n\n"]
+        beats = events(await heard(feed, feed.mark(), 4))[2:]
+        assert [beat["event"] for beat in beats] == ["beat", "beat"]
+        assert all("id" not in beat for beat in beats), "it is no change"
+        told = [json.loads(beat["data"]) for beat in beats]
+        assert all(0 <= each["now"] - each["looked"] < 1 for each in told)
+        assert told[0]["now"] < told[1]["now"] <= time.time()
 
     played(story, beat_s=0.05)
 
@@ -491,10 +498,10 @@ def test_a_look_that_fails_is_told_and_so_is_its_mending():
         kept = changing.sections.pop("a")
         changing.sections["a"] = None  # type: ignore[assignment]
         frames = await heard(feed, feed.mark(), 3)
-        assert json.loads(events(frames)[-1]["data"]) == {"trouble": "state.db: is missing. Put it back."}
+        assert json.loads(events(frames)[-1]["data"])["trouble"] == "state.db: is missing. Put it back."
         changing.sections["a"] = kept
         frames = await heard(feed, feed.mark(), 3)
-        assert json.loads(events(frames)[-1]["data"]) == {"trouble": ""}
+        assert json.loads(events(frames)[-1]["data"])["trouble"] == ""
 
     played(story)
 

@@ -14,12 +14,12 @@ from fedserver.comparison import ALL
 from fedserver.dashboard import view
 from fedserver.dashboard.book import MOST_EVENTS, Book, Chain
 from fedserver.dashboard.login import TOKEN, token_path
-from fedserver.dashboard.look import ICONS, environment, likely, palette
-from fedserver.dashboard.web import STATIC
+from fedserver.dashboard.look import environment, likely, palette
 from shared_models.audit import AuditLog, verify_log
 from shared_models.figure_text import DASH
 from shared_models.files import append_json
 from shared_models.identity import identity_public_key, new_site_keys
+from shared_models.live.pages import ICONS, STATIC
 from shared_models.protect.privacy import Protect
 from shared_models.protect.secure import SecureAggregation
 from shared_models.study import Evaluate, Rounds, Study
@@ -371,7 +371,7 @@ def contrast(one: str, other: str) -> float:
 
 def themes() -> list[dict[str, str]]:
     """Colours by name: of light, and of dark."""
-    text = (STATIC / "dashboard.css").read_text()
+    text = (STATIC / "live.css").read_text()
     blocks = re.findall(r":root \{([^}]*)\}", text)[:2]
     light = dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", blocks[0]))
     return [light, light | dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", blocks[1]))]

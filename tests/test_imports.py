@@ -43,7 +43,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "fedserver/enrol.py", "fedclient/enrol.py", "fedserver/backup.py", "fedserver/passphrase.py",
         "shared_models/authority.py", "fedserver/root.py",
     ),
-    "prometheus_client": ("fedserver/gauges.py", "fedclient/gauges.py", "fedclient/status_page.py"),
+    "prometheus_client": ("fedserver/gauges.py", "fedclient/gauges.py", "fedclient/page/web.py"),
     "dp_accounting": ("shared_models/protect/accounting.py",),
     "nibabel": (*DATA, RESULTS),
     "PIL": (*DATA, RESULTS),
@@ -53,7 +53,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     ),
     "pynetdicom": ("fedclient/serving/receiver.py", "fedclient/serving/back.py"),
     "fastapi": (
-        "fedclient/serving/web.py", "fedclient/serving/dicomweb.py", "fedclient/status_page.py", "fedserver/gauges.py",
+        "fedclient/serving/web.py", "fedclient/serving/dicomweb.py", "fedclient/page/web.py", "fedserver/gauges.py",
         "fedserver/dashboard/web.py", "shared_models/loopback.py",
     ),
     "highdicom": (RESULTS,),

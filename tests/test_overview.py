@@ -1,9 +1,8 @@
-"""How both ends stand: a layout that is written down and kept, figures for Prometheus, and a page on loopback."""
+"""How both ends stand: a layout that is written down and kept, and figures for Prometheus."""
 
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import fedclient.cli
 import fedserver.cli
 from fedclient import gauges as site_gauges
 from fedclient import overview as site_overview
-from fedclient import start, status_page
+from fedclient import start
 from fedclient.ledger import Reservation, open_ledger
 from fedclient.policy import Policy
 from fedserver import gauges, serve
@@ -28,7 +27,6 @@ from fedserver.submit import submit
 from shared_models.alarms import alarm_words, last_refused
 from shared_models.errors import StateInvalid
 from shared_models.files import append_json, write_json
-from shared_models.loopback import is_ours, loopback_app
 from shared_models.parse import parse
 from shared_models.protect.accounting import Spend
 from shared_models.study import Rounds, Study
@@ -248,7 +246,7 @@ def test_page_and_figures_are_processes_of_their_own_where_a_port_is_given(playe
     shutil.copytree(played.north, tmp_path / "site")
     named = {child.name: child for child in start._children(tmp_path / "site", "app", 8471)}
     assert set(named) == {"node", "executor", "page"}
-    assert named["page"].command[-2:] == ["--port", "8471"]
+    assert named["page"].command[1:] == ["-m", "fedclient.page.web", str(tmp_path / "site"), "--port", "8471"]
     assert [child.name for child in start._children(tmp_path / "site", "app", None)] == ["node", "executor"]
     pages = {"metrics": 9471, "dashboard": 9472}
     served = {child.name: child for child in serve._children(federation.folder, "h", 1, "app", 3, pages)}
@@ -259,86 +257,7 @@ def test_page_and_figures_are_processes_of_their_own_where_a_port_is_given(playe
     assert served["metrics"].command[-2:] == ["--port", "9471"]
 
 
-# The page
-
-
-@pytest.fixture
-def page(played: Played) -> Browser:
-    return Browser(status_page.page_app(played.north), "http://127.0.0.1:8471")
-
-
-def test_the_page_tells_how_the_site_stands(page, played):
-    text = page.get("/").text
-    for words in ("north", "Connection", "stopped", "Policy", "Privacy spent", "Data card", "What was sent", "tensors"):
-        assert words in text
-    assert "toy, round 2" in text
-    assert page.get("/metrics").text.startswith("# HELP fedclient_")
-
-
-def test_the_page_has_no_script_and_asks_nobody_else(page):
-    answer = page.get("/")
-    assert "<script" not in answer.text
-    assert not re.search(r"""(src|href|action)=|url\(|@import""", answer.text)
-    policy = answer.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert "script-src" not in policy
-
-
-def test_words_of_others_are_text_on_the_page(played, tmp_path):
-    site = tmp_path / "site"
-    shutil.copytree(played.north, site)
-    write_json(site / "node/refused.json", {"refused": "<script>alert(1)</script>", "at": 1.0})
-    text = status_page.rendered(site)
-    assert "<script>" not in text
-    assert "&lt;script&gt;" in text
-
-
-@pytest.mark.parametrize(
-    ("host", "ours"),
-    [
-        ("127.0.0.1:8471", True), ("127.0.0.1", True), ("localhost:8471", True), ("LOCALHOST:1", True),
-        ("[::1]:8471", True), ("[::1]", True), ("evil.example:8471", False), ("127.0.0.1.evil.example", False),
-        ("localhost.evil.example:8471", False), ("", False), ("127.0.0.1:x", False), ("10.0.0.1:8471", False),
-    ],
-)  # fmt: skip
-def test_a_name_that_was_pointed_to_loopback_is_refused(host, ours, page):
-    assert is_ours(host) is ours
-    assert page.get("/", headers={"host": host}).status_code == (200 if ours else 421)
-
-
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
-def test_nothing_can_be_changed_by_the_page(page, method):
-    assert page.request(method, "/").status_code == 405
-
-
-def test_no_page_of_its_own_is_served_by_the_library(page):
-    for path in ("/docs", "/redoc", "/openapi.json"):
-        assert page.get(path).status_code == 404
-    assert loopback_app("x").openapi_url is None
-
-
 def test_the_coordinators_figures_are_served_to_this_machine_alone(played):
     client = Browser(gauges.metrics_app(played.federation.folder), "http://localhost:9100")
     assert client.get("/metrics").status_code == 200
     assert client.get("/metrics", headers={"host": "evil.example"}).status_code == 421
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's chromium is not installed")
-@pytest.mark.parametrize("width", [400, 1280])
-def test_the_page_fits_into_a_window_as_it_is_drawn_by_a_browser(played, tmp_path, width):
-    """Drawn in a frame of that width, with a script of the test that tells how wide the page is."""
-    tell = (
-        "<script>addEventListener('load', () => parent.postMessage(document.documentElement.scrollWidth, '*'))</script>"
-    )
-    html = status_page.rendered(played.north).replace("</body>", f"{tell}</body>")
-    (tmp_path / "page.html").write_text(re.sub(r'<meta http-equiv="refresh"[^>]*>', "", html))
-    hear = "<script>addEventListener('message', (it) => { document.title = 'wide ' + it.data })</script>"
-    frame = f'{hear}<iframe src="page.html" width="{width}" height="900" frameborder="0"></iframe>'
-    (tmp_path / "frame.html").write_text(f"<!doctype html><title>not yet</title>{frame}")
-    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    words += ["--window-size=1400,1000", "--virtual-time-budget=3000", "--dump-dom"]
-    url = (tmp_path / "frame.html").as_uri()
-    drawn = subprocess.run([*words, url], capture_output=True, text=True, timeout=180, check=True).stdout
-    found = re.search(r"<title>wide (\d+)</title>", drawn)
-    assert found is not None, drawn[:300]
-    assert int(found[1]) <= width

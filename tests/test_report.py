@@ -22,10 +22,11 @@ from fedserver.cohort import Presence
 from fedserver.comparison import Spread, matrix, mean_over_sites, results, verdict
 from fedserver.conversation import Setting
 from fedserver.courier import Inline
-from fedserver.page import duration_text, parts_in_words, ranges, render, size_text
+from fedserver.page import parts_in_words, ranges, render
 from fedserver.report import Comparison, curves, facts, write_report
 from fedserver.rounds import carry_out
 from shared_models.errors import OrderRefused
+from shared_models.figure_text import duration_text, size_text
 from shared_models.files import append_json, read_json, read_lines
 from shared_models.metrics import DiceCounts, counts
 from shared_models.scores import Score

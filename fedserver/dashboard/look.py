@@ -3,16 +3,13 @@
 Reads what `fedserver status` and the reports read, with connections that cannot write, and nothing else.
 """
 
-import json
-import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment
 
 from fedserver import plots, registry, report
 from fedserver.checkpoint import RunFolder
@@ -20,46 +17,22 @@ from fedserver.dashboard import view
 from fedserver.dashboard.book import Book
 from fedserver.enrol import Federation, open_federation, signer
 from fedserver.overview import overview
-from fedserver.page import duration_text, size_text
 from fedserver.state import find_run
 from shared_models.alarms import day
 from shared_models.errors import FederationError, StateInvalid
-from shared_models.expiry import date_text
-from shared_models.figure_text import DASH
 from shared_models.files import read_json
 from shared_models.identity import identity_public_key
+from shared_models.live import pages
 
 SECTIONS = ("alarms", "summary", "now", "run", "charts", "matrix", "cost", "studies", "sites", "audit", "releases")
 OF_RUN = ("run", "charts", "matrix", "cost")  # follow from the run that is looked at; the others are the same for all
-ICONS = {"good": "✓", "work": "▶", "look": "◆", "bad": "✕", "quiet": "○", "": "·"}  # colour is not the only signal
 KEPT_REPORTS = 32
 
 
 def environment() -> Environment:
-    made = Environment(
-        loader=PackageLoader("fedserver.dashboard"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters: dict[str, Callable[..., Any]] = {
-        "size": size_text,
-        "duration": lambda seconds: DASH if seconds is None else duration_text(seconds),
-        "day": date_text,
-        "iso": lambda at: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
-        "clock": lambda at: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at)),
-        "ticked": ticked,
-        "compact": lambda value: Markup.escape(json.dumps(value, separators=(",", ":"))),  # for an attribute
-    }
-    made.filters |= filters
-    made.globals |= {"icons": ICONS, "shapes": plots.SHAPES, "DASH": DASH}
+    made = pages.environment("fedserver.dashboard")
+    made.globals |= {"shapes": plots.SHAPES}
     return made
-
-
-def ticked(words: str) -> Markup:
-    """Words in which `so` becomes code; everything in them is escaped first."""
-    return Markup(re.sub(r"`([^`]{1,200})`", r"<code>\1</code>", str(Markup.escape(words))))  # noqa: S704
 
 
 def palette() -> str:

@@ -6,37 +6,23 @@ http://127.0.0.1:PORT/events      what changes (server-sent events)
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedserver.dashboard import login as logins
-from fedserver.dashboard.feed import MOST_LISTENERS, Feed, Stream
 from fedserver.dashboard.login import SESSION_S, Login
 from fedserver.dashboard.look import Looker, looker, palette
 from shared_models.errors import FederationError
+from shared_models.live.feed import Feed
+from shared_models.live.pages import Events, focus_of, listening, policy, serve_files
 from shared_models.loopback import loopback_app, page_main
 
 STATIC = Path(__file__).parent / "static"
-FILES = {
-    "dashboard.js": "text/javascript",
-    "login.js": "text/javascript",
-    "dashboard.css": "text/css",
-    "uPlot.iife.min.js": "text/javascript",
-    "uPlot.min.css": "text/css",
-    "uPlot.LICENSE": "text/plain",
-}
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'"
-)
+FILES = ("dashboard.js", "login.js", "dashboard.css", "uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE")
 MOST_BODY = 4096
 BODY_S = 10.0  # for a token to arrive: who has none yet keeps no place for longer
 WRONG_S = 0.5  # before a wrong token is answered
@@ -54,16 +40,7 @@ def dashboard_app(folder: Path) -> FastAPI:
 def application(looks: Looker, sessions: Login, feed: Feed | None = None) -> FastAPI:
     """All pages, behind the login."""
     heard = feed or Feed(looks.sections)
-
-    @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        looking = asyncio.create_task(heard.run())
-        yield
-        looking.cancel()
-        with suppress(asyncio.CancelledError):
-            await looking
-
-    app = loopback_app("a coordinator's dashboard", POLICY, ("/login", "/logout"), lifespan=life)
+    app = loopback_app("a coordinator's dashboard", policy("'self'"), ("/login", "/logout"), lifespan=listening(heard))
     _static(app)
     _login(app, looks, sessions)
     _pages(app, looks, sessions, heard)
@@ -75,15 +52,7 @@ def _static(app: FastAPI) -> None:
     async def colours() -> Response:
         return Response(palette(), media_type="text/css")
 
-    @app.get("/static/{name}")
-    async def file(name: str) -> Response:
-        if name not in FILES:
-            return PlainTextResponse("There is no such file.\n", 404)
-        return FileResponse(STATIC / name, media_type=FILES[name])
-
-    @app.get("/favicon.ico")
-    async def icon() -> Response:
-        return Response(status_code=204)
+    serve_files(app, {name: STATIC / name for name in FILES})
 
 
 def _login(app: FastAPI, looks: Looker, sessions: Login) -> None:
@@ -133,15 +102,19 @@ def _pages(app: FastAPI, looks: Looker, sessions: Login, feed: Feed) -> None:
 
     async def shown(focus: str | None) -> Response:
         try:
-            sections = await feed.fresh(focus)
+            seen = await feed.fresh(focus)
         except FederationError as error:
             return PlainTextResponse(f"{error}\n", 503)
-        return HTMLResponse(
-            template.render(federation=looks.federation, sections=sections, focus=focus, mark=feed.mark())
-        )
+        return HTMLResponse(template.render(federation=looks.federation, seen=seen, focus=focus))
 
     def allowed(request: Request) -> bool:
         return sessions.knows(request.cookies.get(sessions.name))
+
+    async def refused(request: Request) -> Response | None:
+        if not allowed(request):
+            return PlainTextResponse("Sign in first: /login.\n", 401)
+        run = focus_of(request)
+        return None if run is None else await _missing(looks, run)
 
     @app.get("/")
     async def page(request: Request) -> Response:
@@ -153,7 +126,7 @@ def _pages(app: FastAPI, looks: Looker, sessions: Login, feed: Feed) -> None:
             return RedirectResponse("/login", 303)
         return await _missing(looks, run) or await shown(run)
 
-    app.router.routes.append(Route("/events", Events(looks, feed, allowed)))
+    app.router.routes.append(Route("/events", Events(feed, refused, allowed)))
 
 
 async def _missing(looks: Looker, run: str) -> Response | None:
@@ -163,33 +136,6 @@ async def _missing(looks: Looker, run: str) -> Response | None:
     except FederationError as error:
         return PlainTextResponse(f"{error}\n", 503)
     return None if known else PlainTextResponse("There is no such run.\n", 404)
-
-
-@dataclass(frozen=True, slots=True)
-class Events:
-    """The stream of what changes, for one listener each time that it is asked; no route of FastAPI's, because its
-    answers do not notice a listener who takes nothing."""
-
-    looks: Looker
-    feed: Feed
-    allowed: Callable[[Request], bool]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope)
-        await (await self._answer(request))(scope, receive, send)
-
-    async def _answer(self, request: Request) -> ASGIApp:
-        run = request.query_params.get("run") or None
-        if not self.allowed(request):
-            return PlainTextResponse("Sign in first: /login.\n", 401)
-        if request.method != "GET":
-            return PlainTextResponse("A stream can only be listened to.\n", 405)
-        if self.feed.listeners >= MOST_LISTENERS:
-            return PlainTextResponse("Too many pages listen already.\n", 503, {"retry-after": "30"})
-        if run is not None and (told := await _missing(self.looks, run)) is not None:
-            return told
-        last_id = request.headers.get("last-event-id") or request.query_params.get("after", "")
-        return Stream(self.feed.events(run, last_id, lambda: self.allowed(request)), self.feed.stall_s)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""Debian's Chromium, without a window, driven by its DevTools protocol."""
+"""Debian's Chromium, without a window, driven by its DevTools protocol; and the pages that it is shown, served."""
 
 import base64
 import itertools
 import json
+import os
+import signal
+import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +17,12 @@ from typing import Any
 import httpx
 from websockets.sync.client import ClientConnection, connect
 
-from tests.processes.serving import until
+from simulations.demo import free_port
+from tests.processes.serving import ROOT, until
+
+LIVE = "document.getElementById('live')?.dataset.state"
+REACHED = """[...document.querySelectorAll('a[href], button, summary, input, [tabindex="0"]')]
+    .filter((each) => each.checkVisibility()).length"""
 
 
 class Browser:
@@ -79,8 +88,34 @@ class Browser:
 
     def screenshot(self, to: Path) -> None:
         """The whole page, not only what the window shows."""
-        content = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
+        size = self.value("({ width: innerWidth, height: document.documentElement.scrollHeight })")
+        shown = {"x": 0, "y": 0, "scale": 1, **size}
+        content = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=shown)["data"]
         to.write_bytes(base64.b64decode(content))
+
+    def fits(self, width: int, to: Path) -> None:
+        """Nothing sticks out of a window of that width; the screenshot shows it."""
+        self.size(width)
+        assert self.value("document.documentElement.scrollWidth") <= width
+        self.screenshot(to)
+        drawn = struct.unpack(">L", to.read_bytes()[16:20])[0]
+        assert drawn == width
+
+    def tab_through(self) -> int:
+        """By keyboard alone one gets to all that can be used, and sees where one is; how much that is."""
+        self.value("window.been = new Set(); window.blind = []; document.activeElement.blur(); scrollTo(0, 0)")
+        wanted = int(self.value(REACHED))
+        self.press("Tab", 9)
+        assert self.value("document.activeElement.textContent") == "Skip to the content"
+        assert self.value("document.activeElement.getBoundingClientRect().left") >= 0, "it comes into view"
+        for _ in range(wanted):
+            self.value("""been.add(document.activeElement);
+                if (parseFloat(getComputedStyle(document.activeElement).outlineWidth) < 2) blind.push(
+                    document.activeElement.outerHTML)""")
+            self.press("Tab", 9)
+        assert self.value("blind") == []
+        assert self.value("[...been].filter((each) => each !== document.body).length") == wanted
+        return wanted
 
 
 @contextmanager
@@ -108,4 +143,31 @@ def chromium(folder: Path) -> Iterator[Browser]:
             yield Browser(socket)
     finally:
         process.terminate()
+        process.wait(30)
+
+
+@contextmanager
+def served_page(words: Sequence[str], answers_at: str, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A command that serves a page, as people type it (`words` after `python -m`), and where it answers."""
+    port = free_port()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words, "--port", str(port)], stdout=file, stderr=file, env=environment
+        )
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            return httpx.get(f"{url}{answers_at}", timeout=10).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    try:
+        until(answers, "the page answers")
+        yield process, url
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGTERM)
         process.wait(30)

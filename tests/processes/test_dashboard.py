@@ -1,30 +1,23 @@
 """The dashboard in a real browser: a run in progress shows without a reload, wide, narrow, by keyboard, and offline."""
 
-import os
 import signal
-import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import httpx
 import pytest
 
 from fedserver.dashboard.login import token_path
-from simulations.demo import free_port
-from tests.processes.browser import Browser, chromium
-from tests.processes.serving import ROOT, missing
+from tests.processes.browser import LIVE, Browser, chromium, served_page
+from tests.processes.serving import missing
 from tests.processes.serving import until as wait_until
 from tests.test_submit import STUDY
 from tests.watched import LUNGS, SITES, Watched, queued, watched
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(bool(missing("chromium")), reason=missing("chromium"))]
-REACHED = """[...document.querySelectorAll('a[href], button, summary, input, [tabindex="0"]')]
-    .filter((each) => each.checkVisibility()).length"""
 until = partial(wait_until, seconds=120.0)
 
 
@@ -39,32 +32,15 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 @contextmanager
 def served(here: Watched, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The command that people type, and where it answers."""
-    port = free_port()
-    words = [sys.executable, "-m", "fedserver.cli", "dashboard", "--federation", str(here.folder), "--port", str(port)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with log.open("wb") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
-    url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        assert process.poll() is None, log.read_text()
-        try:
-            return httpx.get(f"{url}/login", timeout=10).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    try:
-        until(answers, "the dashboard answers")
-        yield process, url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+    words = ["fedserver.cli", "dashboard", "--federation", str(here.folder)]
+    with served_page(words, "/login", log) as running:
+        yield running
 
 
 def signed_in(page: Browser, url: str, here: Watched) -> None:
     """As by the link that the command prints on a terminal."""
     page.open(f"{url}/#token={token_path(here.folder).read_text()}")
-    until(lambda: page.value("document.getElementById('live')?.dataset.state") == "on", "the page is live")
+    until(lambda: page.value(LIVE) == "on", "the page is live")
 
 
 def text(page: Browser, section: str) -> str:
@@ -98,14 +74,10 @@ def test_a_run_in_progress_shows_without_a_reload_on_a_wide_and_a_narrow_screen(
         assert "lines are whole" in text(page, "audit")
 
         for width in (1280, 400):
-            page.size(width)
-            assert page.value("document.documentElement.scrollWidth") <= width
+            page.fits(width, tmp_path / f"dashboard-{width}.png")
             assert page.value(
                 "[...document.querySelectorAll('canvas')].every((each) => each.clientWidth <= innerWidth)"
             )
-            page.screenshot(tmp_path / f"dashboard-{width}.png")
-            head = (tmp_path / f"dashboard-{width}.png").read_bytes()[:24]
-            assert width - 20 <= struct.unpack(">L", head[16:20])[0] <= width  # less a scroll bar
         assert page.complaints == []
         assert {address for address in page.requests if not address.startswith(url)} == set()
         assert not any(
@@ -116,7 +88,7 @@ def test_a_run_in_progress_shows_without_a_reload_on_a_wide_and_a_narrow_screen(
 
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) is not None, "an open page does not keep it from ending"
-        until(lambda: page.value("document.getElementById('live').dataset.state") == "lost", "the page says so")
+        until(lambda: page.value(LIVE) == "lost", "the page says so")
         assert "Traceback" not in (tmp_path / "log").read_text()
 
 
@@ -127,24 +99,12 @@ def test_by_keyboard_alone_one_gets_to_everything_and_sees_where_one_is(here, tm
         assert page.value("document.activeElement.id") == "token"
         page.call("Input.insertText", text=token_path(here.folder).read_text())
         page.press("Enter", 13)
-        until(lambda: page.value("document.getElementById('live')?.dataset.state") == "on", "one is in")
+        until(lambda: page.value(LIVE) == "on", "one is in")
         page.call("Page.navigate", url=f"{url}/runs/lung-ct-1")
-        until(lambda: page.value("document.getElementById('live')?.dataset.state") == "on", "the run is shown")
+        until(lambda: page.value(LIVE) == "on", "the run is shown")
         until(lambda: page.value("document.querySelectorAll('canvas').length") >= 2, "its curves are drawn")
 
-        page.value("window.been = new Set(); window.blind = []")
-        wanted = page.value(REACHED)
-        assert wanted > 20
-        page.press("Tab", 9)
-        assert page.value("document.activeElement.textContent") == "Skip to the content"
-        assert page.value("document.activeElement.getBoundingClientRect().left") >= 0, "it comes into view"
-        for _ in range(wanted):
-            page.value("""been.add(document.activeElement);
-                if (parseFloat(getComputedStyle(document.activeElement).outlineWidth) < 2) blind.push(
-                    document.activeElement.outerHTML)""")
-            page.press("Tab", 9)
-        assert page.value("blind") == []
-        assert page.value("[...been].filter((each) => each !== document.body).length") == wanted
+        assert page.tab_through() > 20
 
         page.value("document.querySelector('figure summary').focus()")
         page.press("Enter", 13)

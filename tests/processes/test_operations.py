@@ -66,6 +66,9 @@ def test_runs_take_turns_pause_and_go_on_while_figures_pages_and_a_backup_are_as
             page = answer(url)
             assert "connected" in page or "working" in page
             assert 'fedclient_connection{state="stopped"} 0.0' in answer(f"{url}/metrics")
+            with urllib.request.urlopen(f"{url}/events", timeout=60) as stream:
+                told = next(line for line in stream if b'"name":"sent"' in line)
+            assert b"tensors" in told
         until(lambda: here.run("first")["state"] == "finished", 180, "the first has finished", logs)
         doctor = json.loads(command(logs, ["fedclient", "doctor", "--json", *site(here)]))
         lines = {line["check"]: line for line in doctor["lines"]}

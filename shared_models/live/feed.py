@@ -2,7 +2,8 @@
 
 An event carries a section of the page whole; after those of one look comes an event with an id, the number of the
 change. Who comes back with the last id gets the sections that have changed since, however long he was away; no list of
-past events is kept. An id of an earlier process gets all of them.
+past events is kept. An id of an earlier process gets all of them. While nothing changes, a beat tells when was looked
+last, so that a page never shows old figures as if they were fresh.
 """
 
 import asyncio
@@ -20,12 +21,12 @@ from shared_models.errors import FederationError
 
 LOOK_S = 1.0  # from one look to the next
 SHARE = 4  # times as long as a look has taken is waited: a fifth of a core at most
-BEAT_S = 15.0  # a line that says nothing, so that both sides notice a connection that is gone
+BEAT_S = 5.0  # from one sign of life to the next; `QUIET_MS` of live.js is a few of them
 STALL_S = 20.0  # longest wait for a listener to take what is sent
 MOST_LISTENERS = 16
 RETRY_MS = 3000
 
-log = logging.getLogger("fedserver.dashboard")
+log = logging.getLogger(__name__)
 Look = Callable[[str | None], Mapping[str, str]]
 
 
@@ -34,13 +35,24 @@ class Page:
     """The sections of one view, each with the number of its last change.
 
     Attributes:
+        looked_s: when the last look that has not failed was over, since the epoch.
         trouble: why the last look failed; "" where it did not.
     """
 
     sections: dict[str, tuple[int, str]] = field(default_factory=dict)
     looked_at: float = float("-inf")
+    looked_s: float = 0.0
     listeners: int = 0
     trouble: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A page as it is sent: its sections, when was looked for them, and the id to listen on from."""
+
+    sections: Mapping[str, str]
+    looked_s: float
+    mark: str
 
 
 @dataclass(slots=True)
@@ -66,7 +78,7 @@ class Feed:
     def listeners(self) -> int:
         return sum(page.listeners for page in self.pages.values())
 
-    async def fresh(self, focus: str | None) -> dict[str, str]:
+    async def fresh(self, focus: str | None = None) -> Seen:
         """The sections as they are now, or were a moment ago.
 
         Raises:
@@ -76,9 +88,9 @@ class Feed:
             page = self.pages.setdefault(focus, Page())
             if time.monotonic() - page.looked_at > self.look_s / 2:
                 await self._look(focus, page)
-            made = {name: html for name, (_, html) in page.sections.items()}
+            seen = Seen({name: html for name, (_, html) in page.sections.items()}, page.looked_s, self.mark())
         self._tidy()
-        return made
+        return seen
 
     async def run(self) -> None:
         """Looks as long as somebody listens; ends by being cancelled."""
@@ -99,11 +111,11 @@ class Feed:
             await self._say(page, str(error))
         except Exception as error:  # a gap of ours ends no listener; the type says enough, and names nobody
             log.exception("a look has failed")
-            await self._say(page, f"The dashboard could not read the federation ({type(error).__name__}); see its log.")
+            await self._say(page, f"The page could not look ({type(error).__name__}); its log says more.")
 
     async def _look(self, focus: str | None, page: Page) -> None:
         made = await asyncio.to_thread(self.look, focus)
-        page.looked_at = time.monotonic()
+        page.looked_at, page.looked_s = time.monotonic(), time.time()
         changed = {name: html for name, html in made.items() if page.sections.get(name, (0, None))[1] != html}
         if changed or page.trouble:
             async with self._news:
@@ -146,14 +158,15 @@ class Feed:
             yield f"retry: {RETRY_MS}\n\n".encode()
             while allowed():
                 upto, told = self.number, page.trouble
-                for name, (number, html) in sorted(page.sections.items(), key=lambda item: item[1][0]):
-                    if number > sent:
+                for name, (changed, html) in sorted(page.sections.items(), key=lambda item: item[1][0]):
+                    if changed > sent:
                         yield frame("section", {"name": name, "html": html})
-                yield frame("state", {"trouble": told}, f"{self.boot}-{upto}")  # what came before it counts from here
+                number = f"{self.boot}-{upto}"  # what came before it counts from here
+                yield frame("state", {"trouble": told, **_sign(page)}, number)
                 sent = upto
                 while self.number == sent and allowed():
                     if not await self._hear(sent):
-                        yield b": beat\n\n"
+                        yield frame("beat", _sign(page))
         finally:
             page.listeners -= 1
 
@@ -164,6 +177,11 @@ class Feed:
                 await self._news.wait_for(lambda: self.number != sent)
                 return True
         return False
+
+
+def _sign(page: Page) -> dict[str, float]:
+    """The time now and of the last look, by this machine's clock."""
+    return {"now": round(time.time(), 3), "looked": round(page.looked_s, 3)}
 
 
 def frame(event: str, content: Mapping[str, object], number: str | None = None) -> bytes:
