@@ -118,7 +118,7 @@ def test_every_attack_of_the_list_is_tried_by_a_test_that_is_there(attack: str) 
 STUDY = Study(name="toy", rounds=Rounds(count=2, quorum=2, gather_s=0))
 
 
-FORGED: dict[str, tuple[dict[str, object], str]] = {
+FORGED: dict[str, tuple[dict[str, object], str]] = {  # its reply to round 2, in its order or in another
     "again": ({}, "STALE_ROUND"),  # its reply to round 1
     "other-name": ({"site": "south"}, "OTHER_SITE"),
     "other-run": ({"run": "other"}, "OTHER_RUN"),
