@@ -1,4 +1,4 @@
-"""Replies over a real gateway with real keys: what is not signed for its order counts for nothing, and shuts nobody out."""
+"""Replies over a real gateway with real keys: what is not signed for its order counts for nothing, shuts nobody out."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -192,6 +192,7 @@ def test_work_that_was_finished_before_a_kill_is_signed_for_the_order_that_comes
     assert (envelope.asked.attempt, envelope.asked.nonce) == (2, second.nonce)
     assert first.nonce != second.nonce
     uploads = {s["sha256"] for s in _sent(hospitals.sites["north"]) if s["kind"] == "tensors" and s["run"] == "resumed"}
+    assert envelope.tensors is not None
     assert uploads == {envelope.tensors.sha256}  # trained once: the bytes are the same
 
 
@@ -200,8 +201,6 @@ def test_of_two_answers_to_two_orders_one_is_counted_and_the_other_noted_as_a_du
     setting = hospitals.setting(run, reask_s=30.0)
     delays = {"north": 40.0, "south": 90.0, "west": 90.0}
     grid = ScriptedGrid(toy_app(LEARNER), setting.grid._nodes, hospitals.clock, delays)
-        toy_app(LEARNER), setting.grid._nodes, hospitals.clock, {"north": 40.0, "south": 90.0, "west": 90.0}
-    )
     carry_out(replace(setting, grid=grid))
     assert [f["site"] for f in noted(edge, "twice", "reply-duplicate")] == ["north"]
     assert [f["why"] for f in noted(edge, "twice", "reply-duplicate")] == ["DUPLICATE"]
@@ -269,6 +268,7 @@ def test_the_run_keeps_what_each_hospital_has_signed_and_the_log_names_it(hospit
     assert {site: told["signed"] for site, told in line(run)["sites"].items()} == closed["signed"]
     for site, (_, envelope) in found.items():
         left = [x for x in _sent(hospitals.sites[site]) if x["run"] == "kept"]
+        assert envelope.tensors is not None
         assert [x["sha256"] for x in left] == [envelope.tensors.sha256, envelope.facts.sha256]  # by its own log too
         assert (envelope.asked.run, envelope.asked.round) == ("kept", 1)
         assert envelope.asked.study_sha256 == sha256(STUDY)
