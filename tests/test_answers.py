@@ -11,7 +11,9 @@ import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from typer.testing import CliRunner
 
+import fedserver.cli
 from fedclient.policy import Policy
 from fedclient.renewal import renew
 from fedserver.checkpoint import RunFolder, create_run
@@ -23,7 +25,7 @@ from shared_models.alarms import alarm_words
 from shared_models.envelope import signed
 from shared_models.errors import StateInvalid
 from shared_models.files import read_lines
-from shared_models.identity import load_secret, new_identity_key
+from shared_models.identity import identity_public_key, load_secret, new_identity_key, sign
 from shared_models.study import Evaluate, Rounds, Study, sha256
 from shared_models.weights import load
 from shared_models.wire import Order, Reply, SignedReply, read_order, read_reply, read_signed, write_reply
@@ -282,6 +284,34 @@ def test_a_line_of_what_was_signed_that_was_edited_is_named(hospitals):
     run.signed.write_text("\n".join([lines[0], json.dumps(told)]) + "\n")
     with pytest.raises(StateInvalid, match=r"line 2: is not as '(north|south|west)' signed it"):
         list(signed_lines(run))
+
+
+def audit(edge: Edge) -> tuple[int, str]:
+    """Exit code and words of `fedserver audit verify`."""
+    done = CliRunner().invoke(fedserver.cli.app, ["audit", "verify", "--federation", str(edge.federation.folder)])
+    return done.exit_code, " ".join(done.output.split())
+
+
+def test_audit_verify_counts_what_hospitals_have_signed_and_names_a_run_that_lacks_or_changed_it(quick_folder):
+    with running_edge(quick_folder / "federation") as own:
+        hospitals = Hospitals(own, quick_folder / "own")
+        for name in ("north", "south"):
+            hospitals.join(name, INSIDE)
+        _, run = hospitals.run(STUDY, "one", toy_app(LEARNER))
+        renew(hospitals.sites["north"], "north", own.address, identity=True)  # what the old key signed stays good
+        code, words = audit(own)
+        assert code == 0
+        assert "2 answers in 1 runs are as the hospitals signed them, and none that was counted is missing." in words
+        whole = run.signed.read_text()
+        run.signed.write_text(whole.splitlines()[0] + "\n")
+        code, words = audit(own)
+        assert (code, "lacks 1 answers that the audit log says were counted" in words) == (1, True)
+        line, other = json.loads(whole.splitlines()[0]), new_identity_key()
+        line["signature"] = sign(other, "answer", line["envelope"].encode()).hex()
+        line["key"] = identity_public_key(other).hex()
+        run.signed.write_text(json.dumps(line) + "\n" + whole.splitlines()[1] + "\n")
+        code, words = audit(own)
+        assert (code, "under a key that no roster ever had for it" in words) == (1, True)
 
 
 def _sent(site: Path) -> list[dict[str, Any]]:
