@@ -56,6 +56,20 @@ ATTACKS = {
         DEPLOYED + "test_another_sites_key_a_replayed_call_and_a_forged_source",
         "test_attack_list.py::test_a_reply_of_another_round_site_or_run_is_left_out_and_written_down",
     ),
+    "forged update": (
+        "test_answers.py::test_what_is_no_answer_is_written_down_and_the_site_is_counted_with_the_honest_one_after_it",
+        "test_answers.py::test_a_site_in_whose_name_others_answer_each_time_is_left_out_by_that_name_and_the_round_goes_on",
+        "test_envelope.py::test_any_one_changed_byte_of_envelope_signature_or_facts_is_refused",
+    ),
+    "replayed or repeated update": (
+        "test_answers.py::test_the_answer_to_an_order_that_was_given_before_is_a_replay",
+        "test_answers.py::test_the_answer_to_the_same_attempt_of_a_process_that_was_killed_is_a_replay_by_its_nonce",
+        "test_answers.py::test_of_two_answers_to_two_orders_one_is_counted_and_the_other_noted_as_a_duplicate",
+        "test_envelope.py::test_an_honest_answer_to_another_order_is_refused_by_what_is_other",
+    ),
+    "an audit log kept back": (
+        "test_answers.py::test_a_site_that_keeps_its_log_from_us_is_left_out_and_raises_an_alarm",
+    ),
     "control, runtime and register calls from outside": (
         DEPLOYED + "test_control_runtime_and_register_calls_from_outside",
         "test_gateway.py::test_what_is_not_offered_is_not_found",
