@@ -129,7 +129,7 @@ def test_the_lines_of_the_log_are_about_the_run_and_prove_their_place(hospitals,
     assert [line["event"] for line in lines] == ["run-opened", *["round-closed"] * 3, "run-finished"]
     shown = check_provenance(open_release(copy, trust), trust.authorities)
     counted = sum(len(line["facts"]["counted"]) for line in lines if line["event"] == "round-closed")
-    assert f"{counted} updates that were counted are signed by their hospitals, each for its round" in shown
+    assert f"{counted} updates that were counted are signed by their hospitals, each for its round of its run" in shown
 
 
 def test_what_a_hospital_has_not_signed_counts_for_nothing_in_the_evidence(copy, hospitals, tmp_path):
