@@ -86,16 +86,15 @@ def _settle(
     site, expected, where = waited.site, waited.expected, f"site {waited.site!r}"
     if seat.state == "revoked":  # its uploads go with its certificates
         return
+    if seat.state == "counted":  # an order was given again, and both were answered
+        _second(setting, waited, message)
+        return
     if message.has_error():
-        if seat.state != "counted":
-            _failed(seat, message)
+        _failed(seat, message)
         return
     reply = None
     try:
         told, reply = _opened(setting, waited.asked, message, where)
-        if seat.state == "counted":  # an order was given again, and both were answered
-            note(setting, "reply-duplicate", expected.run, round=expected.round, site=site, why="DUPLICATE")
-            return
         if setting.records is not None:
             setting.records.heard(site, reply)
         if reply.kind == "refusal":
@@ -120,6 +119,21 @@ def _settle(
         if reply is not None:
             setting.courier.drop(site, reply)
     note(setting, f"reply-{seat.state}", expected.run, round=expected.round, site=site, why=seat.reason[:200])
+
+
+def _second(setting: Setting, waited: Waited, message: Message) -> None:
+    """Another answer of a site that is counted: noted, and what it has sent is let go of; its seat stays as it is."""
+    if message.has_error():
+        return
+    site, facts = waited.site, {"round": waited.expected.round, "site": waited.site}
+    try:
+        _, reply = _opened(setting, waited.asked, message, f"site {site!r}")
+    except (UpdateRejected, MessageInvalid) as e:
+        code = getattr(e, "code", "MESSAGE_INVALID")
+        note(setting, "answer-forged", waited.expected.run, attempt=waited.asked.attempt, why=code, **facts)
+        return
+    note(setting, "reply-duplicate", waited.expected.run, why="DUPLICATE", **facts)
+    setting.courier.drop(site, reply)
 
 
 def _opened(setting: Setting, asked: Asked, message: Message, where: str) -> tuple[SignedReply, Reply]:

@@ -30,7 +30,7 @@ from shared_models.study import Evaluate, Rounds, Study, sha256
 from shared_models.weights import load
 from shared_models.wire import Order, Reply, SignedReply, read_order, read_reply, read_signed, write_reply
 from tests.edge import Edge, running_edge
-from tests.hospitals import Hospitals
+from tests.hospitals import Hospitals, after
 from tests.toys import WEIGHTS, ScriptedGrid, ToyLearner, toy_app
 
 INSIDE = Policy(approval="inside-policy")
@@ -208,6 +208,19 @@ def test_of_two_answers_to_two_orders_one_is_counted_and_the_other_noted_as_a_du
     assert [f["why"] for f in noted(edge, "twice", "reply-duplicate")] == ["DUPLICATE"]
     np.testing.assert_allclose(load(run.weights(1))["body.bias"], 0.5 + (1 + 3 + 8) / 3)
     assert not [p for p in (edge.blobs / "in").rglob("*") if p.is_file()]
+
+
+def test_what_comes_of_a_site_that_is_counted_and_leaves_the_roster_then_takes_nothing_back(hospitals, edge):
+    run = create_run(edge.federation.runs, "left", STUDY, WEIGHTS)
+    setting = hospitals.setting(run, reask_s=30.0)
+    delays = {"north": 40.0, "south": 90.0, "west": 90.0}
+    grid = ScriptedGrid(toy_app(LEARNER), setting.grid._nodes, hospitals.clock, delays)
+    leaves = after(hospitals.clock, 50.0, lambda: revoke(edge.federation, "north", "left the consortium"))
+    carry_out(replace(setting, grid=grid, sleep=leaves))
+    assert [f["why"] for f in noted(edge, "left", "answer-forged")] == ["NOT_ON_ROSTER"]
+    assert set(line(run)["sites"]) == {"north", "south", "west"}
+    np.testing.assert_allclose(load(run.weights(1))["body.bias"], 0.5 + (1 + 3 + 8) / 3)
+    assert noted(edge, "left", "round-closed")[0]["counted"] == ["north", "south", "west"]
 
 
 def test_a_reply_of_a_site_that_has_left_the_roster_counts_for_nothing(hospitals, edge):
