@@ -150,9 +150,9 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
 
     began = setting.clock()
     converse(setting, table, order, parcel, cohort, expected, count, study.rounds.quorum)
-    for label, envelope in table.answers.items():
-        if label in lines:
-            lines[label]["signed"] = envelope
+    signed = {label: envelope for label, envelope in table.answers.items() if label in lines}
+    for label, envelope in signed.items():
+        lines[label]["signed"] = envelope
     scores = {site: line["scores"] for site, line in lines.items() if line["scores"]}
     line = {
         "seconds": round(setting.clock() - began, 3),
@@ -168,7 +168,7 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
     done = finish_round(setting.folder, state, updates, optimizer_of(study.strategy), counted, line, late_rounds)
     table.last = done.counted
     setting.courier.retire(state.weights_sha256)
-    facts = {"counted": list(counted), "signed": table.answers, "weights": done.weights_sha256}
+    facts = {"counted": list(counted), "signed": signed, "weights": done.weights_sha256}
     note(setting, "round-closed", state.run, round=number, **facts)
     return done
 
