@@ -7,13 +7,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedclient.consent import admitted
-from fedclient.egress import release
+from fedclient.egress import leave
 from fedclient.overdue import limited
 from fedclient.own_log import log_of
 from fedclient.parcels import answered
 from fedclient.site import Site, open_site
 from fedclient.summing import is_summed, summed
 from fedclient.work import Gate, Learner, carry_out, no_gate, refusal
+from shared_models.envelope import signed
 from shared_models.errors import FederationError, OrderRefused, WeightsInvalid
 from shared_models.wire import VECTOR, Order, pack, read_order, tensors_of, write_reply
 
@@ -30,14 +31,14 @@ def client_app(learner: Learner, gate: Gate = no_gate) -> ClientApp:
             if site.deployed:
                 here = limited(admitted(order, site), message.metadata.ttl)
                 reply = answered(order, here, learner, gate=gate)
-                return write_reply(release(reply, order, site), message)
+                return write_reply(leave(reply, order, site), message)
             weights = tensors_of(message, f"order of round {order.round}") or {}
             if is_summed(order):
                 reply, vector = summed(order, site, lambda: weights, learner, gate)
                 tensors = None if vector is None else pack({VECTOR: np.fromfile(vector, np.uint8)})
-                return write_reply(reply, message, tensors)
+                return write_reply(signed(reply, order, None), message, tensors)
             done = carry_out(order, weights, site, learner, gate)
-            return write_reply(done.reply, message, pack(done.delta) if done.delta else None)
+            return write_reply(signed(done.reply, order, None), message, pack(done.delta) if done.delta else None)
         except FederationError as e:
             return _refused(order, site, e, message)
 
@@ -57,8 +58,8 @@ def _refused(order: Order, site: Site, error: FederationError, message: Message)
         log_of(site.folder, site.name).add(
             "order-refused", run=order.run, round=order.round, kind=order.kind, study=order.study_sha256, code=code
         )
-        reply = release(reply, order, site)
-    return write_reply(reply, message)
+        return write_reply(leave(reply, order, site), message)
+    return write_reply(signed(reply, order, None), message)
 
 
 CODES = {

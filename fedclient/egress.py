@@ -18,14 +18,16 @@ from fedclient.site import Site, read_site_file
 from fedclient.work import study_of
 from shared_models.class_counts import ClassCounts
 from shared_models.detection_counts import DetectionCounts
+from shared_models.envelope import signed
 from shared_models.errors import FederationError, OrderRefused
+from shared_models.identity import load_secret
 from shared_models.protect.stages import on_the_wire
 from shared_models.restored_counts import RestoredCounts
 from shared_models.scores import Score
 from shared_models.study import Study
 from shared_models.survival_counts import SurvivalCounts
 from shared_models.weights import Arrays, difference, schema_of
-from shared_models.wire import BlobRef, Order, Reply, dump
+from shared_models.wire import BlobRef, Order, Reply, SignedReply, dump
 
 ALWAYS = {"kind", "site", "run", "round", "attempt", "study_sha256", "base_sha256", "plan_sha256", "head"}
 MAY_LEAVE: dict[str, set[str]] = {
@@ -72,6 +74,11 @@ def release(reply: Reply, order: Order, site: Site) -> Reply:
     content = dump(reply)
     _note(site.folder, site.name, KINDS[reply.kind], content, order, code=reply.refusal)
     return reply
+
+
+def leave(reply: Reply, order: Order, site: Site) -> SignedReply:
+    """A released reply under the signature of this hospital, good as the answer to just this order."""
+    return signed(release(reply, order, site), order, load_secret(site.folder / "keys" / "identity.key"))
 
 
 def release_tensors(blob: BlobRef, order: Order, site: Site, kind: str = "tensors") -> None:

@@ -9,16 +9,15 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedserver.checkpoint import RunFolder, excluded
 from fedserver.cohort import Presence
-from fedserver.conversation import Setting
 from fedserver.courier import Beside
 from fedserver.enrol import Federation, open_federation, open_log, signer
 from fedserver.lifecycle import revoked_sites
 from fedserver.records import Records
 from fedserver.report import write_report
 from fedserver.rounds import carry_out
-from fedserver.state import list_rosters, list_sites
+from fedserver.setting import Setting
+from fedserver.state import list_sites
 from shared_models.identity import sign
-from shared_models.roster import Roster, read_signed
 from shared_models.wire import Proof
 
 app = ServerApp()
@@ -30,6 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     federation = open_federation(Path(str(context.run_config["federation"])))
     run = RunFolder(federation.runs / str(context.run_config["run"]))
     without = excluded(run)
+    records = Records(open_log(federation), federation.state, lambda: federation.authority)
     carry_out(
         Setting(
             grid,
@@ -38,22 +38,15 @@ def main(grid: Grid, context: Context) -> None:
             courier=Beside(federation.blobs / "out", federation.blobs / "in"),
             poll_s=0.15,
             sign=lambda purpose, content: proof(federation, purpose, content),
-            records=Records(open_log(federation), federation.state),
+            records=records,
             revoked=lambda: revoked_sites(federation.state),
-            roster=lambda: newest_roster(federation),
+            roster=records.roster,
         )
     )
     try:
         write_report(run)
     except Exception:  # the run is done and its weights are saved: a page that cannot be drawn does not undo that
         logging.getLogger("fedserver").exception("run %s is finished, but its report could not be written", run.id)
-
-
-def newest_roster(federation: Federation) -> Roster | None:
-    """The last epoch that was signed; None before a site has joined."""
-    newest, _ = list_rosters(federation.state, 0, 0)
-    _, found = list_rosters(federation.state, newest, 1)
-    return read_signed(found[0], str(federation.state)).roster if found else None
 
 
 def proof(federation: Federation, purpose: str, content: bytes) -> Proof:

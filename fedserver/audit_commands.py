@@ -22,8 +22,12 @@ def verify(
     federation: Folder = Path("federation"),
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Checks every line of the coordinator's log, and names the first bad one; exits with 1 if there is one."""
+    """Checks every line of the coordinator's log, and every answer that a hospital has signed; names the first bad one.
+
+    Exits with 1 if there is one.
+    """
     from fedserver.enrol import open_federation, signer
+    from fedserver.signed import check_signed
     from fedserver.state import list_sites
     from shared_models.errors import StateInvalid
     from shared_models.evidence import against, read_pack, tell, verdict_of
@@ -40,6 +44,11 @@ def verify(
             raise StateInvalid(f"{pack}: is signed with a key that no site of this federation has enrolled.")
         found["coordinator"], found[f"site {sites[0]}"] = against(mine, files, bytes.fromhex(key))
     tell(found, as_json)
+    answers, runs = check_signed(opened)
+    if answers and not as_json:
+        print(
+            f"{answers} answers in {runs} runs are as the hospitals signed them, and none that was counted is missing."
+        )
 
 
 @audit.command()

@@ -95,6 +95,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def signed(self) -> Path:
+        """What its sites have signed: see `fedserver.signed`."""
+        return self.path / "signed.jsonl"
+
+    @property
     def plan(self) -> Path:
         return self.path / "plan.json"
 

@@ -23,13 +23,13 @@ from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation, open_log, signer
 from fedserver.publish.card import Words
 from fedserver.publish.lineage import ancestors, earlier, sites_counted
-from fedserver.publish.proofs import audit_extract, newest_roster
+from fedserver.publish.proofs import answers_extract, audit_extract, newest_roster
 from shared_models.errors import ReleaseInvalid, StateInvalid
 from shared_models.evidence import LOG
 from shared_models.files import locked, read_json, read_lines, sync_folder, write_json
 from shared_models.identity import identity_public_key
 from shared_models.parse import STRICT, parse_json, plain
-from shared_models.provenance import AUDIT, ROSTER, check_provenance
+from shared_models.provenance import ANSWERS, AUDIT, ROSTER, check_provenance
 from shared_models.release import (
     SUFFIX,
     Manifest,
@@ -158,7 +158,11 @@ def _register(
         name=federation.name,
         signer=signer(federation),
         authority=federation.ca_certificate.read_bytes(),
-        evidence={AUDIT: audit_extract(federation, lineage), ROSTER: roster},
+        evidence={
+            AUDIT: audit_extract(federation, lineage),
+            ANSWERS: answers_extract(federation, lineage),
+            ROSTER: roster,
+        },
         roster=(signed.roster.epoch, signed.roster.sha256),
         approvals=approvals,
         approvers=approvers,

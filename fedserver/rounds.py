@@ -20,10 +20,11 @@ from fedserver.checkpoint import (
     schema_on_disk,
 )
 from fedserver.cohort import choose
-from fedserver.conversation import Setting, Table, converse, gather, note, order_of, show
+from fedserver.conversation import converse, gather, order_of
 from fedserver.courier import Parcel
 from fedserver.optimizers import optimizer_of
 from fedserver.secure_round import secure_evaluation, secure_round, secure_statistics
+from fedserver.setting import Setting, Table, note, show
 from shared_models import study as study_file
 from shared_models.drift import Profile, reference
 from shared_models.drift import doubted as doubted_profile
@@ -149,6 +150,9 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
 
     began = setting.clock()
     converse(setting, table, order, parcel, cohort, expected, count, study.rounds.quorum)
+    signed = {label: envelope for label, envelope in table.answers.items() if label in lines}
+    for label, envelope in signed.items():
+        lines[label]["signed"] = envelope
     scores = {site: line["scores"] for site, line in lines.items() if line["scores"]}
     line = {
         "seconds": round(setting.clock() - began, 3),
@@ -164,7 +168,8 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
     done = finish_round(setting.folder, state, updates, optimizer_of(study.strategy), counted, line, late_rounds)
     table.last = done.counted
     setting.courier.retire(state.weights_sha256)
-    note(setting, "round-closed", state.run, round=number, counted=list(counted), weights=done.weights_sha256)
+    facts = {"counted": list(counted), "signed": signed, "weights": done.weights_sha256}
+    note(setting, "round-closed", state.run, round=number, **facts)
     return done
 
 

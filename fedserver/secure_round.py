@@ -8,6 +8,7 @@ needed to end it is on disk first, so that a coordinator that is killed goes on 
 may wait.
 
     runs/ID/sum/attempt.json   round and number of the last attempt, written before its orders
+    runs/ID/sum/signed.json    who has signed which vector, by the envelopes
     runs/ID/sum/vector.bin     the sum of the masked vectors, once all are there
     runs/ID/sum/sum.json       keys and names that end it; written after the vector
     runs/ID/sum/confirmations.json   who has confirmed the survivors; written before shares are asked for
@@ -28,10 +29,11 @@ from numpy.typing import NDArray
 from fedserver.calibration import calibration
 from fedserver.checkpoint import RunFolder, State, finish_round
 from fedserver.cohort import choose
-from fedserver.conversation import Patience, Seat, Setting, Table, converse, gather, note, order_of
+from fedserver.conversation import Patience, converse, gather, order_of
 from fedserver.courier import Parcel
 from fedserver.optimizers import optimizer_of
 from fedserver.secagg import Gathered, SecureSum, SecureTotal
+from fedserver.setting import Seat, Setting, Table, note
 from shared_models.errors import RoundPaused, StateInvalid, SumAborted, UpdateRejected
 from shared_models.files import (
     append_json,
@@ -127,11 +129,12 @@ def secure_round(setting: Setting, table: Table, state: State, schema: Schema) -
     order = order_of("train", table, state, number, "val" if score else None)
     making = Sum(setting, table, state, order, schema)
     total = made(making)
-    told, seats = _told(making, total), set(total.sites)
+    told, seats, signed = _told(making, total), set(total.sites), _signed(making, total)
     line = {
         "seconds": round(setting.clock() - began, 3),
         "sites": {},  # nothing is known of any by itself
         "together": _together(making, total, told),
+        **({"signed": signed} if signed else {}),
         "left_out": {site: why for site, why in making.left_out.items() if site not in seats},
         "scored_round": state.round if told.scores else None,
         "bytes_down": size_bytes(schema) * len(total.context.cohort),
@@ -140,9 +143,15 @@ def secure_round(setting: Setting, table: Table, state: State, schema: Schema) -
     done = finish_round(setting.folder, state, total, optimizer_of(study.strategy), total.sites, line)
     table.last = done.counted
     _closed(making)
-    facts = {"counted": list(total.sites), "weights": done.weights_sha256, "attempt": total.context.attempt}
-    note(setting, "round-closed", state.run, round=number, **facts)
+    facts = {"counted": list(total.sites), "signed": signed, "weights": done.weights_sha256}
+    note(setting, "round-closed", state.run, round=number, attempt=total.context.attempt, **facts)
     return done
+
+
+def _signed(making: Sum, total: SecureTotal) -> dict[str, str]:
+    """Site -> SHA-256 of the envelope about its masked vector; also of a sum that was gathered before a restart."""
+    found = read_json(making.setting.folder.sum / "signed.json")
+    return {site: found[site] for site in total.sites if site in found}
 
 
 def secure_evaluation(setting: Setting, table: Table, state: State) -> None:
@@ -236,7 +245,7 @@ def _gathered(making: Sum, parcel: Parcel) -> SecureSum:
             asked = setting.presence().sites
         try:
             found = _attempt(making, parcel, asked)
-            _save(setting.folder, found)
+            _save(setting.folder, found, table.answers)
             return found
         except SumAborted as error:
             note(setting, "sum-aborted", making.state.run, round=making.number, code=error.code, why=str(error)[:200])
@@ -436,8 +445,9 @@ def _context(making: Sum, cohort: tuple[str, ...], roster: Roster) -> Context:
     )
 
 
-def _save(folder: RunFolder, found: SecureSum) -> None:
+def _save(folder: RunFolder, found: SecureSum, signed: Mapping[str, str]) -> None:
     facts, vector = found.gathered()
+    write_json(folder.sum / "signed.json", dict(signed))
     _confirmed(folder).unlink(missing_ok=True)  # of a sum before
     with replacing(folder.sum / "vector.bin") as file:
         file.write(vector.astype("<u4", copy=False).data)

@@ -58,7 +58,9 @@ def last_refused(path: Path) -> dict[str, Any] | None:
 
 def last_turned_down(path: Path) -> dict[str, Any] | None:
     """The last order that a site did not carry out, or reply that was not counted, at the coordinator; None before."""
-    return _last(path, ("reply-refused", "reply-rejected", "reply-failed"), ("site", "run", "round", "why"))
+    return _last(
+        path, ("reply-refused", "reply-rejected", "reply-failed", "answer-forged"), ("site", "run", "round", "why")
+    )
 
 
 def _last(path: Path, of: Collection[str], facts: Collection[str]) -> dict[str, Any] | None:

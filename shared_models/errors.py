@@ -7,6 +7,7 @@
   - WeightsInvalid        tensors that are not the ones agreed on
   - OrderRefused          an order that this site does not carry out (its `code` travels, its words stay)
   - UpdateRejected        a site's reply that must not touch the global model
+    - AnswerForged        a message that is not the answer that was waited for, whoever sent it
   - RoundPaused           too few sites for a round, for as long as the study allows to wait
   - SumAborted            a secure sum that cannot be had, of which nothing was revealed
   - EnrolmentFailed       an invite, a key or a certificate that is not accepted
@@ -80,6 +81,14 @@ class UpdateRejected(FederationError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class AnswerForged(UpdateRejected):
+    """A message that is not the answer that was waited for; of the site that was asked it says nothing.
+
+    Codes: `MESSAGE_INVALID`, `ENVELOPE_INVALID`, `OTHER_SITE`, `BAD_SIGNATURE`, `OTHER_STUDY`, `OTHER_RUN`,
+    `STALE_ROUND`, `OTHER_WEIGHTS`, `OTHER_KIND`, `OTHER_ATTEMPT`, `REPLAYED`, `CONTENT_CHANGED`.
+    """
 
 
 class RoundPaused(FederationError):

@@ -1,6 +1,7 @@
 """What a release's evidence proves: that the coordinator's audit log holds what the manifest says of its making.
 
     evidence/audit.json        lines of the log about the run, each with its place in the tree, and the signed tree head
+    evidence/answers.json      what each hospital has signed of the updates that were counted
     evidence/roster.json       the signed roster as the release was made
     evidence/study.json        the study as the hospitals approved it
     evidence/plan.json         the plan that its sites' counts gave, where the study asks for one
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from shared_models.answers import SignedAnswer, envelope_of
 from shared_models.audit import HEAD, LINE
 from shared_models.errors import FederationError, ReleaseInvalid
 from shared_models.files import canonical_json
@@ -32,6 +34,7 @@ from shared_models.roster import checked, read_signed
 from shared_models.study import canonical, from_json
 from shared_models.study import sha256 as study_sha256
 
+ANSWERS = "evidence/answers.json"
 AUDIT, ROSTER, APPROVED = "evidence/audit.json", "evidence/roster.json", "evidence/study.json"
 PLAN, ENVIRONMENT, CARDS = "evidence/plan.json", "evidence/environment.json", "evidence/cards"
 EVENTS = ("run-queued", "run-retrained", "run-opened", "plan-made", "round-closed", "run-finished")
@@ -63,6 +66,14 @@ class Extract:
     @property
     def statement(self) -> bytes:
         return canonical_json({"log": self.log, "size": self.size, "root": self.root, "time": self.time})
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """evidence/answers.json."""
+
+    __pydantic_config__ = STRICT
+    answers: Annotated[tuple[SignedAnswer, ...], Field(max_length=100_000)]
 
 
 def wanted(line: Mapping[str, Any], runs: Mapping[str, int | None]) -> bool:
@@ -191,10 +202,40 @@ def _check_audit(release: Release, key: bytes) -> list[str]:
         counted.update([facts["site"]] if line["event"] in PLAIN else ())
     if more := sorted(site for site, rounds in counted.items() if rounds > origin.sites.get(site, 0)):
         raise ReleaseInvalid(f"{AUDIT}: the log counts {more[0]!r} more often than the manifest does.", AUDIT)
+    signed = _check_answers(release, [line["facts"] for line in lines if line["event"] == "round-closed"])
     rounds = len({(line["facts"]["run"], line["facts"]["round"]) for line in lines if line["event"] == "round-closed"})
     return [
         f"{len(lines)} lines of the coordinator's log are signed and in its tree of {extract.size} lines "
-        f"(root {extract.root[:16]}); {rounds} rounds closed, the last with the weights of this release"
+        f"(root {extract.root[:16]}); {rounds} rounds closed, the last with the weights of this release",
+        *signed,
+    ]
+
+
+def _check_answers(release: Release, rounds: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every update that the log says was counted was signed by its hospital, for that round of that run."""
+    named = [(digest, label, facts) for facts in rounds for label, digest in facts.get("signed", {}).items()]
+    if not named:  # of releases before hospitals signed their answers
+        return []
+    found = parse_json(Answers, _bytes(release, ANSWERS), ANSWERS, ReleaseInvalid).answers
+    known = {answer.sha256: answer for answer in found}
+    roster = read_signed(_bytes(release, ROSTER), ROSTER).roster
+    earlier = 0
+    for digest, label, facts in named:
+        site, _, late = label.partition(" ")
+        answer = known.get(digest)
+        if answer is None or answer.site != site:
+            raise ReleaseInvalid(f"{ANSWERS}: lacks what {site!r} signed in round {facts['round']}.", ANSWERS)
+        try:
+            asked = envelope_of(answer, ANSWERS, ReleaseInvalid).asked
+        except ReleaseInvalid as error:
+            raise ReleaseInvalid(str(error), ANSWERS) from None
+        about = (asked.run, asked.study_sha256, late or asked.round)
+        if about != (facts["run"], release.manifest.origin.study_sha256, late or facts["round"]):
+            raise ReleaseInvalid(f"{ANSWERS}: {site!r} signed round {facts['round']} of another run or study.", ANSWERS)
+        earlier += roster.sites.get(site) != answer.key
+    gone = f"; {earlier} under keys that its roster no longer has" if earlier else ""
+    return [
+        f"{len(named)} updates that were counted are signed by their hospitals, each for its round of its run{gone}"
     ]
 
 

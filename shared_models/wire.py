@@ -2,7 +2,8 @@
 
 An order or a reply is one `facts` record (protocol version and canonical JSON, parsed and doubted on arrival) and,
 where tensors travel inside the message, one `tensors` record. In a deployment tensors travel beside the message as a
-blob that the facts name by SHA-256.
+blob that the facts name by SHA-256. The record of a reply holds its envelope and the site's signature besides, so that
+both are looked at before anything in the facts is (`shared_models.envelope`).
 """
 
 import io
@@ -35,7 +36,9 @@ from shared_models.protect.messages import (
 from shared_models.scores import AnyScore
 from shared_models.weights import Array, Arrays
 
-PROTOCOL = 1
+PROTOCOL = 2
+MOST_ENVELOPE = 2048  # bytes
+NO_NONCE = "0" * 32
 Split: TypeAlias = Literal["val", "test"]
 Finite = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 
@@ -51,6 +54,24 @@ class BlobRef:
     __pydantic_config__ = STRICT
     sha256: Sha256
     size_bytes: Count
+
+
+Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+@dataclass(frozen=True, slots=True)
+class SignedReply:
+    """A reply as it travels, nothing of it parsed.
+
+    Attributes:
+        facts: canonical JSON of a Reply.
+        envelope: canonical JSON of an `envelope.Envelope`.
+        signature: of the site's identity key over the envelope, 64 bytes; none in a simulation.
+    """
+
+    facts: bytes
+    envelope: bytes
+    signature: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +98,7 @@ class Order:
         plan_proof: that the coordinator made the plan for this run (`planned.statement`); none in a simulation.
         study_proof: that the coordinator runs this study (`study.statement`); none in a simulation.
         head: of the coordinator's audit log; none in a simulation.
+        nonce: drawn anew for every order, also for one that is given again; the site signs its answer for it.
         context, adverts, inbox, survivors, confirmations: of an `advertise`, `share`, `mask`, `confirm` and `unmask`:
             the steps of a secure sum over what a `train` or `evaluate` has left at the site.
     """
@@ -97,6 +119,7 @@ class Order:
     counted: Annotated[int, Field(ge=0, le=10_000)] = 0
     study_proof: Proof | None = None
     head: Head | None = None
+    nonce: Nonce = NO_NONCE
     context: Context | None = None
     adverts: Adverts | None = None
     inbox: Inbox | None = None
@@ -206,18 +229,40 @@ def _read_npy(name: str, item: FlowerArray, where: str) -> Array:
 def write_order(order: Order, node_id: int, tensors: ArrayRecord | None = None, ttl_s: float | None = None) -> Message:
     """A message for one node; Flower forgets it after `ttl_s` (12 h by default), answered or not."""
     kind, group = KIND_OF_MESSAGE[order.kind], str(order.round)
-    return Message(_content(order, tensors), node_id, kind, group_id=group, ttl=ttl_s)
+    return Message(_content({"json": dump(order)}, tensors), node_id, kind, group_id=group, ttl=ttl_s)
 
 
 def read_order(message: Message) -> Order:
     return parse_json(Order, _facts(message, "order"), "order", MessageInvalid)
 
 
-def write_reply(reply: Reply, to: Message, tensors: ArrayRecord | None = None) -> Message:
-    return Message(_content(reply, tensors), reply_to=to)
+def write_reply(signed: SignedReply, to: Message, tensors: ArrayRecord | None = None) -> Message:
+    told = {"json": signed.facts, "envelope": signed.envelope, "signature": signed.signature}
+    return Message(_content(told, tensors), reply_to=to)
+
+
+def read_signed(message: Message, where: str) -> SignedReply:
+    """A reply without a look into it.
+
+    Raises:
+        MessageInvalid: no reply of this system, or of another version of it.
+    """
+    facts = _facts(message, where)
+    record = cast(ConfigRecord, message.content["facts"])
+    envelope, signature = record.get("envelope"), record.get("signature")
+    if not isinstance(envelope, bytes) or not isinstance(signature, bytes):
+        raise MessageInvalid(f"{where}: its reply has no envelope. Site and coordinator must run released versions.")
+    if len(envelope) > MOST_ENVELOPE or len(signature) > 64:
+        raise MessageInvalid(f"{where}: its reply has an envelope of {len(envelope)} bytes. Use the released client.")
+    return SignedReply(facts, envelope, signature)
+
+
+def read_facts(signed: SignedReply, where: str) -> Reply:
+    return parse_json(Reply, signed.facts, where, MessageInvalid)
 
 
 def read_reply(message: Message, where: str) -> Reply:
+    """The facts of a reply whose envelope nobody doubts: a round asks `envelope.opened` first."""
     return parse_json(Reply, _facts(message, where), where, MessageInvalid)
 
 
@@ -232,8 +277,8 @@ def dump(facts: Order | Reply) -> bytes:
     return canonical_json(plain(facts))
 
 
-def _content(facts: Order | Reply, tensors: ArrayRecord | None) -> RecordDict:
-    content = RecordDict({"facts": ConfigRecord({"protocol": PROTOCOL, "json": dump(facts)})})
+def _content(told: Mapping[str, bytes], tensors: ArrayRecord | None) -> RecordDict:
+    content = RecordDict({"facts": ConfigRecord({"protocol": PROTOCOL, **told})})
     if tensors is not None:
         content["tensors"] = ArrayRecord(dict(tensors))
     return content

@@ -31,9 +31,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedserver.checkpoint import RunFolder, State, read_study
 from fedserver.cohort import Presence
-from fedserver.conversation import Setting
 from fedserver.courier import Inline
 from fedserver.rounds import carry_out
+from fedserver.setting import Setting
 from shared_models.errors import ProcessFailed
 from shared_models.files import canonical_json
 from simulations.roster import members, roster_of

@@ -18,9 +18,9 @@ from flwr.simulation import run_simulation
 
 from fedserver.checkpoint import RunFolder, State, read_state, read_study
 from fedserver.cohort import Presence
-from fedserver.conversation import Setting
 from fedserver.courier import Inline
 from fedserver.rounds import carry_out
+from fedserver.setting import Setting
 from shared_models.archive import load_app
 from shared_models.errors import ProcessFailed
 from shared_models.study import canonical, sha256

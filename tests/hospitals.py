@@ -12,11 +12,11 @@ from fedclient.site import Data, Site, SiteFile, open_site, site_toml
 from fedserver.app import proof
 from fedserver.checkpoint import RunFolder, State, create_run
 from fedserver.cohort import Presence
-from fedserver.conversation import Setting
 from fedserver.courier import Beside
 from fedserver.enrol import open_log
 from fedserver.records import Records
 from fedserver.rounds import carry_out
+from fedserver.setting import Setting
 from shared_models.files import write_atomic
 from shared_models.study import Study
 from shared_models.weights import Arrays
@@ -47,6 +47,11 @@ class Hospitals:
     def site(self, name: str) -> Site:
         return open_site({"site-dir": str(self.sites[name])})
 
+    @property
+    def records(self) -> Records:
+        federation = self.edge.federation
+        return Records(open_log(federation), federation.state, lambda: federation.authority)
+
     def setting(self, run: RunFolder, app: ClientApp | None = None, **change: Any) -> Setting:
         numbered = dict(enumerate(sorted(self.sites), start=1))
         configs: Mapping[int, Mapping[str, str | int]] = {
@@ -58,7 +63,7 @@ class Hospitals:
             LocalGrid(app or toy_app(ToyLearner()), configs), run, lambda: presence,
             Beside(federation.blobs / "out", federation.blobs / "in"), self.clock, self.clock.sleep, poll_s=1.0,
             sign=lambda purpose, content: proof(federation, purpose, content),
-            records=Records(open_log(federation), federation.state),
+            records=self.records, roster=self.records.roster,
         )  # fmt: skip
         return replace(made, **change)
 

@@ -4,6 +4,8 @@ Replies that are replayed or forged by an enrolled site are tried here; the rest
 """
 
 import ast
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,12 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedclient.policy import Policy
+from fedserver.conversation import MOST_ATTEMPTS
+from shared_models.envelope import signed
 from shared_models.files import read_lines
+from shared_models.identity import load_secret
 from shared_models.study import Rounds, Study
-from shared_models.wire import Reply, read_order, read_reply, write_reply
+from shared_models.wire import read_order, read_reply, write_reply
 from tests.edge import running_edge
 from tests.hospitals import Hospitals
 from tests.toys import ToyLearner, toy_app
@@ -50,6 +55,20 @@ ATTACKS = {
     "replay": (
         DEPLOYED + "test_another_sites_key_a_replayed_call_and_a_forged_source",
         "test_attack_list.py::test_a_reply_of_another_round_site_or_run_is_left_out_and_written_down",
+    ),
+    "forged update": (
+        "test_answers.py::test_what_is_no_answer_is_written_down_and_the_site_is_counted_with_the_honest_one_after_it",
+        "test_answers.py::test_a_site_in_whose_name_others_answer_each_time_is_left_out_by_that_name_and_the_round_goes_on",
+        "test_envelope.py::test_any_one_changed_byte_of_envelope_signature_or_facts_is_refused",
+    ),
+    "replayed or repeated update": (
+        "test_answers.py::test_the_answer_to_an_order_that_was_given_before_is_a_replay",
+        "test_answers.py::test_the_answer_to_the_same_attempt_of_a_process_that_was_killed_is_a_replay_by_its_nonce",
+        "test_answers.py::test_of_two_answers_to_two_orders_one_is_counted_and_the_other_noted_as_a_duplicate",
+        "test_envelope.py::test_an_honest_answer_to_another_order_is_refused_by_what_is_other",
+    ),
+    "an audit log kept back": (
+        "test_answers.py::test_a_site_that_keeps_its_log_from_us_is_left_out_and_raises_an_alarm",
     ),
     "control, runtime and register calls from outside": (
         DEPLOYED + "test_control_runtime_and_register_calls_from_outside",
@@ -127,20 +146,25 @@ FORGED: dict[str, tuple[dict[str, object], str]] = {
 }
 
 
-def forging() -> ClientApp:
-    """Sites of these names answer round 2 with that change of their honest reply; the other sites are honest."""
-    honest, app, first = toy_app(ToyLearner()), ClientApp(), dict[str, Reply]()
+def forging(sites: Mapping[str, Path]) -> ClientApp:
+    """Sites of these names answer round 2 with that change of their honest reply, which they sign; the others do not.
+
+    What is changed in the facts is changed in the order that is signed for too, so that it is told by its envelope.
+    """
+    honest, app, first = toy_app(ToyLearner()), ClientApp(), dict[str, Message]()
 
     def answer(message: Message, context: Context) -> Message:
         order, reply, site = read_order(message), honest(message, context), str(context.node_config["site"])
         if order.kind != "train" or site not in FORGED:
             return reply
-        told = read_reply(reply, site)
         if order.round == 1:
-            first[site] = told
+            first[site] = reply
             return reply
-        change = FORGED[site][0]
-        return write_reply(replace(told, **change) if change else first[site], message)  # type: ignore[arg-type]
+        if not (change := FORGED[site][0]):
+            return Message(first[site].content, reply_to=message)
+        told, key = replace(read_reply(reply, site), **change), load_secret(sites[site] / "keys/identity.key")  # type: ignore[arg-type]
+        about = {name: value for name, value in change.items() if name != "site"}
+        return write_reply(signed(told, replace(order, **about), key), message)  # type: ignore[arg-type]
 
     app.train()(answer)
     app.evaluate()(answer)
@@ -153,7 +177,7 @@ def test_a_reply_of_another_round_site_or_run_is_left_out_and_written_down(tmp_p
         hospitals = Hospitals(edge, tmp_path / "sites")
         for name in ("north", "south", *FORGED):
             hospitals.join(name, Policy(approval="inside-policy"))
-        state, run = hospitals.run(STUDY, "forged", forging())
+        state, run = hospitals.run(STUDY, "forged", forging(hospitals.sites))
     assert state.round == 2
     lines = [line for line in read_lines(run.metrics) if not line.get("final")]
     assert [sorted(line["sites"]) for line in lines] == [sorted(["north", "south", *FORGED]), ["north", "south"]]
@@ -162,3 +186,5 @@ def test_a_reply_of_another_round_site_or_run_is_left_out_and_written_down(tmp_p
         s: code for s, (_, code) in FORGED.items()
     }
     assert {facts["round"] for facts in told} == {2}
+    each = [line["facts"]["site"] for line in read_lines(edge.federation.audit) if line["event"] == "answer-forged"]
+    assert Counter(each) == dict.fromkeys(FORGED, MOST_ATTEMPTS)  # each is asked again, as often as one that was lost

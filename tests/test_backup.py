@@ -16,10 +16,10 @@ import fedserver.cli
 from fedserver.backup import backup, last_backup_s, read_manifest, restore
 from fedserver.checkpoint import RunFolder, read_state
 from fedserver.cohort import Presence
-from fedserver.conversation import Setting
 from fedserver.courier import Inline
 from fedserver.enrol import Federation, init_federation, invite, open_federation
 from fedserver.rounds import carry_out
+from fedserver.setting import Setting
 from fedserver.state import find_run, list_sites
 from fedserver.submit import submit
 from shared_models.errors import StateInvalid

@@ -9,6 +9,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedserver.courier import Beside, Inline
+from shared_models.envelope import signed
 from shared_models.errors import UpdateRejected, WeightsInvalid
 from shared_models.study import Study, canonical, sha256
 from shared_models.weights import Arrays, file_sha256, one, save_arrays
@@ -48,14 +49,17 @@ def weights(tmp_path: Path) -> tuple[Path, str]:
     return path, save_arrays(path, WEIGHTS)
 
 
+ORDER = Order("train", "toy-1", 3, 1, canonical(STUDY).decode(), sha256(STUDY), "b" * 64)
+SIGNED = signed(REPLY, ORDER, None)
+
+
 def order() -> Message:
-    text = canonical(STUDY).decode()
-    return write_order(Order("train", "toy-1", 3, 1, text, sha256(STUDY), "b" * 64), 1)
+    return write_order(ORDER, 1)
 
 
 MESSAGE_OF = {
-    "with tensors": lambda: write_reply(REPLY, order(), pack(DELTA)),
-    "bare": lambda: write_reply(REPLY, order()),
+    "with tensors": lambda: write_reply(SIGNED, order(), pack(DELTA)),
+    "bare": lambda: write_reply(SIGNED, order()),
 }
 
 

@@ -178,7 +178,7 @@ def test_a_coordinator_that_cuts_its_log_between_two_orders_is_noted_at_every_si
     path.write_bytes(b"".join(kept.splitlines(keepends=True)[:-9]))
     log = open_log(fed)
     try:
-        hospitals.run(STUDY, "after-the-cut", records=Records(log, fed.state))
+        hospitals.run(STUDY, "after-the-cut", records=Records(log, fed.state, lambda: fed.authority))
         for folder in hospitals.sites.values():
             noted = [line["facts"]["problem"] for line in read_lines(folder / "audit.jsonl")
                      if line["event"] == "witness-refused"]  # fmt: skip

@@ -19,12 +19,13 @@ from fedclient.client import client_app
 from fedclient.site import Site
 from fedclient.work import Learned
 from fedserver.checkpoint import RunFolder, create_run, finish_round, read_state
+from shared_models.envelope import signed
 from shared_models.errors import ProcessFailed
 from shared_models.files import read_lines
 from shared_models.nets import initial_weights
 from shared_models.study import Augment, Evaluate, Model, Preprocess, Rounds, Study, Train, canonical, sha256
 from shared_models.weights import Arrays
-from shared_models.wire import Order, Reply, pack, read_reply, tensors_of, write_order, write_reply
+from shared_models.wire import Order, Reply, pack, read_order, read_reply, tensors_of, write_order, write_reply
 from simulations.engine import (
     LocalGrid,
     NodeConfig,
@@ -255,7 +256,8 @@ def asked(message_id: str) -> Message:
 
 def told(message: Message) -> NodeConfig:
     """What makes a stand-in answer `message`."""
-    reply = write_reply(Reply("hello", "a", "toy", 1, 1, sha256(TOY), "b" * 64), message)
+    facts = Reply("hello", "a", "toy", 1, 1, sha256(TOY), "b" * 64)
+    reply = write_reply(signed(facts, read_order(message), None), message)
     return {"does": "answers", "reply": base64.b64encode(message_to_proto(reply).SerializeToString()).decode()}
 
 

@@ -20,11 +20,12 @@ from fedclient.work import carry_out as carry_out_at_site
 from fedserver.app import proof
 from fedserver.checkpoint import RunFolder, State, create_run, read_plan, read_state, trained_study
 from fedserver.cohort import Presence
-from fedserver.conversation import Setting
 from fedserver.courier import Inline
 from fedserver.enrol import Federation, init_federation
 from fedserver.rounds import carry_out
+from fedserver.setting import Setting
 from shared_models import nets
+from shared_models.envelope import signed
 from shared_models.errors import OrderRefused, RoundPaused, StateInvalid, StudyInvalid, SumAborted, UpdateRejected
 from shared_models.files import canonical_json, read_lines
 from shared_models.identity import stated
@@ -243,7 +244,7 @@ def test_statistics_and_their_answer_come_back_from_the_wire_as_they_went(data):
     sent = write_order(order("statistics", base_sha256=NO_WEIGHTS), 1)
     assert sent.metadata.message_type == "query"
     reply = carry_out_at_site(read_order(sent), {}, here(data), ToyLearner()).reply
-    assert read_reply(write_reply(reply, sent), "east") == reply
+    assert read_reply(write_reply(signed(reply, read_order(sent), None), sent), "east") == reply
     assert reply.fingerprint == site_fingerprint(here(data), STUDY)
     assert isinstance(reply, Reply)
 

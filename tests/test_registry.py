@@ -34,7 +34,7 @@ from shared_models.plan import Plan
 from shared_models.plan import sha256 as plan_sha256
 from shared_models.protect.privacy import Protect
 from shared_models.protect.secure import SecureAggregation
-from shared_models.provenance import AUDIT, ENVIRONMENT, ROSTER, against_kept, check_provenance
+from shared_models.provenance import ANSWERS, AUDIT, ENVIRONMENT, ROSTER, against_kept, check_provenance
 from shared_models.release import MANIFEST, Manifest, Trust, open_release, seal
 from shared_models.standing import read_standings
 from shared_models.study import Model, Study, Transfer, canonical, sha256
@@ -127,7 +127,26 @@ def test_the_lines_of_the_log_are_about_the_run_and_prove_their_place(hospitals,
     lines = [json.loads(leaf["line"]) for leaf in extract["leaves"]]
     assert {line["facts"]["run"] for line in lines} == {"lung"}
     assert [line["event"] for line in lines] == ["run-opened", *["round-closed"] * 3, "run-finished"]
-    check_provenance(open_release(copy, trust), trust.authorities)
+    shown = check_provenance(open_release(copy, trust), trust.authorities)
+    counted = sum(len(line["facts"]["counted"]) for line in lines if line["event"] == "round-closed")
+    assert f"{counted} updates that were counted are signed by their hospitals, each for its round of its run" in shown
+
+
+def test_what_a_hospital_has_not_signed_counts_for_nothing_in_the_evidence(copy, hospitals, tmp_path):
+    def edit(facts: Any) -> None:
+        facts["answers"][0]["envelope"] = facts["answers"][0]["envelope"].replace('"round":1', '"round":2')
+
+    def swap(facts: Any) -> None:
+        one, other = facts["answers"][:2]
+        one["signature"], other["signature"] = other["signature"], one["signature"]
+
+    def cut(facts: Any) -> None:
+        del facts["answers"][0]
+
+    for n, (change, words) in enumerate([(edit, "lacks what"), (swap, "signed it"), (cut, "lacks what")]):
+        found = spoilt(Path(shutil.copytree(copy, tmp_path / str(n))), hospitals, ANSWERS, change)
+        assert found.file == ANSWERS
+        assert words in str(found)
 
 
 def spoilt(copy: Path, hospitals: Hospitals, name: str, change: Any) -> ReleaseInvalid:

@@ -20,11 +20,11 @@ from fedserver import plots
 from fedserver.checkpoint import RunFolder
 from fedserver.cohort import Presence
 from fedserver.comparison import Spread, matrix, mean_over_sites, results, verdict
-from fedserver.conversation import Setting
 from fedserver.courier import Inline
 from fedserver.page import parts_in_words, ranges, render
 from fedserver.report import Comparison, curves, facts, write_report
 from fedserver.rounds import carry_out
+from fedserver.setting import Setting
 from shared_models.errors import OrderRefused
 from shared_models.figure_text import duration_text, size_text
 from shared_models.files import append_json, read_json, read_lines

@@ -11,9 +11,9 @@ from flwr.common.constant import ErrorCode
 
 from fedserver.checkpoint import RunFolder, State, read_progress, read_state
 from fedserver.cohort import Presence, choose
-from fedserver.conversation import Setting
 from fedserver.courier import Inline
 from fedserver.rounds import carry_out
+from fedserver.setting import Setting
 from shared_models.errors import RoundPaused
 from shared_models.files import read_lines
 from shared_models.study import Evaluate, Rounds, Strategy, Study
@@ -373,7 +373,7 @@ def test_an_order_tells_each_site_which_of_its_updates_was_counted_last(tmp_path
 
 def test_progress_says_since_when_each_site_is_in_its_state_and_anew_for_each_order(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("fedserver.conversation.time.time", lambda: 5000.0 + now[0])
+    monkeypatch.setattr("fedserver.setting.time.time", lambda: 5000.0 + now[0])
     since: dict[tuple[int, str, str], set[float]] = {}  # round, site, state -> since
 
     def presence(clock: Clock) -> Presence:

@@ -17,7 +17,6 @@ from fedclient.explain import explained
 from fedclient.own_log import log_of
 from fedclient.policy import Policy
 from fedclient.site import Site
-from fedserver.app import newest_roster
 from fedserver.lifecycle import revoke
 from shared_models.errors import RoundPaused, StateInvalid
 from shared_models.files import read_lines
@@ -52,7 +51,6 @@ def hospitals(edge: Edge, quick_folder: Path) -> Hospitals:
 
 
 def secure(hospitals: Hospitals, study: Study = STUDY, **change: Any):
-    change = {"roster": lambda: newest_roster(hospitals.edge.federation)} | change
     return hospitals.run(study, app=toy_app(LEARNER), weights=FLOATS, **change)
 
 
@@ -94,8 +92,8 @@ def test_a_site_sums_with_the_partners_that_its_own_file_names_and_is_left_out_w
     assert left == {"choosy": {"state": "refused", "reason": "PARTNERS_FEW"}}
 
 
-def test_a_coordinator_that_shows_an_older_roster_gets_no_keys(hospitals, edge):
-    older = newest_roster(edge.federation)
+def test_a_coordinator_that_shows_an_older_roster_gets_no_keys(hospitals):
+    older = hospitals.records.roster()
     hospitals.join("newer", INSIDE)
     with pytest.raises(RoundPaused, match="a: ROSTER_MISMATCH"):
         secure(hospitals, roster=lambda: older)
@@ -109,7 +107,7 @@ def test_a_site_that_is_revoked_during_a_sum_is_in_none_and_the_others_sum_on_th
         looked.append(1)
         if len(looked) == 3:  # keys are there, shares are asked for next
             revoke(edge.federation, "d", "left the consortium")
-        return newest_roster(edge.federation)
+        return hospitals.records.roster()
 
     state, run = secure(hospitals, replace(STUDY, evaluate=Evaluate(every=0)), roster=revoking)
     assert state.cohort == ("a", "b", "c")

@@ -15,10 +15,10 @@ from fedclient.sums import Sums
 from fedclient.work import Holding, Learned
 from fedserver.checkpoint import RunFolder, State, read_progress, read_state
 from fedserver.cohort import Presence
-from fedserver.conversation import Setting
 from fedserver.courier import Inline
 from fedserver.report import facts, write_report
 from fedserver.rounds import carry_out
+from fedserver.setting import Setting
 from shared_models.class_counts import ClassCounts, class_counts, temperature
 from shared_models.errors import OrderRefused, RoundPaused, SumAborted
 from shared_models.files import read_lines

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from shared_models.envelope import signed
 from shared_models.errors import WeightsInvalid
 from shared_models.metrics import counts
 from shared_models.study import Study, canonical, sha256
@@ -54,7 +55,7 @@ def message(facts: object, protocol: object = PROTOCOL) -> Message:
 def test_an_order_and_a_reply_come_back_as_they_went():
     sent = write_order(ORDER, 1)
     assert read_order(sent) == ORDER
-    assert read_reply(write_reply(REPLY, sent), "north") == REPLY
+    assert read_reply(write_reply(signed(REPLY, ORDER, None), sent), "north") == REPLY
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=8), any_array, max_size=3))
@@ -105,7 +106,7 @@ def test_bytes_that_are_no_array_are_refused(data):
 
 @pytest.mark.parametrize("protocol", [PROTOCOL + 1, "1", b"1"])
 def test_another_protocol_version_is_refused_and_says_both(protocol):
-    with pytest.raises(MessageInvalid, match="this side speaks 1"):
+    with pytest.raises(MessageInvalid, match="this side speaks 2"):
         read_order(message(dump(ORDER), protocol))
 
 

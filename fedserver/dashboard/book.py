@@ -43,6 +43,8 @@ KINDS = {  # event -> what happened, and how it is marked
     "reply-refused": ("order refused", "bad"),
     "reply-rejected": ("reply not accepted", "bad"),
     "reply-failed": ("order failed", "bad"),
+    "reply-duplicate": ("answered twice", "look"),
+    "answer-forged": ("not signed for this order", "bad"),
     "release-made": ("release made", "good"),
     "release-approved": ("release approved", "good"),
     "release-retired": ("release retired", "look"),

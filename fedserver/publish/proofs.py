@@ -5,14 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation, open_log, signer
+from fedserver.signed import signed_lines
 from fedserver.state import list_rosters
+from shared_models.alarms import events
+from shared_models.answers import SignedAnswer
 from shared_models.errors import StateInvalid
 from shared_models.evidence import LOG, in_words, verdict_of
 from shared_models.files import canonical_json
 from shared_models.identity import identity_public_key
 from shared_models.parse import plain
-from shared_models.provenance import Extract, Leaf, wanted
+from shared_models.provenance import Answers, Extract, Leaf, wanted
 from shared_models.roster import SignedRoster, read_signed
 
 
@@ -35,6 +39,27 @@ def audit_extract(federation: Federation, runs: Mapping[str, int | None]) -> byt
             leaves.append(Leaf(index, line.decode(), path))
     extract = Extract(head.log, head.size, head.root, head.time, head.signature, tuple(leaves))
     return canonical_json(plain(extract))
+
+
+def answers_extract(federation: Federation, runs: Mapping[str, int | None]) -> bytes:
+    """evidence/answers.json: what the hospitals signed of all that the log says was counted in these runs.
+
+    Raises:
+        StateInvalid: an answer that was counted is not kept any more, or was edited.
+    """
+    found: list[SignedAnswer] = []
+    for run, most in runs.items():
+        closed = [line["facts"] for line in events(federation.audit, ("round-closed",)) if line["facts"]["run"] == run]
+        taken = [facts for facts in closed if most is None or facts["round"] <= most]
+        named = {digest for facts in taken for digest in facts.get("signed", {}).values()}
+        folder = RunFolder(federation.runs / run)
+        kept = {line.sha256: line for line, _ in (signed_lines(folder) if named else ()) if line.sha256 in named}
+        if lost := named - kept.keys():
+            raise StateInvalid(
+                f"{folder.signed}: lacks {len(lost)} answers that were counted. Restore the run's folder from a backup."
+            )
+        found += kept.values()
+    return canonical_json(plain(Answers(tuple(found))))
 
 
 def newest_roster(federation: Federation) -> tuple[bytes, SignedRoster]:

@@ -21,9 +21,10 @@ from flwr.app import Message
 
 from fedserver.checkpoint import RunFolder, create_run
 from fedserver.cohort import Presence
-from fedserver.conversation import Setting
 from fedserver.courier import Beside
 from fedserver.rounds import carry_out
+from fedserver.setting import Setting
+from shared_models.envelope import signed
 from shared_models.study import Evaluate, Rounds, Study
 from shared_models.weights import Arrays, save_arrays
 from shared_models.wire import BlobRef, Reply, read_order, write_reply
@@ -71,7 +72,7 @@ class Answered(LocalGrid):
         site = f"s{message.metadata.dst_node_id}"
         facts = Reply("update", site, order.run, order.round, order.attempt, order.study_sha256, order.base_sha256,
                       examples=100, blob=self.update)  # fmt: skip
-        return write_reply(facts, message)
+        return write_reply(signed(facts, order, None), message)
 
 
 def aggregate(folder: Path, sites: int) -> dict[str, float]:

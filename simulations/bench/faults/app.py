@@ -23,12 +23,14 @@ from fedclient.client import client_app
 from fedclient.kept import kept_path
 from fedclient.site import Site, open_site
 from fedclient.work import Holding, Learned
+from shared_models.envelope import signed
 from shared_models.files import read_json, write_json
+from shared_models.identity import load_secret, new_identity_key
 from shared_models.scores import Score
 from shared_models.study import Study
 from shared_models.transfer import Blobs, file_digest, site_context
 from shared_models.weights import Arrays, load, save_arrays
-from shared_models.wire import PROTOCOL, BlobRef, Reply, Split, read_order, read_reply, write_reply
+from shared_models.wire import PROTOCOL, BlobRef, Reply, SignedReply, Split, read_order, read_reply, write_reply
 
 MOST_SITES = 16
 EXAMPLES = 100
@@ -127,7 +129,7 @@ Lie = Callable[[Message, Reply, Site, Path], Message]
 
 def facts(**change: Any) -> Lie:
     """An honest update under false facts."""
-    return lambda message, told, site, kept: write_reply(replace(told, **change), message)
+    return lambda message, told, site, kept: told_by(site, replace(told, **change), message)
 
 
 def tensors(spoil: Callable[[dict[str, Any], int], None]) -> Lie:
@@ -138,7 +140,7 @@ def tensors(spoil: Callable[[dict[str, Any], int], None]) -> Lie:
         spoil(arrays, own_place(site.name))
         path = site.folder / "lie.safetensors"
         save_arrays(path, arrays)
-        return write_reply(replace(told, blob=_sent(site, path)), message)
+        return told_by(site, replace(told, blob=_sent(site, path)), message)
 
     return lie
 
@@ -161,32 +163,39 @@ def garbage(message: Message, told: Reply, site: Site, kept: Path) -> Message:
     """A blob that is no tensors at all."""
     path = site.folder / "lie.bin"
     path.write_bytes(b"\xff" * 4096)
-    return write_reply(replace(told, blob=_sent(site, path)), message)
+    return told_by(site, replace(told, blob=_sent(site, path)), message)
 
 
 def replay(message: Message, told: Reply, site: Site, kept: Path) -> Message:
     """The reply of an earlier round, word for word, and its update uploaded again; the first one is kept for it."""
-    path = site.folder / "replayed.bin"
+    path = site.folder / "replayed.json"
     blob = path.with_suffix(".safetensors")
     if not path.exists():
         shutil.copyfile(kept, blob)
-        path.write_bytes(_facts(write_reply(told, message)))
+        first = _signed(site, told, message)
+        write_json(path, {"facts": first.facts.hex(), "envelope": first.envelope.hex(), "by": first.signature.hex()})
     _sent(site, blob)
-    record = ConfigRecord({"protocol": PROTOCOL, "json": path.read_bytes()})
-    return Message(RecordDict({"facts": record}), reply_to=message)
+    parts = read_json(path)
+    return write_reply(SignedReply(*(bytes.fromhex(parts[name]) for name in ("facts", "envelope", "by"))), message)
 
 
-def _facts(reply: Message) -> bytes:
-    record = reply.content["facts"]
-    assert isinstance(record, ConfigRecord)
-    content = record["json"]
-    assert isinstance(content, bytes)
-    return content
+def forge(message: Message, told: Reply, site: Site, kept: Path) -> Message:
+    """The honest reply as somebody signs it who has the site's certificate and node key, and not its identity key."""
+    return write_reply(signed(told, read_order(message), new_identity_key()), message)
+
+
+def _signed(site: Site, told: Reply, message: Message) -> SignedReply:
+    return signed(told, read_order(message), load_secret(site.folder / "keys" / "identity.key"))
+
+
+def told_by(site: Site, told: Reply, message: Message) -> Message:
+    """What a site says and signs."""
+    return write_reply(_signed(site, told, message), message)
 
 
 def bomb(message: Message, told: Reply, site: Site, kept: Path) -> Message:
     """Tensors inside the message, where none belong in a deployment: Flower would inflate them before anybody looks."""
-    content = write_reply(told, message).content
+    content = told_by(site, told, message).content
     content["tensors"] = ArrayRecord({"site": FlowerArray(np.zeros(1 << 20, np.float32))})
     return Message(content, reply_to=message)
 
@@ -198,7 +207,7 @@ def foreign(message: Message, told: Reply, site: Site, kept: Path) -> Message:
 
 def other_version(message: Message, told: Reply, site: Site, kept: Path) -> Message:
     """The same facts in another version of the protocol."""
-    record = ConfigRecord({"protocol": PROTOCOL + 1, "json": _facts(write_reply(told, message))})
+    record = ConfigRecord({"protocol": PROTOCOL + 1, "json": _signed(site, told, message).facts})
     return Message(RecordDict({"facts": record}), reply_to=message)
 
 
@@ -220,6 +229,7 @@ LIES: Mapping[str, Lie] = {
     "no-blob": facts(blob=None),
     "not-sent": facts(blob=BlobRef("b" * 64, 100)),
     "replay": replay,
+    "forge": forge,
     "foreign": foreign,
     "other-version": other_version,
     "bomb": bomb,

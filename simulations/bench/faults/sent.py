@@ -76,7 +76,7 @@ def weights(here: Fleet) -> str:
 
 
 def replayed(here: Fleet) -> str:
-    (here.folder(LIAR) / "replayed.bin").unlink(missing_ok=True)
+    (here.folder(LIAR) / "replayed.json").unlink(missing_ok=True)
     return lies(here, "f17", {
         "not-sent": "rejected UPDATE_MISSING",
         "no-blob": "rejected UPDATE_MISSING",
@@ -84,6 +84,7 @@ def replayed(here: Fleet) -> str:
         "other-study": "rejected OTHER_STUDY",
         "other-weights": "rejected OTHER_WEIGHTS",
         "foreign": "rejected MESSAGE_INVALID",
+        "forge": "rejected BAD_SIGNATURE",
     }) + "; " + _replay(here)  # fmt: skip
 
 

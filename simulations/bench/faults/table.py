@@ -195,7 +195,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "F17",
-        "a reply that is forged, replayed, given twice, or about other weights, studies, sites",
+        "a reply that another key signed, replayed, given twice, or about other weights, studies, sites",
         "counted exactly once by site and round; each lie named",
         (
             *_of(
@@ -208,6 +208,14 @@ FAULTS: tuple[Fault, ...] = (
                 "test_rounds",
                 "a_second_answer_after_the_round_is_taken_away_and_never_counted",
                 "a_reply_that_flower_cannot_read_leaves_out_its_site_alone",
+            ),
+            *_of(
+                "test_answers",
+                "what_is_no_answer_is_written_down_and_the_site_is_counted_with_the_honest_one_after_it",
+                "a_site_in_whose_name_others_answer_each_time_is_left_out_by_that_name_and_the_round_goes_on",
+                "the_answer_to_an_order_that_was_given_before_is_a_replay",
+                "the_answer_to_the_same_attempt_of_a_process_that_was_killed_is_a_replay_by_its_nonce",
+                "of_two_answers_to_two_orders_one_is_counted_and_the_other_noted_as_a_duplicate",
             ),
         ),
     ),

@@ -1,0 +1,214 @@
+"""Replies as they come: each is seen to be the answer to its order, then counted, or left out with its reason.
+
+What is no answer to the order that it names (see `shared_models.envelope`) is no word of the site that was asked: it is
+written down, and the site is asked again, so that nobody is shut out of a round by what others send in his name.
+"""
+
+import logging
+from collections.abc import Mapping
+
+import httpx
+from flwr.app import Message
+
+from fedserver.setting import MOST_REASON, Accept, Seat, Setting, Table, Waited, note
+from fedserver.signed import keep
+from shared_models.envelope import Asked, opened
+from shared_models.errors import AnswerForged, FederationError, UpdateRejected, WeightsInvalid
+from shared_models.wire import MessageInvalid, Reply, SignedReply, read_signed
+
+log = logging.getLogger("fedserver")
+LATER = {  # refusals that are no last word: the round does without the site, and asks it again
+    "APPROVAL_PENDING": "awaits approval at the site",
+    "OUTSIDE_HOURS": "its hospital computes at other hours",
+}
+LOST = frozenset({3, 4, 5, 8})  # Flower's error codes of a node or app that went away, not of one that said no
+
+
+def shut_out(setting: Setting, seats: Mapping[str, Seat]) -> Mapping[str, str]:
+    """Takes their seats from the sites that are revoked: they are not waited for, nor is what they send counted."""
+    revoked = setting.revoked()
+    for site, words in revoked.items():
+        if site in seats and seats[site].state != "counted":
+            seats[site].state, seats[site].reason = "revoked", words
+    return revoked
+
+
+def take(setting: Setting, table: Table, asked: dict[str, Waited], seats: Mapping[str, Seat], accept: Accept) -> bool:
+    """Pulls what has arrived and settles its seats; true when there was anything."""
+    pending = [*asked, *table.late]
+    arrived = False
+    for ids in [[i] for i in pending] if setting.courier.one_by_one else [pending] if pending else []:
+        messages, unreadable = _pull(setting, ids)
+        arrived = arrived or bool(messages or unreadable)
+        revoked = shut_out(setting, seats) if messages else {}
+        for message_id in unreadable:
+            table.late.pop(message_id, None)
+            if message_id in asked:
+                waited = asked.pop(message_id)
+                words = "MESSAGE_UNREADABLE: its reply is no message of Flower"
+                _forged(setting, waited, seats[waited.site], asked, words)
+        for message in messages:
+            message_id = message.metadata.reply_to_message_id
+            if message_id in table.late:
+                waited = table.late.pop(message_id)
+                if waited.site not in revoked and not message.has_error():
+                    _take_late(setting, table, waited, message, accept)
+            elif message_id in asked:
+                waited = asked.pop(message_id)
+                _settle(setting, table, waited, asked, seats[waited.site], message, accept)
+    return arrived
+
+
+def _pull(setting: Setting, ids: list[str]) -> tuple[list[Message], list[str]]:
+    """Replies that are there, and the orders whose reply cannot even be read: Flower raises what its parser raises."""
+    try:
+        return list(setting.grid.pull_messages(ids)), []
+    except (httpx.HTTPError, OSError, MemoryError):
+        raise  # not the doing of one site
+    except Exception:
+        log.exception("a reply could not be read")
+        if len(ids) == 1:
+            return [], ids
+        parts = [_pull(setting, [i]) for i in ids]
+        return [m for part, _ in parts for m in part], [i for _, part in parts for i in part]
+
+
+def _settle(
+    setting: Setting,
+    table: Table,
+    waited: Waited,
+    asked: Mapping[str, Waited],
+    seat: Seat,
+    message: Message,
+    accept: Accept,
+) -> None:
+    """One reply: counted, or left out with its reason; nothing that a site sends ends the run."""
+    site, expected, where = waited.site, waited.expected, f"site {waited.site!r}"
+    if seat.state == "revoked":  # its uploads go with its certificates
+        return
+    if seat.state == "counted":  # an order was given again, and both were answered
+        _second(setting, waited, message)
+        return
+    if message.has_error():
+        _failed(seat, message)
+        return
+    reply = None
+    try:
+        told, reply = _opened(setting, waited.asked, message, where)
+        if setting.records is not None:
+            setting.records.heard(site, reply)
+        if reply.kind == "refusal":
+            _put_off(seat, reply) if reply.refusal in LATER else _refused(seat, reply)
+        else:
+            accept(site, reply, message, expected, False)
+            _counted(setting, table, waited, told, site)
+            seat.state, seat.reason = "counted", ""
+    except AnswerForged as e:
+        _forged(setting, waited, seat, asked, f"{e.code}: {e}")
+        return
+    except (UpdateRejected, WeightsInvalid, MessageInvalid) as e:
+        code = getattr(e, "code", "MESSAGE_INVALID")
+        seat.state = "revoked" if code == "NOT_ON_ROSTER" else "rejected"
+        seat.reason = f"{code}: {e}"[:MOST_REASON]
+    except (FederationError, OSError, MemoryError):
+        raise  # ours to mend, not the site's
+    except Exception:  # a gap in our doubt: this site is left out, and the log says where the gap is
+        log.exception("%s: its reply could not be used", where)
+        seat.state, seat.reason = "rejected", "MESSAGE_INVALID: its reply could not be used"
+    finally:
+        if reply is not None:
+            setting.courier.drop(site, reply)
+    note(setting, f"reply-{seat.state}", expected.run, round=expected.round, site=site, why=seat.reason[:200])
+
+
+def _second(setting: Setting, waited: Waited, message: Message) -> None:
+    """Another answer of a site that is counted: noted, and what it has sent is let go of; its seat stays as it is."""
+    if message.has_error():
+        return
+    site, facts = waited.site, {"round": waited.expected.round, "site": waited.site}
+    try:
+        _, reply = _opened(setting, waited.asked, message, f"site {site!r}")
+    except (UpdateRejected, MessageInvalid) as e:
+        code = getattr(e, "code", "MESSAGE_INVALID")
+        note(setting, "answer-forged", waited.expected.run, attempt=waited.asked.attempt, why=code, **facts)
+        return
+    note(setting, "reply-duplicate", waited.expected.run, why="DUPLICATE", **facts)
+    setting.courier.drop(site, reply)
+
+
+def _opened(setting: Setting, asked: Asked, message: Message, where: str) -> tuple[SignedReply, Reply]:
+    """The reply, once its envelope is seen to be this site's and of this order; raises as `envelope.opened` does."""
+    try:
+        told = read_signed(message, where)
+    except MessageInvalid as error:
+        raise AnswerForged("MESSAGE_INVALID", str(error)) from None
+    key = None if setting.records is None else setting.records.key_of(asked.site)
+    return told, opened(told, asked, key, where)
+
+
+def _counted(setting: Setting, table: Table, waited: Waited, told: SignedReply, label: str) -> None:
+    """Keeps what the site has signed, and that its update of this round is counted."""
+    table.counted.add((waited.site, waited.expected.round))
+    if setting.records is not None:
+        key = setting.records.key_of(waited.site)
+        table.answers[label] = keep(setting.folder, waited.asked, told, key)
+
+
+def _forged(setting: Setting, waited: Waited, seat: Seat, asked: Mapping[str, Waited], words: str) -> None:
+    """Notes a message that is no answer of the site; if that is still waited for, it is asked again."""
+    facts = {"round": waited.expected.round, "site": waited.site, "attempt": waited.asked.attempt}
+    note(setting, "answer-forged", waited.expected.run, **facts, why=words[:200])
+    if not seat.open:
+        return
+    seat.forged = words[:MOST_REASON]
+    if all(other.site != waited.site for other in asked.values()):
+        seat.state, seat.reason = "lost", f"is asked again: in its name came {words}"[:MOST_REASON]
+
+
+def _failed(seat: Seat, message: Message) -> None:
+    if message.error.code in LOST:
+        seat.state, seat.reason = "lost", "its node went away while working"
+    else:
+        seat.state, seat.reason = "failed", _code(message.error.reason)
+
+
+def _put_off(seat: Seat, reply: Reply) -> None:
+    """Asked again in a while, as if for the first time: a hospital may take days to decide."""
+    seat.state, seat.reason = "pending", LATER[reply.refusal or ""]
+    seat.attempt, seat.put_off = 0, seat.put_off + 1
+
+
+def _refused(seat: Seat, reply: Reply) -> None:
+    keys = f" ({', '.join(reply.refusal_keys)})" if reply.refusal_keys else ""
+    about = f" (from {reply.accused})" if reply.accused else ""
+    seat.state, seat.reason, seat.accused = "refused", f"{reply.refusal or 'REFUSED'}{keys}{about}", reply.accused
+
+
+def _take_late(setting: Setting, table: Table, waited: Waited, message: Message, accept: Accept) -> None:
+    """A reply to an order of an earlier round: counted at its staleness weight, or dropped, as the study says."""
+    site, expected, reply = waited.site, waited.expected, None
+    try:
+        told, reply = _opened(setting, waited.asked, message, f"site {site!r}")
+        if setting.records is not None:
+            setting.records.heard(site, reply)
+        if (site, expected.round) in table.counted:
+            note(setting, "reply-duplicate", expected.run, round=expected.round, site=site, why="DUPLICATE")
+        elif table.study.rounds.late == "next" and reply.kind == "update":
+            accept(site, reply, message, expected, True)
+            _counted(setting, table, waited, told, f"{site} (round {expected.round})")
+            note(setting, "reply-counted", expected.run, round=expected.round, site=site, why="late")
+    except AnswerForged as e:
+        facts = {"round": expected.round, "site": site, "attempt": waited.asked.attempt}
+        note(setting, "answer-forged", expected.run, **facts, why=f"{e.code}: {e}"[:200])
+    except FederationError as e:
+        seat = table.seats.setdefault(site, Seat())
+        seat.reason = f"{seat.reason}; its late update was left out: {e}"
+    finally:
+        if reply is not None:
+            setting.courier.drop(site, reply)
+
+
+def _code(reason: str | None) -> str:
+    """The upper-case code of an error that our client sent; other words stay out of status files."""
+    first = (reason or "").split(" ", 1)[0]
+    return first if first.isupper() and len(first) <= 40 else "CLIENT_ERROR"
