@@ -40,6 +40,11 @@ def test_a_process_that_lived_shortly_tells_nothing_of_growth():
     assert growth(list(range(20)), list(range(20))) is None
 
 
+def test_a_line_that_comes_back_within_a_few_rounds_is_no_growth():
+    rounds = [0, *[15] * 8, *[16] * 8]  # many looks at a node that was cut off, then at the same with its connection
+    assert growth(rounds, [90, *[90] * 8, *[140] * 8]) is None
+
+
 def soak_of(tmp_path, **seen):
     return Soak(None, RunFolder(tmp_path), random.Random(0), **seen)  # type: ignore[arg-type]
 

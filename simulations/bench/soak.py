@@ -1,6 +1,6 @@
 """A long run of short rounds while processes are killed, stopped and cut off at random: does anything hang or grow?
 
-    python -m simulations.bench.soak [--sites 8] [--rounds 200] [--seed 0] [--every 6] [--patience 1]
+    python -m simulations.bench.soak [--sites 8] [--rounds 200] [--seed 0] [--every 30] [--patience 1]
 
 Real processes over mutual TLS; the sites do not train (simulations/bench/faults/app.py). What is disturbed, for how
 long and when follows from the seed; how far the rounds have come by then is the machine's. Exits non-zero when a round
@@ -41,6 +41,7 @@ OUTAGE_S = (
     75.0  # more, for each time in a round that the coordinator or its run was killed, or too few sites were there
 )
 WARM_ROUNDS = 15  # before anybody's memory is looked at
+LEAST_ROUNDS = 10  # between what is compared: in fewer, a line that comes back is all the growth that there is
 MOST_GROWTH_MIB = 24.0  # of a process's memory in 100 rounds, and once besides
 MOST_FOLDER_KIB = 96.0  # a round, of the coordinator's folder and of a site's, logs left out
 MOST_FILES = 8.0  # more open files of a process at the end than at the beginning
@@ -250,8 +251,10 @@ def growth(rounds: list[int], values: list[int]) -> tuple[float, int] | None:
         return None
     quarter = max(1, len(kept) // 4)
     first, last = kept[:quarter], kept[-quarter:]
-    grown = median(v for _, v in last) - median(v for _, v in first)
-    return grown, round(median(n for n, _ in last) - median(n for n, _ in first))
+    over = round(median(n for n, _ in last) - median(n for n, _ in first))
+    if over < LEAST_ROUNDS:
+        return None
+    return median(v for _, v in last) - median(v for _, v in first), over
 
 
 def judged(going: Soak) -> list[str]:
@@ -337,7 +340,7 @@ def main() -> None:
     parser.add_argument("--sites", type=int, default=8, help="at most 16")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of what is disturbed, for how long, and when")
-    parser.add_argument("--every", type=float, default=6.0, help="seconds between two disturbances, on average")
+    parser.add_argument("--every", type=float, default=30.0, help="seconds between two disturbances, on average")
     parser.add_argument("--patience", type=float, default=1.0, help="slack of rounds, in multiples: of a busy machine")
     parser.add_argument("--out", type=Path, help="keep all folders and logs here")
     arguments = parser.parse_args()
