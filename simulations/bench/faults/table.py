@@ -297,7 +297,7 @@ FAULTS: tuple[Fault, ...] = (
         (
             *_of(
                 "test_sums",
-                "killed_at_a_line_a_site_never_does_a_step_twice_and_never_hangs",
+                "killed_at_any_line_a_site_never_does_a_step_twice_and_never_hangs",
                 "secrets_are_sealed_on_disk_and_gone_when_the_sum_has_ended",
             ),
             *_of("test_secure_round", "a_coordinator_that_is_killed_at_any_step_goes_on_to_the_same_weights"),
@@ -335,10 +335,9 @@ FAULTS: tuple[Fault, ...] = (
                 "test_ledger",
                 "a_book_that_was_put_back_from_a_backup_is_refused",
                 "a_book_that_is_gone_or_has_lost_its_witness_is_not_begun_anew",
-                "killed_at_any_line_of_its_chain_the_book_holds_what_was_trained",
-                "killed_at_a_line_the_book_never_counts_less_than_was_trained",
+                "killed_at_any_line_the_book_never_counts_less_than_was_trained",
             ),
-            *_of("test_spending", "killed_at_a_line_no_training_is_missing_from_the_book"),
+            *_of("test_spending", "killed_at_any_line_of_a_round_no_training_is_missing_from_the_book"),
         ),
     ),
 )
