@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 # the tests of real processes measure time and use all cores themselves: one after the other
 unit = $(BIN)/python -m pytest -m "not process" -n auto --dist loadfile
-processes = $(BIN)/python -m pytest -m process
+processes = $(BIN)/python -m pytest -m process -n 2 --dist loadfile
 
 .PHONY: setup demo test check bench bench-faults soak wheels clean
 
