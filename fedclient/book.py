@@ -53,6 +53,7 @@ class Book:
         latest: the last lines of what has left, the newest last.
         runs: by name, the one of the last event last.
         work: the order that was taken last and not answered yet.
+        refused: orders that were not carried out, in the log of the identity key of now.
     """
 
     folder: Path
@@ -63,6 +64,7 @@ class Book:
     latest: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MOST_SENT))
     runs: dict[str, RunHere] = field(default_factory=dict)
     work: dict[str, Any] | None = None
+    refused: int = 0
     last_refused: dict[str, Any] | None = None
     alarms: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=MOST_ALARMS))
     _earlier: list[str] = field(default_factory=list)
@@ -99,7 +101,7 @@ class Book:
         for path in earlier_logs(self.folder):
             for line in events_in(path.read_bytes(), WORK):
                 self._note(line)
-        self.work = self.last_refused = None
+        self.work, self.refused, self.last_refused = None, 0, None
         self.alarms.clear()
 
     def _take(self, content: bytes) -> None:
@@ -119,7 +121,7 @@ class Book:
             if line["event"] == "sent":
                 self._sent({"time": float(line["time"]), **line["facts"]})
             elif line["event"] == "order-refused":
-                self.last_refused = told_of(line)
+                self.refused, self.last_refused = self.refused + 1, told_of(line)
             self.work = worked(self.work, line)
             self._run(line)
 

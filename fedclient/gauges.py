@@ -1,7 +1,6 @@
 """Figures of a site for Prometheus: its connection, work done, bytes sent, privacy spent, disk. None of a patient."""
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fedclient import egress
+from fedclient.book import Book
 from fedclient.overview import overview
-from shared_models.alarms import events
 
 STATES = ("connected", "working", "away", "refused", "stopped")
 
@@ -25,7 +23,8 @@ class Figures(Collector):
     folder: Path
 
     def collect(self) -> Iterator[Metric]:
-        facts = overview(self.folder)
+        book = Book(self.folder)
+        facts = overview(self.folder, book)
         state = facts["connection"]["state"]
         connection = GaugeMetricFamily("fedclient_connection", "1 for the state that it is in.", labels=["state"])
         for name in STATES:
@@ -34,9 +33,9 @@ class Figures(Collector):
         heard = facts["connection"]["heard_at"]
         yield _gauge("heard_timestamp_seconds", "When the coordinator last answered; 0: never.", heard or 0.0)
         yield CounterMetricFamily("fedclient_rounds", "Updates that were sent.", value=facts["rounds_done"])
-        yield from _sent(self.folder)
-        refused = sum(1 for _ in events(self.folder / "audit.jsonl", ("order-refused",)))
-        yield CounterMetricFamily("fedclient_refused_orders", "Orders that this site did not carry out.", value=refused)
+        yield from _sent(book)
+        words = "Orders that this site did not carry out."
+        yield CounterMetricFamily("fedclient_refused_orders", words, value=book.refused)
         work = facts["work"]
         yield _gauge("work_seconds", "Age of the order under way; 0: none.", time.time() - work["since"] if work else 0)
         yield _gauge("studies_waiting", "Studies that wait for a decision here.", facts["studies_waiting"])
@@ -53,12 +52,9 @@ class Figures(Collector):
         yield restarts
 
 
-def _sent(folder: Path) -> Iterator[Metric]:
-    sizes: Counter[str] = Counter()
-    for line in egress.sent(folder):
-        sizes[line["kind"]] += int(line["bytes"])
+def _sent(book: Book) -> Iterator[Metric]:
     family = CounterMetricFamily("fedclient_sent_bytes", "What has left this site, by kind.", labels=["kind"])
-    for kind, size in sorted(sizes.items()):
+    for kind, (_, size) in sorted(book.kinds.items()):
         family.add_metric([kind], size)
     yield family
 

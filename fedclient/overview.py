@@ -3,11 +3,10 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from fedclient.book import WORK, Book, worked
+from fedclient.book import Book
 from fedclient.consent import undecided
 from fedclient.data.quota import cache_bytes
 from fedclient.ledger import open_ledger
@@ -15,7 +14,7 @@ from fedclient.node import NodeFiles
 from fedclient.renewal import certificate_of, check_keys, expiry_warning, read_roster
 from fedclient.site import SiteFile, read_site_file
 from fedclient.welcome import refused_words
-from shared_models.alarms import alarms_in, events
+from shared_models.alarms import alarms_in
 from shared_models.errors import FederationError
 from shared_models.files import read_json
 from shared_models.supervise import read_status, troubles
@@ -83,11 +82,6 @@ def connection(folder: Path, running: Mapping[str, Any], now: float) -> dict[str
         since = "never" if at is None else f"not for {now - at:.0f} s"
         state, words = "away", f"the coordinator was heard of {since}; `fedclient doctor` looks for the cause"
     return {"state": state, "words": words, "heard_at": at}
-
-
-def work_under_way(folder: Path) -> dict[str, Any] | None:
-    """The order that was taken last and not answered yet: run, round, kind, since; None where there is none."""
-    return reduce(worked, events(folder / "audit.jsonl", WORK), None)
 
 
 def disk_facts(folder: Path, file: SiteFile, counted: Callable[[Path], int] = cache_bytes) -> dict[str, Any]:

@@ -125,15 +125,13 @@ def _second(setting: Setting, waited: Waited, message: Message) -> None:
     """Another answer of a site that is counted: noted, and what it has sent is let go of; its seat stays as it is."""
     if message.has_error():
         return
-    site, facts = waited.site, {"round": waited.expected.round, "site": waited.site}
     try:
-        _, reply = _opened(setting, waited.asked, message, f"site {site!r}")
+        _, reply = _opened(setting, waited.asked, message, f"site {waited.site!r}")
     except (UpdateRejected, MessageInvalid) as e:
-        code = getattr(e, "code", "MESSAGE_INVALID")
-        note(setting, "answer-forged", waited.expected.run, attempt=waited.asked.attempt, why=code, **facts)
+        _note_forged(setting, waited, getattr(e, "code", "MESSAGE_INVALID"))
         return
-    note(setting, "reply-duplicate", waited.expected.run, why="DUPLICATE", **facts)
-    setting.courier.drop(site, reply)
+    _note_duplicate(setting, waited)
+    setting.courier.drop(waited.site, reply)
 
 
 def _opened(setting: Setting, asked: Asked, message: Message, where: str) -> tuple[SignedReply, Reply]:
@@ -156,13 +154,22 @@ def _counted(setting: Setting, table: Table, waited: Waited, told: SignedReply, 
 
 def _forged(setting: Setting, waited: Waited, seat: Seat, asked: Mapping[str, Waited], words: str) -> None:
     """Notes a message that is no answer of the site; if that is still waited for, it is asked again."""
-    facts = {"round": waited.expected.round, "site": waited.site, "attempt": waited.asked.attempt}
-    note(setting, "answer-forged", waited.expected.run, **facts, why=words[:200])
+    _note_forged(setting, waited, words)
     if not seat.open:
         return
     seat.forged = words[:MOST_REASON]
     if all(other.site != waited.site for other in asked.values()):
         seat.state, seat.reason = "lost", f"is asked again: in its name came {words}"[:MOST_REASON]
+
+
+def _note_forged(setting: Setting, waited: Waited, words: str) -> None:
+    facts = {"round": waited.expected.round, "site": waited.site, "attempt": waited.asked.attempt}
+    note(setting, "answer-forged", waited.expected.run, **facts, why=words[:200])
+
+
+def _note_duplicate(setting: Setting, waited: Waited) -> None:
+    expected = waited.expected
+    note(setting, "reply-duplicate", expected.run, round=expected.round, site=waited.site, why="DUPLICATE")
 
 
 def _failed(seat: Seat, message: Message) -> None:
@@ -192,14 +199,13 @@ def _take_late(setting: Setting, table: Table, waited: Waited, message: Message,
         if setting.records is not None:
             setting.records.heard(site, reply)
         if (site, expected.round) in table.counted:
-            note(setting, "reply-duplicate", expected.run, round=expected.round, site=site, why="DUPLICATE")
+            _note_duplicate(setting, waited)
         elif table.study.rounds.late == "next" and reply.kind == "update":
             accept(site, reply, message, expected, True)
             _counted(setting, table, waited, told, f"{site} (round {expected.round})")
             note(setting, "reply-counted", expected.run, round=expected.round, site=site, why="late")
     except AnswerForged as e:
-        facts = {"round": expected.round, "site": site, "attempt": waited.asked.attempt}
-        note(setting, "answer-forged", expected.run, **facts, why=f"{e.code}: {e}"[:200])
+        _note_forged(setting, waited, f"{e.code}: {e}")
     except FederationError as e:
         seat = table.seats.setdefault(site, Seat())
         seat.reason = f"{seat.reason}; its late update was left out: {e}"

@@ -38,16 +38,22 @@ def signed_lines(folder: RunFolder) -> Iterator[tuple[SignedAnswer, Envelope]]:
         yield line, envelope_of(line, where, StateInvalid)
 
 
+def counted_answers(federation: Federation) -> dict[str, dict[str, int]]:
+    """Run -> SHA-256 of each envelope that the audit log says was counted, and the round in which."""
+    found: dict[str, dict[str, int]] = {}
+    for closed in events(federation.audit, ("round-closed",)):
+        facts = closed["facts"]
+        found.setdefault(facts["run"], {}).update(dict.fromkeys(facts.get("signed", {}).values(), facts["round"]))
+    return found
+
+
 def check_signed(federation: Federation) -> tuple[int, int]:
     """How many answers are kept, in how many runs: each as one of the roster's keys has signed it, and all there.
 
     Raises:
         StateInvalid: naming the run whose record was edited, or lacks an answer that the log says was counted.
     """
-    keys = _keys_of(federation)
-    named: dict[str, set[str]] = {}
-    for closed in events(federation.audit, ("round-closed",)):
-        named.setdefault(closed["facts"]["run"], set()).update(closed["facts"].get("signed", {}).values())
+    keys, named = _keys_of(federation), counted_answers(federation)
     count, runs = 0, 0
     for path in sorted(federation.runs.glob("*/state.json")):
         folder, found = RunFolder(path.parent), set[str]()
@@ -58,7 +64,7 @@ def check_signed(federation: Federation) -> tuple[int, int]:
                     f"to another run. It was edited; restore it from a backup."
                 )
             found.add(line.sha256)
-        if lost := named.get(folder.id, set()) - found:
+        if lost := named.get(folder.id, {}).keys() - found:
             raise StateInvalid(
                 f"{folder.signed}: lacks {len(lost)} answers that the audit log says were counted. It was cut; restore "
                 f"it from a backup."

@@ -51,23 +51,12 @@ def alarms_in(lines: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def last_refused(path: Path) -> dict[str, Any] | None:
-    """The last order that this site did not carry out: time, code, run and round; None where there is none."""
-    return _last(path, ("order-refused",), REFUSAL)
-
-
 def last_turned_down(path: Path) -> dict[str, Any] | None:
     """The last order that a site did not carry out, or reply that was not counted, at the coordinator; None before."""
-    return _last(
-        path, ("reply-refused", "reply-rejected", "reply-failed", "answer-forged"), ("site", "run", "round", "why")
-    )
-
-
-def _last(path: Path, of: Collection[str], facts: Collection[str]) -> dict[str, Any] | None:
     found = None
-    for line in events(path, of):
+    for line in events(path, ("reply-refused", "reply-rejected", "reply-failed", "answer-forged")):
         found = line
-    return None if found is None else told_of(found, facts)
+    return None if found is None else told_of(found, ("site", "run", "round", "why"))
 
 
 def told_of(line: Mapping[str, Any], facts: Collection[str] = REFUSAL) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`fedsim`: multi-site studies on one machine, and the demo."""
 
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from shared_models.cli import guarded, print_json
 from shared_models.errors import StudyInvalid
 from shared_models.files import write_json
 from shared_models.study import load_study, ready_studies
+from simulations.run_commands import CACHE, candidates, explain
 from simulations.scenario_command import scenario, scenarios
 
 app = typer.Typer(
@@ -21,9 +22,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 console = Console(stderr=True)
-CACHE = Path.home() / ".cache" / "fedimaging"
-app.command()(scenarios)
-app.command()(scenario)
+for command in (scenarios, scenario, explain, candidates):
+    app.command()(command)
 
 
 @app.command()
@@ -160,86 +160,6 @@ def compare(
         print_json(results)
         return
     print(compare_run.told(results))
-
-
-@app.command()
-@guarded
-def explain(
-    run: Annotated[Path, typer.Argument(help="Folder of `fedsim run`, or of one run in it.")],
-    data: Annotated[
-        list[Path] | None, typer.Option(help="The data of its sites, as for `fedsim run`; without it, the phantom.")
-    ] = None,
-    layout: Annotated[str, typer.Option(help="How data is laid out; auto finds it.")] = "auto",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for pictures; RUN/explained.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    cases: Annotated[int | None, typer.Option(min=1, help="Of each site, at most: 4; for --check all.")] = None,
-    answer: Annotated[str, typer.Option(help="Which of the study's labels or regions; the first.")] = "",
-    method: Annotated[
-        list[str] | None, typer.Option(help="grad-cam, occlusion or smooth-grad; repeated, each of them.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Last rounds that say how sure an answer is.")] = 1,
-    check: Annotated[
-        bool, typer.Option("--check", help="Ask whether the maps may be believed; exits with 1 if not.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-) -> None:
-    """Draws what moved a run's answers on its sites' cases; or checks such maps against what is known to be there."""
-    from fedclient.explain_command import methods_named, tell
-    from fedclient.training.explaining import Wanted
-    from simulations import explaining
-    from simulations import run as simulation
-    from simulations.site_options import SiteOptions, sites_of
-
-    model, methods = explaining.run_at(run), methods_named(method)
-    folder, how = out or run / "explained", simulation.machine("local", 0, 1, "auto")
-    nodes = sites_of(model.study, folder, SiteOptions(data or [], layout), how, CACHE / "phantom", console.print)
-    if check:
-        which = explaining.Which(split, cases or 10**9)
-        checked = explaining.check_explanations(model, nodes, which, answer, methods, folder)
-        if as_json:
-            print_json([each.plain() for each in checked])
-        else:
-            print(explaining.in_words(checked))
-        raise typer.Exit(0 if all(each.passed for each in checked) else 1)
-    wanted, which = Wanted(answer, methods), explaining.Which(split, cases or 4)
-    told = explaining.explain_sites(model, nodes, which, wanted, folder, rounds)
-    if as_json:
-        print_json(told)
-        return
-    for name, results in told.items():
-        tell(results, folder / name)
-
-
-@app.command()
-@guarded
-def candidates(
-    run: Annotated[Path, typer.Argument(help="Folder of `fedsim run`, or of one run in it.")],
-    data: Annotated[
-        list[Path] | None, typer.Option(help="The data of its sites, as for `fedsim run`; without it, the phantom.")
-    ] = None,
-    layout: Annotated[str, typer.Option(help="How data is laid out; auto finds it.")] = "auto",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for tables; RUN/candidates.")] = None,
-    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Of which patients.")] = "test",
-    least: Annotated[float, typer.Option(min=0, max=1, help="Probability below which nothing is listed.")] = 0.001,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-) -> None:
-    """Lists what a run of a detection finds as points in LPS mm, in the table that LUNA16's evaluation reads."""
-    from fedclient.site import open_site
-    from fedclient.training.candidates import candidates as tables_of
-    from simulations import explaining
-    from simulations import run as simulation
-    from simulations.site_options import SiteOptions, sites_of
-
-    model = explaining.run_at(run)
-    folder, how = out or run / "candidates", simulation.machine("local", 0, 1, "auto")
-    nodes = sites_of(model.study, folder, SiteOptions(data or [], layout), how, CACHE / "phantom", console.print)
-    told = {name: tables_of(model, open_site(config), split, least, folder / name) for name, config in nodes.items()}
-    if as_json:
-        print_json(told)
-        return
-    for name, labels in told.items():
-        for label, rows in labels.items():
-            print(f"{name}: {rows} points  {folder / name / f'{label}.csv'}")
 
 
 @app.command()

@@ -17,6 +17,7 @@ import fedserver.cli
 from fedclient import gauges as site_gauges
 from fedclient import overview as site_overview
 from fedclient import start
+from fedclient.book import Book
 from fedclient.ledger import Reservation, open_ledger
 from fedclient.policy import Policy
 from fedserver import gauges, serve
@@ -24,7 +25,7 @@ from fedserver.enrol import Federation, init_federation, invite
 from fedserver.overview import Overview, overview, schema
 from fedserver.state import Run, add_run, change_run
 from fedserver.submit import submit
-from shared_models.alarms import alarm_words, last_refused
+from shared_models.alarms import alarm_words
 from shared_models.errors import StateInvalid
 from shared_models.files import append_json, write_json
 from shared_models.parse import parse
@@ -148,7 +149,7 @@ def test_alarms_are_shown_by_both_status_commands(played, tmp_path):
     shown = CliRunner().invoke(fedclient.cli.app, ["status", "--site", str(site)]).stdout
     assert "The log of coordinator: nothing vouches for it any more" in shown
     assert "last refused order: DATA_NOT_READY, run toy round 3" in shown
-    assert last_refused(site / "audit.jsonl") == {"time": 6.0, "code": "DATA_NOT_READY", "run": "toy", "round": 3}
+    assert read_on(site).last_refused == {"time": 6.0, "code": "DATA_NOT_READY", "run": "toy", "round": 3}
 
 
 # Figures
@@ -228,18 +229,24 @@ def test_the_connection_is_told_by_what_the_node_has_noted(played, tmp_path):
     assert state(now + 10) == "refused"
 
 
+def read_on(folder: Path) -> Book:
+    book = Book(folder)
+    book.look()
+    return book
+
+
 def test_the_order_under_way_is_the_last_one_that_was_not_answered(tmp_path):
     path = tmp_path / "audit.jsonl"
-    assert site_overview.work_under_way(tmp_path) is None
+    assert read_on(tmp_path).work is None
     log_line(path, "order", 1.0, run="a", round=1, kind="train")
-    assert site_overview.work_under_way(tmp_path) == {"run": "a", "round": 1, "kind": "train", "since": 1.0}
-    log_line(path, "sent", 2.0, run="a", round=1, kind="tensors")
-    assert site_overview.work_under_way(tmp_path) is not None, "the reply with its facts comes after the tensors"
-    log_line(path, "sent", 3.0, run="a", round=1, kind="facts")
-    assert site_overview.work_under_way(tmp_path) is None
+    assert read_on(tmp_path).work == {"run": "a", "round": 1, "kind": "train", "since": 1.0}
+    log_line(path, "sent", 2.0, run="a", round=1, kind="tensors", bytes=9)
+    assert read_on(tmp_path).work is not None, "the reply with its facts comes after the tensors"
+    log_line(path, "sent", 3.0, run="a", round=1, kind="facts", bytes=9)
+    assert read_on(tmp_path).work is None
     log_line(path, "order", 4.0, run="a", round=2, kind="train")
     log_line(path, "order-refused", 5.0, run="a", round=2, kind="train", code="X")
-    assert site_overview.work_under_way(tmp_path) is None
+    assert read_on(tmp_path).work is None
 
 
 def test_page_and_figures_are_processes_of_their_own_where_a_port_is_given(played, federation, tmp_path):

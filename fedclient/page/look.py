@@ -47,20 +47,21 @@ class Looker:
         asked = {each.sha256: each for each in listed}
         at_work, studies = view.round_now(facts, self.book, asked), view.studies(listed)
         waiting = sum(study["waits"] for study in studies)
+        disks, ledger = view.disks(facts), view.ledger(facts["ledger"])
         values: dict[str, Any] = {
             "facts": facts,
             "now_s": now,
             "work": at_work,
-            "summary": view.summary(facts, at_work, waiting, self.book),
+            "summary": view.summary(facts, at_work, waiting, self.book, disks, ledger),
             "connection": view.connection(facts),
             "queue": view.queue(self.book, asked, facts),
             "studies": studies,
             "waiting": waiting,
             "machine": self._seen(file),
-            "disks": view.disks(facts),
+            "disks": disks,
             "card": view.data_card(self.folder),
             "policy": view.policy(file),
-            "ledger": view.ledger(facts["ledger"]),
+            "ledger": ledger,
             "sent": view.sent(self.book),
         }
         return {name: self.pages.get_template(f"{name}.html").render(values) for name in SECTIONS}

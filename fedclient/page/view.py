@@ -255,9 +255,15 @@ def sent(book: Book) -> dict[str, Any]:
     }
 
 
-def summary(facts: Mapping[str, Any], now: Mapping[str, Any] | None, waiting: int, book: Book) -> dict[str, Any]:
-    """The figures at the top."""
-    budgets = ledger(facts["ledger"])
+def summary(
+    facts: Mapping[str, Any],
+    now: Mapping[str, Any] | None,
+    waiting: int,
+    book: Book,
+    room: Mapping[str, Any],
+    budgets: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The figures at the top, of what `disks` and `ledger` tell too."""
     return {
         "state": facts["connection"]["state"],
         "mark": CONNECTION[facts["connection"]["state"]],
@@ -266,7 +272,7 @@ def summary(facts: Mapping[str, Any], now: Mapping[str, Any] | None, waiting: in
         "run": None if now is None else now["run"],
         "waiting": waiting,
         "sent": book.size_bytes,
-        "disk": disks(facts)["disk"],
+        "disk": room["disk"],
         "budget": min(budgets, key=lambda each: 1 - each["share"], default=None),
         "open": facts["open_now"],
     }

@@ -7,9 +7,8 @@ from typing import Any
 
 from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation, open_log, signer
-from fedserver.signed import signed_lines
+from fedserver.signed import counted_answers, signed_lines
 from fedserver.state import list_rosters
-from shared_models.alarms import events
 from shared_models.answers import SignedAnswer
 from shared_models.errors import StateInvalid
 from shared_models.evidence import LOG, in_words, verdict_of
@@ -47,11 +46,9 @@ def answers_extract(federation: Federation, runs: Mapping[str, int | None]) -> b
     Raises:
         StateInvalid: an answer that was counted is not kept any more, or was edited.
     """
-    found: list[SignedAnswer] = []
+    found, counted = list[SignedAnswer](), counted_answers(federation)
     for run, most in runs.items():
-        closed = [line["facts"] for line in events(federation.audit, ("round-closed",)) if line["facts"]["run"] == run]
-        taken = [facts for facts in closed if most is None or facts["round"] <= most]
-        named = {digest for facts in taken for digest in facts.get("signed", {}).values()}
+        named = {digest for digest, number in counted.get(run, {}).items() if most is None or number <= most}
         folder = RunFolder(federation.runs / run)
         kept = {line.sha256: line for line, _ in (signed_lines(folder) if named else ()) if line.sha256 in named}
         if lost := named - kept.keys():

@@ -18,7 +18,7 @@ import httpx
 from websockets.sync.client import ClientConnection, connect
 
 from simulations.demo import free_port
-from tests.processes.serving import ROOT, until
+from tests.processes.serving import ROOT, answers, until
 
 LIVE = "document.getElementById('live')?.dataset.state"
 REACHED = """[...document.querySelectorAll('a[href], button, summary, input, [tabindex="0"]')]
@@ -157,15 +157,12 @@ def served_page(words: Sequence[str], answers_at: str, log: Path) -> Iterator[tu
         )
     url = f"http://127.0.0.1:{port}"
 
-    def answers() -> bool:
+    def up() -> bool:
         assert process.poll() is None, log.read_text()
-        try:
-            return httpx.get(f"{url}{answers_at}", timeout=10).status_code == 200
-        except httpx.HTTPError:
-            return False
+        return answers(f"{url}{answers_at}")
 
     try:
-        until(answers, "the page answers")
+        until(up, "the page answers")
         yield process, url
     finally:
         process.send_signal(signal.SIGCONT)

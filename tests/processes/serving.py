@@ -117,6 +117,14 @@ def until(done: Callable[[], Any], what: str, seconds: float = PATIENCE_S) -> No
         time.sleep(0.1)
 
 
+def answers(url: str) -> bool:
+    """Whether somebody answers there, and well."""
+    try:
+        return httpx.get(url, timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 def missing(*tools: str) -> str:
     """Why a test that needs Debian's tools is skipped; empty where they are there."""
     packages = {"storescu": "dcmtk", "storescp": "dcmtk", "Orthanc": "orthanc orthanc-dicomweb", "chromium": "chromium"}
@@ -176,14 +184,8 @@ def orthanc(folder: Path, peer_port: int) -> Iterator[Orthanc]:
         process = subprocess.Popen(["Orthanc", str(folder / "orthanc.json")], stdout=log, stderr=log)
     url = f"http://127.0.0.1:{http}"
 
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{url}/dicom-web/studies", timeout=10).status_code == 200
-        except httpx.HTTPError:
-            return False
-
     try:
-        until(answers, "Orthanc answers")
+        until(lambda: answers(f"{url}/dicom-web/studies"), "Orthanc answers")
         yield Orthanc(url, dicom)
     finally:
         process.terminate()
