@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from simulations.run_commands import CACHE
 from simulations.compare_run import Request, carry_out_request, machine_of, told
 from simulations.compare_tables import summary
+from simulations.run_commands import CACHE
 from simulations.site_options import SiteOptions
 
 STUDY, PLAIN = "chest-xray", "fedavg"
