@@ -181,7 +181,7 @@ class Feed:
 
 def _sign(page: Page) -> dict[str, float]:
     """The time now and of the last look, by this machine's clock."""
-    return {"now": round(time.time(), 3), "looked": round(page.looked_s, 3)}
+    return {"now": time.time(), "looked": page.looked_s}
 
 
 def frame(event: str, content: Mapping[str, object], number: str | None = None) -> bytes:

@@ -6,9 +6,12 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
+from fedclient.consent import decide
+from fedclient.site import open_site
 from fedserver.checkpoint import RunFolder
 from shared_models.protect.privacy import Protect
 from shared_models.protect.secure import SecureAggregation
+from shared_models.study import Study, sha256
 from simulations.bench.faults.fleet import COORDINATOR, Fleet, await_finished, await_that, study, told
 from simulations.bench.faults.kills import check, sound
 
@@ -22,6 +25,7 @@ def killed_in_a_sum(here: Fleet) -> str:
     bounds = SecureAggregation(clip=8.0, most_examples=128, step_s=25.0)
     made = replace(study("f24", 2 * len(STEPS), quorum=3, deadline_s=300.0), protect=Protect(secure_aggregation=bounds))
     run, seen = here.begin("f24", made), list[str]()
+    _accepted(here, made)
     for number, (victim, step) in enumerate(((v, s) for v in ("site", "coordinator") for s in STEPS), start=1):
         at = await_that(f"{step} in round {number}", partial(_reached, here, number, step), 300)
         here.killed(VICTIM, "executor") if victim == "site" else here.killed(COORDINATOR, "run")
@@ -32,6 +36,15 @@ def killed_in_a_sum(here: Fleet) -> str:
         check(sorted(_summed(run, number)) == list(here.sites), f"round {number}: the sum is of {_summed(run, number)}")
     sound(run)
     return f"{len(seen)} kills ({', '.join(seen)}): each round's sum is of all three sites, and exact"
+
+
+def _accepted(here: Fleet, made: Study) -> None:
+    """A person at each site approves it: after studies of the same images without secure sums no policy does."""
+    digest = sha256(made)
+    for name in here.sites:
+        folder = here.folder(name)
+        await_that(f"the study has come to {name}", (folder / "studies" / digest / "study.json").exists)
+        decide(open_site({"site-dir": str(folder)}), digest, "approved", also_alike=True)
 
 
 def _summed(run: RunFolder, number: int) -> list[str]:
