@@ -1,6 +1,7 @@
 """The arrows and doors of the design, kept."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -80,13 +81,21 @@ DOORS: dict[str, tuple[str, ...]] = {
 FILES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))
 
 
-def imported(path: Path, only_at_the_top: bool = False) -> set[str]:
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Everything that stands in a file; hundreds of files are asked many times."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
+def imported(path: Path, only_at_the_top: bool = False) -> frozenset[str]:
     """Top-level packages that `path` imports, anywhere or as it is imported itself."""
-    tree = ast.parse(path.read_text())
-    nodes = list(tree.body if only_at_the_top else ast.walk(tree))
+    module = nodes_of(path)[0]
+    assert isinstance(module, ast.Module)
+    nodes = module.body if only_at_the_top else nodes_of(path)
     names = [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
     names += [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
-    return {name.partition(".")[0] for name in names}
+    return frozenset(name.partition(".")[0] for name in names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -108,14 +117,9 @@ def test_nothing_is_unpickled_and_no_text_is_run():
     banned = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
     for path in FILES:
         assert not imported(path) & banned, f"{path.name} imports {imported(path) & banned}"
-        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-        names = {f.id for f in calls if isinstance(f, ast.Name)}
+        calls = [n for n in nodes_of(path) if isinstance(n, ast.Call)]
+        names = {n.func.id for n in calls if isinstance(n.func, ast.Name)}
         assert not names & {"eval", "exec"}, f"{path.name} calls eval or exec"
-        loads = [
-            n
-            for n in ast.walk(ast.parse(path.read_text()))
-            if isinstance(n, ast.Call) and ast.unparse(n.func) in ("torch.load", "np.load", "numpy.load")
-        ]
-        for call in loads:
+        for call in (n for n in calls if ast.unparse(n.func) in ("torch.load", "np.load", "numpy.load")):
             words = {k.arg: ast.unparse(k.value) for k in call.keywords}
             assert words.get("weights_only") == "True" or words.get("allow_pickle") == "False", ast.unparse(call)
