@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -22,6 +22,9 @@ from shared_models.errors import StateInvalid
 from shared_models.files import read_json, write_atomic
 from shared_models.identity import load_secret
 from shared_models.parse import STRICT, parse, plain, read_toml
+
+if TYPE_CHECKING:
+    from fedclient.data.cases import Listing  # with the image readers, which half of the commands can do without
 
 DATA_FILE = "data.toml"
 UNIT = "\x1f"  # ASCII's unit separator, between the sites of a simulated node: a manifest's names may hold commas
@@ -115,6 +118,14 @@ def _always() -> None:
     """Work under way goes on."""
 
 
+@dataclass(slots=True)
+class Once:
+    """What holds for a site as it was opened, which is for one order: the training goes by the listing that the gate
+    has looked at."""
+
+    listing: "Listing | None" = None
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """One institution at work.
@@ -131,6 +142,7 @@ class Site:
         policy: what the hospital allows; asked in a deployment.
         simulated_sums: of a simulation; see `sums`.
         go_on: called between the steps of work under way; raises OrderRefused once it may not go on.
+        once: shared by copies of this site.
     """
 
     name: str
@@ -157,6 +169,7 @@ class Site:
     limits: Limits = field(default_factory=Limits)
     simulated_sums: Path | None = None
     hidden: frozenset[str] = frozenset()
+    once: Once = field(default_factory=Once, repr=False, compare=False)
 
     @property
     def sums(self) -> Path:

@@ -17,6 +17,7 @@ TORN_S = 86400.0  # what a killed process left half written
 LOOK = 8  # cases from whose size that of all is estimated
 DOUBT = 0.75  # a run is not refused on an estimate unless it is too large by so much
 SPARE_BYTES = GIB // 4  # of the disk, for others
+SHARE, LOOKED_S = 64, 60.0  # of what was free at the last look, a process fills so much, for so long, before the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,17 @@ class _File:
     used_at: float
 
 
+@dataclass(slots=True)
+class _Look:
+    """What this process may still write before it looks at the files again, which takes as long as they are many."""
+
+    left_bytes: int
+    until_s: float
+
+
+_looks: dict[Room, _Look] = {}
+
+
 def used(path: Path) -> None:
     """Notes that a file is in use; not by its access time, which many disks do not keep."""
     with suppress(FileNotFoundError):
@@ -49,13 +61,19 @@ def cache_bytes(cache: Path) -> int:
 def make_room(room: Room, size_bytes: int) -> None:
     """Lets go of files until `size_bytes` fit in: the least recently used first, and none of the plan in use.
 
-    A file that goes while another process has it mapped stays readable there.
+    A file that goes while another process has it mapped stays readable there. So many processes may fill the cache at
+    once as `SHARE` says, and none of them writes more than the quota.
 
     Raises:
         OrderRefused: `CACHE_FULL`: the present run alone fills the quota.
     """
+    look = _looks.get(room)
+    if look is not None and size_bytes <= look.left_bytes and time.monotonic() < look.until_s:
+        look.left_bytes -= size_bytes
+        return
     files = _files(room)
     held = sum(file.size_bytes for file in files)
+    _looks[room] = _Look((room.quota_bytes - held - size_bytes) // SHARE, time.monotonic() + LOOKED_S)
     for file in _spare(room, files):
         if held + size_bytes <= room.quota_bytes:
             return

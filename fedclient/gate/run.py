@@ -151,20 +151,24 @@ def standing(site: Site, needs: Needs) -> Standing:
 def listed(site: Site) -> Listing:
     """What the folder holds; a table that does not describe it is one blocking finding, without its names."""
     try:
-        return list_cases(site.where, site.salt)
+        site.once.listing = list_cases(site.where, site.salt)
+        return site.once.listing
     except (ManifestInvalid, ImageUnreadable) as e:
         code = e.code if e.code in CATALOGUE else "MANIFEST_INVALID"
         return Listing("unknown", (), (finding(code, nameless(str(e), site.data)),))
 
 
 def usable_cases(site: Site) -> tuple[Case, ...]:
-    """The cases that may take part: those of the listing that no waiver takes out.
+    """The cases that may take part: those of the listing that no waiver takes out, and of the listing that the gate
+    has seen where it has.
 
     Raises:
         ManifestInvalid: as `list_cases`.
     """
     out = excluded(read_waivers(site.folder)) if site.deployed else frozenset()
-    return tuple(case for case in list_cases(site.where, site.salt).cases if case.key not in out)
+    if site.once.listing is None:  # a large table takes seconds
+        site.once.listing = list_cases(site.where, site.salt)
+    return tuple(case for case in site.once.listing.cases if case.key not in out)
 
 
 def cheap_findings(site: Site) -> list[Finding]:

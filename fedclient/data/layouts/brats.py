@@ -8,6 +8,7 @@ values.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path, PurePath
 
 from fedclient.data.cases import Case, Channel, Listing, Mask
@@ -101,18 +102,18 @@ def _cases(where: Where, salt: str, year: str) -> Listing:
     return Listing(f"BraTS {year}, {len(listed)} cases", (*listed.values(),), tuple(findings))
 
 
-def _years(seen: Peek) -> set[str]:
+@lru_cache(maxsize=1)  # every year's layout asks it of one folder
+def _years(seen: Peek) -> frozenset[str]:
     """The years that the names in a folder tell; UNTOLD among them where cases tell none."""
     told: set[str] = set()
     for name in seen.files:
-        path = PurePath(name)
-        if not _content(path):
+        if not name.lower().endswith((".nii", ".nii.gz")) or not _content(path := PurePath(name)):
             continue
         years = _named(path.parent.name)[0]
         if len(years) != 1:
             years = _released((seen.folder.resolve().name, *path.parts)) or (UNTOLD,)
         told.update(years)
-    return told
+    return frozenset(told)
 
 
 def _released(folders: Iterable[str]) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ LUNGS = "seg-lungs-LUNA16"
 
 
 def found(seen: Peek) -> bool:
-    return any(SUBSET.fullmatch(Path(n).parts[0]) and n.endswith(".mhd") and n.count("/") == 1 for n in seen.files)
+    scans = (n for n in seen.files if n.endswith(".mhd") and n.count("/") == 1)
+    return any(SUBSET.fullmatch(n.partition("/")[0]) for n in scans)
 
 
 def cases(where: Where, salt: str) -> Listing:
