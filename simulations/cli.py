@@ -96,7 +96,7 @@ def compare(
     studies: Annotated[list[str], typer.Argument(help="Ready studies, or paths of study.toml files.")],
     strategies: Annotated[
         str, typer.Option(help="Named settings, separated by commas; a+b is both. `fedsim settings` lists them.")
-    ] = "fedavg",
+    ] = "study",
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE changes the study, NAME:KEY=VALUE a setting: mu:train.proximal_mu=0.1"),

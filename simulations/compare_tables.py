@@ -85,7 +85,8 @@ def summary(study: Mapping[str, Any]) -> Summary:
         worst = spread(min(at(key, "test", seed)) if isfinite(_mean(at(key, "test", seed))) else nan for seed in seeds)
         lines.append(Line(*key, validation, spread(test), worst, tuple(test)))
     federated = [line for line in lines if line.kind == "federated"]
-    reference = next((line for line in federated if line.setting == "fedavg"), federated[0])
+    plain = [line for name in ("fedavg", "study") for line in federated if line.setting == name]
+    reference = (plain or federated)[0]
     lines = _tested(lines, reference)
     candidates = [x for x in lines if x.kind in ("federated", "personalised") and isfinite(x.validation.mean)]
     chosen = max(candidates, key=lambda line: line.validation.mean, default=None)

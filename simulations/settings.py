@@ -16,8 +16,9 @@ Changes = Mapping[str, Any]
 SGD: Changes = {"optimizer": "sgd", "momentum": 0.0}
 
 SETTINGS: Mapping[str, Changes] = {
+    "study": {},  # as it stands
     # at the server
-    "fedavg": {},
+    "fedavg": {"strategy": {"name": "fedavg"}},
     "uniform": {"strategy": {"weighting": "uniform"}},
     "inverse-variance": {"strategy": {"weighting": "inverse_variance"}},
     "fedavgm": {"strategy": {"name": "fedavgm", "momentum": 0.9}},
@@ -63,7 +64,7 @@ def settings_named(
         names: of the table, of a file, or of `sets`; `fedprox+ditto` is both together.
         files: TOML with a table for each setting, in which the tables of study.toml stand.
         sets: `KEY=VALUE` for the study itself, `NAME:KEY=VALUE` for a setting, with a TOML value; a new name begins
-            from plain federated averaging.
+            from the study as it stands.
 
     Raises:
         StudyInvalid: an unknown or unfit name, two that change one key differently, or text that is no TOML.

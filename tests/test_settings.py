@@ -13,7 +13,14 @@ STUDY = Study(name="toy")
 def test_every_named_setting_suits_a_ready_study(name):
     study = load_study("lung-nodule")
     made = changed(study, name, SETTINGS[name])
-    assert (made == study) == (name == "fedavg")
+    assert (made == study) == (name in ("study", "fedavg"))
+
+
+def test_plain_averaging_is_what_it_says_whatever_the_study_says():
+    found, _ = settings_named(["study", "fedavg"], [], [])
+    with_momentum = changed(STUDY, "momentum", SETTINGS["fedavgm"])
+    assert changed(with_momentum, "study", found["study"]) == with_momentum
+    assert changed(with_momentum, "fedavg", found["fedavg"]).strategy.name == "fedavg"
 
 
 def test_two_settings_are_joined_with_a_plus():

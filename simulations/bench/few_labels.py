@@ -18,7 +18,7 @@ from simulations.compare_tables import summary
 from simulations.run_commands import CACHE
 from simulations.site_options import SiteOptions
 
-STUDY, PLAIN = "chest-xray", "fedavg"
+STUDY, PLAIN = "chest-xray", "study"
 WEIGHTS = (3, 10, 30)  # of what unlabelled cases say beside the loss of the labelled ones
 TEACHER = ('unlabelled.method="mean_teacher"', "unlabelled.mix=true", "unlabelled.ramp_rounds=6")
 LEAST = 0.02  # of test Dice, that the teacher is to be worth
