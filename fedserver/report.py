@@ -171,6 +171,7 @@ def strategy_in_words(study: Study) -> str:
         "Steps are corrected by control variates (SCAFFOLD).": train.scaffold,
         "Features are held near to those of the received weights (MOON).": train.moon_mu,
         "Steps look for flat optima (sharpness-aware).": train.sharpness_rho,
+        "Each site's optimizer goes on from its last round.": train.moments == "kept",
         "Updates are divided by their steps (FedNova).": strategy.normalise_steps,
         f"In the place of the mean stands {_PROPER.get(strategy.robust, strategy.robust)}"
         f"{f', which bears {strategy.malicious} malicious sites' if strategy.malicious else ''}.": strategy.robust

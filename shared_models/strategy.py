@@ -147,10 +147,9 @@ class Personal:
 
 def remembers(study: "Study") -> bool:
     """Whether a site needs something of its last counted round to go on."""
-    own = study.personal
-    return bool(
-        study.train.scaffold or study.train.moon_mu or own.keep or own.ditto_lambda or own.apfl_alpha is not None
-    )
+    own, train = study.personal, study.train
+    kept = train.scaffold or train.moon_mu or train.moments == "kept"
+    return bool(kept or own.keep or own.ditto_lambda or own.apfl_alpha is not None)
 
 
 def check_strategy(study: "Study") -> None:

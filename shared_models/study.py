@@ -117,6 +117,8 @@ class Train:
         foreground: share of the patches that are drawn around a labelled voxel; only with preprocess.fit = "patches",
             where 0.33 is taken if nothing is said.
         momentum: of `sgd`.
+        moments: of the optimizer, with which a round begins: none (`restart`), or those that the site's last counted
+            round left there (`kept`), without which rounds of few steps go astray.
         proximal_mu: FedProx's pull towards the received weights (Li et al. 2020, equation 2); 0 is plain training.
         scaffold: each step is corrected by how the site's mean gradient differs from the federation's (Karimireddy et
             al. 2020, Algorithm 1, option II); every order and update is twice as large.
@@ -139,6 +141,7 @@ class Train:
     weight_decay: NotNegative = 0.0
     clip_gradient: Positive | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    moments: Literal["restart", "kept"] = "restart"
     proximal_mu: NotNegative = 0.0
     scaffold: bool = False
     moon_mu: NotNegative = 0.0

@@ -273,6 +273,9 @@ COMBINED = {
     "SCAFFOLD with APFL, tuned": (
         replace(STUDY.train, scaffold=True), Personal(apfl_alpha=0.5, apfl_adaptive=True, fine_tune_steps=1)
     ),
+    "Adam with its moments kept, FedBN": (
+        replace(STUDY.train, optimizer="adam", moments="kept"), Personal(keep=("norm",))
+    ),
 }  # fmt: skip
 
 

@@ -9,10 +9,12 @@ from torch import nn
 
 from fedclient.data.dataset import Batch
 from fedclient.training.drift import Pull, contrast, corrected, next_control
+from fedclient.training.moments import Moments
 from fedclient.training.personal import (
     CONTROL_OF_SITE,
     LOCAL,
     MIXTURE,
+    MOMENTS,
     OWN,
     PREVIOUS,
     ditto,
@@ -87,14 +89,18 @@ def train_round(start: Start, batches: Iterable[Batch], loss_of: Loss, further: 
     if study.personal.head_epochs:
         only = sorted({n for n, _ in net.named_parameters()} - nets.head_names(net))
     pulls = [*_pulls(start), *further]  # MOON's first: it looks at what the network has just seen
+    moments = Moments(part(memory, MOMENTS)) if train.moments == "kept" else None
     fitted = fit(
-        net, batches, loss_of, train, device, pulls=pulls, correct=correct, only=only, beside=beside, rates=start.rates
-    )
+        net, batches, loss_of, train, device, pulls=pulls, correct=correct, only=only, beside=beside,
+        rates=start.rates, moments=moments,
+    )  # fmt: skip
     trained = nets.arrays_of(net)
     sent: dict[str, Array] = {name: received[name] if name in start.stay else trained[name] for name in received}
     kept = filed({name: trained[name] for name in start.stay}, LOCAL)
     if train.moon_mu:
         kept |= filed(trained, PREVIOUS)
+    if moments is not None:
+        kept |= filed(moments.left(), MOMENTS)
     if own is not None:
         kept |= filed(nets.arrays_of(own), OWN)
     if study.personal.apfl_alpha is not None:

@@ -15,6 +15,7 @@ from shared_models.tasks.functions import Loss
 from shared_models.weights import Array, Arrays
 
 LOCAL, OWN, PREVIOUS, CONTROL_OF_SITE, MIXTURE = "local/", "own/", "previous/", "control/", "mixture"
+MOMENTS = "moments/"
 
 
 def part(memory: Arrays, prefix: str) -> dict[str, Array]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedclient.data.dataset import Batch
 from fedclient.training.drift import Correction, Pull, proximal
 from fedclient.training.micro import Room, gradients
+from fedclient.training.moments import Moments
 from shared_models.study import Train
 from shared_models.tasks.functions import Loss
 
@@ -43,15 +44,17 @@ def fit(
     correct: Correction | None = None,
     only: Sequence[str] | None = None,
     rates: Mapping[str, float] | None = None,
+    moments: Moments | None = None,
     beside: Sequence[Step] = (),
 ) -> Fitted:
     """Trains `net` in place on every batch, once, with FedProx's pull where `train` has one.
 
     Args:
         beside: what else learns from each batch, before `net` does.
-        pulls, correct, only, rates: see `stepper`.
+        pulls, correct, only, rates, moments: see `stepper`.
     """
-    step = stepper(net, loss_of, train, device, [proximal(net, train.proximal_mu), *pulls], correct, only, rates)
+    pulled = [proximal(net, train.proximal_mu), *pulls]
+    step = stepper(net, loss_of, train, device, pulled, correct, only, rates, moments)
     losses: list[Tensor] = []
     for images, masks in on_device(device, batches):
         for other in beside:
@@ -72,6 +75,7 @@ def stepper(
     correct: Correction | None = None,
     only: Sequence[str] | None = None,
     rates: Mapping[str, float] | None = None,
+    moments: Moments | None = None,
 ) -> Step:
     """Makes a function that trains `net` by one batch and returns the loss, with an optimizer of its own.
 
@@ -80,6 +84,7 @@ def stepper(
         correct: what is done to the gradients once they are clipped.
         only: names of the parameters that are trained; left out, all are.
         rates: share of the learning rate of each parameter, 0 for what is frozen; left out, all learn alike.
+        moments: what the optimizer begins with, and leaves; left out, it begins anew.
     """
     net.train()
     named = {name: p for name, p in net.named_parameters() if only is None or name in only}
@@ -87,6 +92,8 @@ def stepper(
         net.get_parameter(name).requires_grad_(share > 0)
     parameters = [p for p in named.values() if p.requires_grad]
     optimizer = optimizer_of(parameters, train) if rates is None else by_depth(named, train, rates)
+    if moments is not None:
+        moments.take_up(optimizer, named)
     scaler = torch.amp.GradScaler(device.type, enabled=_half(train, device) is torch.float16)
     room = Room()
 
@@ -158,7 +165,7 @@ def _half(train: Train, device: torch.device) -> torch.dtype | None:
 
 
 def optimizer_of(parameters: Sequence[nn.Parameter], train: Train) -> torch.optim.Optimizer:
-    """A new optimizer each round: its moments belong to weights that the mean has replaced."""
+    """A new optimizer, as each round has one; `Moments` gives it those of the round before."""
     rate, decay = train.learning_rate, train.weight_decay
     if train.optimizer == "sgd":
         return torch.optim.SGD(parameters, rate, momentum=train.momentum, weight_decay=decay)

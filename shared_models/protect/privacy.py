@@ -97,6 +97,10 @@ def check_private(study: "Study") -> None:
             "train.scaffold, moon_mu and sharpness_rho must be off: they take gradients that nobody has clipped",
         ),
         (
+            train.moments != "restart",
+            'train.moments must be "restart": the private loop keeps nothing between rounds',
+        ),
+        (
             study.personal.any,
             "[personal] must be left out: a site's own model is trained and scored without noise",
         ),
