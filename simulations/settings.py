@@ -42,6 +42,7 @@ SETTINGS: Mapping[str, Changes] = {
     "scaffold": {"train": {**SGD, "scaffold": True}, "strategy": {"weighting": "uniform"}},
     "fednova": {"train": {"optimizer": "sgd"}, "strategy": {"normalise_steps": True}},
     "moon": {"train": {"moon_mu": 1.0}},
+    "moments": {"train": {"moments": "kept"}},
     "sharpness": {"train": {"sharpness_rho": 0.05}},
     # a model of the site's own
     "fedbn": {"personal": {"keep": ["norm"]}},
