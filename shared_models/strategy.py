@@ -175,6 +175,11 @@ def check_strategy(study: "Study") -> None:
                 f"train.scaffold needs {', '.join(missing)}: its control variates are means of plain gradients, and "
                 f"the server's is the mean of the sites'"
             )
+    if train.moments == "kept" and train.optimizer == "sgd" and not train.momentum:
+        raise ValueError(
+            'train.moments = "kept" with train.optimizer = "sgd" and momentum = 0, which has none; give it '
+            'momentum, or leave moments at "restart"'
+        )
     if strategy.normalise_steps and (train.optimizer != "sgd" or train.proximal_mu or train.sharpness_rho):
         raise ValueError(
             'strategy.normalise_steps needs train.optimizer = "sgd", proximal_mu = 0 and sharpness_rho = 0: only then '

@@ -13,6 +13,17 @@ settings.register_profile("house", settings.get_profile("ci" if "CI" in os.envir
 settings.load_profile("house")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small networks on a busy machine: more threads would wait for each other."""
+    import torch  # seconds, and for few files
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def quick_folder() -> Iterator[Path]:
     """A folder in memory where there is such a place: for tests of many small files that sync, and not of syncing."""

@@ -26,12 +26,7 @@ ALL = [
 BATCHES = toy_batches(steps=6)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rounds(train: Train, lengths: tuple[int, ...], carried: bool, kept: Any = None) -> tuple[Arrays, Arrays]:
@@ -85,6 +80,11 @@ def test_a_frozen_parameter_keeps_its_moments_and_a_freed_one_begins_without():
     both = torch.optim.Adam(net.parameters(), 0.1)
     free.take_up(both, dict(net.named_parameters()))
     assert float(both.state[net.bias]["step"]) == 1.0
+
+
+def test_an_optimizer_without_moments_has_none_to_keep():
+    with pytest.raises(ValueError, match=r'train\.moments = "kept" with train\.optimizer = "sgd" and momentum = 0'):
+        replace(STUDY, train=replace(ALL[2], momentum=0.0))
 
 
 def test_a_study_with_moments_needs_memory_and_none_that_hides_its_steps():

@@ -30,13 +30,7 @@ BRATS = Task(
 seeds = st.integers(0, 2**31)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small networks on a busy machine: more threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def drawn(seed: int, labels: int = 2, size: tuple[int, ...] = (5, 4), batch: int = 3) -> tuple[Tensor, Tensor]:

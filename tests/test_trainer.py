@@ -22,13 +22,7 @@ STUDY = Study(name="t", model=Model(features=(4, 4, 4, 4, 4, 4), groups=2), prep
 PLAIN = Train(batch_size=4, learning_rate=1e-2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small networks on a busy machine: more threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def toy_batches(steps: int = 6, size: int = 4, seed: int = 0, edge: int = 16) -> list[Batch]:
