@@ -9,13 +9,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import nibabel
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-from fedclient.data import making
+from fedclient.data import making, quota
 from fedclient.data.cache import plan_digest
 from fedclient.data.cases import Case
 from fedclient.data.dataset import prepare
@@ -174,6 +175,21 @@ def test_what_is_used_is_not_what_goes(cases, tmp_path):
     prepare(cases[:3], STUDY, cache)
     make_room(Room(cache, plan_digest(STUDY), 4 * EACH), 0)
     assert {path.name.split("-")[0] for path in files_of(cache, STUDY)} == {case.key for case in cases[:3]}
+
+
+def test_a_cache_is_filled_to_its_quota_and_not_beyond_without_a_look_at_its_files_for_each_new_one(
+    quick_folder, monkeypatch
+):
+    looked = Mock(wraps=quota._files)
+    monkeypatch.setattr(quota, "_files", looked)
+    room, size = Room(quick_folder, "plan", 20_000), 20
+    (quick_folder / "plan").mkdir()
+    for number in range(1000):  # as many as fit
+        make_room(room, size)
+        (quick_folder / "plan" / f"{number}.safetensors").write_bytes(bytes(size))
+    assert looked.call_count < 1000 / 3
+    with pytest.raises(OrderRefused, match="the next case needs"):
+        make_room(room, size)
 
 
 def test_a_run_that_cannot_fit_says_so_with_numbers_after_its_first_cases(tmp_path):

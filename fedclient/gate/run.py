@@ -151,8 +151,7 @@ def standing(site: Site, needs: Needs) -> Standing:
 def listed(site: Site) -> Listing:
     """What the folder holds; a table that does not describe it is one blocking finding, without its names."""
     try:
-        site.once.listing = list_cases(site.where, site.salt)
-        return site.once.listing
+        return _look(site)
     except (ManifestInvalid, ImageUnreadable) as e:
         code = e.code if e.code in CATALOGUE else "MANIFEST_INVALID"
         return Listing("unknown", (), (finding(code, nameless(str(e), site.data)),))
@@ -166,9 +165,14 @@ def usable_cases(site: Site) -> tuple[Case, ...]:
         ManifestInvalid: as `list_cases`.
     """
     out = excluded(read_waivers(site.folder)) if site.deployed else frozenset()
-    if site.once.listing is None:  # a large table takes seconds
-        site.once.listing = list_cases(site.where, site.salt)
-    return tuple(case for case in site.once.listing.cases if case.key not in out)
+    listing = _look(site) if site.once.listing is None else site.once.listing
+    return tuple(case for case in listing.cases if case.key not in out)
+
+
+def _look(site: Site) -> Listing:
+    """Lists the cases, and lets what comes after in this order go by that."""
+    site.once.listing = list_cases(site.where, site.salt)
+    return site.once.listing
 
 
 def cheap_findings(site: Site) -> list[Finding]:
