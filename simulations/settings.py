@@ -13,7 +13,7 @@ from shared_models.parse import parse, plain, read_toml
 from shared_models.study import Study
 
 Changes = Mapping[str, Any]
-SGD: Changes = {"optimizer": "sgd", "momentum": 0.0}
+SGD: Changes = {"optimizer": "sgd", "momentum": 0.0, "moments": "restart"}  # no momentum, so no moments to keep
 
 SETTINGS: Mapping[str, Changes] = {
     "study": {},  # as it stands
@@ -40,7 +40,7 @@ SETTINGS: Mapping[str, Changes] = {
     "fedprox": {"train": {"proximal_mu": 0.01}},
     "fedsgd": {"train": SGD},
     "scaffold": {"train": {**SGD, "scaffold": True}, "strategy": {"weighting": "uniform"}},
-    "fednova": {"train": {"optimizer": "sgd"}, "strategy": {"normalise_steps": True}},
+    "fednova": {"train": {"optimizer": "sgd", "moments": "restart"}, "strategy": {"normalise_steps": True}},
     "moon": {"train": {"moon_mu": 1.0}},
     "moments": {"train": {"moments": "kept"}},
     "sharpness": {"train": {"sharpness_rho": 0.05}},

@@ -10,10 +10,18 @@ STUDY = Study(name="toy")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_named_setting_suits_a_ready_study(name):
-    study = load_study("lung-nodule")
+def test_every_named_setting_changes_a_study_that_has_none_of_them(name):
+    study = load_study("lung-ct-quick")
     made = changed(study, name, SETTINGS[name])
     assert (made == study) == (name in ("study", "fedavg"))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("ready", ["chest-xray", "lung-nodule", "nodule-malignancy", "nodule-presence"])
+def test_every_named_setting_suits_the_ready_studies_that_are_compared(name, ready):
+    study = load_study(ready)
+    made = changed(study, name, SETTINGS[name])
+    assert changed(made, "again", SETTINGS[name]) == made
 
 
 def test_plain_averaging_is_what_it_says_whatever_the_study_says():
