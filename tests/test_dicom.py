@@ -267,6 +267,13 @@ def test_a_mirrored_or_sideways_radiograph_says_so_in_its_affine(tmp_path: Path)
     assert np.linalg.det(mirrored.affine_ras) != 0
 
 
+@pytest.mark.parametrize("towards", ["A", "P"])
+def test_a_film_taken_from_the_side_is_mirrored_and_shown_by_its_columns(tmp_path: Path, towards: str) -> None:
+    film = read_image(write(tmp_path / "side.dcm", radiograph(PatientOrientation=[towards, "F"])))
+    assert film.affine_ras[0, :2].tolist() == [0, 0]  # neither axis runs between left and right
+    assert film.left_right_axis == 1  # rows run from head to feet: mirrored across them it would stand on its head
+
+
 def test_monochrome1_films_are_inverted_and_ct_is_not(tmp_path: Path) -> None:
     film = read_image(write(tmp_path / "f.dcm", radiograph(PhotometricInterpretation="MONOCHROME1")))
     assert (film.voxels[0, :, :, 0] == 4095 - stored_pixels(0)).all()

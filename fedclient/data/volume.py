@@ -49,7 +49,16 @@ class Volume:
     @property
     def left_right_axis(self) -> int:
         """0 if I runs between the patient's left and right (volumes), 1 if J does (pictures)."""
-        return int(np.abs(self.affine_ras[0, :2] / self.spacing_mm[:2]).argmax())
+        return left_right_axis(self.affine_ras)
+
+
+def left_right_axis(affine_ras: NDArray[np.float64]) -> int:
+    """Which of I and J runs between the patient's left and right.
+
+    J where neither does: that is a film taken from the side, whose rows run from head to feet.
+    """
+    sideways = np.abs(affine_ras[0, :2] / np.linalg.norm(affine_ras[:3, :2], axis=0))
+    return int(sideways.argmax()) if sideways.any() else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclient.data.cases import Case
-from fedclient.data.volume import Volume
+from fedclient.data.volume import Volume, left_right_axis
 from fedclient.predict.blocks import Grid, grid_of, is_picture, opened
 from fedclient.predict.doubts import Doubt, doubts_of
 from fedclient.predict.inputs import Source, source_of
@@ -172,8 +172,7 @@ class _Tally:
         self.marks = Marks((len(names), i, j)) if segments else None
         self.measures = tuple(Measure(grid.spacing_mm) for _ in names) if segments else ()
         self.unsure = Bytes((i, j)) if segments and uncertain else None
-        axis = int(np.abs(grid.affine_ras[0, :2] / grid.spacing_mm[:2]).argmax())
-        self.variants = variants(model.study, axis) if uncertain else ()
+        self.variants = variants(model.study, left_right_axis(grid.affine_ras)) if uncertain else ()
         self.entropy, self.inside, self.inside_voxels = 0.0, 0.0, 0
         self.seen = 0
         self.raw_chance, self.marked_chance = np.zeros(len(names)), np.zeros(len(names))  # sums over what is marked
