@@ -260,9 +260,27 @@ def test_what_moved_an_image_is_undone_on_the_answer():
     """A network that answers each pixel by itself says the same of every moved copy, but for the grain."""
     study = replace(LUNGS, augment=Augment(noise=1e-9, flip_left_right=True))
     image = torch.from_numpy(np.random.default_rng(0).normal(size=(1, *SIZE)).astype(np.float32))
-    found = augmented(Itself(), image, study, np.random.default_rng(1))
+    found = augmented(Itself(), image, study, np.random.default_rng(1), 0)
     assert found.deviation.max() < 1e-6
     assert found.members == 9
+
+
+class ByRow(nn.Module):
+    """A segmentation that answers by the row alone, as what lies from head to feet in a film."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.linspace(-3, 3, SIZE[0])[:, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.zeros_like(images) + self.rows
+
+
+def test_copies_of_a_film_are_mirrored_across_its_columns_and_do_not_stand_on_their_head():
+    study = replace(LUNGS, augment=Augment(flip_left_right=True))
+    film, volume = (augmented(ByRow(), torch.ones(1, *SIZE), study, np.random.default_rng(1), axis) for axis in (1, 0))
+    assert film.deviation.max() == 0  # which no column has a say in
+    assert volume.deviation.max() > 0.1  # rows of a volume run between left and right
 
 
 def test_rounds_are_members_of_an_ensemble():

@@ -70,7 +70,8 @@ class Explainer:
         except ExplanationFailed as error:
             return replace(told, why=str(error))
         answering = _Calibrated(self.net, self.model.temperatures)
-        sure = augmented(answering, image, study, rng(study.seed, study.name, "explain", answer))
+        draw = rng(study.seed, study.name, "explain", answer)
+        sure = augmented(answering, image, study, draw, left_right_axis)
         if study.task.kind == "classification":
             with torch.no_grad():
                 logits = answering(image[None].to(self.device).float())

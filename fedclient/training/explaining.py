@@ -159,7 +159,8 @@ def explain_all(
         if rounds > 1:
             sure = ensemble(model.nets(on, rounds), image, study)
         else:
-            sure = augmented(net, image, study, rng(study.seed, study.name, "explain", number))
+            draw = rng(study.seed, study.name, "explain", number)
+            sure = augmented(net, image, study, draw, picture.left_right_axis)
         for method in wanted.methods:
             line: dict[str, Any] = {"image": number, "plane": plane, "method": method, "answer": answer}
             line |= _sureness(sure, channel_of(study, answer))

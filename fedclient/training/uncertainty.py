@@ -44,13 +44,17 @@ class Spread:
     members: int
 
 
-def augmented(net: nn.Module, image: Tensor, study: Study, chance: np.random.Generator) -> Spread:
-    """Test-time augmentation of an example float32[C, *size]; mirrored only where the study trains so."""
+def augmented(net: nn.Module, image: Tensor, study: Study, chance: np.random.Generator, left_right_axis: int) -> Spread:
+    """Test-time augmentation of an example float32[C, *size]; mirrored only where the study trains so.
+
+    Args:
+        left_right_axis: 0 where rows run between left and right (volumes), 1 where columns do (pictures).
+    """
     device, task = next(net.parameters()).device, functions_of(study.task)
     given = image.to(device).float()
     found = [_answer(net, given, task.chances)]
     for _ in range(COPIES):
-        changed, undo = _changed(given, study, chance)
+        changed, undo = _changed(given, study, chance, 1 + left_right_axis)
         found.append(undo(_answer(net, changed, task.chances)))
     return spread("test-time augmentation", found, study.task.exclusive)
 
@@ -88,9 +92,13 @@ def _answer(net: nn.Module, image: Tensor, chances: Callable[[Tensor], Tensor]) 
 
 
 def _changed(
-    image: Tensor, study: Study, chance: np.random.Generator
+    image: Tensor, study: Study, chance: np.random.Generator, sideways: int
 ) -> tuple[Tensor, Callable[[Probabilities], Probabilities]]:
-    """A changed copy, and what takes its answer back onto the example; [L] stays as it is."""
+    """A changed copy, and what takes its answer back onto the example; [L] stays as it is.
+
+    Args:
+        sideways: the axis of `image` that is mirrored.
+    """
     size = image.shape[1:]
     steps = [int(chance.integers(-most, most + 1)) for most in (int(MOST_SHIFT * edge) for edge in size)]
     mirror = study.augment.flip_left_right and chance.random() < 0.5
@@ -98,14 +106,14 @@ def _changed(
     grain = study.augment.noise or GRAIN * float(image.max() - image.min())
     moved = torch.roll(image, steps, axes)
     if mirror:
-        moved = torch.flip(moved, (1,))
+        moved = torch.flip(moved, (sideways,))
     noise = chance.standard_normal(tuple(image.shape), dtype=np.float32) * grain
     moved = moved + torch.from_numpy(noise).to(image)
 
     def undo(answer: Probabilities) -> Probabilities:
         if answer.ndim == 1:
             return answer
-        back = np.flip(answer, 1) if mirror else answer
+        back = np.flip(answer, sideways) if mirror else answer
         return np.roll(back, [-step for step in steps], axes)
 
     return moved, undo

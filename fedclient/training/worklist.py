@@ -103,16 +103,19 @@ def greedy(
 
 def _asked(net: nn.Module, case: Case, study: Study) -> tuple[float, NDArray[np.float64]]:
     """Mean entropy over some planes of a case, and the mean of what the network's narrowest layer has of them."""
-    entropies, features = zip(*(_of(net, image, study, case.key) for image in _examples(case, study)), strict=True)
+    entropies, features = zip(
+        *(_of(net, image, study, case.key, axis) for image, axis in _examples(case, study)), strict=True
+    )
     return float(np.mean(entropies)), np.asarray(np.mean(features, axis=0), np.float64)
 
 
-def _of(net: nn.Module, image: Tensor, study: Study, key: str) -> tuple[float, NDArray[Any]]:
-    sure = augmented(net, image, study, rng(study.seed, study.name, "worklist", key))
+def _of(net: nn.Module, image: Tensor, study: Study, key: str, left_right_axis: int) -> tuple[float, NDArray[Any]]:
+    sure = augmented(net, image, study, rng(study.seed, study.name, "worklist", key), left_right_axis)
     return float(sure.entropy.mean()), narrowest(net, image[None])
 
 
-def _examples(case: Case, study: Study) -> Iterator[Tensor]:
+def _examples(case: Case, study: Study) -> Iterator[tuple[Tensor, int]]:
+    """Some planes of a case, each with the axis along which left and right lie."""
     volume = read_case(case, study.channels)
     images = preprocess(volume.voxels, volume.spacing_mm, study.preprocess).images
     size = study.preprocess.size
@@ -120,7 +123,7 @@ def _examples(case: Case, study: Study) -> Iterator[Tensor]:
         image = images[n]
         if image.shape[1:] != size:  # the study trains on patches
             image = image[(slice(None), *around([edge // 2 for edge in image.shape[1:]], size, image))]
-        yield torch.from_numpy(np.ascontiguousarray(image))
+        yield torch.from_numpy(np.ascontiguousarray(image)), volume.left_right_axis
 
 
 def narrowest(net: nn.Module, batch: Tensor) -> NDArray[np.float64]:
