@@ -101,7 +101,8 @@ def survival_counts(
 ) -> SurvivalCounts:
     """The counts of one site: predicted survival float64[N, J] at `ends` [J], time [N] in days, event bool[N]."""
     wins, pairs = pairs_of(-survival.sum(axis=1), time, event)
-    followed, had = (time[:, None] >= ends), event[:, None] & (time[:, None] <= ends)
+    had = event[:, None] & (time[:, None] <= ends)
+    followed = (time[:, None] >= ends) & ~had
     begins = np.concatenate([[0.0], ends[:-1]])
     came = had & (time[:, None] > begins)
     squares = (followed_weights(time, event, ends) * (followed.astype(float) - survival) ** 2).sum(axis=0)
@@ -113,7 +114,7 @@ def survival_counts(
         pairs=pairs,
         square_micro=_ints(np.rint(squares * MICRO)),
         predicted_micro=_ints(np.rint(survival * MICRO).sum(axis=0)) if kept else (),
-        at_risk=_ints((came | (followed & ~(had & ~came))).sum(axis=0)) if kept else (),
+        at_risk=_ints((came | followed).sum(axis=0)) if kept else (),
         came=_ints(came.sum(axis=0)) if kept else (),
     )
 
@@ -135,10 +136,14 @@ def pairs_of(risk: Floats, time: Floats, event: NDArray[np.bool_]) -> tuple[int,
 
 def followed_weights(time: Floats, event: NDArray[np.bool_], ends: Floats) -> Floats:
     """float64[N, J]: the weight of each case at each end, 1 over the share not yet censored (Kaplan and Meier's
-    estimate): when its event came before, at the end when it is followed beyond, 0 when it was censored before."""
-    before = np.array([_uncensored(time, event, t, strictly=True) for t in time])
-    at_end = np.array([_uncensored(time, event, t, strictly=False) for t in ends])
-    had = event[:, None] & (time[:, None] < ends)
+    estimate): when its event came, at the end when it is followed until then, 0 when it was censored before.
+
+    Who is censored at the very end was followed through the interval, as in the loss: so his going weighs on nobody
+    there. A study that ends on the last day of an interval would else weigh each who stayed by up to twenty.
+    """
+    before = np.array([_uncensored(time, event, t) for t in time])
+    at_end = np.array([_uncensored(time, event, t) for t in ends])
+    had = event[:, None] & (time[:, None] <= ends)
     beyond = time[:, None] >= ends
     weights = np.zeros((len(time), len(ends)))
     weights += had / np.maximum(before, LEAST_UNCENSORED)[:, None]
@@ -146,11 +151,11 @@ def followed_weights(time: Floats, event: NDArray[np.bool_], ends: Floats) -> Fl
     return weights
 
 
-def _uncensored(time: Floats, event: NDArray[np.bool_], at: float, strictly: bool) -> float:
-    """Share that is not censored until `at` (before it, where `strictly`)."""
+def _uncensored(time: Floats, event: NDArray[np.bool_], at: float) -> float:
+    """Share that is not censored before `at`."""
     share = 1.0
     for t in np.unique(time[~event]):
-        if t < at or (t == at and not strictly):
+        if t < at:
             at_risk = int((time > t).sum() + ((time == t) & ~event).sum())  # events of that day come before
             share *= 1 - int(((time == t) & ~event).sum()) / at_risk
     return share

@@ -130,6 +130,15 @@ def test_without_censoring_the_brier_score_is_a_mean_of_squares():
     assert found["brier"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_who_was_followed_to_the_last_day_of_an_interval_weighs_one():
+    """A trial that ended on day 100: nobody left it before, so that nobody stands for another."""
+    time, event = np.array([50.0, 100.0, 100.0, 100.0]), np.array([True, True, False, False])
+    assert followed_weights(time, event, np.array([100.0]))[:, 0].tolist() == [1.0, 1.0, 1.0, 1.0]
+    survival = np.array([[0.2], [0.2], [0.9], [0.9]])
+    found = as_row(survival_counts(survival, time, event, np.array([100.0])))
+    assert found["brier"] == pytest.approx((0.2**2 + 0.2**2 + 0.1**2 + 0.1**2) / 4, abs=1e-6)  # day 100 is the event's
+
+
 def test_observed_survival_is_the_life_table_of_all_sites():
     event, time = np.array([True, True, False, False]), np.array([50.0, 150.0, 150.0, 900.0])
     found = survival_counts(np.full((4, 3), 0.5), time, event, ENDS)
