@@ -10,13 +10,15 @@ import highdicom as hd
 import numpy as np
 import pytest
 from highdicom.sr import srread
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 from pydicom.uid import ExplicitVRLittleEndian
 
 from fedclient.data.dicom import read_series
 from fedclient.data.seg import read_seg
 from fedclient.data.volume import Volume
 from fedclient.predict.case import Prediction, predict_case
+from fedclient.predict.dicom_sc import burnt_in
+from fedclient.predict.headers import Headers
 from fedclient.predict.outputs import write_case
 from shared_models.study import Preprocess, Study, Task
 from simulations.fixtures.dicom import write_dicom_series
@@ -266,3 +268,14 @@ def test_a_validator_finds_no_error(planes, tmp_path):
         found = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, check=False)
         errors = [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("Error")]
         assert not errors, (path.name, errors)
+
+
+@pytest.mark.parametrize(
+    ("stated", "modality", "told"), [("YES", "CT", "YES"), ("NO", "US", "NO"), ("", "CT", "NO"), ("", "US", "")]
+)
+def test_an_overlay_says_of_names_in_its_pixels_what_its_source_says(stated, modality, told):
+    first = Dataset()
+    first.Modality = modality
+    if stated:
+        first.BurnedInAnnotation = stated
+    assert burnt_in(Headers(first, (first,))) == told

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from fedclient.data.dicom_header import text
+from fedclient.data.provenance import MEASURED
 from fedclient.data.volume import LPS_TO_RAS
 from fedclient.predict.case import Prediction
 from fedclient.predict.headers import Headers
@@ -39,7 +41,8 @@ def capture(prediction: Prediction, headers: Headers, picture: NDArray[np.uint8]
             transfer_syntax_uid=ExplicitVRLittleEndian,
         )
         made.PatientOrientation = list(orientation(prediction, headers))
-        made.BurnedInAnnotation = "NO"  # words, but none that says who the patient is
+        if known := burnt_in(headers):
+            made.BurnedInAnnotation = known
         made.Laterality = ""  # type 2C: asked for where no body part is said
         made.DerivationDescription = f"overlay by {prediction.model.stamp}, {NOTICE}"
         shown = _shown(prediction, headers)
@@ -47,6 +50,18 @@ def capture(prediction: Prediction, headers: Headers, picture: NDArray[np.uint8]
         reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = shown.SOPClassUID, shown.SOPInstanceUID
         made.SourceImageSequence = [reference]
     return made
+
+
+def burnt_in(headers: Headers) -> str:
+    """Whether names stand in the pixels, which the picture repeats: what the source says; our own words name nobody.
+
+    Of a source that does not say, `NO` for kinds of images that bear no writing, and nothing for the others, among which
+    are ultrasound and screenshots.
+    """
+    stated = text(headers.first, "BurnedInAnnotation")
+    if stated in ("YES", "NO"):
+        return stated
+    return "NO" if text(headers.first, "Modality") in MEASURED else ""
 
 
 def orientation(prediction: Prediction, headers: Headers) -> tuple[str, ...]:
