@@ -211,6 +211,15 @@ def test_a_column_for_each_class_tells_what_was_looked_for(tmp_path: Path) -> No
     assert "no column patient_id" in told(found)["PATIENT_UNKNOWN"]
 
 
+def test_age_sex_and_other_columns_are_facts_of_their_case(tmp_path: Path) -> None:
+    text = (
+        "image,label,patient_id,split,age,sex,ward\nimages/0.png,mass,p,train,61,F,1a\nimages/1.png,none,q,test,,M,\n"
+    )
+    found = by_row(listing(table(tmp_path, text)))
+    assert found[2].facts == {"age": "61", "sex": "F", "ward": "1a"}  # by which groups of patients are told apart
+    assert found[3].facts == {"sex": "M"}
+
+
 def test_boxes_of_an_image_stand_in_rows_of_their_own(tmp_path: Path) -> None:
     heading = "image,x_min,y_min,x_max,y_max,label,patient_id\n"
     text = "images/0.png,1,1,3,2,mass,p\nimages/0.png,0,0,2,2,a|b,p\nimages/1.png,,,,,,q\nimages/2.png,5,1,3,2,mass,q\n"

@@ -20,6 +20,7 @@ NAME = "labels.csv"
 NONE = "none"
 LabelOf = Callable[[Sequence[Line]], Label | None]  # from the rows of one image
 KNOWN = frozenset(("image", "mask", "label", *EDGES, "patient_id", "split", "site", "age", "sex"))
+ELSEWHERE = KNOWN - {"age", "sex"}  # columns that a case holds by other names; all others are facts of it
 
 
 def found(seen: Peek) -> bool:
@@ -119,6 +120,7 @@ def _case(root: Path, rows: Sequence[Line], label: Label | None, salt: str) -> C
         label=label,
         split=split,
         row=row.number,
+        facts={name: value for name, value in row.values.items() if name and name not in ELSEWHERE and value},
     )
 
 
