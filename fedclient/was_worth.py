@@ -1,6 +1,6 @@
 """What a federation was worth at this hospital: its own model, trained here now, beside what the run has left here.
 
-    site/worth/<study>/alone/     the training of the site's own model, resumed where it was interrupted
+    site/worth/<study>/alone-<plan>/   the training of the site's own model, resumed where it was interrupted
     site/worth/<study>/worth.html, worth.json
 
 All of it stays here: nothing is asked of the coordinator and nothing is sent. What the site tells itself holds no score
@@ -25,7 +25,7 @@ from shared_models.figure_text import value_text
 from shared_models.files import locked, private_folder, write_atomic, write_json
 from shared_models.protect.privacy import Protect
 from shared_models.scores import NAMES, measure_of, row_of, value_in
-from shared_models.study import Study, from_json
+from shared_models.study import Study, from_json, sha256
 from shared_models.weights import Arrays, load
 
 NAMED = {
@@ -102,7 +102,7 @@ def judge(site: Site, asked: Asked, run: str, weights: Path | None, told: Told) 
     alone = replace(plain_study(left.study), protect=Protect())
     with locked(folder / ".lock"):
         first = first_weights(alone, weights)[0]
-        mine = train_alone(site, alone, first, folder / "alone", ImageLearner(), told)
+        mine = train_alone(site, alone, first, alone_folder(folder, alone), ImageLearner(), told)
         models: dict[Kind, tuple[Study, Arrays]] = {"local": (alone, mine), "federated": (left.study, left.federated)}
         if left.personalised is not None:
             models["personalised"] = (left.study, left.personalised)
@@ -128,6 +128,11 @@ def judge(site: Site, asked: Asked, run: str, weights: Path | None, told: Told) 
         write_json(folder / "worth.json", found)
         write_atomic(folder / "worth.html", worth_page(page).encode())
     return found, folder / "worth.html"
+
+
+def alone_folder(folder: Path, study: Study) -> Path:
+    """Where a site's own model of a study is trained: another plan of it, of another run, is another model."""
+    return folder / f"alone-{sha256(study)[:12]}"
 
 
 def _told(worth: list[dict[str, Any]], kind: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fedclient.memory import memory_folder
 from fedclient.policy import Policy
 from fedclient.site import Site, open_site
 from fedclient.training.learner import ImageLearner
-from fedclient.was_worth import in_words, left_of, page_of
+from fedclient.was_worth import alone_folder, in_words, left_of, page_of
 from fedclient.work import Learned
 from fedclient.worth_page import worth_page
 from fedserver.checkpoint import RunFolder, read_state
@@ -226,3 +226,10 @@ def test_a_harmed_hospital_and_a_harmed_group_are_flagged_in_words_and_on_the_pa
     assert page.count('class="flag"') == 3, "the answer, the model and the group"
     assert "Keep your own model." in page
     assert "Harmed groups of patients: sex F by the federation's." in in_words(found)
+
+
+def test_of_another_plan_the_hospital_s_own_model_is_another(tmp_path):
+    """Two runs of a federated plan may be planned apart; one's own model would be scored on the other's images."""
+    again, planned = replace(STUDY, preprocess=STUDY.preprocess), replace(STUDY.preprocess, window_hu=(-1000.0, 200.0))
+    assert alone_folder(tmp_path, again) == alone_folder(tmp_path, STUDY)
+    assert alone_folder(tmp_path, replace(STUDY, preprocess=planned)) != alone_folder(tmp_path, STUDY)
