@@ -44,23 +44,24 @@ def _trains(study: Study) -> Iterator[str]:
 
 
 def _sees(site: Site, study: Study) -> Iterator[str]:
-    from fedclient.data.listing import list_cases  # imports the image readers
+    from fedclient.gate.run import usable_cases  # imports the image readers
 
     channels = f" ({', '.join(study.channels)})" if study.channels else ""
     what = "bags of features" if study.of_bags else "rows of tables" if study.table_only else f"{study.modality} images"
     yield f"{what}{channels} and labels in {site.data}; on this machine alone."
     try:
-        cases = list_cases(site.where, site.salt).cases
+        cases = usable_cases(site)
     except FederationError as error:
         yield f"How many cases that is cannot be told now: {error}"
         return
     count = Counter(case.split for case in cases if has_truth(case, study.task))
+    kind = "cases" if study.task.kind == "reconstruction" else "labelled cases"  # which looks at no label
     yield (
-        f"{count['train']} labelled cases for training, {count['val']} for validation after rounds, "
+        f"{count['train']} {kind} for training, {count['val']} for validation after rounds, "
         f"{count['test']} for the test after the last."
     )
-    if study.task.kind == "reconstruction" or study.unlabelled.method != "none":
-        without = sum(case.split == "train" and case.label is None for case in cases)
+    if study.unlabelled.method != "none":
+        without = sum(case.split == "train" and not has_truth(case, study.task) for case in cases)
         yield f"It learns from images without labels as well: {without} more cases for training."
 
 
