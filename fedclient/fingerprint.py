@@ -25,7 +25,13 @@ def site_fingerprint(site: Site, study: Study, progress: Progress | None = None)
     labelled = [case for case in cases if case.split == "train" and has_truth(case, study.task)]
     if not labelled:
         raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Run `fedclient check`.")
-    return released(fingerprint_of_cases(labelled, study, progress), site.smallest_count)
+
+    def tell(done: int, of: int) -> None:
+        site.go_on()  # consent may have ended, or the hours
+        if progress is not None:
+            progress(done, of)
+
+    return released(fingerprint_of_cases(labelled, study, tell), site.smallest_count)
 
 
 def fingerprint_of_cases(cases: Sequence[Case], study: Study, progress: Progress | None = None) -> Fingerprint:

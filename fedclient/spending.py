@@ -2,7 +2,8 @@
 
 Before an image is opened the round's steps are reserved, and refused unless all rounds that are still to come fit into
 the budget too: a study that cannot end is not begun. Work that dies stays spent; trained anew, it is paid for anew,
-because its noise is another. Whatever is told of a refusal is one code; how much was asked and is left stays here.
+because its noise is another. Work that the hospital itself ends, by its hours or its word, costs nothing, as nothing of
+it leaves. Whatever is told of a refusal is one code; how much was asked and is left stays here.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from shared_models.study import Study
 from shared_models.wire import Order
 
 DATA_SET = "all"  # a site has one data folder, and all its patients one budget
+# By which the hospital itself ends work under way: no image has a say in that
+STOPPED = ("STUDY_REFUSED", "STUDY_WITHDRAWN", "APPROVAL_PENDING", "OUTSIDE_HOURS")
 SIMULATED_EPSILON = 1000.0  # a researcher's ledger keeps count and refuses nothing
 
 
@@ -28,6 +31,14 @@ class Spending:
 
     def settle(self) -> None:
         self.ledger.settle(self.reservation, self.steps)
+
+    def give_back(self, refused: OrderRefused) -> None:
+        """Spends nothing where the hospital itself has ended the work: nothing has left, and nothing of it will.
+
+        What ends by itself, or takes too long, stays spent: its end may tell of the patients.
+        """
+        if refused.code in STOPPED:
+            self.ledger.settle(self.reservation, 0)
 
 
 def check_order(order: Order, study: Study, site: Site) -> None:

@@ -226,11 +226,16 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         return Answer(replace(reply, kind="evaluation", seconds=time.monotonic() - began))
     spending = reserved(order, study, site, patients) if private else None
     folder = memory_folder(site, order.run, order.study_sha256)
-    if remembers(study):
-        last = recall(folder, order.counted)
-        learned, memory = _rememberer(learner).learn_on(site, study, order.round, weights, last)
-    else:
-        learned, memory = learner.learn(site, study, order.round, weights), {}
+    try:
+        if remembers(study):
+            last = recall(folder, order.counted)
+            learned, memory = _rememberer(learner).learn_on(site, study, order.round, weights, last)
+        else:
+            learned, memory = learner.learn(site, study, order.round, weights), {}
+    except OrderRefused as refused:
+        if spending is not None:
+            spending.give_back(refused)
+        raise
     delta = {name: learned.weights[name] - weights[name] for name in weights}
     odd = [n for n, d in (*delta.items(), *memory.items()) if d.dtype.kind == "f" and not np.isfinite(d).all()]
     if odd:

@@ -313,3 +313,36 @@ def test_a_data_set_counts_slices(north):
     cases = data_set(north, STUDY, "train")
     assert isinstance(cases, DataSet)
     assert len(cases) == 4
+
+
+# What the hospital lets go on
+
+
+class Night:
+    """Lets so many steps go on."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise OrderRefused("OUTSIDE_HOURS", "the night is over")
+
+
+def test_scoring_ends_between_two_cases_once_it_may_not_go_on():
+    study, drawn, night = replace(STUDY, preprocess=Preprocess(size=(16, 16))), Drawn(1, 1, 1), Night(2)
+    task, device = functions_of(study.task), torch.device("cpu")
+    with pytest.raises(OrderRefused, match="the night is over"):
+        evaluate(nets.network(study), drawn, study, task, device, 1, night)  # type: ignore[arg-type]
+
+
+def test_a_site_whose_labels_the_study_does_not_have_refuses_it(north, weights):
+    site = replace(north, labelled=("Lung",))  # the study says `lung`: all would be background
+    for call in (lambda: LEARNER.learn(site, STUDY, 1, weights), lambda: LEARNER.holding(site, STUDY)):
+        with pytest.raises(
+            OrderRefused, match=r"masks here have Lung, .* labels lung: none could be learned"
+        ) as refused:
+            call()
+        assert refused.value.code == "LABELS_UNKNOWN"
+    assert LEARNER.holding(replace(north, labelled=("lung", "liver")), STUDY) == LEARNER.holding(north, STUDY)

@@ -422,6 +422,17 @@ def test_a_site_counts_its_training_cases_alone_and_says_how_far_it_is(sites, tm
         site_fingerprint(replace(here, smallest_count=3), STUDY)
 
 
+def test_counting_for_a_plan_ends_between_two_cases_once_it_may_not_go_on(sites, tmp_path):
+    def go_on() -> None:
+        raise OrderRefused("STUDY_WITHDRAWN", "withdrawn meanwhile")
+
+    here = replace(site(tmp_path, sites["c"][:2], ["train", "train"]), go_on=go_on)
+    heard: list[int] = []
+    with pytest.raises(OrderRefused, match="withdrawn meanwhile"):
+        site_fingerprint(here, STUDY, lambda done, of: heard.append(done))
+    assert heard == []
+
+
 def test_a_site_without_training_cases_says_so(sites, tmp_path):
     with pytest.raises(OrderRefused, match="no case with a label for training") as found:
         site_fingerprint(site(tmp_path, sites["c"][:1], ["test"]), STUDY)

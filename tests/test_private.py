@@ -23,12 +23,13 @@ from fedclient.training.private import (
     lot_sum,
     patients_of,
     poisson_lots,
+    train_privately,
 )
 from shared_models.errors import OrderRefused
 from shared_models.preprocess import Geometry
 from shared_models.protect.prg import keystream
 from shared_models.protect.privacy import Privacy
-from shared_models.study import Augment, Train
+from shared_models.study import Augment, Train, load_study
 from simulations.attacks.claim import audit
 from simulations.audit import Guesses, epsilon_at_least, guesses, p_value
 
@@ -148,6 +149,20 @@ def test_a_step_that_took_nobody_is_a_step_with_noise():
     fitted = fit_private(net, [[], []], squares, TRAIN, PRIVACY, known_chance())
     assert (fitted.steps, fitted.losses) == (2, ())
     assert (nn.utils.parameters_to_vector(net.parameters()) != before).all()
+
+
+def test_private_work_that_may_not_go_on_ends_before_its_next_lot():
+    study, asked = replace(load_study("lung-ct-private"), augment=Augment()), []
+
+    def go_on() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise OrderRefused("OUTSIDE_HOURS", "the night is over")
+
+    cases, people = DataSet((stored("a", 2),)), [np.arange(2)]
+    with pytest.raises(OrderRefused, match="the night is over"):
+        train_privately(tiny_net(), cases, people, squares, study, study.train, go_on=go_on)
+    assert len(asked) == 3  # of six lots
 
 
 def test_every_patient_is_taken_when_the_rate_is_one_and_few_when_it_is_small():

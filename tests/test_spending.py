@@ -148,6 +148,35 @@ def test_the_ready_private_study_costs_what_its_file_says():
 # What is spent
 
 
+@dataclass(frozen=True)
+class Ended(Learner):
+    """Work that a refusal ends half way."""
+
+    code: str = ""
+
+    def learn(self, site: Site, study: Study, round_number: int, weights: Arrays) -> Learned:
+        raise OrderRefused(self.code, "ended half way")
+
+
+@pytest.mark.parametrize(
+    ("code", "stays", "unsettled"),
+    [
+        ("OUTSIDE_HOURS", (), 0),
+        ("STUDY_WITHDRAWN", (), 0),
+        ("TRAIN_TIMEOUT", (ROUND,), 1),
+        ("OUT_OF_MEMORY", (ROUND,), 1),
+    ],
+)
+def test_work_that_the_hospital_ends_costs_nothing_and_what_ends_by_itself_stays_spent(
+    tmp_path, code, stays, unsettled
+):
+    folder = with_budget(tmp_path, 50.0)
+    with pytest.raises(OrderRefused, match="ended half way"):
+        answered(folder, learner=Ended(ledger=folder, code=code))
+    account = open_ledger(folder).accounts()[0]
+    assert (account.spends, account.open) == (stays, unsettled)
+
+
 def test_the_steps_of_a_round_are_spent_before_training_and_settled_after(tmp_path):
     learner = Learner(ledger=with_budget(tmp_path, 50.0))
     answered(tmp_path, learner=learner)

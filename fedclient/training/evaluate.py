@@ -1,6 +1,6 @@
 """What a network answers for each case at a site, and how good that is, told as counts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,16 +20,25 @@ from shared_models.tasks.reconstruction import hidden
 
 
 def answers(
-    net: nn.Module, cases: DataSet, study: Study, task: TaskFunctions, device: torch.device
+    net: nn.Module,
+    cases: DataSet,
+    study: Study,
+    task: TaskFunctions,
+    device: torch.device,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Iterator[CaseAnswer]:
     """Probabilities beside the truth, case by case, in the order of the data set.
 
     On the grid of the study's plan, over the whole image where patches are trained on; where surfaces are measured, on
     the image's own; lesions in its millimetres.
+
+    Args:
+        go_on: called before each case; raises where the work may not go on.
     """
     net.eval()
     with torch.inference_mode(), autocast(study.train, device):
         for case in cases.by_case():
+            go_on()
             if study.task.kind == "reconstruction":  # the same parts of a case are hidden whenever it is scored
                 seen, truth = hidden(case.images, study.task, rng("hidden", study.name, case.key))
                 yield CaseAnswer(task.chances(logits(net, seen, study, device)).numpy(), truth)
@@ -50,7 +59,13 @@ def _answer(case: CaseExamples, chances: NDArray[Any], task: TaskFunctions) -> C
 
 
 def evaluate(
-    net: nn.Module, cases: DataSet, study: Study, task: TaskFunctions, device: torch.device, smallest_count: int
+    net: nn.Module,
+    cases: DataSet,
+    study: Study,
+    task: TaskFunctions,
+    device: torch.device,
+    smallest_count: int,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Mapping[str, Score]:
-    """Counts by label (or region) of the task."""
-    return task.scores(answers(net, cases, study, task, device), study.evaluate.threshold, smallest_count)
+    """Counts by label (or region) of the task; `go_on` as of `answers`."""
+    return task.scores(answers(net, cases, study, task, device, go_on), study.evaluate.threshold, smallest_count)

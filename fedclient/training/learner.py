@@ -32,6 +32,7 @@ from shared_models.errors import OrderRefused
 from shared_models.scores import Score
 from shared_models.seeds import rng, seed_of
 from shared_models.study import Study
+from shared_models.tasks import segmentation
 from shared_models.tasks.chosen import functions_of
 from shared_models.tasks.reconstruction import hidden
 from shared_models.weights import Arrays
@@ -67,7 +68,7 @@ class ImageLearner:
         if study.protect.privacy is not None:
             people, loss = patients_of(_cases(site), cases), functions_of(study.task, site.labelled).loss
             fitted = train_privately(
-                net, cases, people, loss, study, train, rates_of(net, study.transfer, round_number)
+                net, cases, people, loss, study, train, rates_of(net, study.transfer, round_number), site.go_on
             )
             return Learned(nets.arrays_of(net), 0, fitted.steps, device=str(device)), {}
         words = (study.seed, study.name, round_number, site.name)
@@ -120,7 +121,7 @@ class ImageLearner:
         net = nets.network(study)
         nets.load_arrays(net, weights)
         task, cases = functions_of(study.task, site.labelled), data_set(site, study, split)
-        return evaluate(net.to(device), cases, study, task, device, site.smallest_count)
+        return evaluate(net.to(device), cases, study, task, device, site.smallest_count, site.go_on)
 
     def profile(self, site: Site, study: Study, weights: Arrays) -> Profile | None:
         kept = [case for case in _cases(site) if case.split != "train"]
@@ -226,7 +227,17 @@ def sorted_by_label(site: Site, study: Study) -> tuple[list[Case], list[Case]]:
     """The cases whose labels the site uses, of all splits; and the training cases without, where the study wants them.
 
     What a layout has for test and gives no labels of is neither.
+
+    Raises:
+        OrderRefused: `LABELS_UNKNOWN`: the site labels nothing that the study answers.
     """
+    if site.labelled and study.task.kind == "segmentation" and not segmentation.kept(study.task, site.labelled):
+        raise OrderRefused(
+            "LABELS_UNKNOWN",
+            f"site.toml says that the masks here have {', '.join(site.labelled)}, the study answers "
+            f"{', '.join(study.task.answers)} of the labels {', '.join(study.task.labels)}: none could be learned. "
+            f"Correct `labelled` under [data], or refuse the study.",
+        )
     labelled: list[Case] = []
     unlabelled: list[Case] = []
     for case in _cases(site):

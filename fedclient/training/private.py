@@ -16,7 +16,7 @@ gradients are whole multiples of a fixed grid, and so is the noise; their sum is
 the grid is rounding the noisy sum, so the accounting of Gaussian noise holds as it is.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -47,12 +47,14 @@ def train_privately(
     study: Study,
     train: Train,
     rates: Mapping[str, float] | None = None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Fitted:
     """A round of a private study: `train.local_steps` lots of this site's patients, on the device of `net`.
 
     Args:
         train: the study's, with the learning rate of the round.
         rates: share of it of each parameter, 0 for what is frozen; left out, all learn alike.
+        go_on: called before each lot; raises where the work may not go on.
     """
     privacy, steps, chance = study.protect.privacy, train.local_steps, Chance()
     assert privacy is not None, "of a private study"
@@ -61,7 +63,13 @@ def train_privately(
     for name, parameter in net.named_parameters():
         frozen = rates is not None and rates[name] == 0
         parameter.requires_grad_(not frozen and (privacy.trained == "all" or name in nets.head_names(net)))
-    return fit_private(net, lots, loss_of, train, privacy, chance, rates=rates)
+    return fit_private(net, _while_allowed(lots, go_on), loss_of, train, privacy, chance, rates=rates)
+
+
+def _while_allowed(lots: Iterable[Iterable[Batch]], go_on: Callable[[], None]) -> Iterator[Iterable[Batch]]:
+    for lot in lots:
+        go_on()
+        yield lot
 
 
 def patients_of(listed: Iterable[Case], cases: DataSet) -> Patients:

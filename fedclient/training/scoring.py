@@ -23,6 +23,6 @@ def score_cases(
     net = nets.network(study)
     nets.load_arrays(net, weights)
     task, cases = functions_of(study.task, site.labelled), data_set(site, study, split)
-    given = answers(net.to(device), cases, study, task, device)
+    given = answers(net.to(device), cases, study, task, device, site.go_on)
     counts, of_cases = scored(study.task, task, given, study.evaluate.threshold, site.smallest_count)
     return counts, of_cases, [case.key for case in cases.cases]
