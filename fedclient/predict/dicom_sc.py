@@ -55,8 +55,8 @@ def capture(prediction: Prediction, headers: Headers, picture: NDArray[np.uint8]
 def burnt_in(headers: Headers) -> str:
     """Whether names stand in the pixels, which the picture repeats: what the source says; our own words name nobody.
 
-    Of a source that does not say, `NO` for kinds of images that bear no writing, and nothing for the others, among which
-    are ultrasound and screenshots.
+    Of a source that does not say, `NO` for kinds of images that bear no writing; and nothing for the others, among them
+    ultrasound and screenshots.
     """
     stated = text(headers.first, "BurnedInAnnotation")
     if stated in ("YES", "NO"):
