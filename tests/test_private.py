@@ -152,14 +152,15 @@ def test_a_step_that_took_nobody_is_a_step_with_noise():
 
 
 def test_private_work_that_may_not_go_on_ends_before_its_next_lot():
-    study, asked = replace(load_study("lung-ct-private"), augment=Augment()), []
+    study = replace(load_study("lung-ct-private"), augment=Augment())
+    asked: list[int] = []
 
     def go_on() -> None:
         asked.append(1)
         if len(asked) == 3:
             raise OrderRefused("OUTSIDE_HOURS", "the night is over")
 
-    cases, people = DataSet((stored("a", 2),)), [np.arange(2)]
+    cases, people = DataSet((stored("a", 2),)), [np.arange(2, dtype=np.intp)]
     with pytest.raises(OrderRefused, match="the night is over"):
         train_privately(tiny_net(), cases, people, squares, study, study.train, go_on=go_on)
     assert len(asked) == 3  # of six lots
