@@ -125,7 +125,7 @@ def test_weights_of_censoring_by_hand():
 def test_without_censoring_the_brier_score_is_a_mean_of_squares():
     survival, time, _ = drawn(4, 20)
     event = np.ones(20, bool)
-    expected = np.mean([np.mean((survival[:, j] - (time >= end)) ** 2) for j, end in enumerate(ENDS)])
+    expected = np.mean([np.mean((survival[:, j] - (time > end)) ** 2) for j, end in enumerate(ENDS)])
     found = as_row(survival_counts(survival, time, event, ENDS))
     assert found["brier"] == pytest.approx(expected, abs=1e-6)
 
