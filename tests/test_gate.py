@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -285,6 +286,15 @@ def test_a_case_that_is_left_out_takes_no_part(site: Site) -> None:
     assert (found.left_out, len(found.seen)) == (1, 3)
     assert excluded(read_waivers(site.folder)) == {blocking.case}
     assert blocking.case not in {case.key for case in run.usable_cases(site)}
+
+
+def test_of_two_stewards_who_decide_at_once_neither_loses_a_decision(site: Site) -> None:
+    codes = ("SERIES_GAP", "LABEL_EMPTY")
+    with ThreadPoolExecutor(2) as stewards:
+        for case in (f"{n:016x}" for n in range(20)):
+            list(stewards.map(lambda code, case=case: waive(site.folder, code, case, REASON, exclude=False), codes))
+    assert len(read_waivers(site.folder)) == 40
+    assert len((site.folder / "gate" / "log.jsonl").read_text().splitlines()) == 40
 
 
 @pytest.mark.parametrize(

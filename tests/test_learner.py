@@ -14,13 +14,13 @@ import torch
 from fedclient.data.dataset import CaseExamples, DataSet
 from fedclient.site import UNIT, Site, open_site
 from fedclient.training.evaluate import evaluate
-from fedclient.training.learner import ImageLearner, data_set, device_of
+from fedclient.training.learner import ImageLearner, data_set, device_of, sorted_by_label
 from fedclient.work import Holding
 from shared_models import nets
 from shared_models.errors import ManifestInvalid, OrderRefused, WeightsInvalid
 from shared_models.metrics import IGNORE, DiceCounts, dice, merge
 from shared_models.preprocess import Geometry
-from shared_models.study import Augment, Evaluate, Model, Preprocess, Study, Task, Train
+from shared_models.study import Augment, Evaluate, Model, Preprocess, Study, Task, Train, load_study
 from shared_models.tasks.chosen import functions_of
 from shared_models.weights import Arrays, schema_of
 from shared_models.wire import Split
@@ -346,3 +346,12 @@ def test_a_site_whose_labels_the_study_does_not_have_refuses_it(north, weights):
             call()
         assert refused.value.code == "LABELS_UNKNOWN"
     assert LEARNER.holding(replace(north, labelled=("lung", "liver")), STUDY) == LEARNER.holding(north, STUDY)
+
+
+def test_a_detection_is_refused_where_nobody_has_marked_all_that_it_looks_for(north):
+    ready = load_study("lung-detect")
+    study = replace(ready, task=replace(ready.task, labels=("nodule", "node")))
+    with pytest.raises(OrderRefused, match=r"masks here have nodule, and not node: .* learn that there is none"):
+        sorted_by_label(replace(north, labelled=("nodule",)), study)
+    for all_of_them in ((), ("nodule", "node", "rib")):
+        sorted_by_label(replace(north, labelled=all_of_them), study)

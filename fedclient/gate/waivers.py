@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedclient.data.findings import CATALOGUE, Finding
 from shared_models.errors import StateInvalid
-from shared_models.files import append_json, canonical_json, write_atomic
+from shared_models.files import append_json, canonical_json, locked, write_atomic
 from shared_models.parse import STRICT, parse_json, plain
 
 LONGEST_REASON = 500
@@ -65,8 +65,9 @@ def waive(site: Path, code: str, case: str, reason: str, exclude: bool) -> Waive
     if exclude and not case:
         raise StateInvalid("--exclude takes single cases out. Name one with --case, as `fedclient check` shows it.")
     made = Waiver(code, case, reason, now(), exclude)
-    kept = [each for each in read_waivers(site) if (each.code, each.case) != (code, case)]
-    _write(site, [*kept, made])
+    with locked(site / "gate" / ".waivers.lock"):
+        kept = [each for each in read_waivers(site) if (each.code, each.case) != (code, case)]
+        _write(site, [*kept, made])
     note(site, "waived", **plain(made))
     return made
 
@@ -78,12 +79,13 @@ def withdraw(site: Path, code: str, case: str) -> None:
         StateInvalid: there is none.
     """
     _check(code, case)
-    held = read_waivers(site)
-    kept = [each for each in held if (each.code, each.case) != (code, case)]
-    if len(kept) == len(held):
-        about = f" for case {case}" if case else ""
-        raise StateInvalid(f"there is no waiver of {code}{about}. `fedclient waive --list` shows those that hold.")
-    _write(site, kept)
+    with locked(site / "gate" / ".waivers.lock"):
+        held = read_waivers(site)
+        kept = [each for each in held if (each.code, each.case) != (code, case)]
+        if len(kept) == len(held):
+            about = f" for case {case}" if case else ""
+            raise StateInvalid(f"there is no waiver of {code}{about}. `fedclient waive --list` shows those that hold.")
+        _write(site, kept)
     note(site, "withdrawn", code=code, case=case)
 
 
@@ -108,7 +110,8 @@ def sorted_out(findings: Sequence[Finding], waivers: Sequence[Waiver]) -> tuple[
 
 
 def note(site: Path, event: str, **facts: object) -> None:
-    append_json(site / "gate" / "log.jsonl", {"at": now(), "event": event, "by": os.getuid(), **facts})
+    with locked(site / "gate" / ".log.lock"):  # a steward and the node may both have something to say
+        append_json(site / "gate" / "log.jsonl", {"at": now(), "event": event, "by": os.getuid(), **facts})
 
 
 def now() -> str:

@@ -229,8 +229,17 @@ def sorted_by_label(site: Site, study: Study) -> tuple[list[Case], list[Case]]:
     What a layout has for test and gives no labels of is neither.
 
     Raises:
-        OrderRefused: `LABELS_UNKNOWN`: the site labels nothing that the study answers.
+        OrderRefused: `LABELS_UNKNOWN`: the site labels nothing that the study answers; or not all that a detection
+            looks for, where what nobody has marked is learned as nothing.
     """
+    unmarked = [label for label in study.task.labels if site.labelled and label not in site.labelled]
+    if unmarked and study.task.kind == "detection":
+        raise OrderRefused(
+            "LABELS_UNKNOWN",
+            f"site.toml says that the masks here have {', '.join(site.labelled)}, and not {', '.join(unmarked)}: a "
+            f"detection would learn that there is none. Label them, correct `labelled` under [data], or refuse the "
+            f"study.",
+        )
     if site.labelled and study.task.kind == "segmentation" and not segmentation.kept(study.task, site.labelled):
         raise OrderRefused(
             "LABELS_UNKNOWN",
