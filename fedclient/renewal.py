@@ -19,7 +19,7 @@ from fedclient.welcome import note_refusal
 from shared_models.authority import read_files
 from shared_models.errors import EnrolmentFailed, FederationError, StateInvalid
 from shared_models.expiry import date_text, due, warning
-from shared_models.files import write_atomic
+from shared_models.files import locked, write_atomic
 from shared_models.identity import (
     Certificate,
     identity_public_key,
@@ -42,6 +42,7 @@ LONGEST_PAUSE_S = 60.0
 DAY_S = 86400.0
 MOST_HISTORY_BYTES = MOST_EPOCHS * MOST_BYTES
 SUCCESSOR = "identity.next"  # in `keys`: of a key that the coordinator may know already
+LOCK = ".renewal.lock"  # in the site's folder
 SITE_KEYS = ("keys/tls.pem", "keys/node.key", "keys/identity.key")
 MADE_LATER = ("keys/tls.next", f"keys/{SUCCESSOR}", "secrets/superexec", "secrets/case-keys", "secrets/task")
 MEND = "This node renews it while it runs; by hand: `fedclient renew`."
@@ -73,7 +74,8 @@ def expiry_warning(site: Path, now_s: float) -> str | None:
 def renew(site: Path, name: str, address: str, identity: bool = False) -> Certificate:
     """Gets a certificate for a new TLS key by showing the old one; name and node key stay.
 
-    A key whose answer was lost is kept and asked for again, so that nothing is certified in vain.
+    A key whose answer was lost is kept and asked for again, so that nothing is certified in vain. Renewals of a running
+    node and of `fedclient renew` wait for each other.
 
     Args:
         identity: get a new identity key too, which the old one hands over to; a new audit log begins with it.
@@ -81,8 +83,13 @@ def renew(site: Path, name: str, address: str, identity: bool = False) -> Certif
     Raises:
         EnrolmentFailed: the certificate has expired, or the coordinator refuses or cannot be reached.
     """
+    with locked(site / LOCK):
+        return _renew(site, name, address, identity)
+
+
+def _renew(site: Path, name: str, address: str, identity: bool) -> Certificate:
     keys = site / "keys"
-    settle_identity(site, name, address)
+    _settle_identity(site, name, address)
     context = site_context(keys)
     pending = keys / "tls.next"
     if pending.exists() and _public(name, load_secret(pending)) == certificate_of(site).key_sha256:
@@ -114,6 +121,11 @@ def renew(site: Path, name: str, address: str, identity: bool = False) -> Certif
 
 def settle_identity(site: Path, name: str, address: str) -> None:
     """Takes up a new identity key whose answer was lost, if the roster has it, and lets go of one that it has not."""
+    with locked(site / LOCK):  # of a renewal under way the roster does not know yet
+        _settle_identity(site, name, address)
+
+
+def _settle_identity(site: Path, name: str, address: str) -> None:
     keys = site / "keys"
     if not (keys / SUCCESSOR).exists():
         return

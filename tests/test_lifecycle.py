@@ -184,6 +184,27 @@ def test_a_new_identity_key_takes_over_from_the_old_one_and_its_epoch_is_on_the_
     assert not (site.keys / "identity.next").exists()
 
 
+def test_a_running_node_lets_a_renewal_by_hand_end_before_it_looks(
+    edge: Edge, site: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[threading.Thread] = []
+
+    def slow(*words: object, **named: object) -> bytes:
+        if words[3] == "/renew":  # the coordinator does not know the new key yet
+            looks.append(threading.Thread(target=Keeper(home(site), site.site, site.address).look))
+            looks[-1].start()
+            looks[-1].join(0.5)
+        return put(*words, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(renewals, "ask", slow)
+    old = load_secret(site.keys / "identity.key")
+    renew(home(site), site.site, site.address, identity=True)
+    looks[0].join(20)
+    new = load_secret(site.keys / "identity.key")
+    assert new != old
+    assert fetch_roster(home(site), site.address).roster.sites[site.site] == identity_public_key(new).hex()
+
+
 def test_an_identity_key_is_handed_over_by_both_and_is_nobody_elses(edge: Edge, site: Joined, tmp_path: Path) -> None:
     other = joined_site(edge, tmp_path / "other", name_for(tmp_path / "other"))
     mine, theirs, fresh = (load_secret(site.keys / "identity.key"), load_secret(other.keys / "identity.key"),
