@@ -172,13 +172,14 @@ def _joined(pieces: Iterator[Segmentation], headers: Headers) -> Segmented:
 
 
 def _spooled(pieces: Iterator[Segmentation], headers: Headers, pixels: IO[bytes]) -> Segmented:
-    place = {_position(each): n for n, each in enumerate(headers.slices, start=1)}
+    many = len(headers.slices) > 1
+    place = {_position(each): n for n, each in enumerate(headers.slices, start=1)} if many else {}
     head: Dataset | None = None
     vr, frames_in_all, groups = "OB", 0, DicomBytesIO()
     groups.is_little_endian, groups.is_implicit_VR = True, False
     for piece in pieces:
         for group in piece.PerFrameFunctionalGroupsSequence:
-            if len(headers.slices) > 1:
+            if many:
                 index = group.FrameContentSequence[0]
                 at = place[_position(group.PlanePositionSequence[0])]
                 index.DimensionIndexValues = [index.DimensionIndexValues[0], at]

@@ -61,7 +61,7 @@ def read_headers(source: Source) -> Headers:
                 setattr(first, keyword, "")
         if not all({"ReferencedSOPClassUID", "ReferencedSOPInstanceUID"} <= {*item.dir()} for item in _studies(first)):
             del first.ReferencedStudySequence  # results repeat it, and half a reference is none
-        if "NumberOfFrames" in first and int(first.NumberOfFrames) > 1:
+        if len(source.files) == 1:  # of many frames, or of one whose place stands in functional groups
             return Headers(first, (first,))
         slices = [load_head(path, _TAGS) for path in source.files]
     frames = {str(each.get("FrameOfReferenceUID", "")) for each in slices}
