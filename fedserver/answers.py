@@ -206,12 +206,25 @@ def _take_late(setting: Setting, table: Table, waited: Waited, message: Message,
             note(setting, "reply-counted", expected.run, round=expected.round, site=site, why="late")
     except AnswerForged as e:
         _note_forged(setting, waited, f"{e.code}: {e}")
-    except FederationError as e:
-        seat = table.seats.setdefault(site, Seat())
-        seat.reason = f"{seat.reason}; its late update was left out: {e}"
+    except (UpdateRejected, WeightsInvalid, MessageInvalid) as e:
+        _left_out_late(setting, table, waited, f"{getattr(e, 'code', 'MESSAGE_INVALID')}: {e}")
+    except (FederationError, OSError, MemoryError):
+        raise  # ours to mend, not the site's: the sum may hold half of the update
+    except Exception:  # a gap in our doubt, as in `_settle`
+        log.exception("site %r: its late reply could not be used", site)
+        _left_out_late(setting, table, waited, "MESSAGE_INVALID: its reply could not be used")
     finally:
         if reply is not None:
             setting.courier.drop(site, reply)
+
+
+def _left_out_late(setting: Setting, table: Table, waited: Waited, words: str) -> None:
+    """Notes of a late update why it does not count; its site has a seat in this round, or is not asked in it."""
+    if (seat := table.seats.get(waited.site)) is not None:
+        told = f"its late update was left out: {words}"
+        seat.reason = (f"{seat.reason}; {told}" if seat.reason else told)[:MOST_REASON]
+    facts = {"round": waited.expected.round, "site": waited.site}
+    note(setting, "reply-rejected", waited.expected.run, **facts, why=f"late, {words}"[:200])
 
 
 def _code(reason: str | None) -> str:

@@ -35,7 +35,7 @@ def main(grid: Grid, context: Context) -> None:
             grid,
             run,
             presence=lambda: presence(grid, federation, without),
-            courier=Beside(federation.blobs / "out", federation.blobs / "in"),
+            courier=Beside(federation.blobs / "out", federation.blobs / "in", run.id),
             poll_s=0.15,
             sign=lambda purpose, content: proof(federation, purpose, content),
             records=records,
@@ -63,7 +63,8 @@ def presence(grid: Grid, federation: Federation, without: Collection[str] = ()) 
     online = {node.node_id for node in grid.get_nodes() if node.status == "online"}
     nodes: dict[str, int] = {}
     away: dict[str, str] = {}
-    for site in list_sites(federation.state):
+    known = list_sites(federation.state)
+    for site in known:
         if site.state == "revoked" or site.name in without:
             continue
         if site.flower_node_id in online and site.flower_node_id is not None:
@@ -74,4 +75,4 @@ def presence(grid: Grid, federation: Federation, without: Collection[str] = ()) 
             away[site.name] = "has joined and never connected; is `fedclient start` running there?"
         else:
             away[site.name] = "is offline"
-    return Presence(nodes, away)
+    return Presence(nodes, away, frozenset(site.name for site in known if site.state == "invited"))

@@ -15,10 +15,12 @@ class Presence:
     Attributes:
         nodes: site -> number of its Flower node, online.
         away: site -> why it cannot be asked, in words for `status`.
+        invited: those of them that have not joined yet, and may never.
     """
 
     nodes: Mapping[str, int]
     away: Mapping[str, str] = field(default_factory=dict)
+    invited: frozenset[str] = frozenset()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -27,9 +29,10 @@ class Presence:
 
 def choose(study: Study, round_number: int, presence: Presence) -> tuple[str, ...]:
     """The cohort of a round: a function of (seed, study, round) and of who is enrolled, not of who is quick."""
-    sites = presence.sites
     if study.rounds.cohort == 1.0:
-        return sites
-    size = min(len(sites), max(study.rounds.quorum, ceil(study.rounds.cohort * len(sites))))
+        return presence.sites
+    sites = tuple(site for site in presence.sites if site not in presence.invited)
+    share = ceil(study.rounds.cohort * len(sites) - 1e-9)  # 0.07 * 100 is a little above 7
+    size = min(len(sites), max(study.rounds.quorum, share))
     order = rng(study.seed, study.name, "cohort", round_number).permutation(len(sites))
     return tuple(sorted(sites[i] for i in order[:size]))

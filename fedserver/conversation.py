@@ -147,7 +147,7 @@ def _is_due(seat: Seat, now: float, reask_s: float) -> bool:
     if seat.state == "asked":
         return now - seat.asked_at >= reask_s * seat.attempt
     if seat.state == "pending":
-        return now - seat.asked_at >= min(LONGEST_LATER_S, LATER_S * 2.0 ** (seat.put_off - 1))
+        return now - seat.asked_at >= min(LONGEST_LATER_S, LATER_S * 2.0 ** min(seat.put_off - 1, 10))
     return seat.state in ("away", "lost")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedserver.state import list_rosters
+from shared_models.alarms import events
 from shared_models.audit import HEAD, AuditLog
 from shared_models.errors import UpdateRejected
 from shared_models.identity import verify
@@ -31,6 +32,11 @@ class Records:
 
     def add(self, event: str, **facts: Any) -> None:
         self.log.add(event, **facts)
+
+    def closed(self, run: str, number: int) -> bool:
+        """Whether the log says that a round of a run is closed."""
+        closed = (line["facts"] for line in events(self.log.path, ("round-closed",)))
+        return any((facts.get("run"), facts.get("round")) == (run, number) for facts in closed)
 
     def roster(self) -> Roster | None:
         """The newest epoch, its signature verified once; None before a site has joined.

@@ -23,13 +23,14 @@ from fedserver.cohort import choose
 from fedserver.conversation import converse, gather, order_of
 from fedserver.courier import Parcel
 from fedserver.optimizers import optimizer_of
+from fedserver.publish.lineage import RETRAINED
 from fedserver.secure_round import secure_evaluation, secure_round, secure_statistics
 from fedserver.setting import Setting, Table, note, show
 from shared_models import study as study_file
 from shared_models.drift import Profile, reference
 from shared_models.drift import doubted as doubted_profile
 from shared_models.errors import StateInvalid, UpdateRejected, WeightsInvalid
-from shared_models.files import append_json, canonical_json, read_lines, write_atomic, write_json
+from shared_models.files import append_json, canonical_json, read_json, read_lines, write_atomic, write_json
 from shared_models.parse import parse_json, plain
 from shared_models.plan import Fingerprint, Plan, derive, doubted
 from shared_models.plan import total as merged
@@ -59,6 +60,7 @@ def carry_out(setting: Setting) -> State:
         table.study_proof = setting.sign(study_file.SIGNED, study_file.statement(state.run, state.study_sha256))
         write_json(folder.path / "study-proof.json", plain(table.study_proof))
     note(setting, "run-opened", state.run, round=state.round, study=state.study_sha256)
+    _close_again(setting, state)
     if study.plan == "federated" and state.plan_sha256 is None:
         state = statistics(setting, table, state)
     check_weights(folder, state)
@@ -76,6 +78,22 @@ def carry_out(setting: Setting) -> State:
     show(setting, table, "finished", state.round, 0.0, always=True)
     note(setting, "run-finished", state.run, round=state.round, weights=state.weights_sha256)
     return state
+
+
+def _close_again(setting: Setting, state: State) -> None:
+    """The line of the last finished round, where a process was killed after its state and before the audit log."""
+    if setting.records is None or not state.round or setting.records.closed(state.run, state.round):
+        return
+    before = setting.folder.path / RETRAINED
+    if before.exists() and read_json(before)["round"] >= state.round:
+        return  # closed in the run that this one goes on from
+    lines = [x for x in read_lines(setting.folder.metrics) if x["round"] == state.round and not x.get("final")]
+    line = lines[-1] if lines else {"sites": {}}
+    signed = line.get("signed") or {label: row["signed"] for label, row in line["sites"].items() if "signed" in row}
+    facts: dict[str, Any] = {"counted": list(state.cohort), "signed": signed, "weights": state.weights_sha256}
+    if (together := line.get("together")) is not None:
+        facts["attempt"] = together["attempt"]
+    note(setting, "round-closed", state.run, round=state.round, **facts)
 
 
 def statistics(setting: Setting, table: Table, state: State) -> State:
@@ -136,12 +154,13 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
         delta = incoming(study.protect, sent, schema, f"round {asked.round}, site {site!r}")
         admit(_update(site, reply, delta), asked)
         try:
-            if not updates.add(site, asked.round, delta, reply):
-                return
+            added = updates.add(site, asked.round, delta, reply)
         except (WeightsInvalid, ValueError) as e:  # half of it may be in the sum: the round begins again
             raise StateInvalid(
                 f"round {number}: the sum was spoilt ({e}). It begins again from the last weights."
             ) from e
+        if not added:
+            raise UpdateRejected("SUPERSEDED", f"round {number}, site {site!r}: a newer one of it is counted.")
         if updates.one_vote:
             lines.pop(f"{site} (round {late_rounds.pop(site, 0)})", None)
         if late:
@@ -154,12 +173,13 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
     for label, envelope in signed.items():
         lines[label]["signed"] = envelope
     scores = {site: line["scores"] for site, line in lines.items() if line["scores"]}
+    asked = sum(a.attempt > 0 or a.put_off > 0 for a in table.seats.values())
     line = {
         "seconds": round(setting.clock() - began, 3),
         "sites": lines,
         "left_out": {s: {"state": a.state, "reason": a.reason} for s, a in table.seats.items() if a.state != "counted"},
         "scored_round": state.round if scores else None,
-        "bytes_down": size_bytes(schema) * len(cohort),
+        "bytes_down": size_bytes(schema) * asked,
         "bytes_up": size_bytes(on_the_wire(study.protect, schema)) * len(lines),
     }
     counted = tuple(sorted(s for s, a in table.seats.items() if a.state == "counted"))

@@ -16,10 +16,13 @@ from typer.testing import CliRunner
 import fedserver.cli
 from fedclient.policy import Policy
 from fedclient.renewal import renew
+from fedserver import rounds
 from fedserver.checkpoint import RunFolder, create_run
 from fedserver.conversation import MOST_ATTEMPTS
 from fedserver.lifecycle import revoke
 from fedserver.rounds import carry_out
+from fedserver.setting import Setting
+from fedserver.setting import note as setting_note
 from fedserver.signed import signed_lines
 from shared_models.alarms import alarm_words
 from shared_models.envelope import signed
@@ -329,3 +332,29 @@ def test_audit_verify_counts_what_hospitals_have_signed_and_names_a_run_that_lac
 
 def _sent(site: Path) -> list[dict[str, Any]]:
     return [x["facts"] for x in read_lines(site / "audit.jsonl") if x["event"] == "sent"]
+
+
+class Killed(Exception):
+    """The process ends here."""
+
+
+def test_a_round_that_a_kill_kept_out_of_the_log_is_written_down_by_the_next_process(hospitals, edge, monkeypatch):
+    def note(setting: Setting, event: str, run: str, **facts: Any) -> None:
+        if event == "round-closed":
+            raise Killed
+        setting_note(setting, event, run, **facts)
+
+    study = replace(STUDY, rounds=replace(STUDY.rounds, count=2))
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds, "note", note)
+        with pytest.raises(Killed):
+            hospitals.run(study, "kept-out", toy_app(LEARNER))
+    assert noted(edge, "kept-out", "round-closed") == []
+    _, run = hospitals.run(study, "kept-out", toy_app(LEARNER))
+    closed = noted(edge, "kept-out", "round-closed")
+    assert [facts["round"] for facts in closed] == [1, 2]
+    assert closed[0]["counted"] == ["north", "south", "west"]
+    assert closed[0]["weights"] == line(run)["weights_sha256"]
+    signed_then = {told.sha256 for told, envelope in signed_lines(run) if envelope.asked.round == 1}
+    assert set(closed[0]["signed"].values()) == signed_then
+    assert len(signed_then) == 3

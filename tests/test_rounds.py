@@ -11,13 +11,14 @@ from flwr.common.constant import ErrorCode
 
 from fedserver.checkpoint import RunFolder, State, read_progress, read_state
 from fedserver.cohort import Presence, choose
+from fedserver.conversation import _is_due
 from fedserver.courier import Inline
 from fedserver.rounds import carry_out
-from fedserver.setting import Setting
-from shared_models.errors import RoundPaused
+from fedserver.setting import Seat, Setting
+from shared_models.errors import RoundPaused, StateInvalid, WeightsInvalid
 from shared_models.files import read_lines
 from shared_models.study import Evaluate, Rounds, Strategy, Study
-from shared_models.weights import load
+from shared_models.weights import InMemory, load
 from shared_models.wire import read_order
 from tests.toys import Clock, ScriptedGrid, ToyLearner, new_run, nodes, toy_app
 
@@ -77,6 +78,7 @@ def test_a_site_that_never_joins_is_named_and_not_waited_for(tmp_path):
     assert state.round == 3
     assert clock.now - 1000 < 20
     assert line(folder, 1)["left_out"]["south"] == {"state": "away", "reason": "was invited and has not joined"}
+    assert line(folder, 1)["bytes_down"] == 2 * (12 * 4 + 4 * 4 + 8), "no weights were sent to it"
 
 
 def test_a_slow_site_ends_at_the_deadline_and_is_named_late(tmp_path):
@@ -231,6 +233,21 @@ def test_the_cohort_is_a_function_of_seed_and_round_and_not_of_who_is_online():
     assert len(set(chosen)) > 10
 
 
+def test_a_site_that_was_invited_and_has_not_joined_takes_no_place_of_a_part_of_the_sites():
+    study = replace(STUDY, rounds=replace(STUDY.rounds, cohort=0.5, quorum=1))
+    joined = {f"s{i}": i for i in range(4)}
+    invited = {f"t{i}": "was invited and has not joined" for i in range(6)}
+    chosen = [choose(study, r, Presence(joined, invited, frozenset(invited))) for r in range(1, 20)]
+    assert chosen == [choose(study, r, Presence(joined)) for r in range(1, 20)]
+    assert {len(c) for c in chosen} == {2}
+
+
+def test_seven_in_a_hundred_sites_are_seven():
+    assert 0.07 * 100 > 7
+    study = replace(STUDY, rounds=replace(STUDY.rounds, cohort=0.07, quorum=1))
+    assert len(choose(study, 1, Presence({f"s{i}": i for i in range(100)}))) == 7
+
+
 def test_the_final_line_holds_the_test_scores_of_every_site(tmp_path):
     _, folder, _, _ = play(tmp_path)
     final = read_lines(folder.metrics)[-1]
@@ -349,6 +366,66 @@ def test_a_late_update_has_no_second_vote_beside_the_sites_own(tmp_path):
     _, folder, _, _ = play(tmp_path / "both", study, learner, delays={"south": 29.9, "east": 55.0})
     votes = [key for key in line(folder, 2)["sites"] if key.startswith("east")]
     assert len(votes) <= 1
+
+
+def test_a_late_update_that_the_sites_own_has_overtaken_is_said_not_to_count(tmp_path):
+    class Overtaken(ScriptedGrid):
+        """South's answer to round 1 is there at 40 s; round 2 lasts from 30 s to 45 s, for east is slow in it."""
+
+        def push_messages(self, messages):
+            listed = list(messages)
+            ids = list(super().push_messages(listed))
+            for message_id, message in zip(ids, listed, strict=True):
+                at, site, sent = self.sent[message_id]
+                after = {(1, "south"): 40.0, (2, "east"): 15.0}.get((read_order(message).round, site), 0.0)
+                self.sent[message_id] = at + after, site, sent
+            return ids
+
+    rounds = Rounds(count=2, quorum=2, deadline_s=30, gather_s=0, late="next", late_weight=0.5)
+    study = replace(MEDIAN, rounds=rounds, strategy=Strategy(robust="norm_bound", norm_bound=1e6, weighting="uniform"))
+    clock, numbers = Clock(), {site: i for i, site in enumerate(SITES, start=1)}
+    learner = ToyLearner(moves={"east": 0.0, "north": 0.0, "south": 3.0})
+    grid = Overtaken(toy_app(learner), {numbers[s]: c for s, c in nodes(SITES, tmp_path).items()}, clock)
+    folder = new_run(tmp_path, study)
+    carry_out(Setting(grid, folder, lambda: Presence(numbers), Inline(), clock, clock.sleep, poll_s=0.5, reask_s=1e3))
+    assert set(line(folder, 2)["sites"]) == set(SITES)
+    np.testing.assert_allclose(load(folder.weights(2))["body.bias"], 0.5 + 3.0 / 3, rtol=1e-6)
+    south = read_progress(folder)["sites"]["south"]
+    assert south["state"] == "counted"
+    assert south["reason"].startswith("its late update was left out: SUPERSEDED")
+
+
+def test_a_late_update_that_breaks_off_within_the_sum_does_not_stay_in_it(tmp_path):
+    class Torn(InMemory):
+        """Reads well once, when it is doubted, and ends early when it is added."""
+
+        def blocks(self, name):
+            read.append(name)
+            if read.count("body.weight") == 2:
+                raise WeightsInvalid("ends within 'body.weight'")
+            return super().blocks(name)
+
+    class Late(Inline):
+        def collect(self, site, reply, message):
+            whole = super().collect(site, reply, message)
+            return Torn(whole.arrays) if (site, reply.round) == ("south", 1) else whole
+
+    read: list[str] = []
+    clock, numbers = Clock(), {site: i for i, site in enumerate(SITES, start=1)}
+    grid = ScriptedGrid(
+        toy_app(), {numbers[s]: c for s, c in nodes(SITES, tmp_path).items()}, clock, {"south": 40.0, "east": 20.0}
+    )
+    folder = new_run(tmp_path, replace(STUDY, rounds=replace(STUDY.rounds, count=2, deadline_s=30, late="next")))
+    setting = Setting(grid, folder, lambda: Presence(numbers), Late(), clock, clock.sleep, poll_s=0.5, reask_s=1e3)
+    with pytest.raises(StateInvalid, match="round 2: the sum was spoilt"):
+        carry_out(setting)
+    assert read_state(folder).round == 1
+
+
+def test_a_site_that_puts_its_answer_off_for_days_is_asked_again_every_two_minutes():
+    pending = Seat("pending", asked_at=1000.0, put_off=2000)
+    assert not _is_due(pending, 1119.0, 60.0)
+    assert _is_due(pending, 1120.0, 60.0)
 
 
 def test_an_order_tells_each_site_which_of_its_updates_was_counted_last(tmp_path):
