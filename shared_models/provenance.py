@@ -38,7 +38,6 @@ ANSWERS = "evidence/answers.json"
 AUDIT, ROSTER, APPROVED = "evidence/audit.json", "evidence/roster.json", "evidence/study.json"
 PLAN, ENVIRONMENT, CARDS = "evidence/plan.json", "evidence/environment.json", "evidence/cards"
 EVENTS = ("run-queued", "run-retrained", "run-opened", "plan-made", "round-closed", "run-finished")
-PLAIN = ("reply-counted",)  # of these only late ones tell what `round-closed` does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def wanted(line: Mapping[str, Any], runs: Mapping[str, int | None]) -> bool:
     """Whether a line of the log belongs into the evidence of a release of these runs (run -> last round taken)."""
     facts, event = line["facts"], line["event"]
     run = facts.get("run")
-    if run not in runs or (event not in EVENTS and not (event in PLAIN and facts.get("why") == "late")):
+    if run not in runs or event not in EVENTS:
         return False
     most = runs[run]
     return most is None or (event != "run-finished" and int(facts.get("round", 0)) <= most)
@@ -196,10 +195,9 @@ def _check_audit(release: Release, key: bytes) -> list[str]:
     if last != origin.weights_sha256:
         raise ReleaseInvalid(f"{AUDIT}: the log knows other weights of round {origin.round}.", AUDIT)
     counted: Counter[str] = Counter()
-    for line in lines:
-        facts = line["facts"]
-        counted.update(facts["counted"] if line["event"] == "round-closed" else ())
-        counted.update([facts["site"]] if line["event"] in PLAIN else ())
+    for facts in (line["facts"] for line in lines if line["event"] == "round-closed"):
+        counted.update(facts["counted"])
+        counted.update(site for site, _, late in map(_labelled, facts.get("signed", {})) if late)
     if more := sorted(site for site, rounds in counted.items() if rounds > origin.sites.get(site, 0)):
         raise ReleaseInvalid(f"{AUDIT}: the log counts {more[0]!r} more often than the manifest does.", AUDIT)
     signed = _check_answers(release, [line["facts"] for line in lines if line["event"] == "round-closed"])
@@ -221,7 +219,7 @@ def _check_answers(release: Release, rounds: Iterable[Mapping[str, Any]]) -> lis
     roster = read_signed(_bytes(release, ROSTER), ROSTER).roster
     earlier = 0
     for digest, label, facts in named:
-        site, _, late = label.partition(" ")
+        site, _, late = _labelled(label)
         answer = known.get(digest)
         if answer is None or answer.site != site:
             raise ReleaseInvalid(f"{ANSWERS}: lacks what {site!r} signed in round {facts['round']}.", ANSWERS)
@@ -229,14 +227,19 @@ def _check_answers(release: Release, rounds: Iterable[Mapping[str, Any]]) -> lis
             asked = envelope_of(answer, ANSWERS, ReleaseInvalid).asked
         except ReleaseInvalid as error:
             raise ReleaseInvalid(str(error), ANSWERS) from None
-        about = (asked.run, asked.study_sha256, late or asked.round)
-        if about != (facts["run"], release.manifest.origin.study_sha256, late or facts["round"]):
+        about = (asked.run, asked.study_sha256, f"(round {asked.round})")
+        if about != (facts["run"], release.manifest.origin.study_sha256, late or f"(round {facts['round']})"):
             raise ReleaseInvalid(f"{ANSWERS}: {site!r} signed round {facts['round']} of another run or study.", ANSWERS)
         earlier += roster.sites.get(site) != answer.key
     gone = f"; {earlier} under keys that its roster no longer has" if earlier else ""
     return [
         f"{len(named)} updates that were counted are signed by their hospitals, each for its round of its run{gone}"
     ]
+
+
+def _labelled(label: str) -> tuple[str, str, str]:
+    """The site of an answer in `round-closed`, and behind a blank, of a late one, which round it was for."""
+    return label.partition(" ")
 
 
 def _lines(extract: Extract, key: bytes) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from fedserver.publish.card import Words
 from fedserver.state import Run, add_run, find_run, find_site
 from fedserver.submit import submit
 from fedserver.withdrawal import begin_from, copy_until, retrain, withdraw
+from shared_models.audit import AuditLog
 from shared_models.errors import ReleaseInvalid, StateInvalid
 from shared_models.evidence import LOG
 from shared_models.files import canonical_json, locked, read_json, read_lines, write_atomic, write_json
@@ -34,7 +36,18 @@ from shared_models.plan import Plan
 from shared_models.plan import sha256 as plan_sha256
 from shared_models.protect.privacy import Protect
 from shared_models.protect.secure import SecureAggregation
-from shared_models.provenance import ANSWERS, AUDIT, ENVIRONMENT, ROSTER, against_kept, check_provenance
+from shared_models.provenance import (
+    ANSWERS,
+    AUDIT,
+    ENVIRONMENT,
+    ROSTER,
+    Extract,
+    Leaf,
+    _check_audit,
+    against_kept,
+    check_provenance,
+    wanted,
+)
 from shared_models.release import MANIFEST, Manifest, Trust, open_release, seal
 from shared_models.standing import read_standings
 from shared_models.study import Model, Study, Transfer, canonical, sha256
@@ -212,6 +225,33 @@ def test_nothing_is_released_on_a_log_that_is_not_whole(hospitals, tmp_path):
     (federation.folder / LOG).write_bytes(b"\n".join([*lines[:3], *lines[4:]]))
     with pytest.raises(StateInvalid, match=r"line 4 .*Nothing is released"):
         registry.register(federation, RunFolder(federation.runs / "lung"))
+
+
+def test_an_update_that_is_counted_late_belongs_to_the_releases_from_the_round_on_that_counts_it(tmp_path):
+    key = new_site_keys().identity
+    log = AuditLog(tmp_path / LOG, "coordinator", key)
+    log.add("run-opened", run="late", round=0, study="a" * 64)
+    log.add("round-closed", run="late", round=1, counted=["north"], signed={}, weights="1" * 64)
+    log.add("reply-counted", run="late", round=1, site="south", why="late")
+    signed = {"south (round 1)": "b" * 64}
+    log.add("round-closed", run="late", round=2, counted=["north"], signed=signed, weights="2" * 64)
+    head, texts = log.head(), log.path.read_bytes().split(b"\n")[:-1]
+
+    def shown(number: int, sites: dict[str, int]) -> list[str]:
+        kept = [n for n, text in enumerate(texts) if wanted(json.loads(text), {"late": number})]
+        leaves = [Leaf(n, texts[n].decode(), tuple(p.hex() for p in log.tree.inclusion(n))) for n in kept]
+        extract = plain(Extract(head.log, head.size, head.root, head.time, head.signature, tuple(leaves)))
+        origin = SimpleNamespace(
+            run="late", round=number, study_sha256="a" * 64, plan_sha256=None, sites=sites,
+            weights_sha256=str(number) * 64,
+        )  # fmt: skip
+        manifest = SimpleNamespace(origin=origin, files={AUDIT: SimpleNamespace(bytes=1)})
+        release: Any = SimpleNamespace(manifest=manifest, content=lambda name: canonical_json(extract))
+        return _check_audit(release, identity_public_key(key))
+
+    assert "1 rounds closed" in shown(1, {"north": 1})[0]
+    with pytest.raises(ReleaseInvalid, match="counts 'south' more often"):
+        shown(2, {"north": 2})
 
 
 def test_a_version_is_taken_once_and_an_earlier_round_is_released_as_not_tested(hospitals, entry):
