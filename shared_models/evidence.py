@@ -38,7 +38,8 @@ def verdict_of(folder: Path, key: bytes) -> Verdict:
     path, head = folder / LOG, folder / LAST
     if not path.exists():
         raise StateInvalid(f"{path}: is missing. Nothing has been written yet, or it was removed; see your backup.")
-    return verify_log(path.read_bytes(), key, head.read_bytes() if head.exists() else None)
+    last = head.read_bytes() if head.exists() else None  # before the log, which goes on growing
+    return verify_log(path.read_bytes(), key, last)
 
 
 def export(folder: Path, key: bytes, certificates: Mapping[str, bytes], out: Path) -> None:

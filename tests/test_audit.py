@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shared_models.audit import HEAD, LINE, AuditLog, Head, compare, verify_log
 from shared_models.errors import StateInvalid
+from shared_models.evidence import verdict_of
 from shared_models.files import canonical_json
 from shared_models.identity import identity_public_key, new_site_keys, sign, verify
 from shared_models.merkle import EMPTY, Tree, grew, leaf_hash, node_hash
@@ -201,6 +202,20 @@ def test_a_line_torn_by_a_crash_is_named_and_cut_off_by_the_next(log, kept, tmp_
     again.add("order", round=9)
     assert verify_log(log.path.read_bytes(), PUBLIC).bad is None
     assert lines_of(log)[:6] == whole.split(b"\n")[:-1]
+
+
+def test_a_log_that_grows_while_it_is_verified_is_not_said_to_be_cut(log, monkeypatch):
+    whole = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        content = whole(path)
+        if path == log.path:
+            log.add("order", round=5)  # by a run under way
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    verdict = verdict_of(log.path.parent, PUBLIC)
+    assert (verdict.lines, verdict.bad) == (6, None)
 
 
 @given(st.binary(max_size=80))
