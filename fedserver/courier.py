@@ -1,6 +1,7 @@
 """How tensors get to the sites and back: inside the message in a simulation, as blobs beside it in a deployment."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedserver.room import check_room
 from shared_models.errors import UpdateRejected
+from shared_models.files import locked, private_folder
 from shared_models.weights import InMemory, Tensors, load, open_tensors
 from shared_models.wire import VECTOR, BlobRef, Reply, pack, tensors_of
 
@@ -96,10 +98,13 @@ class Beside:
     """Tensors travel as files named by their digest; the gateway serves `out` and fills `incoming/SITE`.
 
     An upload is there whole and under the digest that it has, or not at all: the gateway compares before it keeps it.
+    Runs side by side may send the same weights, as two studies with one network and seed do in round 1: these stay in
+    `out` until the last run in `held/SHA256/` has retired them.
     """
 
     out: Path
     incoming: Path
+    run: str
     one_by_one: bool = False
 
     def check_room(self, model_bytes: int, sites: int, round_number: int) -> None:
@@ -108,12 +113,12 @@ class Beside:
 
     def publish(self, weights: Path, digest: str) -> Parcel:
         self.out.mkdir(parents=True, exist_ok=True, mode=0o700)
-        target = self.out / digest
-        if not target.exists():
-            part = self.out / f".{digest}.{os.getpid()}"
-            part.unlink(missing_ok=True)
-            os.link(weights, part)  # the same bytes, no copy; weights of a finished round never change
-            part.replace(target)
+        holders = self._holders(digest)
+        with locked(holders.parent / ".lock"):
+            private_folder(holders)
+            (holders / self.run).touch(mode=0o600)
+            if not (self.out / digest).exists():
+                os.link(weights, self.out / digest)  # no copy; weights of a finished round never change
         return Parcel(BlobRef(digest, weights.stat().st_size), None)
 
     def collect(self, site: str, reply: Reply, message: "Message") -> Tensors:
@@ -139,4 +144,14 @@ class Beside:
             (self.incoming / site / reply.blob.sha256).unlink(missing_ok=True)
 
     def retire(self, digest: str) -> None:
-        (self.out / digest).unlink(missing_ok=True)
+        holders = self._holders(digest)
+        with locked(holders.parent / ".lock"):
+            (holders / self.run).unlink(missing_ok=True)
+            if holders.exists() and any(holders.iterdir()):
+                return
+            (self.out / digest).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                holders.rmdir()
+
+    def _holders(self, digest: str) -> Path:
+        return self.out.with_name("held") / digest

@@ -61,7 +61,7 @@ class Hospitals:
         presence = Presence({name: i for i, name in numbered.items()})
         made = Setting(
             LocalGrid(app or toy_app(ToyLearner()), configs), run, lambda: presence,
-            Beside(federation.blobs / "out", federation.blobs / "in"), self.clock, self.clock.sleep, poll_s=1.0,
+            Beside(federation.blobs / "out", federation.blobs / "in", run.id), self.clock, self.clock.sleep, poll_s=1.0,
             sign=lambda purpose, content: proof(federation, purpose, content),
             records=self.records, roster=self.records.roster,
         )  # fmt: skip

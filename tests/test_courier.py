@@ -1,6 +1,5 @@
 """How tensors get to the coordinator: what is published is the same file, and what a site names must be its own."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def _identity():
 
 @pytest.fixture
 def beside(tmp_path: Path) -> Beside:
-    return Beside(tmp_path / "out", tmp_path / "in")
+    return Beside(tmp_path / "out", tmp_path / "in", "toy-1")
 
 
 @pytest.fixture
@@ -91,8 +90,8 @@ def test_what_is_published_is_the_same_file_under_its_digest(beside, weights):
 
 def test_weights_may_be_published_twice_and_after_a_kill_in_between(beside, weights):
     path, digest = weights
-    beside.out.mkdir(mode=0o700)
-    (beside.out / f".{digest}.{os.getpid()}").write_bytes(b"left by a process of the same number")
+    beside.publish(path, digest)
+    (beside.out / digest).unlink()  # killed before it was there
     assert beside.publish(path, digest) == beside.publish(path, digest)
     assert file_sha256(beside.out / digest) == digest
     assert names(beside.out) == [digest]
@@ -105,6 +104,19 @@ def test_retired_weights_are_not_given_out_any_more_and_stay_in_their_run(beside
     beside.retire(digest)
     assert names(beside.out) == []
     assert file_sha256(path) == digest
+
+
+def test_weights_that_two_runs_send_are_given_out_until_both_have_retired_them(beside, weights, tmp_path):
+    path, digest = weights
+    other, same = replace(beside, run="toy-2"), tmp_path / "runs" / "other.safetensors"
+    save_arrays(same, WEIGHTS)
+    beside.publish(path, digest)
+    other.publish(same, digest)
+    beside.retire(digest)
+    assert names(beside.out) == [digest]
+    other.retire(digest)
+    assert names(beside.out) == []
+    assert names(tmp_path / "held") == [".lock"]
 
 
 # In

@@ -86,7 +86,7 @@ def aggregate(folder: Path, sites: int) -> dict[str, float]:
     run = folder / "runs" / f"run-{sites}"
     presence = Presence({f"s{i}": i for i in range(1, sites + 1)})
     grid = Answered(BlobRef(digest, int(size)), sites)
-    courier = Beside(folder / "out", folder / "in")
+    courier = Beside(folder / "out", folder / "in", "bench")
     idle = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the start
     carry_out(Setting(grid, RunFolder(run), lambda: presence, courier))
