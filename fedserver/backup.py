@@ -142,12 +142,20 @@ def _signed(federation: Federation, manifest: Manifest) -> Manifest:
     return replace(manifest, certificate=by.certificate.decode(), signature=signature)
 
 
-def _names(folder: Path) -> list[str]:
-    """What is copied as it is, in the order in which it must be: see `FIRST`."""
+def _names(folder: Path) -> Iterator[str]:
+    """What is copied as it is: `FIRST` of all folders, then all the rest.
+
+    That is listed when the first have been copied, so that weights are among it which a round that ended meanwhile has
+    left, and which a state that was copied names.
+    """
+    yield from (name for name in _listed(folder) if PurePosixPath(name).name in FIRST)
+    yield from (name for name in _listed(folder) if PurePosixPath(name).name not in FIRST)
+
+
+def _listed(folder: Path) -> list[str]:
     whole = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     found = [path.relative_to(folder).as_posix() for path in whole]
-    kept = [name for name in found if not name.startswith((*SECRET, *LEFT_OUT)) and not _is_passing(name)]
-    return sorted(kept, key=lambda name: (PurePosixPath(name).name not in FIRST, name))
+    return sorted(name for name in found if not name.startswith((*SECRET, *LEFT_OUT)) and not _is_passing(name))
 
 
 def _is_passing(name: str) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fedserver.cli
+from fedserver import backup as backups
 from fedserver.backup import backup, last_backup_s, read_manifest, restore
 from fedserver.checkpoint import RunFolder, read_state
 from fedserver.cohort import Presence
@@ -139,6 +140,21 @@ def test_a_backup_that_is_made_while_everything_is_written_is_whole(federation, 
         restore(tmp_path / f"{number}.tar", tmp_path / f"again-{number}", WORDS)
         again = open_federation(tmp_path / f"again-{number}")
         assert len(read_lines(again.folder / "audit.jsonl")) >= 3
+
+
+def test_a_round_that_ends_while_a_backup_begins_is_in_it_with_its_weights(federation, tmp_path, monkeypatch):
+    run = submit(federation, STUDY, "cut", False).folder
+    copy = backups._put
+
+    def put(archive: tarfile.TarFile, folder: Path, name: str) -> object:
+        if name == "runs/cut/state.json" and read_state(run).round == 0:
+            played(run, until_round=1)
+        return copy(archive, folder, name)
+
+    monkeypatch.setattr(backups, "_put", put)
+    backup(federation, tmp_path / "b.tar", WORDS)
+    restore(tmp_path / "b.tar", tmp_path / "again", WORDS)
+    assert read_state(RunFolder(tmp_path / "again/runs/cut")).round == 1
 
 
 def test_flowers_database_is_copied_with_what_stands_only_in_its_log(federation, tmp_path):
