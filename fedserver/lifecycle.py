@@ -98,7 +98,8 @@ def renew(federation: Federation, site: Site, body: bytes, now_s: float | None =
             )
             certificate = pem.decode()
             fingerprint = read_certificate(pem).fingerprint
-            renew_certificate(federation.state, certificate_row(pem, now), fingerprint, sealer(federation), identity)
+            row, signed_by = certificate_row(pem, now), site.identity_public_key or ""
+            renew_certificate(federation.state, row, fingerprint, sealer(federation), signed_by, identity)
             facts = {"certificate": fingerprint} | ({"identity": identity} if identity else {})
             open_log(federation).add("renewed", site=site.name, **facts)
     except EnrolmentFailed as error:

@@ -265,24 +265,26 @@ def forget_node(path: Path, flower_node_id: int) -> None:
 
 
 def renew_certificate(
-    path: Path, certificate: CertificateRow, fingerprint: str, seal: Seal, identity: str | None = None
+    path: Path, certificate: CertificateRow, fingerprint: str, seal: Seal, signed_by: str, identity: str | None = None
 ) -> None:
     """Stores a further certificate of an active site, the newest from now on, and a new epoch.
 
     Args:
+        signed_by: the site's public key that has signed for it, hexadecimal.
         identity: public key that takes the place of the site's; None keeps it.
 
     Raises:
-        EnrolmentFailed: the site was revoked meanwhile.
+        EnrolmentFailed: the site was revoked meanwhile, or has joined anew with other keys.
     """
     with writing(path) as db:
         renewed = db.execute(
             "UPDATE sites SET certificate_serial = ?, certificate_fingerprint = ?,"
-            " identity_public_key = COALESCE(?, identity_public_key) WHERE name = ? AND state = 'active'",
-            (certificate.serial, fingerprint, identity, certificate.site),
+            " identity_public_key = COALESCE(?, identity_public_key)"
+            " WHERE name = ? AND state = 'active' AND identity_public_key = ?",
+            (certificate.serial, fingerprint, identity, certificate.site, signed_by),
         )
         if renewed.rowcount != 1:
-            raise EnrolmentFailed(f"site {certificate.site!r}: is not active in this federation any more.")
+            raise EnrolmentFailed(f"site {certificate.site!r}: is not active in this federation with these keys.")
         _add_certificate(db, certificate)
         _add_epoch(db, seal)
 

@@ -244,6 +244,20 @@ def test_a_renewal_needs_the_identity_key_and_is_for_oneself(edge: Edge, site: J
     assert len(list_certificates(edge.federation.state, site.site)) == 1
 
 
+def test_a_renewal_under_way_gets_nothing_once_the_site_has_joined_anew_under_other_keys(
+    edge: Edge, site: Joined
+) -> None:
+    """As of who has the keys that the site lost: let in a moment before the site came back."""
+    let_in, request = find_site(edge.federation.state, site.site), asked_by(site, new_tls_key())
+    assert let_in is not None
+    rejoin(invite(edge.federation, site.site), home(site), site.site, site.address)
+    back = find_site(edge.federation.state, site.site)
+    reply = answer_renewal(edge.federation, let_in, request)
+    assert reply.status == 400
+    assert "not active in this federation with these keys" in reply.content.decode()
+    assert find_site(edge.federation.state, site.site) == back
+
+
 def test_a_key_left_by_a_process_that_was_killed_is_used_or_thrown_away(edge: Edge, site: Joined) -> None:
     save = site.keys / "tls.next"
     save.write_bytes(new_tls_key())
