@@ -154,7 +154,8 @@ def _attend(one: _Watched, patience: Patience) -> bool:
                 os.killpg(one.process.pid, signal.SIGKILL)
         return False
     one.failures = 1 if now - one.began >= patience.healthy_s else one.failures + 1
-    pause_s = min(patience.longest_s, patience.first_s * 2 ** (one.failures - 1)) * random.uniform(0.75, 1.25)
+    doubled = patience.first_s * 2.0 ** min(one.failures - 1, 30)  # after a night of failures 2 ** n is no float
+    pause_s = min(patience.longest_s, doubled) * random.uniform(0.75, 1.25)
     one.process, one.next_start = None, now + pause_s
     words, one.hung = one.hung or (_last_line(one.child.log) if code > 0 else ""), ""
     one.shown = Shown(None, "waiting", one.shown.restarts + 1, code, time.time(), words)

@@ -18,7 +18,9 @@ from shared_models.errors import ProcessFailed
 from shared_models.supervise import (
     Child,
     Patience,
+    _attend,
     _last_line,
+    _Watched,
     end,
     kept_port,
     kept_secret,
@@ -58,6 +60,15 @@ def supervised(folder: Path, *commands: Sequence[str]) -> Iterator[threading.Eve
 
 def status(folder: Path) -> dict[str, dict[str, Any]]:
     return dict(read_status(folder)["children"])
+
+
+def test_a_process_that_has_failed_all_night_is_still_started_again(tmp_path):
+    one = _Watched(Child("child", [sys.executable, "-S", "-c", "raise SystemExit(1)"], tmp_path / "child.log"))
+    assert _attend(one, QUICK)
+    one.failures = 3000
+    wait(lambda: _attend(one, QUICK))
+    assert (one.process, one.failures) == (None, 3001)
+    assert one.next_start - time.monotonic() <= 1.25 * QUICK.longest_s
 
 
 def test_a_child_that_dies_is_started_again_and_the_status_says_so(tmp_path: Path) -> None:
