@@ -256,10 +256,11 @@ def rest(desk: Desk, job: Job, run: Run) -> Run:
     done = finished_round(desk.folder, job.run_id)
     if done < hold.after:
         return run
-    unhold(folder)
     job.resting = True
     log.info("run %s: paused by a person after round %s", job.run_id, done)
-    return change_run(desk.state, job.run_id, time.time(), "paused", paused_words(job.run_id, done))
+    paused = change_run(desk.state, job.run_id, time.time(), "paused", paused_words(job.run_id, done))
+    unhold(folder)  # last: what could not be written down is still wanted
+    return paused
 
 
 def settle(desk: Desk, job: Job, run: Run, code: int) -> None:

@@ -154,6 +154,21 @@ def test_a_running_run_pauses_once_its_round_is_finished(federation, desk):
     assert rest(desk, job, run("a", "paused")).state == "paused"
 
 
+def test_a_pause_that_cannot_be_written_down_yet_is_still_wanted(federation, desk, monkeypatch):
+    def full(*_: object) -> Run:
+        raise StateInvalid("database or disk is full")
+
+    folder = put(federation, "a", "running", done=3)
+    pause(federation, "a", True)
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatch, "change_run", full)
+        with pytest.raises(StateInvalid):
+            rest(desk, Job("a"), run("a", "running"))
+    assert hold_of(folder) is not None
+    assert rest(desk, Job("a"), run("a", "running")).state == "paused"
+    assert hold_of(folder) is None
+
+
 def test_the_process_of_a_paused_run_is_told_to_end_and_its_run_stays_paused(federation, desk):
     folder = put(federation, "a", "running", done=2)
     assert pause(federation, "a", True) == "pauses at once"
