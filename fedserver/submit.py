@@ -58,7 +58,7 @@ def submit(federation: Federation, study: Study, name: str | None, new: bool, we
         if going_on.state not in ("queued", "running"):
             change_run(federation.state, going_on.id, now, "queued")
         return Submitted(going_on.id, RunFolder(federation.runs / going_on.id), study.rounds.count)
-    run_id = _checked(name) if name else _numbered(federation, study)
+    run_id = checked_name(name) if name else _numbered(federation, study)
     from shared_models.pretrained import first_weights  # imports torch
 
     folder, told = RunFolder(federation.runs / run_id), tuple[str, ...]()
@@ -117,7 +117,8 @@ def watched(
     return look
 
 
-def _checked(name: str) -> str:
+def checked_name(name: str) -> str:
+    """The name of a run, as it stands in orders; raises StateInvalid for one that no site would understand."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):
         raise StateInvalid(f"run {name!r}: a name is lower-case letters, digits and -, at most 64.")
     return name

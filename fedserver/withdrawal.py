@@ -15,6 +15,7 @@ from fedserver.publish.lineage import BEGAN, RETRAINED, first_counted
 from fedserver.registry import SITE_LEFT, Entry, containing, retire_release
 from fedserver.report import facts
 from fedserver.state import Run, add_run, find_run, find_site, list_runs
+from fedserver.submit import checked_name
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.evidence import LOG
 from shared_models.files import canonical_json, read_lines, sync_folder, write_atomic, write_json
@@ -93,7 +94,7 @@ def retrain(federation: Federation, run_id: str, sites: Sequence[str], name: str
     for site in sites:
         if find_site(federation.state, site) is None:
             raise StateInvalid(f"site {site!r}: is not of this federation. `fedserver status` lists the sites.")
-    old, new_id = RunFolder(federation.runs / run_id), name or _numbered(federation, run_id)
+    old, new_id = RunFolder(federation.runs / run_id), checked_name(name or _numbered(federation, run_id))
     if find_run(federation.state, new_id) is not None or (federation.runs / new_id).exists():
         raise StateInvalid(f"run {new_id!r}: the name is taken. Choose another with --name.")
     number, why = begin_from(old, sites, _planners(federation, run_id))

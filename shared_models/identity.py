@@ -25,7 +25,7 @@ from shared_models.errors import EnrolmentFailed, StateInvalid
 from shared_models.files import write_atomic
 from shared_models.words import WORDS
 
-SITE_NAME = re.compile(r"[a-z0-9-]{1,32}")
+SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")  # each is a SiteName, too
 AUTHORITY_DAYS = 3650
 DOCUMENT_SIGNING = x509.ObjectIdentifier("1.3.6.1.5.5.7.3.36")  # RFC 9336; no certificate of a site or server has it
 SITE_DAYS = 90.0
@@ -81,7 +81,7 @@ def check_site_name(name: str) -> str:
     """`name` as it came, or raises EnrolmentFailed."""
     if not SITE_NAME.fullmatch(name):
         raise EnrolmentFailed(
-            f"site name {name!r}: 1 to 32 of lower-case letters, digits and '-' are allowed. "
+            f"site name {name!r}: 1 to 32 of lower-case letters, digits and '-' are allowed, no '-' first. "
             "Choose such a name, for example 'hospital-north'."
         )
     return name

@@ -199,7 +199,7 @@ def test_a_key_file_of_another_user_is_not_read(tmp_path: Path, monkeypatch: pyt
         load_secret(tmp_path / "none.key")
 
 
-@pytest.mark.parametrize("name", ["", "North", "a/b", "..", "a" * 33, "a b", "a\n"])
+@pytest.mark.parametrize("name", ["", "North", "a/b", "..", "a" * 33, "a b", "a\n", "-north"])
 def test_site_names_are_plain(name: str) -> None:
     with pytest.raises(EnrolmentFailed, match="lower-case letters"):
         check_site_name(name)

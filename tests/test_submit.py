@@ -12,8 +12,9 @@ from fedserver.checkpoint import RunFolder, create_run, read_state, read_study, 
 from fedserver.enrol import Federation, init_federation, invite
 from fedserver.overview import overview
 from fedserver.show import status_table
-from fedserver.state import RunState, change_run, find_run, list_runs
+from fedserver.state import Run, RunState, add_run, change_run, find_run, list_runs
 from fedserver.submit import Submitted, outcome, submit, watched
+from fedserver.withdrawal import retrain
 from shared_models.errors import StateInvalid
 from shared_models.files import write_json
 from shared_models.nets import initial_weights
@@ -45,6 +46,14 @@ def ends(federation: Federation, run_id: str, state: RunState) -> None:
 
 def states(federation: Federation) -> dict[str, str]:
     return {run.id: run.state for run in list_runs(federation.state)}
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "Lung again", "x" * 65])
+def test_a_run_that_is_trained_again_has_a_name_that_sites_understand(federation, name):
+    invite(federation, "east")
+    add_run(federation.state, Run("lung", "lung", "a" * 64, "finished", None, 1.0, 1.0, ""))
+    with pytest.raises(StateInvalid, match="a name is lower-case letters, digits and -, at most 64"):
+        retrain(federation, "lung", ["east"], name)
 
 
 def test_a_submitted_study_is_a_queued_run_with_its_first_weights(federation):
