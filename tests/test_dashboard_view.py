@@ -336,6 +336,17 @@ def test_the_matrix_has_a_row_for_each_site_and_names_the_worst():
     assert (west["note"], west["cells"][0]["heat"]) == ("not now: awaits approval at the site", None)
 
 
+def test_a_model_that_finds_nothing_anywhere_is_shown_with_its_zeros():
+    test = {"sites": {s: {"value": 0.0, "cases": 4} for s in ("north", "south")}, "personalised": {}, "worst": "north",
+            "all_cases": None}  # fmt: skip
+    found = {
+        "measure": {"name": "Dice"}, "comparison": None, "secure": None, "test": {"lung": test}, "labels": ["lung"],
+        "not_tested": {},
+    }  # fmt: skip
+    (matrix,) = view.matrices(found)
+    assert [row["cells"][0]["value"] for row in matrix["rows"]] == ["0.000", "0.000"]
+
+
 def test_a_comparison_is_shown_with_all_its_models():
     rows = [
         {"model": f"{name} alone", "trained": name, "values": {s: {"mean": 0.8, "deviation": None} for s in "ab"}}

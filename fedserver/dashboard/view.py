@@ -252,7 +252,7 @@ def matrices(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         if found["secure"] and test["all_cases"]:
             models["federated"] = {ALL: test["all_cases"]["value"]}
         cases = {site: row["cases"] for site, row in test["sites"].items()}
-        if any(models["federated"].values()):
+        if any(value is not None for value in models["federated"].values()):
             made.append(_matrix(f"Test {measure}: {label}", models, cases, away, test["worst"]))
     return made
 
