@@ -408,6 +408,7 @@ def test_a_late_update_that_breaks_off_within_the_sum_does_not_stay_in_it(tmp_pa
     class Late(Inline):
         def collect(self, site, reply, message):
             whole = super().collect(site, reply, message)
+            assert isinstance(whole, InMemory)
             return Torn(whole.arrays) if (site, reply.round) == ("south", 1) else whole
 
     read: list[str] = []
