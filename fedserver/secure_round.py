@@ -51,10 +51,11 @@ from shared_models.protect.counted import Told, told_in
 from shared_models.protect.counted_plan import fingerprint_in
 from shared_models.protect.messages import Confirmations, Inbox
 from shared_models.protect.prg import CHUNK
-from shared_models.protect.ring import Layout, bytes_of
+from shared_models.protect.ring import MOST_SITES, Layout, bytes_of
 from shared_models.protect.secure import SecureAggregation, layout_of, round_of, training_s, wanted
 from shared_models.roster import Roster
 from shared_models.scores import row_of
+from shared_models.seeds import rng
 from shared_models.study import Study
 from shared_models.update import Expected
 from shared_models.weights import Schema, size_bytes
@@ -280,6 +281,7 @@ def _attempt(making: Sum, parcel: Parcel, asked: tuple[str, ...]) -> SecureSum:
     if len(able := [site for site in cohort if site not in making.failing]) >= study.rounds.quorum:
         making.left_out |= {site: making.failing[site] for site in cohort if site in making.failing}
         cohort = tuple(able)
+    cohort = _few_enough(making, cohort)
     context = _context(making, cohort, roster)
     if len(cohort) < context.fewest:
         raise SumAborted(
@@ -303,6 +305,17 @@ def _attempt(making: Sum, parcel: Parcel, asked: tuple[str, ...]) -> SecureSum:
     _ask(making, found, "mask", tuple(inboxes), add, lambda site, o: replace(o, inbox=inboxes[site]))
     found.close_vectors()
     return found
+
+
+def _few_enough(making: Sum, ready: tuple[str, ...]) -> tuple[str, ...]:
+    """As many as one sum holds, drawn anew in each round."""
+    if len(ready) <= MOST_SITES:
+        return ready
+    drawn = rng(making.study.seed, making.study.name, "sum", making.number).permutation(len(ready))[:MOST_SITES]
+    chosen = tuple(ready[n] for n in sorted(drawn))
+    why = {"state": "rejected", "reason": f"SUM_FULL: one sum holds {MOST_SITES} sites, drawn anew in each round"}
+    making.left_out |= {site: why for site in ready if site not in chosen}
+    return chosen
 
 
 def _ended(making: Sum, found: SecureSum) -> SecureTotal:

@@ -13,6 +13,7 @@ from flwr.app import Message
 from fedclient.site import Site
 from fedclient.sums import Sums
 from fedclient.work import Holding, Learned
+from fedserver import secure_round
 from fedserver.checkpoint import RunFolder, State, read_progress, read_state
 from fedserver.cohort import Presence
 from fedserver.courier import Inline
@@ -155,6 +156,21 @@ def test_of_no_site_is_anything_known_but_that_it_is_in_the_sum(quick_folder):
     assert b'"seconds":0' not in told.replace(b'"seconds":0.0', b"")
     for own in (b'"examples":10,', b'"examples":20,', b'"examples":64', b'"cases":2,', b'"steps":'):
         assert own not in told
+
+
+def test_of_more_sites_than_one_sum_holds_some_sit_a_round_out_and_others_the_next(quick_folder, monkeypatch):
+    monkeypatch.setattr(secure_round, "MOST_SITES", 3)
+    two = replace(STUDY, rounds=replace(STUDY.rounds, count=2), evaluate=Evaluate(every=0, reference=False))
+    _, run, _ = play(quick_folder, two)
+    for number in (1, 2):
+        found = line(run, number)
+        inside = tuple(found["together"]["sites"])
+        assert (len(inside), len(found["left_out"])) == (3, len(SITES) - 3)
+        assert all(why["reason"].startswith("SUM_FULL: one sum holds 3") for why in found["left_out"].values())
+        assert set(inside) | set(found["left_out"]) == set(SITES)
+        if number == 1:
+            np.testing.assert_allclose(bias(run), mean(*inside), atol=1e-6)
+    assert line(run, 1)["left_out"] != line(run, 2)["left_out"]
 
 
 def test_validation_scores_of_the_sites_are_known_together_alone(quick_folder):
