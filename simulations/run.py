@@ -50,6 +50,7 @@ from simulations.vois import RegionPlan, regions
 Engine = Literal["local", "ray"]
 SHOWN = 5  # findings in one message
 Say = Callable[[str], None]
+TOLD = 10  # lines about a phantom that is being made
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,8 @@ def data_folders(
         return data
 
     def told(done: int, of: int) -> None:
-        say(f"phantom: {done} of {of}")
+        if done in (0, of) or done % max(1, of // TOLD) == 0:
+            say(f"phantom: {done} of {of}")
 
     if study.modality == "ct" and study.task.kind == "classification" and study.task.labels == ("nodule",):
         if (shift, test_labels) != ("both", "site"):
