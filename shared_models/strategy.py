@@ -106,8 +106,9 @@ class Personal:
             weights with this share.
         apfl_adaptive: the share is learned as well (its equation 10).
         fine_tune_epochs, fine_tune_steps: training of the site's model, by itself, after the last round.
-        fine_tune_rate: its learning rate as a share of `train.learning_rate`; left out, it is that of the last round,
-            which a `cosine` schedule has brought down to a twentieth.
+        fine_tune_rate: its highest learning rate as a share of `train.learning_rate`; left out, it is that of the last
+            round, which a `cosine` schedule has brought down to a twentieth. It is reached after a tenth of the steps
+            and falls to a 32nd by the last (Howard & Ruder 2018, section 3.2).
     """
 
     __pydantic_config__ = STRICT

@@ -50,7 +50,7 @@ SETTINGS: Mapping[str, Changes] = {
     "fedrep": {"personal": {"keep": ["head"], "head_epochs": 1}},
     "ditto": {"personal": {"ditto_lambda": 0.1}},
     "apfl": {"personal": {"apfl_alpha": 0.5, "apfl_adaptive": True}},
-    "fine-tune": {"personal": {"fine_tune_epochs": 1}},
+    "fine-tune": {"personal": {"fine_tune_epochs": 4, "fine_tune_rate": 0.3}},
 }
 NAME = re.compile(r"[a-z0-9][a-z0-9+-]{0,39}")
 TAKEN = re.compile(r"pooled|local(-.*)?|.*-without-.*")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedclient.data.dataset import Batch
 from fedclient.training.drift import proximal
-from fedclient.training.trainer import Fitted, autocast, fit, scheduled
+from fedclient.training.trainer import Fitted, autocast, fit, scheduled, slanted
 from shared_models.nets import arrays_of, network
 from shared_models.study import Model, Preprocess, Study, Train
 from shared_models.tasks.segmentation import bce, dice_bce
@@ -237,3 +237,25 @@ def test_the_batches_that_are_given_are_left_as_they_are():
     before = [(b.images.tobytes(), b.masks.tobytes()) for b in batches]
     trained(batches)
     assert [(b.images.tobytes(), b.masks.tobytes()) for b in batches] == before
+
+
+def test_a_slanted_triangle_peaks_after_a_tenth_of_the_steps_and_ends_at_a_32nd():
+    """Howard & Ruder 2018, equation 3: (1 + p (ratio - 1)) / ratio with a ratio of 32, p rising, then falling."""
+    shares = [slanted(20)(n) for n in range(1, 21)]
+    assert shares[:2] == [(1 + 31 / 2) / 32, 1.0]
+    assert shares[1:] == sorted(shares[1:], reverse=True)
+    assert shares[10] == pytest.approx((1 + 31 * 0.5) / 32)
+    assert shares[-1] == 1 / 32
+    assert slanted(1)(1) == 1.0
+
+
+def test_each_step_is_as_long_as_its_share_of_the_rate():
+    train, batch = replace(PLAIN, optimizer="sgd", momentum=0.0), toy_batches(1)
+    net = network(STUDY)
+    start = arrays_of(net)
+    fit(net, batch, bce, train, CPU)
+    whole = distance(arrays_of(net), start)
+    for share in (0.5, 0.25):
+        net = network(STUDY)
+        fit(net, batch, bce, train, CPU, course=lambda step, share=share: share)
+        assert distance(arrays_of(net), start) == pytest.approx(share * whole, rel=1e-3)

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 from numpy.random import Generator
@@ -22,7 +23,7 @@ from fedclient.training.local_round import Start, train_round
 from fedclient.training.personal import LOCAL, own_weights, part, staying
 from fedclient.training.private import patients_of, train_privately
 from fedclient.training.profile import site_profile
-from fedclient.training.trainer import fit, scheduled
+from fedclient.training.trainer import fit, scheduled, slanted
 from fedclient.training.unlabelled import consistency, nothing, worth
 from fedclient.work import Holding, Learned
 from shared_models import nets
@@ -110,8 +111,10 @@ class ImageLearner:
         train = replace(study.train, learning_rate=rate, proximal_mu=0.0)
         draw, steps = rng(study.seed, study.name, site.name, "fine-tuning"), study.personal.fine_tune_steps or None
         epochs = None if steps else study.personal.fine_tune_epochs
-        batches = drawn(site, data_set(site, study, "train"), study, device, draw, epochs, steps)
-        fit(net, batches, functions_of(study.task, site.labelled).loss, train, device)
+        cases = data_set(site, study, "train")
+        course = slanted(steps or study.personal.fine_tune_epochs * ceil(len(cases) / train.batch_size))
+        batches = drawn(site, cases, study, device, draw, epochs, steps)
+        fit(net, batches, functions_of(study.task, site.labelled).loss, train, device, course=course)
         return nets.arrays_of(net)
 
     def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import count
 from math import cos, pi
 from typing import Any, TypeAlias
 
@@ -31,6 +32,7 @@ class Fitted:
 
 
 Step: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # images, masks -> loss; changes the network that it was made for
+Course: TypeAlias = Callable[[int], float]  # number of a step, from 1 -> share of the learning rate
 
 
 def fit(
@@ -45,16 +47,17 @@ def fit(
     only: Sequence[str] | None = None,
     rates: Mapping[str, float] | None = None,
     moments: Moments | None = None,
+    course: Course | None = None,
     beside: Sequence[Step] = (),
 ) -> Fitted:
     """Trains `net` in place on every batch, once, with FedProx's pull where `train` has one.
 
     Args:
         beside: what else learns from each batch, before `net` does.
-        pulls, correct, only, rates, moments: see `stepper`.
+        pulls, correct, only, rates, moments, course: see `stepper`.
     """
     pulled = [proximal(net, train.proximal_mu), *pulls]
-    step = stepper(net, loss_of, train, device, pulled, correct, only, rates, moments)
+    step = stepper(net, loss_of, train, device, pulled, correct, only, rates, moments, course)
     losses: list[Tensor] = []
     for images, masks in on_device(device, batches):
         for other in beside:
@@ -76,6 +79,7 @@ def stepper(
     only: Sequence[str] | None = None,
     rates: Mapping[str, float] | None = None,
     moments: Moments | None = None,
+    course: Course | None = None,
 ) -> Step:
     """Makes a function that trains `net` by one batch and returns the loss, with an optimizer of its own.
 
@@ -85,6 +89,7 @@ def stepper(
         only: names of the parameters that are trained; left out, all are.
         rates: share of the learning rate of each parameter, 0 for what is frozen; left out, all learn alike.
         moments: what the optimizer begins with, and leaves; left out, it begins anew.
+        course: of the learning rate over the steps; left out, it stays.
     """
     net.train()
     named = {name: p for name, p in net.named_parameters() if only is None or name in only}
@@ -95,6 +100,7 @@ def stepper(
     if moments is not None:
         moments.take_up(optimizer, named)
     scaler = torch.amp.GradScaler(device.type, enabled=_half(train, device) is torch.float16)
+    most, numbers = [float(group["lr"]) for group in optimizer.param_groups], count(1)
     room = Room()
 
     def attempt(images: Tensor, masks: Tensor, parts: int) -> Tensor:
@@ -121,6 +127,10 @@ def stepper(
             nn.utils.clip_grad_norm_(parameters, train.clip_gradient)
         if correct is not None:
             correct(net)
+        if course is not None:
+            share = course(next(numbers))
+            for group, rate in zip(optimizer.param_groups, most, strict=True):
+                group["lr"] = rate * share
         scaler.step(optimizer)
         scaler.update()
         return loss
@@ -142,6 +152,21 @@ def _at_the_worst_near(parameters: Sequence[nn.Parameter], rho: float) -> Iterat
     with torch.no_grad():
         for p, was in zip(moved, before, strict=True):
             p.copy_(was)
+
+
+def slanted(steps: int) -> Course:
+    """Up over the first tenth of so many steps, then down to a 32nd (Howard & Ruder 2018, section 3.2).
+
+    A model that is good already is neither thrown off by an optimizer that knows nothing yet, nor left where the noise
+    of the last step has put it.
+    """
+    top = max(1, steps // 10)
+
+    def share(step: int) -> float:
+        height = step / top if step <= top else (steps - step) / (steps - top)
+        return (1 + 31 * height) / 32
+
+    return share
 
 
 def scheduled(train: Train, round_number: int, rounds: int) -> Train:
