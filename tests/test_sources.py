@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fedclient.data.listing import list_cases
+from fedclient.gate.run import cheap_findings
 from fedclient.site import open_site
 from shared_models.errors import ManifestInvalid, StateInvalid, StudyInvalid
 from shared_models.files import write_atomic
@@ -14,7 +15,8 @@ from shared_models.study import Evaluate, Model, Preprocess, Rounds, Study, Trai
 from simulations.fixtures import brain, png, write_brats
 from simulations.phantoms import PhantomPlan
 from simulations.run import Machine, carry_out, jobs, node_configs, simulate
-from simulations.sources import sites_at, write_sites
+from simulations.site_options import SiteOptions, sites_of
+from simulations.sources import pooled, sites_at, write_sites
 
 
 def table(folder: Path, *sites: str, name: str = "labels.csv") -> Path:
@@ -153,3 +155,34 @@ def test_what_is_written_for_several_sites_is_read_as_several_sites(tmp_path: Pa
         write_sites(tmp_path / "out", "pacs", plan, lambda done, of: None)
     with pytest.raises(StudyInvalid, match="--layout 'nothing': allowed are table, luna16"):
         write_sites(tmp_path / "new", "nothing", plan, lambda done, of: None)
+
+
+def hospital(folder: Path, *rows: str) -> Path:
+    """A manifest of `site,patient,split`, an image for each row."""
+    for n, _ in enumerate(rows):
+        write_atomic(folder / f"{n}.png", png(np.full((8, 8), n, dtype=np.uint8)))
+    lines = [f"{row},{n}.png," for n, row in enumerate(rows)]
+    (folder / "manifest.csv").write_text("site,patient_id,split,image,mask\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+def test_hospitals_that_number_their_own_patients_are_pooled_as_different_people(tmp_path: Path) -> None:
+    one = hospital(tmp_path / "one", "a,p1,train", "a,p2,test")
+    two = hospital(tmp_path / "two", "b,p1,test", "b,p2,train")
+    nodes = node_configs(tmp_path, [one, two], Machine(), None)
+    site = open_site({**pooled([*nodes.values()]), "site": "pooled"})
+    assert len({case.patient for case in list_cases(site.where, site.salt).cases}) == 4
+    assert [found.code for found in cheap_findings(site)] == [], "nobody trains on whom somebody tests on"
+
+
+def test_a_patient_whom_one_site_trains_on_and_another_tests_on_is_told_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    data = hospital(tmp_path / "data", "a,p1,train", "a,p2,test", "b,p1,test", "b,p3,train")
+    for options in (SiteOptions([data]), SiteOptions([data], sites=2, partition="iid")):
+        with pytest.raises(ManifestInvalid, match="1 patients are at several sites, in more than one split") as refused:
+            sites_of(Study(name="s"), tmp_path / "out", options, Machine(), tmp_path, lambda news: None)
+        assert refused.value.code == "LEAKAGE_PATIENT"
+    mended = hospital(tmp_path / "mended", "a,p1,train", "a,p2,test", "b,p1,train", "b,p3,test")
+    nodes = sites_of(Study(name="s"), tmp_path / "out", SiteOptions([mended]), Machine(), tmp_path, lambda news: None)
+    assert [*nodes] == ["a", "b"]

@@ -68,9 +68,14 @@ def list_cases(where: Where, salt: str) -> Listing:
         return replace(whole, cases=tuple(case for case in whole.cases if case.key in where.chosen))
     if where.pooled:
         parts = [list_cases(part, salt) for part in where.pooled]
+        apart = [
+            replace(case, patient=f"{part.name}/{case.patient}")  # each hospital has numbered its own people
+            for part, listing in zip(where.pooled, parts, strict=True)
+            for case in listing.cases
+        ]
         return Listing(
             layout="; ".join(dict.fromkeys(part.layout for part in parts)),
-            cases=tuple(sorted((case for part in parts for case in part.cases), key=lambda case: case.key)),
+            cases=tuple(sorted(apart, key=lambda case: case.key)),
             findings=tuple(found for part in parts for found in part.findings),
         )
     layout = LAYOUTS[layout_of(where)]
