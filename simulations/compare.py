@@ -72,7 +72,7 @@ def planned_runs(
         for job in jobs(study, asked.nodes, compare=True)[1:]:
             (site, config), *_ = job.nodes.items()
             if job.name == "pooled":
-                add(job, "pooled", "", "")
+                add(job, "pooled", "", "", config=config)
             else:
                 add(job, "local", "", site, config=config)
         for name, changes in settings.items():

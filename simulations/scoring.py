@@ -30,7 +30,7 @@ class Model:
         setting: of the federation; empty for the baselines, which are shared.
         trained: the site that trained alone, or was left out; else empty.
         run: its run folder.
-        config: of the one site that trained it, whose layers may have stayed there.
+        config: of the one node that trained it, a site or all pooled, where layers may have stayed.
     """
 
     kind: Kind
