@@ -24,6 +24,7 @@ CAPTIONS = {
     "sites": "Test scores by site; a dot is a seed, a box spans the quartiles of the seeds.",
     "cost": "Test score against bytes sent and received by all sites, and against their training time on this machine.",
 }
+MODELS = ("federated", "personalised")  # that may harm a site
 FEWEST_SITES = 3  # with two, who knows the mean and oneself knows the other
 
 
@@ -74,6 +75,7 @@ def numbers(study: Mapping[str, Any]) -> dict[str, Any]:
         "chosen": None if found.chosen is None else plain(found.chosen),
         "test": found.test,
         "harmed": harmed(study),
+        "untold": untold(study),
     }
 
 
@@ -83,7 +85,16 @@ def harmed(study: Mapping[str, Any]) -> list[dict[str, str]]:
         {"site": site, "kind": line["kind"], "setting": line["setting"]}
         for site, lines in study["worth"].items()
         for line in lines
-        if line.get("verdict") == "harmed" and line["kind"] in ("federated", "personalised")
+        if line.get("verdict") == "harmed" and line["kind"] in MODELS
+    ]
+
+
+def untold(study: Mapping[str, Any]) -> list[str]:
+    """Sites with too few test patients to tell whether some model harms them."""
+    return [
+        site
+        for site, lines in study["worth"].items()
+        if any(line.get("verdict") == "too few patients" and line["kind"] in MODELS for line in lines)
     ]
 
 
@@ -113,6 +124,12 @@ def _study_page(name: str, study: Mapping[str, Any], found: Summary, figures: Ma
             for site in study["sites"]
         ],
         "harmed": [f"{each['site']} by {WORDS[each['kind']].format(each['setting'])}" for each in harmed(study)],
+        "untold": untold(study),
+        "judged": sum(
+            line["kind"] in MODELS and line.get("verdict") not in (None, "too few patients")
+            for lines in study["worth"].values()
+            for line in lines
+        ),
         "figures": {kind: base64.b64encode(png).decode() for kind, png in figures.items()},
     }  # fmt: skip
 

@@ -11,6 +11,7 @@ import torch
 from scipy.stats import ttest_rel
 
 import simulations.compare as comparing
+from fedserver.checkpoint import RunFolder
 from shared_models.errors import StudyInvalid
 from shared_models.expiry import span_text
 from shared_models.figure_text import MINUS
@@ -18,12 +19,12 @@ from shared_models.files import read_json
 from shared_models.metrics import as_row, counts
 from shared_models.study import Evaluate, Model, Personal, Preprocess, Rounds, Study, Train
 from simulations.compare import Asked, compare, planned_runs, time_left
-from simulations.compare_page import harmed, site_page, write_all
+from simulations.compare_page import _page, _study_page, harmed, site_page, write_all
 from simulations.compare_run import data_of, machine_of
 from simulations.compare_tables import holm, latex, markdown, summary, verdict_of
 from simulations.engine import NodeConfig
 from simulations.phantoms import PhantomPlan, phantom
-from simulations.run import Machine, node_configs
+from simulations.run import Machine, jobs, node_configs, score
 from tests.toys import nodes
 
 STUDY = Study(
@@ -63,6 +64,13 @@ def test_baselines_are_trained_once_for_all_settings_and_sites_left_out_for_each
     assert all(run.job.study.train.proximal_mu == 0.0 for run in runs if run.model.kind in ("pooled", "local"))
 
 
+def test_norm_layers_of_pooled_training_which_stay_with_its_node_are_looked_for_there():
+    runs = planned_runs(Asked(STUDY, sites_in(Path("/nowhere"))), {"fedavg": {}}, 1, Path("out"), False)
+    (pooled,) = [run for run in runs if run.model.kind == "pooled"]
+    assert pooled.job.study.personal.keep == ("norm",)
+    assert pooled.model.config == pooled.job.nodes["pooled"]
+
+
 def test_a_setting_that_no_study_can_have_is_told_before_anything_is_trained(tmp_path):
     sites = sites_in(tmp_path)
     with pytest.raises(StudyInvalid, match="with setting 'krum'"):
@@ -82,6 +90,9 @@ def test_a_comparison_is_carried_out_once_and_its_files_hold_every_figure(tmp_pa
     dice = {(r["strategy"], r["model"], r["site"]): float(r["value"]) for r in rows
             if (r["split"], r["measure"]) == ("test", "dice")}  # fmt: skip
     assert len(dice) == 2 * (3 + 2 * 2), "at each site: pooled, two alone; each setting's, and the site's own"
+    pool = jobs(STUDY, where, compare=True)[1]
+    for site, found in score(RunFolder(out / "tiny" / "seed-0" / "pooled"), where, pool.nodes).items():
+        assert dice["", "pooled", site] == pytest.approx(found.value, abs=1e-6), "with the norm layers that it trained"
     run = read_json(out / "tiny" / "seed-0" / "prox_uniform" / "report.json")
     for site, row in run["test"]["lung"]["sites"].items():
         assert dice["prox+uniform", "federated", site] == pytest.approx(row["value"], abs=1e-6)
@@ -209,6 +220,22 @@ def test_a_harmed_site_is_flagged_on_its_page_and_the_other_is_not():
     assert f"worse off ({MINUS}0.050 against training alone, 95 % interval {interval}, 20 patients)" in pages["a"]
     assert 'class="flag"' in pages["a"]
     assert 'class="flag"' not in pages["b"]
+
+
+def test_where_patients_are_too_few_for_an_interval_nobody_says_that_no_site_is_harmed():
+    few = {**difference("gains"), "low": None, "high": None, "patients": 4, "verdict": "too few patients"}
+    worth = {"a": [difference("gains")], "b": [few]}
+
+    def page(study: dict[str, Any]) -> str:
+        return _page({"settings": {}, "seeds": 3}, [_study_page("toy", study, summary(study), {})])
+
+    told = page(study_of(SCORES, VALIDATED, worth=worth))
+    assert "Whether a setting harms b cannot be told: too few test patients" in told
+    assert "No setting harms a site" not in told
+    assert "intervals were looked at" not in told, "there is one"
+    judged = page(study_of(SCORES, VALIDATED, worth={**worth, "b": worth["a"]}))
+    assert "No setting harms a site" in judged
+    assert "2 intervals were looked at" in judged
 
 
 def test_other_sites_are_named_only_where_the_study_publishes_sites():
