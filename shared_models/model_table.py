@@ -14,6 +14,15 @@ ENCODERS = (  # networks that answer with one vector for each image
 BAGWISE = "attention-mil"  # answers for a bag of feature vectors, one for each tile of a slide
 PIXELWISE = ("unet", "dynunet", "residual-unet", "segresnet")
 NORMLESS = ("mlp", BAGWISE)
+FEATURES = {  # the layer whose output, averaged over space, stands for the image
+    "unet": "down_4",
+    "dynunet": "bottleneck",
+    "segresnet": "down_layers.3",
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50"), "layer4"),
+    **dict.fromkeys(("vgg11", "vgg13", "vgg16", "vgg19"), "features"),
+    "densenet121": "class_layers.pool",
+    "efficientnet-b0": "_avg_pooling",
+}
 SMALLEST_EDGE = 32  # of an encoder's example: it halves five times
 OF_MODEL = {  # the keys that some networks read and others do not
     "features": ("unet", "residual-unet", "segresnet", "mlp", BAGWISE),

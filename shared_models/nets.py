@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from shared_models.errors import StudyInvalid, WeightsInvalid
 from shared_models.mil import AttentionMil
+from shared_models.model_table import FEATURES
 from shared_models.seeds import seed_of
 from shared_models.study import Model, Study
 from shared_models.vgg import Vgg
@@ -212,7 +213,6 @@ NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
 )
-FEATURES = {"unet": "down_4", "dynunet": "bottleneck"}
 
 
 def norm_names(net: nn.Module) -> frozenset[str]:
@@ -235,13 +235,7 @@ def head_names(net: nn.Module) -> frozenset[str]:
 
 
 def feature_layer(net: nn.Module, model: Model) -> nn.Module:
-    """The layer whose output stands for the image: the bottleneck of a U-Net.
-
-    Raises:
-        StudyInvalid: a network of which none is known.
-    """
-    if model.name not in FEATURES:
-        raise StudyInvalid(f'train.moon_mu: no feature layer is known of model.name = "{model.name}".')
+    """The layer whose output stands for the image: the bottleneck of a U-Net, what the head of an encoder sees."""
     return net.get_submodule(FEATURES[model.name])
 
 

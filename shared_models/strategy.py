@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from shared_models.model_table import FEATURES
 from shared_models.parse import STRICT
 
 if TYPE_CHECKING:
@@ -176,15 +177,22 @@ def check_strategy(study: "Study") -> None:
                 f"train.scaffold needs {', '.join(missing)}: its control variates are means of plain gradients, and "
                 f"the server's is the mean of the sites'"
             )
+    if train.moon_mu and study.plan == "given" and study.model.name not in FEATURES:
+        raise ValueError(
+            f'train.moon_mu with model.name = "{study.model.name}", of which no feature layer is known; use one of '
+            f"{', '.join(FEATURES)}"
+        )
     if train.moments == "kept" and train.optimizer == "sgd" and not train.momentum:
         raise ValueError(
             'train.moments = "kept" with train.optimizer = "sgd" and momentum = 0, which has none; give it '
             'momentum, or leave moments at "restart"'
         )
-    if strategy.normalise_steps and (train.optimizer != "sgd" or train.proximal_mu or train.sharpness_rho):
+    if strategy.normalise_steps and (
+        train.optimizer != "sgd" or train.proximal_mu or train.sharpness_rho or train.moments == "kept"
+    ):
         raise ValueError(
-            'strategy.normalise_steps needs train.optimizer = "sgd", proximal_mu = 0 and sharpness_rho = 0: only then '
-            "is it known how far so many steps go"
+            'strategy.normalise_steps needs train.optimizer = "sgd", moments = "restart", proximal_mu = 0 and '
+            "sharpness_rho = 0: only then is it known how far so many steps go"
         )
     if study.model.norm == "batch" and "norm" not in study.personal.keep:
         raise ValueError(

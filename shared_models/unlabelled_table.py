@@ -79,6 +79,11 @@ def check_unlabelled(study: "Study") -> None:
         (table.mix and study.task.kind != "segmentation", "mix is for a segmentation: a mixed image has no one class"),
         (study.plan == "federated", 'plan must be "given": a federated one counts labelled cases alone'),
         (bool(study.model.supervised), "model.supervised must be off: answers of unlike sizes are not compared"),
+        (
+            study.strategy.normalise_steps and study.train.local_steps is None,
+            "strategy.normalise_steps needs train.local_steps: an epoch's steps do not follow from the examples that "
+            "an update counts as",
+        ),
         (study.train.sharpness_rho > 0, "train.sharpness_rho must be 0: its two gradients would be of unlike images"),
         (
             bool(personal.head_epochs or personal.fine_tunes or personal.ditto_lambda)

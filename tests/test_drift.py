@@ -1,5 +1,6 @@
 """Corrections of local training against closed forms: SCAFFOLD on a quadratic, MOON's contrast, flat optima, APFL."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from fedclient.data.dataset import Batch
 from fedclient.training.drift import contrast, corrected, next_control
 from fedclient.training.personal import mixing, moving
 from fedclient.training.trainer import fit, stepper
-from shared_models.study import Train
+from shared_models import nets
+from shared_models.study import Model, Preprocess, Study, Task, Train, load_study
 from shared_models.weights import Array
 
 CPU = torch.device("cpu")
@@ -134,6 +136,40 @@ def test_the_contrast_is_the_one_of_the_paper(temperature):
     terms = np.exp(np.array([near, far]) / temperature)
     wanted = -2.0 * np.log(terms[0] / terms.sum(axis=0)).mean()
     assert pull(net).item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "densenet121", "efficientnet-b0"])
+def test_the_features_of_an_encoder_are_those_that_its_head_sees(name):
+    model = Model(name=name, width=8) if name == "resnet18" else Model(name=name)
+    study = Study(name="x", task=Task(kind="classification", loss="bce"), model=model, train=Train(moon_mu=1.0))
+    net, seen = nets.network(study).eval(), dict[str, Tensor]()
+    head = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+    head.register_forward_pre_hook(lambda _, given: seen.__setitem__("head", given[0]))
+    layer = nets.feature_layer(net, study.model)
+    layer.register_forward_hook(lambda _, __, out: seen.__setitem__("layer", out.flatten(2).mean(2)))
+    with torch.no_grad():
+        net(torch.from_numpy(np.random.default_rng(0).normal(size=(2, 1, 64, 64)).astype(np.float32)))
+    torch.testing.assert_close(seen["layer"], seen["head"], rtol=1e-5, atol=1e-6)
+
+
+def test_the_contrast_of_a_segmentation_is_of_the_bottom_of_its_network():
+    study = Study(name="x", model=Model(name="segresnet", features=(8,)), preprocess=Preprocess(size=(64, 64)))
+    net, last = nets.network(study), nets.network(replace(study, seed=1))
+    layers = nets.feature_layer(net, study.model), nets.feature_layer(last, study.model)
+    pull = contrast(net, layers[0], last, layers[1], 1.0, 0.5)
+    made: list[Tensor] = []
+    layers[0].register_forward_hook(lambda _, __, out: made.append(out))
+    net(torch.ones(1, 1, 64, 64))
+    pull(net).backward()
+    assert made[0].shape == (1, 64, 8, 8), "8 channels doubled three times, 64 pixels halved three times"
+    assert next(net.parameters()).grad is not None
+
+
+@pytest.mark.parametrize("model", [Model("residual-unet", features=(8, 16)), Model("mlp", features=(), norm="none")])
+def test_a_network_whose_features_nobody_knows_is_refused_before_anything_is_trained(model):
+    task = Task() if model.name != "mlp" else load_study("brca-prognosis").task
+    with pytest.raises(ValueError, match="no feature layer is known"):
+        Study(name="x", task=task, model=model, train=Train(moon_mu=1.0))
 
 
 def test_the_contrast_draws_features_to_those_of_the_received_weights():

@@ -13,7 +13,7 @@ from fedclient.training.trainer import fit
 from shared_models.errors import StudyInvalid
 from shared_models.nets import arrays_of, load_arrays, network
 from shared_models.strategy import remembers
-from shared_models.study import Train, load_study
+from shared_models.study import Strategy, Study, Train, load_study
 from shared_models.tasks.segmentation import bce
 from shared_models.weights import Arrays, load, save_arrays
 from tests.test_trainer import CPU, STUDY, same, toy_batches
@@ -94,3 +94,11 @@ def test_a_study_with_moments_needs_memory_and_none_that_hides_its_steps():
     private = load_study("lung-ct-private")
     with pytest.raises((ValueError, StudyInvalid), match=r'train\.moments must be "restart"'):
         replace(private, train=replace(private.train, moments="kept"))
+
+
+def test_moments_of_another_round_and_fednova_are_refused_as_nobody_knows_how_far_its_steps_go():
+    """The 1-norm of `a_i` (Wang et al. 2020, section 4.1) is that of a momentum that begins with the round."""
+    fednova = Strategy(normalise_steps=True)
+    Study(name="x", train=Train(optimizer="sgd", momentum=0.9), strategy=fednova)
+    with pytest.raises(ValueError, match=r'normalise_steps needs .* moments = "restart"'):
+        Study(name="x", train=Train(optimizer="sgd", momentum=0.9, moments="kept"), strategy=fednova)

@@ -114,6 +114,7 @@ def test_examples_without_labels_count_a_share_that_rises():
         ({"plan": "federated"}, "counts labelled cases alone"),
         ({"train": {"sharpness_rho": 0.1}}, "sharpness_rho must be 0"),
         ({"personal": {"ditto_lambda": 0.1}}, "may only keep layers"),
+        ({"train": {"optimizer": "sgd"}, "strategy": {"normalise_steps": True}}, "normalise_steps needs train.local_s"),
         (
             {
                 "train": {"local_steps": 3, "precision": "float32"},
