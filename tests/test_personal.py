@@ -19,7 +19,7 @@ from shared_models import nets
 from shared_models.control import CONTROL, control_of, with_control, without_control
 from shared_models.errors import OrderRefused, ProcessFailed, RoundPaused
 from shared_models.files import read_lines
-from shared_models.study import Model, Personal, Preprocess, Rounds, Strategy, Study, Train, canonical, sha256
+from shared_models.study import Model, Personal, Preprocess, Rounds, Strategy, Study, Train, Transfer, canonical, sha256
 from shared_models.weights import Arrays, load
 from shared_models.wire import Order
 from simulations.engine import NodeConfig, run_local
@@ -182,6 +182,44 @@ def test_fine_tuning_goes_on_from_the_sites_own_model(north, weights):
     assert own is not None
     assert moved(own, tuned) == set(weights)
     assert LEARNER.own(north, personal(fine_tune_steps=2), weights, {}, False) is None
+
+
+@pytest.mark.parametrize("words", [{"ditto_lambda": 1e-9}, {"apfl_alpha": 1.0}])
+def test_a_second_model_that_nothing_pulls_keeps_its_moments_and_is_a_site_alone_over_two_rounds(north, weights, words):
+    adam = replace(STUDY.train, optimizer="adam", learning_rate=1e-2, moments="kept")
+    study, received = replace(personal(**words), train=adam), weights
+    memory: Arrays = {}
+    for number in (1, 2):
+        learned, memory = LEARNER.learn_on(north, study, number, received, memory)
+        received = learned.weights  # of one site the mean is its own
+    own = {n.removeprefix("own/"): a for n, a in memory.items() if n.startswith("own/")}
+    way = sum(float(np.abs(received[n] - weights[n]).sum()) for n in weights)
+    assert sum(float(np.abs(own[n] - received[n]).sum()) for n in weights) < 0.01 * way
+
+
+def test_the_head_of_fedrep_keeps_moments_of_its_own(north, weights):
+    adam = replace(STUDY.train, optimizer="adam", moments="kept")
+    study = replace(personal(keep=("head",), head_epochs=2), train=adam)
+    memory: Arrays = {}
+    for number in (1, 2):
+        _, memory = LEARNER.learn_on(north, study, number, weights, memory)
+    slices = 2 * 2  # patients, slices of each: an epoch of batches of 3 has 2
+    assert memory["head-moments/step/final_conv.weight"] == 2 * 2 * -(-slices // 3)
+    assert memory["moments/step/conv_0.conv_0.conv.weight"] == 2 * 3
+    assert "moments/step/final_conv.weight" not in memory
+
+
+@pytest.mark.parametrize(
+    "words", [{"ditto_lambda": 0.1}, {"apfl_alpha": 0.5, "apfl_adaptive": True}, {"fine_tune_steps": 1}]
+)
+def test_frozen_blocks_stay_as_they_came_in_a_sites_own_model_too(north, weights, words):
+    study = replace(personal(**words), transfer=Transfer(sha256="0" * 64, freeze=1))
+    learned, memory = LEARNER.learn_on(north, study, 1, weights, {})
+    own = {n.removeprefix("own/"): a for n, a in memory.items() if n.startswith("own/")}  # of APFL: before it is mixed
+    own = own or LEARNER.own(north, study, weights, memory, True) or {}
+    first = set(nets.blocks(nets.network(study))[0])
+    assert first
+    assert moved(weights, learned.weights) == moved(weights, own) == set(weights) - first
 
 
 def test_fine_tuning_has_a_rate_of_its_own_or_that_of_the_last_round(north, weights):

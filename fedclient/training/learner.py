@@ -20,7 +20,8 @@ from fedclient.training.depth import rates_of
 from fedclient.training.device import limit
 from fedclient.training.evaluate import evaluate
 from fedclient.training.local_round import Start, train_round
-from fedclient.training.personal import LOCAL, own_weights, part, staying
+from fedclient.training.moments import Moments
+from fedclient.training.personal import LOCAL, MOMENTS_OF_HEAD, filed, own_weights, part, staying
 from fedclient.training.private import patients_of, train_privately
 from fedclient.training.profile import site_profile
 from fedclient.training.trainer import fit, scheduled, slanted
@@ -73,16 +74,13 @@ class ImageLearner:
             )
             return Learned(nets.arrays_of(net), 0, fitted.steps, device=str(device)), {}
         words = (study.seed, study.name, round_number, site.name)
+        kept: Arrays = {}
         if study.personal.head_epochs:
             heads = drawn(site, cases, study, device, rng(*words, "head batches"), study.personal.head_epochs, None)
-            fit(
-                net,
-                heads,
-                functions_of(study.task, site.labelled).loss,
-                train,
-                device,
-                only=sorted(nets.head_names(net)),
-            )
+            loss, only = functions_of(study.task, site.labelled).loss, sorted(nets.head_names(net))
+            moments = Moments(part(memory, MOMENTS_OF_HEAD)) if train.moments == "kept" else None
+            fit(net, heads, loss, train, device, only=only, moments=moments)
+            kept = {} if moments is None else filed(moments.left(), MOMENTS_OF_HEAD)
         steps, epochs = study.train.local_steps, None if study.train.local_steps else study.train.local_epochs
         batches = drawn(site, cases, study, device, rng(*words, "batches"), epochs, steps)
         rates = rates_of(net, study.transfer, round_number)
@@ -95,7 +93,7 @@ class ImageLearner:
         fitted = done.fitted
         examples = worth(len(labelled), len(unlabelled), study, round_number)
         learned = Learned(done.tensors, examples, fitted.steps, fitted.losses, str(device), done.variance)
-        return learned, done.memory
+        return learned, {**done.memory, **kept}
 
     def own(self, site: Site, study: Study, weights: Arrays, memory: Arrays, tuned: bool) -> Arrays | None:
         mine = own_weights(weights, memory)
@@ -113,8 +111,8 @@ class ImageLearner:
         epochs = None if steps else study.personal.fine_tune_epochs
         cases = data_set(site, study, "train")
         course = slanted(steps or study.personal.fine_tune_epochs * ceil(len(cases) / train.batch_size))
-        batches = drawn(site, cases, study, device, draw, epochs, steps)
-        fit(net, batches, functions_of(study.task, site.labelled).loss, train, device, course=course)
+        batches, rates = drawn(site, cases, study, device, draw, epochs, steps), rates_of(net, study.transfer, last)
+        fit(net, batches, functions_of(study.task, site.labelled).loss, train, device, rates=rates, course=course)
         return nets.arrays_of(net)
 
     def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:

@@ -15,6 +15,7 @@ from fedclient.training.personal import (
     LOCAL,
     MIXTURE,
     MOMENTS,
+    MOMENTS_OF_OWN,
     OWN,
     PREVIOUS,
     ditto,
@@ -76,10 +77,15 @@ def train_round(start: Start, batches: Iterable[Batch], loss_of: Loss, further: 
     received, control, own = without_control(start.tensors), control_of(start.tensors), _second(start)
     share = torch.tensor(_share(start), dtype=torch.float64)
     beside: list[Step] = []
+    moments, of_own = (
+        Moments(part(memory, prefix)) if train.moments == "kept" else None for prefix in (MOMENTS, MOMENTS_OF_OWN)
+    )
     if own is not None and study.personal.ditto_lambda:
-        beside.append(ditto(own, net.parameters(), study.personal.ditto_lambda, loss_of, train, device))
+        pull = study.personal.ditto_lambda
+        beside.append(ditto(own, net.parameters(), pull, loss_of, train, device, start.rates, of_own))
     elif own is not None:
-        beside.append(mixing(net, own, share, study.personal.apfl_adaptive, loss_of, train, device))
+        adaptive = study.personal.apfl_adaptive
+        beside.append(mixing(net, own, share, adaptive, loss_of, train, device, start.rates, of_own))
     watch, variance = moving(net, start.shared) if study.strategy.weighting == "inverse_variance" else (None, None)
     if watch is not None:
         beside.append(watch)
@@ -89,7 +95,6 @@ def train_round(start: Start, batches: Iterable[Batch], loss_of: Loss, further: 
     if study.personal.head_epochs:
         only = sorted({n for n, _ in net.named_parameters()} - nets.head_names(net))
     pulls = [*_pulls(start), *further]  # MOON's first: it looks at what the network has just seen
-    moments = Moments(part(memory, MOMENTS)) if train.moments == "kept" else None
     fitted = fit(
         net, batches, loss_of, train, device, pulls=pulls, correct=correct, only=only, beside=beside,
         rates=start.rates, moments=moments,
@@ -103,6 +108,7 @@ def train_round(start: Start, batches: Iterable[Batch], loss_of: Loss, further: 
         kept |= filed(moments.left(), MOMENTS)
     if own is not None:
         kept |= filed(nets.arrays_of(own), OWN)
+        kept |= {} if of_own is None else filed(of_own.left(), MOMENTS_OF_OWN)
     if study.personal.apfl_alpha is not None:
         kept[MIXTURE] = np.array([float(share)])
     if train.scaffold:

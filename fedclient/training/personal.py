@@ -1,21 +1,22 @@
 """What makes a site's model its own: layers that stay, or a second model beside the federation's."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fedclient.training.drift import proximal
 from fedclient.training.micro import Room, gradients
-from fedclient.training.trainer import Step, autocast, optimizer_of, stepper
+from fedclient.training.moments import Moments
+from fedclient.training.trainer import Step, autocast, by_depth, optimizer_of, stepper
 from shared_models import nets
 from shared_models.study import Study, Train
 from shared_models.tasks.functions import Loss
 from shared_models.weights import Array, Arrays
 
 LOCAL, OWN, PREVIOUS, CONTROL_OF_SITE, MIXTURE = "local/", "own/", "previous/", "control/", "mixture"
-MOMENTS = "moments/"
+MOMENTS, MOMENTS_OF_OWN, MOMENTS_OF_HEAD = "moments/", "own-moments/", "head-moments/"
 
 
 def part(memory: Arrays, prefix: str) -> dict[str, Array]:
@@ -48,24 +49,50 @@ def own_weights(received: Arrays, memory: Arrays) -> dict[str, Array] | None:
 
 
 def ditto(
-    own: nn.Module, received: Iterable[Tensor], pull: float, loss_of: Loss, train: Train, device: torch.device
+    own: nn.Module,
+    received: Iterable[Tensor],
+    pull: float,
+    loss_of: Loss,
+    train: Train,
+    device: torch.device,
+    rates: Mapping[str, float] | None = None,
+    moments: Moments | None = None,
 ) -> Step:
-    """One step of the site's own model on each batch, pulled towards the received parameters (Li et al. 2021)."""
-    return stepper(own, loss_of, train, device, [proximal(own, pull, list(received))])
+    """One step of the site's own model on each batch, pulled towards the received parameters (Li et al. 2021).
+
+    Args:
+        rates, moments: see `stepper`.
+    """
+    return stepper(own, loss_of, train, device, [proximal(own, pull, list(received))], rates=rates, moments=moments)
 
 
 def mixing(
-    net: nn.Module, own: nn.Module, share: Tensor, adaptive: bool, loss_of: Loss, train: Train, device: torch.device
+    net: nn.Module,
+    own: nn.Module,
+    share: Tensor,
+    adaptive: bool,
+    loss_of: Loss,
+    train: Train,
+    device: torch.device,
+    rates: Mapping[str, float] | None = None,
+    moments: Moments | None = None,
 ) -> Step:
     """One step of APFL's `v` on each batch, before `net` takes its own (Deng et al. 2020, Algorithm 1).
 
     Args:
         own: the network of `v`; it and `share` (float64, alpha) are changed.
+        rates, moments: see `stepper`.
     """
     own.train()
+    for name, part_of_rate in rates.items() if rates is not None else ():
+        own.get_parameter(name).requires_grad_(part_of_rate > 0)
     mixed = copy.deepcopy(own)
     triples = list(zip(mixed.parameters(), own.parameters(), net.parameters(), strict=True))
-    optimizer, room = optimizer_of([v for _, v, _ in triples], train), Room()
+    named = dict(own.named_parameters())
+    optimizer = optimizer_of([*named.values()], train) if rates is None else by_depth(named, train, rates)
+    if moments is not None:
+        moments.take_up(optimizer, named)
+    room = Room()
 
     def attempt(images: Tensor, masks: Tensor, parts: int) -> Tensor:
         return gradients(mixed, images, masks, loss_of, parts=parts, cast=lambda: autocast(train, device))
