@@ -103,9 +103,7 @@ def judge(site: Site, asked: Asked, run: str, weights: Path | None, told: Told) 
     with locked(folder / ".lock"):
         first = first_weights(alone, weights)[0]
         mine = train_alone(site, alone, first, alone_folder(folder, alone), ImageLearner(), told)
-        models: dict[Kind, tuple[Study, Arrays]] = {"local": (alone, mine), "federated": (left.study, left.federated)}
-        if left.personalised is not None:
-            models["personalised"] = (left.study, left.personalised)
+        models = usable_models(left, alone, mine)
         rows, scores, order = {}, dict[tuple[Kind, str], list[AnyScores]](), list[str]()
         for kind, (study, tensors) in models.items():
             counts, of_cases, order = score_cases(site, study, tensors, "test")
@@ -133,6 +131,19 @@ def judge(site: Site, asked: Asked, run: str, weights: Path | None, told: Told) 
 def alone_folder(folder: Path, study: Study) -> Path:
     """Where a site's own model of a study is trained: another plan of it, of another run, is another model."""
     return folder / f"alone-{sha256(study)[:12]}"
+
+
+def usable_models(left: Left, alone: Study, mine: Arrays) -> dict[Kind, tuple[Study, Arrays]]:
+    """What this site could use: its own model, the federation's, and that of the federation which is its own.
+
+    Not the federation's where layers of it stay at the sites and this one has them: without them it answers nothing.
+    """
+    models: dict[Kind, tuple[Study, Arrays]] = {"local": (alone, mine)}
+    if left.personalised is None or not left.study.personal.keep:
+        models["federated"] = left.study, left.federated
+    if left.personalised is not None:
+        models["personalised"] = left.study, left.personalised
+    return models
 
 
 def _told(worth: list[dict[str, Any]], kind: str) -> dict[str, Any]:

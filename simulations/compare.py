@@ -219,6 +219,7 @@ def _of_study(asked: Asked, runs: Sequence[Trained], told: Mapping[str, Told]) -
         "label": asked.study.task.answers[0],
         "publish_sites": asked.study.evaluate.publish_sites,
         "sites": list(asked.nodes),
+        "partial": sorted({run.model.setting for run in federations if run.job.study.personal.keep}),
         "rows": rows,
         "costs": costs,
         "worth": {site: of.worth for site, of in told.items()},

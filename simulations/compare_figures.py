@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedserver import plots
 from shared_models.scores import NAMES
-from simulations.compare_tables import WORDS, Summary, matrix, summary, values
+from simulations.compare_tables import Summary, is_partial, matrix, named, summary, values
 
 if TYPE_CHECKING:  # half a second to import
     from matplotlib.axes import Axes
@@ -19,19 +19,21 @@ def figures_of(study: Mapping[str, Any]) -> dict[str, bytes]:
     """Name of the file without its suffix -> PNG; a figure without data is left out."""
     found, measure = summary(study), NAMES[study["measure"]]
     made = {"sites": boxes_png(study, measure), "cost": cost_png(study, found, measure)}
-    if any(cost["rounds"] for cost in study["costs"]):
+    if any(cost["rounds"] and not is_partial(study, "federated", cost["setting"]) for cost in study["costs"]):
         made["curves"] = curves_png(study, measure)
     made["matrix"] = plots.matrix_png(matrix(study), study["label"], measure)
     return {name: made[name] for name in ("curves", "matrix", "sites", "cost") if name in made}
 
 
 def curves_png(study: Mapping[str, Any], measure: str) -> bytes:
-    """Validation, mean over sites and seeds, by round; the band is the range over seeds."""
+    """Validation, mean over sites and seeds, by round; the band is the range over seeds. Of models that are whole."""
     from matplotlib.ticker import MaxNLocator
 
     figure = plots.new_figure(7.2, 4.2)
     axes: Axes = figure.add_subplot()
     for place, setting in enumerate(_settings(study)):
+        if is_partial(study, "federated", setting):
+            continue
         runs = [dict(map(tuple, cost["rounds"])) for cost in study["costs"] if cost["setting"] == setting]
         rounds = sorted(set.intersection(*(set(run) for run in runs)))
         at = [[run[number] for run in runs] for number in rounds]
@@ -51,7 +53,7 @@ def boxes_png(study: Mapping[str, Any], measure: str) -> bytes:
     groups: dict[str, list[list[float]]] = {}
     for kind, setting in dict.fromkeys((row["kind"], row["setting"]) for row in study["rows"]):
         own = kind in ("local", "left out")
-        groups[WORDS[kind].format(setting)] = [
+        groups[named(kind, setting, is_partial(study, kind, setting))] = [
             [v for key, v in cells.items() if key[:3] == (kind, setting, "test") and key[4] == site
              and (not own or key[5] == site) and isfinite(v)] for site in sites
         ]  # fmt: skip
@@ -78,13 +80,18 @@ def boxes_png(study: Mapping[str, Any], measure: str) -> bytes:
 
 
 def cost_png(study: Mapping[str, Any], found: Summary, measure: str) -> bytes:
-    """Test score against bytes on the wire, and against seconds that sites trained, of each setting's runs."""
+    """Test score against bytes on the wire, and against seconds that sites trained, of each setting's runs.
+
+    Of the sites' own models where layers of the federation's stay with them.
+    """
     figure = plots.new_figure(9.0, 4.0)
     panels: Sequence[tuple[str, str, float]] = (
         ("bytes", "MB on the wire, all sites", MB),
         ("training_seconds", "seconds of training, sites added up", 1.0),
     )
     quality = {line.setting: line.test_by_seed for line in found.lines if line.kind == "federated"}
+    own = {line.setting: line.test_by_seed for line in found.lines if line.kind == "personalised"}
+    quality |= {setting: of for setting, of in own.items() if is_partial(study, "federated", setting)}
     for number, (key, words, unit) in enumerate(panels, start=1):
         axes: Axes = figure.add_subplot(1, 2, number)
         for place, setting in enumerate(_settings(study)):

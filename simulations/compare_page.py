@@ -16,7 +16,18 @@ from shared_models.files import write_atomic, write_json
 from shared_models.scores import NAMES
 from simulations.compare import tidy
 from simulations.compare_figures import figures_of
-from simulations.compare_tables import HEADINGS, WORDS, Line, Summary, cells_of, latex, markdown, summary, verdict_of
+from simulations.compare_tables import (
+    HEADINGS,
+    WORDS,
+    Line,
+    Summary,
+    cells_of,
+    is_partial,
+    latex,
+    markdown,
+    summary,
+    verdict_of,
+)
 
 CAPTIONS = {
     "curves": "Validation score by round, mean over sites and seeds; the band is the range over seeds.",
@@ -65,6 +76,7 @@ def numbers(study: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "kind": line.kind,
             "setting": line.setting,
+            "partial": line.partial,
             **{k: {"mean": _finite(s.mean), "deviation": _finite(s.deviation)} for k, s in spreads.items()},
             **{k: _finite(getattr(line, k)) for k in ("margin", "error", "p", "p_holm")},
         }
@@ -85,7 +97,7 @@ def harmed(study: Mapping[str, Any]) -> list[dict[str, str]]:
         {"site": site, "kind": line["kind"], "setting": line["setting"]}
         for site, lines in study["worth"].items()
         for line in lines
-        if line.get("verdict") == "harmed" and line["kind"] in MODELS
+        if line.get("verdict") == "harmed" and _usable(study, line)
     ]
 
 
@@ -94,8 +106,13 @@ def untold(study: Mapping[str, Any]) -> list[str]:
     return [
         site
         for site, lines in study["worth"].items()
-        if any(line.get("verdict") == "too few patients" and line["kind"] in MODELS for line in lines)
+        if any(line.get("verdict") == "too few patients" and _usable(study, line) for line in lines)
     ]
+
+
+def _usable(study: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
+    """Whether a line is of a model of the federation that a site could use."""
+    return line["kind"] in MODELS and not is_partial(study, line["kind"], line["setting"])
 
 
 def _page(results: Mapping[str, Any], pages: Sequence[Mapping[str, Any]]) -> str:
@@ -126,7 +143,7 @@ def _study_page(name: str, study: Mapping[str, Any], found: Summary, figures: Ma
         "harmed": [f"{each['site']} by {WORDS[each['kind']].format(each['setting'])}" for each in harmed(study)],
         "untold": untold(study),
         "judged": sum(
-            line["kind"] in MODELS and line.get("verdict") not in (None, "too few patients")
+            _usable(study, line) and line.get("verdict") not in (None, "too few patients")
             for lines in study["worth"].values()
             for line in lines
         ),
@@ -140,7 +157,7 @@ def site_page(site: str, study: Mapping[str, Any], found: Summary, seeds: int) -
     row = _row(study, site, shown.kind, shown.setting)
     rows = []
     for line in found.lines:
-        if line.kind == "left out":
+        if line.kind == "left out" or line.partial:
             continue
         rows.append(
             {
@@ -158,6 +175,7 @@ def site_page(site: str, study: Mapping[str, Any], found: Summary, seeds: int) -
         {**texts(each), "group": each["group"], "name": WORDS[each["kind"]].format(each["setting"])}
         for each in study["subgroups"][site]
         if (each["kind"], each["setting"]) in {(shown.kind, shown.setting), ("federated", shown.setting)}
+        and _usable(study, each)
     ]
     others = [
         {

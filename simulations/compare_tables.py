@@ -1,7 +1,7 @@
 """What a comparison comes to: means and deviations over seeds, paired tests, the setting that validation chooses."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, nan, sqrt
 from statistics import fmean
 from typing import Any
@@ -19,6 +19,7 @@ WORDS = {
     "personalised": "{}, each site's own",
     "left out": "{}, without the tested site",
 }
+PARTIAL = ", without the layers that stay at the sites"  # what the coordinator has: no model that anybody would use
 TEST = (
     "Two-sided paired t-test over seeds on the mean over sites of the test score, against {}; n = {}; adjusted "
     "for the number of settings after Holm (1979)."
@@ -34,6 +35,7 @@ class Line:
         test_by_seed: NaN for a seed in which a site has no score.
         margin, error: test less that of the reference, mean over seeds and its standard error.
         p, p_holm: of the paired test; NaN for the reference, the baselines, and fewer than two seeds.
+        partial: layers of the model stay at the sites, and it is scored with those that they began with.
     """
 
     kind: str
@@ -46,10 +48,20 @@ class Line:
     error: float = nan
     p: float = nan
     p_holm: float = nan
+    partial: bool = False
 
     @property
     def name(self) -> str:
-        return WORDS[self.kind].format(self.setting)
+        return named(self.kind, self.setting, self.partial)
+
+
+def named(kind: str, setting: str, partial: bool) -> str:
+    return WORDS[kind].format(setting) + PARTIAL * partial
+
+
+def is_partial(study: Mapping[str, Any], kind: str, setting: str) -> bool:
+    """Whether layers of a federation's model stayed at the sites (FedBN, FedPer, FedRep)."""
+    return kind in ("federated", "left out") and setting in study.get("partial", ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +95,21 @@ def summary(study: Mapping[str, Any]) -> Summary:
         test = [_mean(at(key, "test", seed)) for seed in seeds]
         validation = spread(_mean(at(key, "val", seed)) for seed in seeds)
         worst = spread(min(at(key, "test", seed)) if isfinite(_mean(at(key, "test", seed))) else nan for seed in seeds)
-        lines.append(Line(*key, validation, spread(test), worst, tuple(test)))
-    federated = [line for line in lines if line.kind == "federated"]
+        lines.append(Line(*key, validation, spread(test), worst, tuple(test), partial=is_partial(study, *key)))
+    whole = whole_of(lines)
+    federated = [line for line in whole if line.kind == "federated"] or whole
+    federated = federated or [line for line in lines if line.kind == "federated"]
     plain = [line for name in ("fedavg", "study") for line in federated if line.setting == name]
     reference = (plain or federated)[0]
     lines = _tested(lines, reference)
-    candidates = [x for x in lines if x.kind in ("federated", "personalised") and isfinite(x.validation.mean)]
+    candidates = [line for line in whole_of(lines) if isfinite(line.validation.mean)]
     chosen = max(candidates, key=lambda line: line.validation.mean, default=None)
     return Summary(tuple(lines), reference, chosen, TEST.format(reference.name, len(seeds)))
+
+
+def whole_of(lines: Sequence[Line]) -> list[Line]:
+    """The lines of settings: models that a site could use."""
+    return [line for line in lines if line.kind in ("federated", "personalised") and not line.partial]
 
 
 def values(study: Mapping[str, Any]) -> dict[tuple[str, str, str, int, str, str], float]:
@@ -111,8 +130,8 @@ def _tested(lines: Sequence[Line], reference: Line) -> list[Line]:
     from scipy.stats import ttest_rel  # half a second
 
     found: dict[Key, tuple[float, float, float]] = {}
-    for line in lines:
-        if line.kind not in ("federated", "personalised") or line == reference:
+    for line in whole_of(lines):
+        if line == reference:
             continue
         pairs = [p for p in zip(line.test_by_seed, reference.test_by_seed, strict=True) if all(map(isfinite, p))]
         gains = spread(a - b for a, b in pairs)
@@ -121,11 +140,12 @@ def _tested(lines: Sequence[Line], reference: Line) -> list[Line]:
             p = float(ttest_rel([a for a, _ in pairs], [b for _, b in pairs]).pvalue)
         found[line.kind, line.setting] = gains.mean, gains.deviation / sqrt(len(pairs)) if len(pairs) > 1 else nan, p
     adjusted = holm({key: p for key, (_, _, p) in found.items()})
+    keys = [(x.kind, x.setting) for x in lines]
     return [
-        Line(x.kind, x.setting, x.validation, x.test, x.worst, x.test_by_seed, *found[key], adjusted[key])
-        if (key := (x.kind, x.setting)) in found
+        replace(x, margin=found[key][0], error=found[key][1], p=found[key][2], p_holm=adjusted[key])
+        if key in found
         else x
-        for x in lines
+        for x, key in zip(lines, keys, strict=True)
     ]
 
 
@@ -224,10 +244,10 @@ def matrix(study: Mapping[str, Any]) -> list[ModelRow]:
             continue
         of = {site: spread(v for key, v in cells.items() if key[:3] == (kind, setting, "test")
                            and key[4:] == (site, trained)) for site in sites}  # fmt: skip
-        name = f"{trained} alone" if kind == "local" else WORDS[kind].format(setting)
+        name = f"{trained} alone" if kind == "local" else named(kind, setting, is_partial(study, kind, setting))
         rows.append(ModelRow(name, trained or None, of))
     for setting in dict.fromkeys(key[1] for key in keys if key[0] == "left out"):
         of = {site: spread(v for key, v in cells.items() if key[:3] == ("left out", setting, "test")
                            and key[4] == site) for site in sites}  # fmt: skip
-        rows.append(ModelRow(WORDS["left out"].format(setting), None, of))
+        rows.append(ModelRow(named("left out", setting, is_partial(study, "left out", setting)), None, of))
     return rows

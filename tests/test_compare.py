@@ -99,9 +99,10 @@ def test_a_comparison_is_carried_out_once_and_its_files_hold_every_figure(tmp_pa
     for site, row in run["test"]["lung"]["personalised"].items():
         assert dice["prox+uniform", "personalised", site] == pytest.approx(row["dice"], abs=1e-6)
     assert {r["measure"] for r in rows if r["site"] == ""} == {"bytes", "training_seconds"}
+    assert results["studies"]["tiny"]["partial"] == sorted(SETTINGS), "their norm layers stay"
     page = Path(files["report"]).read_text()
     assert "Chosen on validation" in page
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 3, "no curves of what the coordinator has by itself"
     south = (out / "sites" / "tiny" / "south.html").read_text()
     assert "south" in south
     assert "north" not in south
@@ -220,6 +221,21 @@ def test_a_harmed_site_is_flagged_on_its_page_and_the_other_is_not():
     assert f"worse off ({MINUS}0.050 against training alone, 95 % interval {interval}, 20 patients)" in pages["a"]
     assert 'class="flag"' in pages["a"]
     assert 'class="flag"' not in pages["b"]
+
+
+def test_a_model_whose_layers_stay_at_the_sites_is_none_that_harms_or_is_chosen_and_their_own_models_are():
+    own = [{**r, "kind": "personalised"} for r in study_of(SCORES, VALIDATED)["rows"] if r["setting"] == "good"]
+    study = study_of({**SCORES, "good": [0.1, 0.1, 0.1]}, {**VALIDATED, "good": 0.99}, partial=["good"])
+    study["rows"] += own
+    study["worth"]["a"] = [difference("harmed"), {**difference("gains"), "kind": "personalised"}]
+    found = summary(study)
+    assert found.chosen is not None
+    assert (found.chosen.kind, found.chosen.setting) == ("personalised", "good")
+    assert harmed(study) == []
+    (partial,) = [line for line in found.lines if line.partial]
+    assert partial.name == "good, without the layers that stay at the sites"
+    assert isnan(partial.p), "nobody would use it, and the other tests are not adjusted for it"
+    assert summary({**study, "partial": [*SCORES]}).reference.kind == "personalised"
 
 
 def test_where_patients_are_too_few_for_an_interval_nobody_says_that_no_site_is_harmed():

@@ -18,7 +18,7 @@ from fedclient.memory import memory_folder
 from fedclient.policy import Policy
 from fedclient.site import Site, open_site
 from fedclient.training.learner import ImageLearner
-from fedclient.was_worth import alone_folder, in_words, left_of, page_of
+from fedclient.was_worth import Left, alone_folder, in_words, left_of, page_of, usable_models
 from fedclient.work import Learned
 from fedclient.worth_page import worth_page
 from fedserver.checkpoint import RunFolder, read_state
@@ -124,6 +124,15 @@ def test_the_figures_are_those_of_the_models_on_the_sites_own_test_patients(hosp
         assert found["models"][kind]["dice"] == pytest.approx(score.value, abs=1e-6)
     gain = found["models"]["federated"]["dice"] - found["models"]["local"]["dice"]
     assert found["models"]["federated"]["value"] == pytest.approx(gain, abs=2e-6)
+
+
+def test_a_model_without_the_layers_that_stay_here_is_not_judged():
+    def judged(personal: Personal, personalised: Arrays | None) -> list[str]:
+        return [*usable_models(Left("run", replace(STUDY, personal=personal), {}, personalised), STUDY, {})]
+
+    assert judged(Personal(keep=("head",)), {}) == ["local", "personalised"]
+    assert judged(Personal(ditto_lambda=0.1), {}) == ["local", "federated", "personalised"]
+    assert judged(Personal(), None) == ["local", "federated"]
 
 
 def test_the_sites_own_model_is_the_one_that_a_simulation_trains(tmp_path):
