@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedserver import plots
 from shared_models.scores import NAMES
-from simulations.compare_tables import Summary, is_partial, matrix, named, summary, values
+from simulations.compare_tables import WORDS, Summary, is_partial, matrix, summary, values
 
 if TYPE_CHECKING:  # half a second to import
     from matplotlib.axes import Axes
@@ -52,8 +52,10 @@ def boxes_png(study: Mapping[str, Any], measure: str) -> bytes:
     cells, sites = values(study), study["sites"]
     groups: dict[str, list[list[float]]] = {}
     for kind, setting in dict.fromkeys((row["kind"], row["setting"]) for row in study["rows"]):
+        if is_partial(study, kind, setting):
+            continue
         own = kind in ("local", "left out")
-        groups[named(kind, setting, is_partial(study, kind, setting))] = [
+        groups[WORDS[kind].format(setting)] = [
             [v for key, v in cells.items() if key[:3] == (kind, setting, "test") and key[4] == site
              and (not own or key[5] == site) and isfinite(v)] for site in sites
         ]  # fmt: skip

@@ -19,7 +19,7 @@ WORDS = {
     "personalised": "{}, each site's own",
     "left out": "{}, without the tested site",
 }
-PARTIAL = ", without the layers that stay at the sites"  # what the coordinator has: no model that anybody would use
+PARTIAL = ", shared layers alone"  # what the coordinator has: no model that anybody would use
 TEST = (
     "Two-sided paired t-test over seeds on the mean over sites of the test score, against {}; n = {}; adjusted "
     "for the number of settings after Holm (1979)."

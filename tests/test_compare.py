@@ -233,7 +233,7 @@ def test_a_model_whose_layers_stay_at_the_sites_is_none_that_harms_or_is_chosen_
     assert (found.chosen.kind, found.chosen.setting) == ("personalised", "good")
     assert harmed(study) == []
     (partial,) = [line for line in found.lines if line.partial]
-    assert partial.name == "good, without the layers that stay at the sites"
+    assert partial.name == "good, shared layers alone"
     assert isnan(partial.p), "nobody would use it, and the other tests are not adjusted for it"
     assert summary({**study, "partial": [*SCORES]}).reference.kind == "personalised"
 
