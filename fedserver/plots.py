@@ -214,7 +214,8 @@ def curves_png(loss: Series, scores: Mapping[str, Series], sites: Sequence[str],
 def matrix_png(rows: Sequence[ModelRow], label: str, measure: str) -> bytes:
     """The site x model matrix as a heat map."""
     sites = list(rows[0].values)
-    figure = new_figure(2.4 + 0.85 * len(sites), 1.5 + 0.45 * len(rows))
+    names = max(len(row.name) for row in rows)  # beside the cells, at 0.085 inches a letter
+    figure = new_figure(max(2.4, 1.2 + 0.085 * names) + 0.85 * len(sites), 1.5 + 0.45 * len(rows))
     axes: Axes = figure.add_subplot()
     cells = [[row.values[s].mean for s in sites] for row in rows]
     low, high = bounds(cells)

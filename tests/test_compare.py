@@ -2,6 +2,7 @@
 
 import csv
 import threading
+import warnings
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from scipy.stats import ttest_rel
 
 import simulations.compare as comparing
 from fedserver.checkpoint import RunFolder
+from fedserver.comparison import ModelRow, Spread
+from fedserver.plots import matrix_png
 from shared_models.errors import StudyInvalid
 from shared_models.expiry import span_text
 from shared_models.figure_text import MINUS
@@ -21,7 +24,7 @@ from shared_models.study import Evaluate, Model, Personal, Preprocess, Rounds, S
 from simulations.compare import Asked, compare, planned_runs, time_left
 from simulations.compare_page import _page, _study_page, harmed, site_page, write_all
 from simulations.compare_run import data_of, machine_of
-from simulations.compare_tables import holm, latex, markdown, summary, verdict_of
+from simulations.compare_tables import WORDS, holm, latex, markdown, summary, verdict_of
 from simulations.engine import NodeConfig
 from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, jobs, node_configs, score
@@ -236,6 +239,13 @@ def test_a_model_whose_layers_stay_at_the_sites_is_none_that_harms_or_is_chosen_
     assert partial.name == "good, shared layers alone"
     assert isnan(partial.p), "nobody would use it, and the other tests are not adjusted for it"
     assert summary({**study, "partial": [*SCORES]}).reference.kind == "personalised"
+
+
+def test_the_heat_map_has_room_for_the_longest_name_of_a_setting():
+    rows = [ModelRow(WORDS["left out"].format("s" * 40), None, {"a": Spread(0.5), "b": Spread(0.7)})]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Matplotlib warns where the cells shrink to nothing
+        assert matrix_png(rows, "lung", "Dice").startswith(b"\x89PNG")
 
 
 def test_where_patients_are_too_few_for_an_interval_nobody_says_that_no_site_is_harmed():

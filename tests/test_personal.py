@@ -215,7 +215,7 @@ def test_the_head_of_fedrep_keeps_moments_of_its_own(north, weights):
 def test_frozen_blocks_stay_as_they_came_in_a_sites_own_model_too(north, weights, words):
     study = replace(personal(**words), transfer=Transfer(sha256="0" * 64, freeze=1))
     learned, memory = LEARNER.learn_on(north, study, 1, weights, {})
-    own = {n.removeprefix("own/"): a for n, a in memory.items() if n.startswith("own/")}  # of APFL: before it is mixed
+    own: Arrays = {n.removeprefix("own/"): a for n, a in memory.items() if n.startswith("own/")}  # not mixed yet
     own = own or LEARNER.own(north, study, weights, memory, True) or {}
     first = set(nets.blocks(nets.network(study))[0])
     assert first
