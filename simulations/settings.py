@@ -24,7 +24,7 @@ SETTINGS: Mapping[str, Changes] = {
     "fedavgm": {"strategy": {"name": "fedavgm", "momentum": 0.9}},
     "fedadam": {"strategy": {"name": "fedadam"}},
     "fedyogi": {"strategy": {"name": "fedyogi"}},
-    "fedadagrad": {"strategy": {"name": "fedadagrad"}},
+    "fedadagrad": {"strategy": {"name": "fedadagrad", "beta1": 0.0}},  # as Reddi et al. 2021 have it
     "median": {"strategy": {"robust": "median", "weighting": "uniform"}},
     "trimmed-mean": {
         "strategy": {"robust": "trimmed_mean", "malicious": 1, "weighting": "uniform"},
