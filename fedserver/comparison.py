@@ -22,6 +22,8 @@ class Comparison:
         federated: site that was tested -> score of the federated model.
         personalised: site -> score of its own model of the federation; empty where the study gives it none.
         left_out: site -> score of the federation of all the others; empty where none was trained.
+        partial: layers of the federated model stay at the sites, and it is scored with those that they began with: a
+            site is judged by its own.
     """
 
     local: Mapping[str, Mapping[str, Score]]
@@ -29,6 +31,12 @@ class Comparison:
     federated: Mapping[str, Score]
     personalised: Mapping[str, Score] = field(default_factory=dict)
     left_out: Mapping[str, Score] = field(default_factory=dict)
+    partial: bool = False
+
+    @property
+    def usable(self) -> Mapping[str, Score]:
+        """Site -> score of the model of the federation that it would use."""
+        return self.personalised if self.partial else self.federated
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,7 @@ class SiteResult:
         own: of the model that it trained alone, on its own patients.
         elsewhere: of the model that it trained alone, mean over the other sites.
         pooled, federated: of those models, on its own patients.
-        gain_points: federated less own, in points (hundredths).
+        gain_points: federated less own, in points (hundredths); personalised less own where the former is `partial`.
         personalised: of the model that the federation gives this site for its own, on its own patients.
         left_out: of the federation of all other sites, on this one's patients.
     """
@@ -60,6 +68,11 @@ class SiteResult:
     gain_points: Spread
     personalised: Spread = Spread()
     left_out: Spread = Spread()
+    partial: bool = False
+
+    @property
+    def usable(self) -> Spread:
+        return self.personalised if self.partial else self.federated
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +110,17 @@ def results(comparisons: Sequence[Comparison]) -> tuple[SiteResult, ...]:
 
     def of(site: str) -> SiteResult:
         own = [_value(c.local.get(site, {}), site) for c in comparisons]
-        federated = [_value(c.federated, site) for c in comparisons]
+        usable = [_value(c.usable, site) for c in comparisons]
         return SiteResult(
             site,
             own=spread(own),
             elsewhere=spread(_elsewhere(c.local.get(site, {}), site) for c in comparisons),
             pooled=spread(_value(c.pooled, site) for c in comparisons),
-            federated=spread(federated),
-            gain_points=spread(100 * (f - o) for f, o in zip(federated, own, strict=True)),
+            federated=spread(_value(c.federated, site) for c in comparisons),
+            gain_points=spread(100 * (f - o) for f, o in zip(usable, own, strict=True)),
             personalised=spread(_value(c.personalised, site) for c in comparisons),
             left_out=spread(_value(c.left_out, site) for c in comparisons),
+            partial=any(c.partial for c in comparisons),
         )
 
     return tuple(of(site) for site in sites_of(comparisons))
@@ -119,7 +133,8 @@ def mean_over_sites(comparisons: Sequence[Comparison]) -> SiteResult:
     def over(name: str) -> Spread:
         return spread(spread(getattr(r, name).mean for r in rows).mean for rows in by_seed)
 
-    return SiteResult("mean over sites", **{name: over(name) for name in FIGURES})
+    partial = any(c.partial for c in comparisons)
+    return SiteResult("mean over sites", partial=partial, **{name: over(name) for name in FIGURES})
 
 
 def matrix(comparisons: Sequence[Comparison]) -> tuple[ModelRow, ...]:
@@ -133,7 +148,8 @@ def matrix(comparisons: Sequence[Comparison]) -> tuple[ModelRow, ...]:
     for name in ("pooled", "federated", "personalised", "left_out"):
         if any(getattr(c, name) for c in comparisons):
             row = {s: spread(_value(getattr(c, name), s) for c in comparisons) for s in sites}
-            rows.append(ModelRow(NAMES.get(name, name), None, row))
+            alone = ", shared layers alone" if name == "federated" and any(c.partial for c in comparisons) else ""
+            rows.append(ModelRow(NAMES.get(name, name) + alone, None, row))
     return tuple(rows)
 
 
@@ -154,7 +170,8 @@ def verdict(result: SiteResult, seeds: int, measure: str) -> str:
     gain, site = result.gain_points, result.site
     if not isfinite(gain.mean):
         return f"{site}: cannot be compared, a test score is missing."
-    figures = f"{value_text(result.federated.mean)} with the federated model, {value_text(result.own.mean)} alone"
+    model = "its own model of the federation" if result.partial else "the federated model"
+    figures = f"{value_text(result.usable.mean)} with {model}, {value_text(result.own.mean)} alone"
     change = f"({points_text(gain)} {measure} points{f', {seeds} seeds' if seeds > 1 else ''})"
     if round(gain.mean, 1) == 0:
         return f"Federation made no difference to {site}: {figures} {change}."
@@ -166,7 +183,7 @@ def verdict(result: SiteResult, seeds: int, measure: str) -> str:
 def as_json(comparisons: Sequence[Comparison], measure: str) -> dict[str, Any]:
     """All figures for report.json; NaN as null."""
     rows, means = results(comparisons), mean_over_sites(comparisons)
-    known = [r for r in rows if isfinite(r.federated.mean)]
+    known = [r for r in rows if isfinite(r.federated.mean) and not r.partial]
     worst = min(known, key=lambda r: r.federated.mean, default=None)
     cells = [(m.values[s].mean, m.trained, s) for m in matrix(comparisons) if m.trained is not None for s in m.values]
     low = min((c for c in cells if isfinite(c[0])), default=None)

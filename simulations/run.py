@@ -325,7 +325,8 @@ def simulate_seed(
     scores = {job.name: score(runs[job.name], nodes, job.nodes) for job in todo if not job.name.startswith("without-")}
     local = {name.removeprefix("local-"): s for name, s in scores.items() if name.startswith("local-")}
     own = own_scores(runs["federated"], nodes)
-    return Comparison(local, scores.get("pooled", {}), scores["federated"], own, left_out)
+    partial = bool(study.personal.keep)
+    return Comparison(local, scores.get("pooled", {}), scores["federated"], own, left_out, partial)
 
 
 def score(

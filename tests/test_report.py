@@ -19,7 +19,7 @@ from fedclient.work import Holding, Learned
 from fedserver import plots
 from fedserver.checkpoint import RunFolder
 from fedserver.cohort import Presence
-from fedserver.comparison import Spread, matrix, mean_over_sites, results, verdict
+from fedserver.comparison import Spread, as_json, matrix, mean_over_sites, results, verdict
 from fedserver.courier import Inline
 from fedserver.page import parts_in_words, ranges, render
 from fedserver.report import Comparison, curves, facts, write_report
@@ -235,6 +235,21 @@ def test_a_site_without_a_score_is_a_dash_and_takes_part_in_no_mean() -> None:
         "federated",
     ]
     assert math.isnan(matrix([lacking])[-1].values["south"].mean)
+
+
+def test_where_layers_stay_at_the_sites_each_is_judged_by_its_own_model():
+    kept = replace(
+        COMPARISON, federated=dice_of(east=0.1, north=0.1, south=0.1),
+        personalised=dice_of(east=0.84, north=0.88, south=0.95), partial=True,
+    )  # fmt: skip
+    east, north, south = results([kept])
+    assert [round(r.gain_points.mean, 6) for r in (east, north, south)] == [4.0, -2.0, 0.0]
+    assert verdict(east, 1, "Dice") == (
+        "Federation helped east: 0.840 with its own model of the federation, 0.800 alone (+4.0 Dice points)."
+    )
+    compared = as_json([kept], "Dice")
+    assert compared["worst_federated"] is None
+    assert "federated, shared layers alone" in [row["model"] for row in compared["matrix"]]
 
 
 def test_what_was_not_trained_for_comparison_has_no_column(tmp_path: Path) -> None:
