@@ -91,7 +91,7 @@ def test_a_slow_site_ends_at_the_deadline_and_is_named_late(tmp_path):
 
 def test_in_a_simulation_no_site_is_late_nor_asked_twice_however_long_the_machine_takes(tmp_path):
     study = replace(STUDY, rounds=replace(STUDY.rounds, count=1), evaluate=Evaluate(every=0))
-    _, folder, _clock, grid = play(tmp_path, study, delays={"north": 5000.0, "south": 9000.0}, bounded=False)
+    _, folder, _clock, grid = play(tmp_path, study, delays={"north": 1200.0, "south": 2500.0}, bounded=False)
     assert set(line(folder, 1)["sites"]) == set(SITES)
     assert grid.asked == {"east": 1, "north": 1, "south": 1}
 
