@@ -86,6 +86,7 @@ class ModelRow:
 
 FIGURES = ("own", "elsewhere", "pooled", "federated", "gain_points", "personalised", "left_out")
 NAMES = {"personalised": "each site's own", "left_out": "the others alone"}
+PARTIAL = ", shared layers alone"  # what the coordinator has: no model that anybody would use
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -148,8 +149,8 @@ def matrix(comparisons: Sequence[Comparison]) -> tuple[ModelRow, ...]:
     for name in ("pooled", "federated", "personalised", "left_out"):
         if any(getattr(c, name) for c in comparisons):
             row = {s: spread(_value(getattr(c, name), s) for c in comparisons) for s in sites}
-            alone = ", shared layers alone" if name == "federated" and any(c.partial for c in comparisons) else ""
-            rows.append(ModelRow(NAMES.get(name, name) + alone, None, row))
+            partial = name == "federated" and any(c.partial for c in comparisons)
+            rows.append(ModelRow(NAMES.get(name, name) + PARTIAL * partial, None, row))
     return tuple(rows)
 
 

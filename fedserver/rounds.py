@@ -25,7 +25,7 @@ from fedserver.courier import Parcel
 from fedserver.optimizers import optimizer_of
 from fedserver.publish.lineage import RETRAINED
 from fedserver.secure_round import secure_evaluation, secure_round, secure_statistics
-from fedserver.setting import Setting, Table, note, show
+from fedserver.setting import Setting, Table, note, note_closed, show
 from shared_models import study as study_file
 from shared_models.drift import Profile, reference
 from shared_models.drift import doubted as doubted_profile
@@ -88,12 +88,7 @@ def _close_again(setting: Setting, state: State) -> None:
     if before.exists() and read_json(before)["round"] >= state.round:
         return  # closed in the run that this one goes on from
     lines = [x for x in read_lines(setting.folder.metrics) if x["round"] == state.round and not x.get("final")]
-    line = lines[-1] if lines else {"sites": {}}
-    signed = line.get("signed") or {label: row["signed"] for label, row in line["sites"].items() if "signed" in row}
-    facts: dict[str, Any] = {"counted": list(state.cohort), "signed": signed, "weights": state.weights_sha256}
-    if (together := line.get("together")) is not None:
-        facts["attempt"] = together["attempt"]
-    note(setting, "round-closed", state.run, round=state.round, **facts)
+    note_closed(setting, state, lines[-1] if lines else {"sites": {}})
 
 
 def statistics(setting: Setting, table: Table, state: State) -> State:
@@ -188,8 +183,7 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
     done = finish_round(setting.folder, state, updates, optimizer_of(study.strategy), counted, line, late_rounds)
     table.last = done.counted
     setting.courier.retire(state.weights_sha256)
-    facts = {"counted": list(counted), "signed": signed, "weights": done.weights_sha256}
-    note(setting, "round-closed", state.run, round=number, **facts)
+    note_closed(setting, done, line)
     return done
 
 

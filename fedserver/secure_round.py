@@ -33,7 +33,7 @@ from fedserver.conversation import Patience, converse, gather, order_of
 from fedserver.courier import Parcel
 from fedserver.optimizers import optimizer_of
 from fedserver.secagg import Gathered, SecureSum, SecureTotal
-from fedserver.setting import Seat, Setting, Table, note
+from fedserver.setting import Seat, Setting, Table, note, note_closed
 from shared_models.errors import RoundPaused, StateInvalid, SumAborted, UpdateRejected
 from shared_models.files import (
     append_json,
@@ -144,8 +144,7 @@ def secure_round(setting: Setting, table: Table, state: State, schema: Schema) -
     done = finish_round(setting.folder, state, total, optimizer_of(study.strategy), total.sites, line)
     table.last = done.counted
     _closed(making)
-    facts = {"counted": list(total.sites), "signed": signed, "weights": done.weights_sha256}
-    note(setting, "round-closed", state.run, round=number, attempt=total.context.attempt, **facts)
+    note_closed(setting, done, line)
     return done
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedserver.checkpoint import RunFolder, write_progress
+from fedserver.checkpoint import RunFolder, State, write_progress
 from fedserver.cohort import Presence
 from fedserver.courier import Courier
 from fedserver.records import Records
@@ -133,6 +133,15 @@ def note(setting: Setting, event: str, run: str, **facts: Any) -> None:
     """A line of the coordinator's audit log."""
     if setting.records is not None:
         setting.records.add(event, run=run, **facts)
+
+
+def note_closed(setting: Setting, state: State, line: Mapping[str, Any]) -> None:
+    """A finished round in the audit log, from the state that it ended with and its line in metrics.jsonl."""
+    signed = line.get("signed") or {label: row["signed"] for label, row in line["sites"].items() if "signed" in row}
+    facts: dict[str, Any] = {"counted": list(state.cohort), "signed": signed, "weights": state.weights_sha256}
+    if (together := line.get("together")) is not None:
+        facts["attempt"] = together["attempt"]
+    note(setting, "round-closed", state.run, round=state.round, **facts)
 
 
 def show(setting: Setting, table: Table, phase: str, round_number: int, deadline: float, always: bool = False) -> None:

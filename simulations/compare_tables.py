@@ -6,7 +6,7 @@ from math import isfinite, nan, sqrt
 from statistics import fmean
 from typing import Any
 
-from fedserver.comparison import ModelRow, Spread, spread, spread_text
+from fedserver.comparison import PARTIAL, ModelRow, Spread, spread, spread_text
 from shared_models.figure_text import DASH, value_text
 from shared_models.scores import NAMES
 from simulations.compare import headline
@@ -19,7 +19,6 @@ WORDS = {
     "personalised": "{}, each site's own",
     "left out": "{}, without the tested site",
 }
-PARTIAL = ", shared layers alone"  # what the coordinator has: no model that anybody would use
 TEST = (
     "Two-sided paired t-test over seeds on the mean over sites of the test score, against {}; n = {}; adjusted "
     "for the number of settings after Holm (1979)."

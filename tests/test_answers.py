@@ -1,7 +1,7 @@
 """Replies over a real gateway with real keys: what is not signed for its order counts for nothing, shuts nobody out."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ import fedserver.cli
 from fedclient.policy import Policy
 from fedclient.renewal import renew
 from fedserver import rounds
-from fedserver.checkpoint import RunFolder, create_run
+from fedserver.checkpoint import RunFolder, State, create_run
 from fedserver.conversation import MOST_ATTEMPTS
 from fedserver.lifecycle import revoke
 from fedserver.rounds import carry_out
 from fedserver.setting import Setting
-from fedserver.setting import note as setting_note
 from fedserver.signed import signed_lines
 from shared_models.alarms import alarm_words
 from shared_models.envelope import signed
@@ -339,14 +338,12 @@ class Killed(Exception):
 
 
 def test_a_round_that_a_kill_kept_out_of_the_log_is_written_down_by_the_next_process(hospitals, edge, monkeypatch):
-    def note(setting: Setting, event: str, run: str, **facts: Any) -> None:
-        if event == "round-closed":
-            raise Killed
-        setting_note(setting, event, run, **facts)
+    def note_closed(setting: Setting, state: State, line: Mapping[str, Any]) -> None:
+        raise Killed
 
     study = replace(STUDY, rounds=replace(STUDY.rounds, count=2))
     with monkeypatch.context() as patched:
-        patched.setattr(rounds, "note", note)
+        patched.setattr(rounds, "note_closed", note_closed)
         with pytest.raises(Killed):
             hospitals.run(study, "kept-out", toy_app(LEARNER))
     assert noted(edge, "kept-out", "round-closed") == []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedclient.training.drift import proximal
 from fedclient.training.micro import Room, gradients
 from fedclient.training.moments import Moments
-from fedclient.training.trainer import Step, autocast, by_depth, optimizer_of, stepper
+from fedclient.training.trainer import Step, autocast, freeze, optimizer_of, stepper
 from shared_models import nets
 from shared_models.study import Study, Train
 from shared_models.tasks.functions import Loss
@@ -84,15 +84,10 @@ def mixing(
         rates, moments: see `stepper`.
     """
     own.train()
-    for name, part_of_rate in rates.items() if rates is not None else ():
-        own.get_parameter(name).requires_grad_(part_of_rate > 0)
+    freeze(own, rates)
     mixed = copy.deepcopy(own)
     triples = list(zip(mixed.parameters(), own.parameters(), net.parameters(), strict=True))
-    named = dict(own.named_parameters())
-    optimizer = optimizer_of([*named.values()], train) if rates is None else by_depth(named, train, rates)
-    if moments is not None:
-        moments.take_up(optimizer, named)
-    room = Room()
+    optimizer, room = optimizer_of(dict(own.named_parameters()), train, rates, moments), Room()
 
     def attempt(images: Tensor, masks: Tensor, parts: int) -> Tensor:
         return gradients(mixed, images, masks, loss_of, parts=parts, cast=lambda: autocast(train, device))

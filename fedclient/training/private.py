@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fedclient.data.cases import Case
 from fedclient.data.dataset import Batch, DataSet
 from fedclient.training.chance import Chance
-from fedclient.training.trainer import Fitted, by_depth, on_device, optimizer_of
+from fedclient.training.trainer import Fitted, on_device, optimizer_of
 from shared_models import nets
 from shared_models.errors import OrderRefused
 from shared_models.protect.privacy import Privacy
@@ -107,7 +107,7 @@ def fit_private(
     torch.manual_seed(chance.seed())  # dropout
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     trained = list(named.values())
-    optimizer = optimizer_of(trained, train) if rates is None else by_depth(named, train, rates)
+    optimizer = optimizer_of(named, train, rates)
     device = trained[0].device
     received = [p.detach().clone() for p in trained]
     count, steps = sum(p.numel() for p in trained), 0

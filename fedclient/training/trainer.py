@@ -92,13 +92,10 @@ def stepper(
         course: of the learning rate over the steps; left out, it stays.
     """
     net.train()
+    freeze(net, rates)
     named = {name: p for name, p in net.named_parameters() if only is None or name in only}
-    for name, share in rates.items() if rates is not None else ():
-        net.get_parameter(name).requires_grad_(share > 0)
     parameters = [p for p in named.values() if p.requires_grad]
-    optimizer = optimizer_of(parameters, train) if rates is None else by_depth(named, train, rates)
-    if moments is not None:
-        moments.take_up(optimizer, named)
+    optimizer = optimizer_of(named, train, rates, moments)
     scaler = torch.amp.GradScaler(device.type, enabled=_half(train, device) is torch.float16)
     most, numbers = [float(group["lr"]) for group in optimizer.param_groups], count(1)
     room = Room()
@@ -189,26 +186,37 @@ def _half(train: Train, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def optimizer_of(parameters: Sequence[nn.Parameter], train: Train) -> torch.optim.Optimizer:
-    """A new optimizer, as each round has one; `Moments` gives it those of the round before."""
-    rate, decay = train.learning_rate, train.weight_decay
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(parameters, rate, momentum=train.momentum, weight_decay=decay)
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, rate, weight_decay=decay)
-    return torch.optim.Adam(parameters, rate, weight_decay=decay)
+def freeze(net: nn.Module, rates: Mapping[str, float] | None) -> None:
+    """Takes the gradient from each parameter whose share of the learning rate is 0, and gives it to the others."""
+    for name, share in rates.items() if rates is not None else ():
+        net.get_parameter(name).requires_grad_(share > 0)
 
 
-def by_depth(named: Mapping[str, nn.Parameter], train: Train, rates: Mapping[str, float]) -> torch.optim.Optimizer:
-    """An optimizer that moves each parameter at its share of the rate, and the frozen ones not at all."""
+def optimizer_of(
+    named: Mapping[str, nn.Parameter],
+    train: Train,
+    rates: Mapping[str, float] | None = None,
+    moments: Moments | None = None,
+) -> torch.optim.Optimizer:
+    """A new optimizer, as each round has one, of what of `named` wants a gradient.
+
+    Args:
+        rates: share of the learning rate of each parameter; the frozen ones move not at all.
+        moments: those of the round before, which it goes on with.
+    """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        if rates[name] > 0:
-            groups.setdefault(rates[name], []).append(parameter)
-    optimizer = optimizer_of([p for of in groups.values() for p in of], train)
-    optimizer.param_groups.clear()
-    for share, of in groups.items():
-        optimizer.add_param_group({"params": of, "lr": train.learning_rate * share})
+        if parameter.requires_grad:
+            groups.setdefault(1.0 if rates is None else rates[name], []).append(parameter)
+    found = [{"params": of, "lr": train.learning_rate * share} for share, of in groups.items()]
+    optimizer: torch.optim.Optimizer
+    if train.optimizer == "sgd":
+        optimizer = torch.optim.SGD(found, momentum=train.momentum, weight_decay=train.weight_decay)
+    else:
+        kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
+        optimizer = kind(found, weight_decay=train.weight_decay)
+    if moments is not None:
+        moments.take_up(optimizer, named)
     return optimizer
 
 
