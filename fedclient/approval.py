@@ -1,6 +1,5 @@
 """`fedclient policy, studies, show, approve, refuse, withdraw, sent` and `audit`: what the person who decides types."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from shared_models.cli import guarded, print_json
+from shared_models.dates import date_text
 from shared_models.parse import plain
 
 if TYPE_CHECKING:
@@ -37,10 +37,6 @@ def _here(folder: Path) -> "Site":
     from fedclient.site import open_site
 
     return open_site({"site-dir": str(folder)})
-
-
-def _day(seconds: float | None) -> str:
-    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def awaiting(site: Path) -> str:
@@ -86,9 +82,9 @@ def studies(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     for a in listed:
         words = f"{a.study.name:24} {a.sha256[:12]}  {a.state}"
         if a.decision is not None:
-            until = f", until {_day(a.decision.until_s)}" if a.decision.until_s else ""
+            until = f", until {date_text(a.decision.until_s)}" if a.decision.until_s else ""
             why = f": {a.decision.reason}" if a.decision.reason else ""
-            words += f"  by {a.decision.by} on {_day(a.decision.at_s)}{until}{why}"
+            words += f"  by {a.decision.by} on {date_text(a.decision.at_s)}{until}{why}"
         console.print(escape(words), highlight=False)
     if any(a.state in ("pending", "expired") for a in listed):
         console.print("Read one with `fedclient show STUDY`; then `fedclient approve STUDY`, or `refuse`.")
@@ -150,7 +146,7 @@ def _decide(
     here = _here(site)
     asked = find_asked(here, study)
     decision = decide(here, asked.sha256, verdict, reason, days, also_alike)
-    until = f" until {_day(decision.until_s)}" if decision.until_s else ""
+    until = f" until {date_text(decision.until_s)}" if decision.until_s else ""
     console.print(f"{asked.study.name} ({asked.sha256[:12]}) is {verdict}{until}.", highlight=False)
 
 
@@ -173,7 +169,7 @@ def sent(
     for line in shown:
         what = f"{line['kind']} {line['code']}" if line.get("code") else line["kind"]
         run = f"{line['run']} round {line['round']}" if "run" in line else ""
-        console.print(f"{_day(line['time'])}  {what:28} {line['bytes']:>12,} B  {line['sha256'][:12]}  {run}",
+        console.print(f"{date_text(line['time'])}  {what:28} {line['bytes']:>12,} B  {line['sha256'][:12]}  {run}",
                       highlight=False)  # fmt: skip
     total = sum(int(line["bytes"]) for line in lines)
     console.print(f"{len(lines)} in all, {total:,} bytes.", highlight=False)

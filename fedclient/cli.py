@@ -122,7 +122,7 @@ def renew(
     from fedclient.renewal import check_keys
     from fedclient.renewal import renew as ask_anew
     from fedclient.site import read_site_file
-    from shared_models.expiry import date_text
+    from shared_models.dates import date_text
     from shared_models.identity import fingerprint_words
 
     file = read_site_file(site)

@@ -25,6 +25,7 @@ from fedclient.trust import kept_lists
 from fedclient.welcome import shut_out
 from shared_models.alarms import alarm_words
 from shared_models.authority import read_files
+from shared_models.dates import date_text, day
 from shared_models.doctor import (
     Check,
     Line,
@@ -38,9 +39,8 @@ from shared_models.doctor import (
     versions,
 )
 from shared_models.errors import FederationError, StateInvalid
-from shared_models.expiry import date_text
 from shared_models.identity import is_issued_by, split_address, whose
-from shared_models.standing import ahead, day
+from shared_models.standing import ahead
 from shared_models.supervise import read_status, troubles
 from shared_models.transfer import connect, site_context
 

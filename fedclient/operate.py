@@ -38,8 +38,7 @@ def status(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     """What this node is doing: its connection and processes, and the last work done."""
     from fedclient.approval import awaiting
     from fedclient.overview import overview
-    from shared_models.alarms import day
-    from shared_models.expiry import date_text
+    from shared_models.dates import date_text
 
     facts = overview(site)
     if as_json:
@@ -54,13 +53,14 @@ def status(site: Folder = Path("site"), as_json: AsJson = False) -> None:
         now = child["state"] if running.get("supervisor") else "stopped"  # a killed supervisor wrote no last word
         console.print(f"  {name}: {now}, restarts {child['restarts']}")
     if work := facts["work"]:
-        print(f"  at work on {work['kind']} of run {work['run']}, round {work['round']}, since {day(work['since'])}")
+        since = date_text(work["since"])
+        print(f"  at work on {work['kind']} of run {work['run']}, round {work['round']}, since {since}")
     print(f"  certificate good until {date_text(facts['certificate_expires_at'])}")
     for words in [*facts["alarms"], *facts["warnings"]]:
         print(f"  {words}")
     if last := facts["last_refused"]:
         where = f", run {last['run']} round {last['round']}" if last["run"] else ""
-        print(f"  last refused order: {last['code']}{where}, {day(last['time'])}; `fedclient logs` says why")
+        print(f"  last refused order: {last['code']}{where}, {date_text(last['time'])}; `fedclient logs` says why")
     for path in facts["finished_work"]:
         console.print(f"  finished {path}")
     if waiting := awaiting(site):

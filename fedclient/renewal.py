@@ -17,8 +17,9 @@ from fedclient.enrol import ROSTER, store_certificate
 from fedclient.own_log import complain
 from fedclient.welcome import note_refusal
 from shared_models.authority import read_files
+from shared_models.dates import date_text
 from shared_models.errors import EnrolmentFailed, FederationError, StateInvalid
-from shared_models.expiry import date_text, due, warning
+from shared_models.expiry import due, warning
 from shared_models.files import locked, write_atomic
 from shared_models.identity import (
     Certificate,

@@ -13,13 +13,14 @@ from pathlib import Path
 from fedclient.release_policy import Releases
 from fedclient.site import read_site_file
 from shared_models.authority import ROOT, read_files
+from shared_models.dates import day
 from shared_models.errors import ReleaseInvalid
 from shared_models.files import locked, write_atomic
 from shared_models.identity import vouched
 from shared_models.parse import parse_json
 from shared_models.release import SIGNATURE, Release, Trust
 from shared_models.release_facts import Signed
-from shared_models.standing import Standings, ahead, day, read_standings, retired, warned
+from shared_models.standing import Standings, ahead, read_standings, retired, warned
 
 
 def policy_of(site: Path) -> Releases:

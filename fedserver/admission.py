@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fedserver.state import CertificateRow, Site, find_site, list_certificates, used_certificate
 from shared_models.authority import read_authority, read_files
+from shared_models.dates import date_text
 from shared_models.errors import StateInvalid
-from shared_models.expiry import date_text
 from shared_models.identity import Certificate, is_issued_by, read_certificate
 
 OVERLAP_S = 86400.0  # for which an older certificate still counts once a newer one was seen

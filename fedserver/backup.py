@@ -143,13 +143,21 @@ def _signed(federation: Federation, manifest: Manifest) -> Manifest:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """What is copied as it is: `FIRST` of all folders, then all the rest.
+    """What is copied as it is: the databases, `FIRST` of all folders, then all the rest.
 
-    That is listed when the first have been copied, so that weights are among it which a round that ended meanwhile has
-    left, and which a state that was copied names.
+    So the databases name no run that is not in the copy, and none as further than it is there. The rest is listed when
+    the first have been copied, so that weights are among it which a round that ended meanwhile has left, and which a
+    state that was copied names; of a run that began meanwhile there is nothing.
     """
-    yield from (name for name in _listed(folder) if PurePosixPath(name).name in FIRST)
-    yield from (name for name in _listed(folder) if PurePosixPath(name).name not in FIRST)
+    yield from (name for name in DATABASES if (folder / name).exists())
+    first = [name for name in _listed(folder) if PurePosixPath(name).name in FIRST]
+    yield from first
+    begun = {PurePosixPath(name).parent for name in first if name.endswith("/state.json")}
+    for name in _listed(folder):
+        path = PurePosixPath(name)
+        of_run = path.parts[0] == "runs" and len(path.parts) > 2
+        if name not in DATABASES and path.name not in FIRST and (not of_run or PurePosixPath(*path.parts[:2]) in begun):
+            yield name
 
 
 def _listed(folder: Path) -> list[str]:

@@ -36,7 +36,7 @@ def show(
     """Says where the root key is, which issuing keys count and until when, and what is revoked."""
     from fedserver.enrol import ca_fingerprint, open_federation
     from shared_models.authority import read_authority
-    from shared_models.expiry import date_text
+    from shared_models.dates import date_text
     from shared_models.files import write_atomic
     from shared_models.identity import fingerprint_words, read_certificate
 

@@ -162,7 +162,7 @@ def renew(federation: Folder = HERE) -> None:
     """Gives the coordinator a new key and certificate now; hospitals trust the authority and notice nothing."""
     from fedserver.enrol import open_federation
     from fedserver.lifecycle import renew_server
-    from shared_models.expiry import date_text
+    from shared_models.dates import date_text
     from shared_models.identity import load_credential, read_certificate
 
     opened = open_federation(federation)

@@ -11,9 +11,9 @@ from fedserver.enrol import Federation, open_federation
 from fedserver.lifecycle import warnings
 from fedserver.state import list_runs, list_sites
 from shared_models.alarms import alarm_words
+from shared_models.dates import date_text, span_text
 from shared_models.doctor import Check, Line, clock_moved_back, disk, examined, failed, flower_names, memory, versions
 from shared_models.errors import FederationError
-from shared_models.expiry import date_text, span_text
 from shared_models.files import read_lines
 from shared_models.identity import load_credential, read_certificate, split_address
 from shared_models.supervise import read_status, troubles

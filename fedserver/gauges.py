@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,23 @@ def _runs(runs: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
 
 def _work(federation: Federation) -> Iterator[Metric]:
     """What all runs together have done, from their own files and the audit log, so that no restart counts anew."""
-    rounds, seconds, up, down = 0, 0.0, 0, 0
+    rounds, seconds, up, down, damaged = 0, 0.0, 0, 0, 0
     for path in sorted(federation.runs.glob("*/metrics.jsonl")):
-        for line in read_lines(RunFolder(path.parent).metrics):
-            if not line.get("final"):
-                rounds, seconds = rounds + 1, seconds + float(line.get("seconds", 0.0))
-                up, down = up + int(line.get("bytes_up", 0)), down + int(line.get("bytes_down", 0))
+        try:
+            lines = [line for line in read_lines(RunFolder(path.parent).metrics) if not line.get("final")]
+            took = fsum(float(line.get("seconds", 0.0)) for line in lines)
+            sent = [sum(int(line.get(f"bytes_{way}", 0)) for line in lines) for way in ("up", "down")]
+        except (ValueError, TypeError, AttributeError):  # of one run; the figures of the others are still wanted
+            damaged += 1
+            continue
+        rounds, seconds, up, down = rounds + len(lines), seconds + took, up + sent[0], down + sent[1]
+    yield _gauge("runs_damaged", "Runs whose metrics.jsonl cannot be read; they are in no other figure.", damaged)
     yield CounterMetricFamily("fedserver_rounds", "Rounds that were finished.", value=rounds)
     yield CounterMetricFamily("fedserver_round_seconds", "From the opening of rounds to their end.", value=seconds)
-    sent = CounterMetricFamily("fedserver_model_bytes", "Tensors of counted updates, and of models.", labels=["way"])
-    sent.add_metric(["up"], up)
-    sent.add_metric(["down"], down)
-    yield sent
+    traffic = CounterMetricFamily("fedserver_model_bytes", "Tensors of counted updates, and of models.", labels=["way"])
+    traffic.add_metric(["up"], up)
+    traffic.add_metric(["down"], down)
+    yield traffic
     counted = Counter(
         str(line["event"]).removeprefix("reply-")
         for line in events(federation.folder / "audit.jsonl", [f"reply-{outcome}" for outcome in OUTCOMES])

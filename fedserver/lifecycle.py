@@ -13,8 +13,9 @@ from fedserver.state import (
     renew_certificate,
     revoke_site,
 )
+from shared_models.dates import date_text
 from shared_models.errors import EnrolmentFailed, StateInvalid
-from shared_models.expiry import date_text, due, warning
+from shared_models.expiry import due, warning
 from shared_models.identity import (
     is_issued_by,
     issue_server,

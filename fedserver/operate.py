@@ -139,7 +139,7 @@ def restore(
 ) -> None:
     """Makes the folder of a federation from a backup; `fedserver serve` then goes on with its runs."""
     from fedserver.backup import restore as unpack
-    from shared_models.expiry import date_text
+    from shared_models.dates import date_text
     from shared_models.identity import fingerprint_words
 
     made = unpack(file, federation, passphrase(passphrase_file, twice=False))

@@ -1,6 +1,5 @@
 """`fedserver releases`, `release` and its kin: from a run to what hospitals install, and a site that leaves."""
 
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared_models.cli import guarded, print_json
+from shared_models.dates import day
 from shared_models.errors import StateInvalid
 
 console = Console(soft_wrap=True)
@@ -36,7 +36,7 @@ def releases(federation: Folder = HERE, as_json: AsJson = False) -> None:
     table = Table("release", "stage", "run", "round", "sites", "approvals", "made", "digest")
     for entry in entries:
         given = len(read_approvals(folder_of(opened, entry.digest) / "release"))
-        made = time.strftime("%Y-%m-%d", time.gmtime(entry.history[0].at))
+        made = day(entry.history[0].at)
         needed = manifest_of(opened, entry).approvals
         table.add_row(entry.label, entry.stage, entry.run, str(entry.round), str(len(entry.sites)),
                       f"{given} of {needed}", made, entry.digest[:12])  # fmt: skip

@@ -22,8 +22,7 @@ from rich.text import Text
 
 from fedserver.checkpoint import RunFolder, read_progress
 from fedserver.comparison import ALL, points_text, spread_of, spread_text
-from shared_models.alarms import day
-from shared_models.expiry import date_text
+from shared_models.dates import date_text
 from shared_models.figure_text import duration_text, value_text
 from shared_models.scores import NAMES, value_in
 
@@ -380,7 +379,7 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
         sites.add_row(*map(Text, row))
     troubles = [*facts.get("alarms", []), *facts.get("troubles", [])]
     if last := facts.get("last_refused"):
-        where = f"{last['site']}, run {last['run']} round {last['round']}, {day(last['time'])}"
+        where = f"{last['site']}, run {last['run']} round {last['round']}, {date_text(last['time'])}"
         troubles.append(f"Last refused or left out: {where}: {last['why']}")
     if facts.get("served") is False and (facts["runs"] or facts["sites"]):
         troubles.append("Nothing serves this federation: start `fedserver serve`, and runs go on by themselves.")

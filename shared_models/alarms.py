@@ -1,11 +1,12 @@
 """What an audit log says that a person should hear unasked: the other log contradicted, orders refused."""
 
 import json
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from shared_models.dates import date_text
 
 ALARMS = ("witness-refused", "witness-unsigned", "witness-missing")
 REFUSAL = ("code", "run", "round")  # what is told of an order that was not carried out
@@ -46,7 +47,7 @@ def alarms_in(lines: Iterable[Mapping[str, Any]]) -> list[str]:
         problem = str(line["facts"].get("problem", line["event"]))
         last[str(line["facts"]["peer"]), problem] = line
     return [
-        f"The log of {peer}: {PROBLEMS.get(problem, problem)} (noticed on {day(line['time'])})."
+        f"The log of {peer}: {PROBLEMS.get(problem, problem)} (noticed on {date_text(line['time'])})."
         for (peer, problem), line in sorted(last.items())
     ]
 
@@ -62,7 +63,3 @@ def last_turned_down(path: Path) -> dict[str, Any] | None:
 def told_of(line: Mapping[str, Any], facts: Collection[str] = REFUSAL) -> dict[str, Any]:
     """When a line was written, and some of its facts; None for one that it does not have."""
     return {"time": line["time"], **{key: line["facts"].get(key) for key in facts}}
-
-
-def day(at_s: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_s))

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from shared_models.dates import date_text
 from shared_models.errors import StateInvalid
 
 ROOT, LIST = "ca.pem", "authorities.pem"  # in `ca` of a federation and in `keys` of a site
@@ -61,7 +62,7 @@ class Authority:
     def check_current(self, now_s: float | None = None) -> None:
         """Raises StateInvalid once the list has ended: nobody knows then what was revoked since."""
         if self.until_s < (time.time() if now_s is None else now_s):
-            day = datetime.fromtimestamp(self.until_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+            day = date_text(self.until_s)
             raise StateInvalid(
                 f"revocation list {self.number} of the federation's authority has ended on {day}, so nobody can tell "
                 "which keys count. The coordinator must bring a new one: `fedserver ca renew`; telephone it."

@@ -1,11 +1,9 @@
 """When a certificate is renewed, and what is said before it ends."""
 
-from datetime import UTC, datetime
-
+from shared_models.dates import DAY_S, date_text, span_text
 from shared_models.identity import CLOCK_SKEW, Certificate
 
 RENEWED_SHARE = 1 / 3  # renewed when less than this of its life is left: 30 of 90 days
-DAY_S = 86400.0
 WARNED_S = (30 * DAY_S, 7 * DAY_S, 1 * DAY_S)
 
 
@@ -38,17 +36,3 @@ def warning(whose: str, certificate: Certificate, now_s: float, mend: str) -> st
     if found == 4:
         return f"{whose} certificate has expired on {date_text(certificate.expires_at_s)}. {mend}"
     return f"{whose} certificate ends in {span_text(certificate.expires_at_s - now_s)}. {mend}"
-
-
-def date_text(at_s: float) -> str:
-    """`2026-11-26 02:40 UTC`"""
-    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def span_text(seconds: float) -> str:
-    """`29 days`, `23 hours`, `5 minutes`, rounded down."""
-    for size_s, name in ((DAY_S, "day"), (3600.0, "hour"), (60.0, "minute"), (1.0, "second")):
-        if seconds >= size_s:
-            count = int(seconds // size_s)
-            return f"{count} {name}{'s' if count > 1 else ''}"
-    return "less than a second"

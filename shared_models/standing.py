@@ -5,13 +5,13 @@ coordinator signs a list of all its releases, good for some days; a hospital kee
 no older one, and predicts with nothing that the list calls retired.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
+from shared_models.dates import day
 from shared_models.errors import ReleaseInvalid, ReleaseRetired
 from shared_models.files import canonical_json
 from shared_models.identity import Credential, sign, stated
@@ -108,11 +108,6 @@ def retired(standings: Standings, digest: str) -> None:
             f"release {known.label}: {standings.federation!r} has retired it on {day(known.since)}{why}. Predict "
             "nothing more with it; ask the coordinator for its successor."
         )
-
-
-def day(at_s: float) -> str:
-    """As people write it."""
-    return time.strftime("%Y-%m-%d", time.gmtime(at_s))
 
 
 def warned(standings: Standings, digest: str, made_at: float, now_s: float) -> list[str]:

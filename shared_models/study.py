@@ -87,7 +87,7 @@ class Augment:
     Attributes:
         rotate_deg, scale, shift: largest in-plane rotation, relative zoom and relative shift, drawn evenly.
         gamma, brightness, noise: largest relative exponent, additive shift and standard deviation, in units of the
-            preprocessed image.
+            preprocessed image; the exponent is of each channel from its lowest to its highest value.
         flip_left_right: only where left and right carry no label.
     """
 

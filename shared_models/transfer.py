@@ -21,8 +21,8 @@ from typing import IO, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from shared_models.authority import read_authority, read_files
+from shared_models.dates import date_text
 from shared_models.errors import EnrolmentFailed, StateInvalid, TransferFailed
-from shared_models.expiry import date_text
 from shared_models.identity import load_credential, read_certificate, split_address
 
 BLOCK_BYTES = 1 << 20

@@ -23,8 +23,8 @@ from typing import Any
 from fedclient.data.manifest import Progress
 from fedserver.checkpoint import RunFolder, read_progress
 from fedserver.report import curves, facts, updates_told, write_report
+from shared_models.dates import span_text
 from shared_models.errors import StateInvalid
-from shared_models.expiry import span_text
 from shared_models.scores import measure_of, value_in
 from shared_models.study import Study
 from simulations.at_once import at_once

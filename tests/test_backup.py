@@ -157,6 +157,28 @@ def test_a_round_that_ends_while_a_backup_begins_is_in_it_with_its_weights(feder
     assert read_state(RunFolder(tmp_path / "again/runs/cut")).round == 1
 
 
+def test_a_run_that_begins_while_a_backup_is_made_is_in_it_nowhere(federation, tmp_path, monkeypatch):
+    submit(federation, STUDY, "first", False)
+    copy, seen = backups._put, list[str]()
+
+    def put(archive: tarfile.TarFile, folder: Path, name: str) -> object:
+        if name == "runs/first/study.json":
+            played(submit(federation, STUDY, "second", True).folder, until_round=1)
+        seen.append(name)
+        return copy(archive, folder, name)
+
+    monkeypatch.setattr(backups, "_put", put)
+    backup(federation, tmp_path / "b.tar", WORDS)
+    restore(tmp_path / "b.tar", tmp_path / "again", WORDS)
+    again = open_federation(tmp_path / "again")
+    assert (federation.runs / "second/round-0001.safetensors").exists()
+    assert (again.runs / "first/round-0000.safetensors").exists()
+    assert not (again.runs / "second").exists()
+    assert find_run(again.state, "second") is None
+    assert seen.count("state.db") == 1
+    assert read_state(submit(again, STUDY, "second", False).folder).round == 0
+
+
 def test_flowers_database_is_copied_with_what_stands_only_in_its_log(federation, tmp_path):
     database = sqlite3.connect(federation.superlink / "state.db")
     database.execute("PRAGMA journal_mode = WAL")

@@ -15,8 +15,8 @@ import simulations.compare as comparing
 from fedserver.checkpoint import RunFolder
 from fedserver.comparison import ModelRow, Spread
 from fedserver.plots import matrix_png
+from shared_models.dates import span_text
 from shared_models.errors import StudyInvalid
-from shared_models.expiry import span_text
 from shared_models.figure_text import MINUS
 from shared_models.files import read_json
 from shared_models.metrics import as_row, counts

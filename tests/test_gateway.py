@@ -32,7 +32,7 @@ from fedserver.intake import Intake, sweep
 from fedserver.lifecycle import revoke
 from fedserver.state import find_site, remember_node
 from shared_models.audit import AuditLog
-from shared_models.expiry import date_text
+from shared_models.dates import date_text
 from shared_models.files import read_lines, write_atomic
 from shared_models.identity import (
     Credential,

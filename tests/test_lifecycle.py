@@ -34,8 +34,9 @@ from fedserver.lifecycle import renew_server, revoke, warnings
 from fedserver.root import founding
 from fedserver.root import request as request_issuing
 from fedserver.state import CertificateRow, Site, find_site, list_certificates
+from shared_models.dates import span_text
 from shared_models.errors import EnrolmentFailed, ProcessFailed, StateInvalid
-from shared_models.expiry import due, span_text, stage
+from shared_models.expiry import due, stage
 from shared_models.files import read_lines
 from shared_models.identity import (
     Certificate,

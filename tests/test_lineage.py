@@ -1,5 +1,6 @@
 """Weights that begin another study: what their training has spent of a patient's privacy, and what nothing bounds."""
 
+import shutil
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -98,6 +99,10 @@ def test_a_private_study_that_begins_with_weights_of_a_private_run_reports_what_
     plan = PhantomPlan(sites=("north", "south"), train=3, val=1, test=1, slices=2, size=32)
     first = run_of(federation.runs, phantom(tmp_path_factory.mktemp("phantom"), plan, processes=1))
     assert run_with(federation.runs, file_sha256(first.weights(1))) == ("federated", 1)
+    (federation.runs / "damaged").mkdir()
+    (federation.runs / "damaged/metrics.jsonl").write_text('{"round": 1}\n{"rou\n')
+    assert run_with(federation.runs, file_sha256(first.weights(1))) == ("federated", 1)
+    shutil.rmtree(federation.runs / "damaged")
     made = queued(federation, first.weights(1))
     assert "round 1 of run federated; the report adds up what both" in made.told[-1]
     assert [(each.run and each.run.id, each.round) for each in earlier(made.folder)] == [("federated", 1)]

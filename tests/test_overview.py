@@ -169,6 +169,19 @@ def test_the_coordinators_figures_are_those_of_its_runs(played):
     assert found["fedserver_disk_free_bytes", ()] > 0
 
 
+def test_a_run_whose_lines_are_damaged_takes_the_figures_of_no_other(played, tmp_path):
+    copy = tmp_path / "federation"
+    shutil.copytree(played.federation.folder, copy)
+    (copy / "runs/damaged").mkdir()
+    (copy / "runs/damaged/metrics.jsonl").write_text('{"round": 1, "seconds": 5.0}\n{"round": 2, "seconds": "long"}\n')
+    (copy / "runs/torn").mkdir()
+    (copy / "runs/torn/metrics.jsonl").write_text('{"round": 1, "sec\n')
+    found, whole = figures(gauges.exposition(copy)), figures(gauges.exposition(played.federation.folder))
+    assert (found["fedserver_runs_damaged", ()], whole["fedserver_runs_damaged", ()]) == (2, 0)
+    assert found["fedserver_rounds_total", ()] == 2
+    assert found["fedserver_round_seconds_total", ()] == whole["fedserver_round_seconds_total", ()]
+
+
 def test_runs_under_way_have_their_rounds_sites_and_places(federation):
     submit(federation, STUDY, "first", False)
     change_run(federation.state, "first", 1.0, "running")

@@ -110,9 +110,9 @@ def changed(
 
 
 def _extremes(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Lowest and highest value of each image, as [B, 1, ...]."""
-    low, high = torch.aminmax(images.flatten(1), dim=1, keepdim=True)
-    ones = (-1,) + (1,) * (images.ndim - 1)
+    """Lowest and highest value of each channel of each image, as [B, C, 1, ...]: channels may differ in their units."""
+    low, high = torch.aminmax(images.flatten(2), dim=2)
+    ones = (*low.shape, *(1,) * (images.ndim - 2))
     return low.view(ones), high.view(ones)
 
 

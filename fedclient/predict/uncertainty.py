@@ -68,7 +68,7 @@ def _same(images: NDArray[Any]) -> NDArray[Any]:
 
 def _gamma(exponent: float) -> Change:
     def changed(images: NDArray[Any]) -> NDArray[Any]:
-        axes = tuple(range(1, images.ndim))
+        axes = tuple(range(2, images.ndim))  # each channel by itself, as in training
         low = images.min(axis=axes, keepdims=True)
         span = np.maximum(images.max(axis=axes, keepdims=True) - low, np.float32(1e-6))
         powered: NDArray[Any] = ((images - low) / span) ** np.float32(exponent) * span + low

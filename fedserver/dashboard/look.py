@@ -18,7 +18,7 @@ from fedserver.dashboard.book import Book
 from fedserver.enrol import Federation, open_federation, signer
 from fedserver.overview import overview
 from fedserver.state import find_run
-from shared_models.alarms import day
+from shared_models.dates import date_text
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.files import read_json
 from shared_models.identity import identity_public_key
@@ -72,7 +72,7 @@ class Looker:
         releases, unreadable = self._releases()
         values: dict[str, Any] = {
             "facts": facts,
-            "day": day,
+            "day": date_text,
             "summary": view.summary(facts, self.book, len(releases)),
             "now": [
                 view.round_now(each, self._found(each["id"])[0], self._steady, now)

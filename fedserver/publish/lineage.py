@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,10 @@ class Earlier:
 def run_with(runs: Path, weights_sha256: str) -> tuple[str, int] | None:
     """The run, and its round, that ended with weights of this digest."""
     for metrics in sorted(runs.glob("*/metrics.jsonl")):
-        for line in read_lines(metrics):
-            if not line.get("final") and line["weights_sha256"] == weights_sha256:
-                return metrics.parent.name, int(line["round"])
+        with suppress(ValueError, KeyError, TypeError):  # damaged: another run's matter
+            for line in read_lines(metrics):
+                if not line.get("final") and line["weights_sha256"] == weights_sha256:
+                    return metrics.parent.name, int(line["round"])
     return None
 
 

@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from shared_models.expiry import date_text
+from shared_models.dates import date_text
 from shared_models.figure_text import DASH, duration_text, size_text
 from shared_models.live.feed import MOST_LISTENERS, Feed, Stream
 
