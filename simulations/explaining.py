@@ -31,8 +31,8 @@ class Which:
     most: int = 4
 
 
-def run_at(path: Path) -> Trained:
-    """The model of a run folder, or of the federation in a folder of `fedsim run`: its first seed.
+def run_at(path: Path) -> RunFolder:
+    """A run folder, or that of the federation in a folder of `fedsim run`: its first seed.
 
     Raises:
         StateInvalid: neither.
@@ -42,7 +42,11 @@ def run_at(path: Path) -> Trained:
         if not seeds:
             raise StateInvalid(f"{path}: holds no run. Give the folder of `fedsim run`, or of one run in it.")
         path = seeds[0]
-    run = RunFolder(path)
+    return RunFolder(path)
+
+
+def model_of(run: RunFolder) -> Trained:
+    """What a run has trained, the last round first."""
     last = read_state(run).round
     return Trained(trained_study(run), tuple(run.weights(number) for number in range(last, -1, -1)))
 

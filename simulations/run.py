@@ -1,6 +1,6 @@
 """A study on one machine: federated, pooled, and every site alone, with the real client and server code.
 
-    OUT/seed-0/federated/      a run folder like a deployment's, with the report
+    OUT/seed-0/federated/      a run folder like a deployment's, with the report, and which sites took part
     OUT/seed-0/pooled/, local-SITE/    run folders of the comparisons
     OUT/seed-0/without-SITE/   with --leave-one-out: the federation of the other sites
     OUT/results.json           every number, by seed
@@ -52,6 +52,7 @@ from simulations.vois import RegionPlan, regions
 Engine = Literal["local", "ray"]
 SHOWN = 5  # findings in one message
 Say = Callable[[str], None]
+NODES = "nodes.json"  # in a run folder: its sites and where their data is, on this machine
 TOLD = 10  # lines about a phantom that is being made
 
 
@@ -216,6 +217,7 @@ def carry_out(job: Job, folder: Path, how: Machine, stop: threading.Event | None
         create_run(folder, job.name, job.study, initial)
     elif not (run.path / "inputs.json").exists() or read_json(run.path / "inputs.json") != inputs:
         raise StateInvalid(f"{run.path}: holds a run of another study or other data. Give --out another folder.")
+    write_json(run.path / NODES, job.nodes)
     if how.engine == "ray":
         from simulations.ray_engine import run_ray  # imports Ray
 
@@ -223,6 +225,22 @@ def carry_out(job: Job, folder: Path, how: Machine, stop: threading.Event | None
     else:
         run_local(run.path, job.nodes, workers=how.workers, stop=stop)
     return run
+
+
+def nodes_of(run: RunFolder) -> Mapping[str, NodeConfig]:
+    """The sites of a run of this machine, as it was carried out last.
+
+    Raises:
+        StateInvalid: a run of elsewhere, whose sites have their data at home, or one whose data has gone.
+    """
+    try:
+        nodes: Mapping[str, NodeConfig] = read_json(run.path / NODES)
+    except FileNotFoundError:
+        raise StateInvalid(f"{run.path}: does not say where its sites' data is. Say it with --data.") from None
+    for site, config in nodes.items():
+        if not Path(str(config["data"])).exists():
+            raise StateInvalid(f"{config['data']}: the data of site {site} has gone. Say with --data where it is now.")
+    return nodes
 
 
 def side_by_side(todo: Sequence[Job], folder: Path, how: Machine, say: Say) -> dict[str, RunFolder]:

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from shared_models.cli import guarded, print_json
+from shared_models.errors import StudyInvalid
 
 if TYPE_CHECKING:
     from fedclient.training.explaining import Trained
@@ -17,7 +18,7 @@ CACHE = Path.home() / ".cache" / "fedimaging"
 console = Console(stderr=True)
 RunFolderAt = Annotated[Path, typer.Argument(help="Folder of `fedsim run`, or of one run in it.")]
 DataOfSites = Annotated[
-    list[Path] | None, typer.Option(help="The data of its sites, as for `fedsim run`; without it, the phantom.")
+    list[Path] | None, typer.Option(help="Data of sites, as for `fedsim run`; without it, what it was trained on.")
 ]
 Layout = Annotated[str, typer.Option(help="How data is laid out; auto finds it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
@@ -26,13 +27,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 def _model_and_sites(
     run: Path, data: list[Path] | None, layout: str, folder: Path
 ) -> tuple["Trained", Mapping[str, "NodeConfig"]]:
-    """The model of a run, and the sites of its data or of the phantom; what they prepare lies in `folder`."""
-    from simulations.explaining import run_at
-    from simulations.run import machine
+    """The model of a run, and its sites or those of other data; what the latter prepare lies in `folder`."""
+    from simulations.explaining import model_of, run_at
+    from simulations.run import machine, nodes_of
     from simulations.site_options import SiteOptions, sites_of
 
-    model, how = run_at(run), machine("local", 0, 1, "auto")
-    return model, sites_of(model.study, folder, SiteOptions(data or [], layout), how, CACHE / "phantom", console.print)
+    if not data and layout != "auto":
+        raise StudyInvalid("--layout: is of the folders that --data names, and there is none.")
+    found = run_at(run)
+    model = model_of(found)
+    if not data:
+        return model, {name: {**config, "threads": 1, "device": "auto"} for name, config in nodes_of(found).items()}
+    how = machine("local", 0, 1, "auto")
+    return model, sites_of(model.study, folder, SiteOptions(data, layout), how, CACHE / "phantom", console.print)
 
 
 @guarded

@@ -46,9 +46,9 @@ def sites_of(
     Raises:
         StudyInvalid, ManifestInvalid, ImageUnreadable: see `data_folders`, `sites_at`, `check_people`, `partitioned`.
     """
-    split = partition_named(options.partition)
-    natural = options.sites if split.kind == "natural" else None
-    sources = data_folders(study, options.data, natural, cache, say, options.shift, options.test_labels)
+    split, folder = partition_named(options.partition), folder.resolve()  # a run remembers where its sites were
+    natural, given = options.sites if split.kind == "natural" else None, [path.resolve() for path in options.data]
+    sources = data_folders(study, given, natural, cache, say, options.shift, options.test_labels)
     nodes = node_configs(folder, sources, how, natural, options.layout)
     check_people(nodes)
     if split.kind != "natural":

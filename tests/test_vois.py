@@ -2,10 +2,12 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 import simulations.cli
@@ -22,6 +24,19 @@ from simulations.run import Machine, check_cases, data_folders, node_configs
 from simulations.vois import RegionPlan, regions
 
 PLAN = RegionPlan(sites=1, train=4, val=2, test=2, size=48)
+TINY = """name = "tiny"
+[model]
+features = [4, 4, 4, 4, 4, 4]
+groups = 2
+[preprocess]
+size = [32, 32]
+[train]
+local_steps = 1
+batch_size = 2
+[rounds]
+count = 1
+quorum = 1
+"""
 LUNGS = Study(name="lungs", model=Model(features=(4, 4, 4, 4, 4, 4), groups=2), preprocess=Preprocess(size=(32, 32)))
 
 
@@ -100,7 +115,7 @@ def lungs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_is_found_in_the_folder_of_its_simulation(run, tmp_path):
-    assert run_at(run).files == run_at(run / "seed-0" / "federated").files
+    assert run_at(run).path == run_at(run / "seed-0" / "federated").path == run / "seed-0" / "federated"
     with pytest.raises(StateInvalid, match="holds no run"):
         run_at(tmp_path)
 
@@ -125,6 +140,32 @@ def test_a_run_s_cases_are_drawn_site_by_site(run, lungs, tmp_path):
     (line,) = told["north"]["explained"]
     assert line["uncertainty"] == "test-time augmentation"
     assert line["file"] is None or (tmp_path / "north" / line["file"]).exists()
+
+
+def test_without_data_the_cases_are_those_that_the_run_was_trained_on(lungs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(TINY)
+    shutil.copytree(lungs, tmp_path / "data")
+    explained = ["explain", "out", "--cases", "1", "-o", str(tmp_path / "pictures"), "--json"]
+
+    def typed(*words: str) -> Result:
+        return CliRunner().invoke(simulations.cli.app, [*words])
+
+    done = typed("run", "tiny.toml", "--data", "data", "--out", "out", "--no-compare", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    explained[1] = "../out"
+    done = typed(*explained)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout).keys() == {"north"}
+    assert "--layout: is of the folders that --data names" in typed(*explained, "--layout", "manifest").stderr
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert "the data of site north has gone. Say with --data where" in typed(*explained).stderr
+    (tmp_path / "out/seed-0/federated/nodes.json").unlink()
+    assert "does not say where its sites' data is. Say it with --data" in typed(*explained).stderr
+    done = typed(*explained, "--data", str(tmp_path / "moved"))
+    assert done.exit_code == 0, done.output
 
 
 def test_a_method_that_is_not_there_is_refused(run):
