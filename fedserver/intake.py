@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,11 +36,15 @@ class Intake:
     Attributes:
         folder: `blobs` of the federation.
         busy: part files that a request is writing at this moment.
+        promised: of those that were let in, how large each will be.
+        lock: held while one is let in, so that two together never take the room of one.
     """
 
     folder: Path
     max_blob_bytes: int
     busy: set[Path] = field(default_factory=set)
+    promised: dict[Path, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def published(self, digest: str) -> Path:
         return self.folder / "out" / digest
@@ -138,6 +143,7 @@ async def take_blob(
     except OSError as error:
         raise Refused(507, f"blob {digest[:12]}: the coordinator's disk is full or broken. Try again.") from error
     finally:
+        intake.promised.pop(part, None)
         intake.busy.discard(part)
     await _received(request, 201, total)
 
@@ -188,10 +194,21 @@ def _held(intake: Intake, site: str, digest: str, announced: int | None) -> int:
     if held >= announced:  # a crash came between the last byte and the check
         part.unlink()
         held = 0
-    _make_room(intake, part)
-    if shutil.disk_usage(intake.folder).free < announced - held + SPARE_BYTES:
-        raise Refused(507, "the coordinator's disk is nearly full. Try again later.")
+    with intake.lock:
+        _make_room(intake, part)
+        coming = sum(max(0, size - _size_of(path)) for path, size in intake.promised.copy().items() if path != part)
+        if shutil.disk_usage(intake.folder).free < announced - held + coming + SPARE_BYTES:
+            raise Refused(507, "the coordinator's disk is nearly full. Try again later.")
+        if part in intake.busy:
+            intake.promised[part] = announced
     return held
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _make_room(intake: Intake, part: Path) -> None:
@@ -200,7 +217,8 @@ def _make_room(intake: Intake, part: Path) -> None:
     A part that nobody is sending is abandoned; a whole one is after `ABANDONED_S`: the run that it was for was killed.
     """
     part.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    others = [path for path in part.parent.iterdir() if path != part]
+    let_in = [path for path in intake.promised.copy() if path.parent == part.parent]  # perhaps without a file so far
+    others = {*part.parent.iterdir(), *let_in} - {part}
     old = time.time() - ABANDONED_S
     idle = [p for p in others if p not in intake.busy and (p.suffix == ".part" or p.stat().st_mtime < old)]
     surplus = len(others) - (MOST_UNCLAIMED - 1)

@@ -10,11 +10,13 @@ import ssl
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, RecordDict
@@ -533,6 +535,38 @@ def test_a_disk_that_is_nearly_full_takes_nothing(edge: Edge, north: Site, monke
     monkeypatch.setattr(intakes, "SPARE_BYTES", 1 << 60)
     refused = put(edge, north, DIGEST, BLOB)
     assert (refused.status, "nearly full" in refused.detail) == (507, True)
+
+
+def at_once(edge: Edge, *of: tuple[Site, str]) -> list[int]:
+    """The answers to uploads of `BLOB` under these digests, all of which have begun before the first one ends."""
+    host, port = edge.address.split(":")
+    with ExitStack() as stack:
+        connections = []
+        for site, digest in of:
+            connection = http.client.HTTPSConnection(host, int(port), context=site.context, timeout=10)
+            connections.append(stack.enter_context(closing(connection)))
+            connection.putrequest("PUT", f"/blobs/{digest}")
+            connection.putheader("content-length", str(len(BLOB)))
+            connection.endheaders()
+            connection.send(BLOB[:1000])
+        await_true(lambda: len(edge.gateway.intake.busy) == len(edge.gateway.intake.promised) > 0)
+        answers = []
+        for connection in connections:
+            with suppress(OSError):  # of one that was refused and hung up on
+                connection.send(BLOB[1000:])
+            answers.append(connection.getresponse().status)
+    return answers
+
+
+def test_uploads_that_begin_together_get_no_more_room_than_one_after_the_other(
+    edge: Edge, north: Site, south: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = at_once(edge, *((north, f"{k:064x}") for k in range(7)))
+    assert Counter(answers) == {422: 4, 507: 3}, "four were let in, and had another digest"
+    await_true(lambda: not edge.gateway.intake.promised)
+    free = intakes.SPARE_BYTES + len(BLOB) + 10
+    monkeypatch.setattr(intakes.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert Counter(at_once(edge, (north, "a" * 64), (south, "b" * 64))) == {422: 1, 507: 1}
 
 
 def test_the_same_upload_on_two_connections_is_taken_from_one(edge: Edge, north: Site) -> None:
