@@ -32,6 +32,7 @@ from fedserver.fleet import MOST_OBJECTS
 from fedserver.gateway import Allowance
 from fedserver.intake import Intake, sweep
 from fedserver.lifecycle import revoke
+from fedserver.room import SPARE_BYTES
 from fedserver.state import find_site, remember_node
 from shared_models.audit import AuditLog
 from shared_models.dates import date_text
@@ -564,8 +565,8 @@ def test_uploads_that_begin_together_get_no_more_room_than_one_after_the_other(
     answers = at_once(edge, *((north, f"{k:064x}") for k in range(7)))
     assert Counter(answers) == {422: 4, 507: 3}, "four were let in, and had another digest"
     await_true(lambda: not edge.gateway.intake.promised)
-    free = intakes.SPARE_BYTES + len(BLOB) + 10
-    monkeypatch.setattr(intakes.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    free = SPARE_BYTES + len(BLOB) + 10
+    monkeypatch.setattr("fedserver.intake.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     assert Counter(at_once(edge, (north, "a" * 64), (south, "b" * 64))) == {422: 1, 507: 1}
 
 
