@@ -240,16 +240,17 @@ def stop(
 ) -> None:
     """Stops a run at once; what it has finished stays, and `fedserver resume` goes on with it."""
     from fedserver.enrol import open_federation, open_log
-    from fedserver.state import change_run, find_run
+    from fedserver.state import UNFINISHED, change_run, find_run
 
     opened = open_federation(federation)
     found = find_run(opened.state, run_id)
     if found is None:
         raise StateInvalid(f"run {run_id!r}: is not known here. `fedserver status` lists the runs.")
+    if found.state != "finished":
+        open_log(opened).add("run-stopped", run=run_id)
+        found = change_run(opened.state, run_id, time.time(), "stopped", "stopped by the coordinator", among=UNFINISHED)
     if found.state == "finished":
         raise StateInvalid(f"run {run_id!r}: is finished already. There is nothing to stop.")
-    open_log(opened).add("run-stopped", run=run_id)
-    change_run(opened.state, run_id, time.time(), "stopped", "stopped by the coordinator")
     console.print(f"{run_id} is stopped.")
 
 

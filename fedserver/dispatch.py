@@ -28,7 +28,7 @@ from fedserver.link import Link, open_link, run_states, start_run, stop_run
 from fedserver.queue import AT_ONCE, due, hold_of, unhold
 from fedserver.queue import finished_round as round_of
 from fedserver.queue import words as paused_words
-from fedserver.state import Run, change_run, check_state, find_run, list_runs
+from fedserver.state import ACTIVE, Run, change_run, check_state, find_run, list_runs
 from shared_models.archive import (
     RUN_KEY,
     SERVER_APP,
@@ -171,7 +171,7 @@ def step(desk: Desk, jobs: dict[str, Job], client: "RuntimeHttpClient") -> None:
         while job.stale:
             stop_run(desk.link(), job.stale[0])
             del job.stale[0]
-        if job.child is None and find_state(desk, job.run_id) not in ("queued", "running"):
+        if job.child is None and find_state(desk, job.run_id) not in ACTIVE:
             del jobs[job.run_id]
             run_states(desk.link(), limit=20)  # Flower clears what a finished run left when runs are listed
         elif job.child is None and job.flower_run_id is None and time.monotonic() >= job.next_start:
@@ -188,7 +188,7 @@ def watch(desk: Desk, job: Job, run: Run) -> None:
             log.warning("run %s: Flower handed out no task for it", job.run_id)
             job.stale.append(job.flower_run_id)
             job.flower_run_id = None
-        elif job.flower_run_id is not None and run.state not in ("queued", "running"):
+        elif job.flower_run_id is not None and run.state not in ACTIVE:
             job.stale.append(job.flower_run_id)
             job.flower_run_id = None
         return
@@ -251,24 +251,24 @@ def rest(desk: Desk, job: Job, run: Run) -> Run:
     """Pauses a run once the round is finished that a person has named; the run as it is then."""
     folder = RunFolder(desk.folder / "runs" / job.run_id)
     hold = hold_of(folder)
-    if hold is None or run.state not in ("queued", "running"):
+    if hold is None or run.state not in ACTIVE:
         return run
     done = finished_round(desk.folder, job.run_id)
     if done < hold.after:
         return run
     job.resting = True
     log.info("run %s: paused by a person after round %s", job.run_id, done)
-    paused = change_run(desk.state, job.run_id, time.time(), "paused", paused_words(job.run_id, done))
+    paused = change_run(desk.state, job.run_id, time.time(), "paused", paused_words(job.run_id, done), among=ACTIVE)
     unhold(folder)  # last: what could not be written down is still wanted
     return paused
 
 
 def settle(desk: Desk, job: Job, run: Run, code: int) -> None:
     """Decides what becomes of a run whose process ended with `code`; its state may have been set by that process."""
-    if run.state not in ("queued", "running") or code == PAUSED:
+    if run.state not in ACTIVE or code == PAUSED:
         return
     if code == FINISHED:
-        change_run(desk.state, job.run_id, time.time(), "finished")
+        change_run(desk.state, job.run_id, time.time(), "finished", among=ACTIVE)
         return
     now, done = time.monotonic(), finished_round(desk.folder, job.run_id)
     if done > job.round:
@@ -279,7 +279,7 @@ def settle(desk: Desk, job: Job, run: Run, code: int) -> None:
     where = f"see logs/run-{job.run_id}.log"
     if len(job.deaths) >= MOST_DEATHS:
         words = f"its process {how}, {len(job.deaths)} times in {WITHIN_S:.0f} s after round {done}; {where}"
-        change_run(desk.state, job.run_id, time.time(), "failed", f"{words}. {run.message}".strip())
+        change_run(desk.state, job.run_id, time.time(), "failed", f"{words}. {run.message}".strip(), among=ACTIVE)
         return
     job.next_start = now + (2.0 ** (len(job.deaths) - 2) if len(job.deaths) > 1 else 0.0)
     log.warning("run %s: its process %s; goes on after round %s, %s", job.run_id, how, done, where)
@@ -288,11 +288,11 @@ def settle(desk: Desk, job: Job, run: Run, code: int) -> None:
 def begin(desk: Desk, job: Job) -> None:
     """Starts the Flower run of a job."""
     flower_run_id = start_run(desk.link(), app_archive(), {RUN_KEY: job.run_id})
-    if find_state(desk, job.run_id) not in ("queued", "running"):  # stopped meanwhile
+    begun = change_run(desk.state, job.run_id, time.time(), "running", flower_run_id=flower_run_id, among=ACTIVE)
+    if begun.state != "running":  # stopped or paused meanwhile
         job.stale.append(flower_run_id)
         return
     job.flower_run_id, job.started_at, job.resting = flower_run_id, time.monotonic(), False
-    change_run(desk.state, job.run_id, time.time(), "running", flower_run_id=flower_run_id)
 
 
 def acquire(desk: Desk, jobs: Mapping[str, Job], client: "RuntimeHttpClient") -> None:
@@ -405,13 +405,11 @@ def _run_app(desk: Desk, outcome: dict[str, int], grid: "Grid", context: "Contex
         load_app(desk.app)(grid=grid, context=context)
     except RoundPaused as paused:
         outcome["code"] = PAUSED
-        if find_state(desk, run_id) == "running":
-            change_run(desk.state, run_id, time.time(), "paused", str(paused))
+        change_run(desk.state, run_id, time.time(), "paused", str(paused), among=("running",))
         raise
     except (FederationError, OSError) as error:  # OSError: a full disk
         with suppress(StateInvalid):  # which keeps the state from being written too
-            if find_state(desk, run_id) == "running":
-                change_run(desk.state, run_id, time.time(), "running", str(error))
+            change_run(desk.state, run_id, time.time(), "running", str(error), among=("running",))
         raise
     outcome["code"] = FINISHED
     return context

@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedserver.checkpoint import RunFolder
+from fedserver.checkpoint import RunFolder, read_study
 from fedserver.enrol import Federation, open_log
-from fedserver.state import Run, change_run, find_run
+from fedserver.state import ACTIVE, Run, change_run, find_run
 from shared_models.errors import StateInvalid
 from shared_models.files import read_json, write_json
 
@@ -45,16 +45,20 @@ def pause(federation: Federation, run_id: str, at_once: bool) -> str:
     """Lets a run rest: after the round that it is in, or at once; what it has finished stays. Returns what happens.
 
     Raises:
-        StateInvalid: a run that is not known, or that is not under way.
+        StateInvalid: a run that is not known, that is not under way, or that has no round left to pause after.
     """
     run = known(federation.state, run_id)
-    if run.state not in ("queued", "running"):
+    if run.state not in ACTIVE:
         raise StateInvalid(f"run {run_id!r}: is {run.state}. Only a run that is queued or running can be paused.")
     folder = RunFolder(federation.runs / run_id)
     done = finished_round(folder)
+    if run.state == "running" and not at_once and done >= read_study(folder).rounds.count:
+        raise StateInvalid(
+            f"run {run_id!r}: has finished its rounds and is being scored. `--now` pauses it before that."
+        )
     open_log(federation).add("run-paused", run=run_id, round=done, at_once=at_once)
-    if run.state == "queued":
-        change_run(federation.state, run_id, time.time(), "paused", words(run_id, done))
+    resting = change_run(federation.state, run_id, time.time(), "paused", words(run_id, done), among=("queued",))
+    if resting.state == "paused":
         return "is paused"
     write_json(hold_file(folder), {"after": 0 if at_once else done + 1, "at": time.time()})
     return "pauses at once" if at_once else f"pauses when round {done + 1} is finished"

@@ -3,6 +3,7 @@
 Flower's ids are unsigned 64-bit numbers, larger than SQLite's integers, and are kept as text.
 """
 
+import json
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from shared_models.identity import check_site_name
 
 SiteState = Literal["invited", "active", "revoked"]
 RunState = Literal["queued", "running", "paused", "finished", "failed", "stopped"]
+ACTIVE: tuple[RunState, ...] = ("queued", "running")
+UNFINISHED: tuple[RunState, ...] = ("queued", "running", "paused", "failed", "stopped")
 Ended = Literal["", "replaced", "revoked"]
 
 SCHEMA_VERSION = 2
@@ -359,14 +362,28 @@ def add_run(path: Path, run: Run) -> None:
 
 
 def change_run(
-    path: Path, run_id: str, now_s: float, state: RunState, message: str = "", flower_run_id: int | None = None
+    path: Path,
+    run_id: str,
+    now_s: float,
+    state: RunState,
+    message: str = "",
+    flower_run_id: int | None = None,
+    among: Sequence[RunState] = get_args(RunState),
 ) -> Run:
-    """Sets a run's state and message, and Flower's id if one is given; raises StateInvalid for an unknown run."""
+    """Sets a run's state and message, and Flower's id if one is given, unless its state is none of `among` any more:
+    a command and the dispatcher may come to it together.
+
+    Returns:
+        The run as it is then.
+
+    Raises:
+        StateInvalid: an unknown run.
+    """
     with writing(path) as db:
         db.execute(
             "UPDATE runs SET state = ?, message = ?, updated_at = ?, flower_run_id = COALESCE(?, flower_run_id)"
-            " WHERE id = ?",
-            (state, message, now_s, None if flower_run_id is None else str(flower_run_id), run_id),
+            " WHERE id = ? AND state IN (SELECT value FROM json_each(?))",
+            (state, message, now_s, None if flower_run_id is None else str(flower_run_id), run_id, json.dumps(among)),
         )
         row = db.execute("SELECT * FROM runs WHERE id = ?", (run_id,)).fetchone()
     if row is None:

@@ -12,6 +12,7 @@ from fedserver.publish.lineage import BEGAN, run_with
 from fedserver.queue import unhold
 from fedserver.registry import list_releases, manifest_of
 from fedserver.state import (
+    UNFINISHED,
     Run,
     add_run,
     change_run,
@@ -27,7 +28,6 @@ from shared_models.supervise import read_status
 from shared_models.weights import schema_of
 
 UNSERVED_S = 30.0  # a supervisor that was killed is started again by systemd, or by hand
-UNFINISHED = ("queued", "running", "paused", "failed", "stopped")
 
 
 @dataclass(frozen=True, slots=True)

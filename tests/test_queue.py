@@ -12,13 +12,15 @@ import fedserver.cli
 from fedserver import dispatch
 from fedserver.checkpoint import RunFolder
 from fedserver.dispatch import Desk, Job, rest, step, watch
-from fedserver.enrol import Federation, init_federation
+from fedserver.enrol import Federation, init_federation, open_log
 from fedserver.overview import overview
 from fedserver.queue import Hold, due, finished_round, hold_of, pause, resume, waiting
 from fedserver.state import Run, RunState, add_run, change_run, find_run, list_runs
 from fedserver.submit import submit
+from shared_models.audit import AuditLog
 from shared_models.errors import StateInvalid
-from shared_models.files import read_lines, write_json
+from shared_models.files import read_lines, write_atomic, write_json
+from shared_models.study import canonical
 from tests.test_submit import OTHER, STUDY
 
 
@@ -33,6 +35,7 @@ def federation(tmp_path: Path) -> Federation:
 
 def put(federation: Federation, name: str, state: RunState = "queued", done: int = 0, at: float = 1.0) -> RunFolder:
     add_run(federation.state, run(name, state, at))
+    write_atomic(federation.runs / name / "study.json", canonical(STUDY))
     write_json(federation.runs / name / "state.json", {"round": done})
     return RunFolder(federation.runs / name)
 
@@ -155,7 +158,7 @@ def test_a_running_run_pauses_once_its_round_is_finished(federation, desk):
 
 
 def test_a_pause_that_cannot_be_written_down_yet_is_still_wanted(federation, desk, monkeypatch):
-    def full(*_: object) -> Run:
+    def full(*_: object, **__: object) -> Run:
         raise StateInvalid("database or disk is full")
 
     folder = put(federation, "a", "running", done=3)
@@ -226,6 +229,28 @@ def test_what_cannot_be_paused_or_resumed_is_told(federation):
     for what in (lambda: pause(federation, "b", False), lambda: resume(federation, "b")):
         with pytest.raises(StateInvalid, match="is not known here"):
             what()
+
+
+def test_a_run_that_is_begun_while_it_is_paused_rests_after_its_round(federation, monkeypatch):
+    folder = put(federation, "a", "queued")
+    log = open_log
+
+    def begun_meanwhile(opened: Federation) -> AuditLog:
+        change_run(opened.state, "a", time.time(), "running")
+        return log(opened)
+
+    monkeypatch.setattr("fedserver.queue.open_log", begun_meanwhile)
+    assert pause(federation, "a", False) == "pauses when round 1 is finished"
+    assert state_of(federation, "a") == "running"
+    assert hold_of(folder) is not None
+
+
+def test_a_run_whose_rounds_are_finished_is_not_said_to_pause_after_the_next(federation):
+    folder = put(federation, "a", "running", done=STUDY.rounds.count)
+    with pytest.raises(StateInvalid, match="has finished its rounds and is being scored"):
+        pause(federation, "a", False)
+    assert hold_of(folder) is None
+    assert pause(federation, "a", True) == "pauses at once"
 
 
 def test_a_spoilt_note_holds_nothing_back(federation):
