@@ -31,6 +31,7 @@ def client_app(learner: Learner, gate: Gate = no_gate) -> ClientApp:
             if site.deployed:
                 here = limited(admitted(order, site), message.metadata.ttl)
                 reply = answered(order, here, learner, gate=gate)
+                here.go_on()  # an upload may take long, and without the reply nothing of it is counted
                 return write_reply(leave(reply, order, site), message)
             weights = tensors_of(message, f"order of round {order.round}") or {}
             if is_summed(order):

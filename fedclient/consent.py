@@ -22,6 +22,7 @@ from fedclient.policy import objections
 from fedclient.records import check_own_log
 from fedclient.site import Site
 from fedclient.work import check_signed, study_of
+from shared_models.dates import date_text
 from shared_models.errors import OrderRefused, StateInvalid
 from shared_models.files import canonical_json, locked, write_atomic
 from shared_models.parse import STRICT, parse_json, plain
@@ -204,17 +205,24 @@ def list_asked(site: Site) -> list[Asked]:
 
 
 def find_asked(site: Site, words: str) -> Asked:
-    """The study that `words` (a name, or the beginning of a digest) means; of one name, the last that came.
+    """The study that `words` (a name, a digest or the beginning of one) means.
+
+    A name that several have means none of them, not the last: another one of that name may have come since a person
+    read what it says.
 
     Raises:
-        StateInvalid: none, or several digests.
+        StateInvalid: none, or several.
     """
     listed = list_asked(site)
-    named = [asked for asked in listed if asked.study.name == words]
-    found = named[-1:] or [asked for asked in listed if len(words) >= 4 and asked.sha256.startswith(words)]
-    if len(found) != 1:
+    found = [asked for asked in listed if asked.sha256 == words] or [
+        asked for asked in listed if asked.study.name == words or (len(words) >= 4 and asked.sha256.startswith(words))
+    ]
+    if not found:
         known = ", ".join(f"{a.study.name} ({a.sha256[:12]})" for a in listed) or "none has come yet"
-        raise StateInvalid(f"study {words!r}: {'is no study' if not found else 'means several'} here. Known: {known}.")
+        raise StateInvalid(f"study {words!r}: is no study here. Known: {known}.")
+    if len(found) > 1:
+        told = ", ".join(f"{a.sha256[:16]} ({a.study.name}, {a.state}, came {date_text(a.asked_at_s)})" for a in found)
+        raise StateInvalid(f"study {words!r}: means several here: {told}. Name it by its digest.")
     return found[0]
 
 

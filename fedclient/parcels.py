@@ -40,7 +40,7 @@ def answered(order: Order, site: Site, learner: Learner, timeout_s: float = 3600
     if reply.blob is not None and sent is not None:
         site.go_on()  # consent may have ended while the last step was under way
         release_tensors(reply.blob, order, site, "masked vector" if reply.kind == "masked" else "tensors")
-        blobs.send(sent, reply.blob.sha256, timeout_s)
+        blobs.send(sent, reply.blob.sha256, timeout_s, site.go_on)
     return reply
 
 

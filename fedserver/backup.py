@@ -161,15 +161,27 @@ def _names(folder: Path) -> Iterator[str]:
 
 
 def _listed(folder: Path) -> list[str]:
-    whole = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    found = [path.relative_to(folder).as_posix() for path in whole]
-    return sorted(name for name in found if not name.startswith((*SECRET, *LEFT_OUT)) and not _is_passing(name))
+    found: list[str] = []
+    for at, folders, files in os.walk(folder, onerror=_told):
+        here = Path(at).relative_to(folder)
+        folders[:] = [name for name in folders if not _is_left_out(f"{(here / name).as_posix()}/")]
+        whole = [Path(at) / name for name in files]
+        found += [(here / path.name).as_posix() for path in whole if path.is_file() and not path.is_symlink()]
+    return sorted(name for name in found if not _is_left_out(name))
 
 
-def _is_passing(name: str) -> bool:
+def _told(error: OSError) -> None:
+    """Raises what keeps a folder from being read, but that it has gone meanwhile."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _is_left_out(name: str) -> bool:
+    """Of a file, or of a folder whose name ends with a slash: what is secret, not needed, or there for a moment."""
     base = PurePosixPath(name).name
     journal = base.endswith((".db-wal", ".db-shm", ".db-journal"))
-    return journal or base.endswith((".part", ".lock")) or "/spool/" in name
+    passing = base.endswith((".part", ".lock")) or base.startswith(".making.") or "/spool/" in name
+    return journal or passing or name.startswith((*SECRET, *LEFT_OUT))
 
 
 def _put(archive: tarfile.TarFile, folder: Path, name: str) -> Held | None:

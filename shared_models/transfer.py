@@ -71,15 +71,16 @@ class Blobs:
         part.replace(into)  # not fsynced: whoever finds it here compares its digest before it is used again
         return into
 
-    def send(self, path: Path, digest: str, timeout_s: float = 600.0) -> None:
+    def send(self, path: Path, digest: str, timeout_s: float = 600.0, go_on: Callable[[], None] = lambda: None) -> None:
         """Uploads the file `path` whose SHA-256 is `digest`, from where an earlier try broke off; or TransferFailed.
 
         Args:
             timeout_s: for all of it, retries included.
+            go_on: called before each try and each block; what it raises ends the upload.
         """
 
         def attempt(remaining_s: float) -> None:
-            _send(self, digest, path, remaining_s)
+            _send(self, digest, path, remaining_s, go_on)
 
         _persist(attempt, f"{self.address}: blob {digest[:12]} ({path}) could not be sent", timeout_s)
 
@@ -237,9 +238,10 @@ def _fetch(blobs: Blobs, digest: str, size_bytes: int, part: Path, remaining_s: 
         raise TransferFailed("what came has another digest than the order says. Tell the coordinator.")
 
 
-def _send(blobs: Blobs, digest: str, path: Path, remaining_s: float) -> None:
+def _send(blobs: Blobs, digest: str, path: Path, remaining_s: float, go_on: Callable[[], None]) -> None:
     """Uploads what is missing of `path`; returns when the coordinator has checked and kept it."""
     until = time.monotonic() + remaining_s
+    go_on()
     size_bytes = path.stat().st_size
     with closing(connect(blobs.address, blobs.context, min(SOCKET_TIMEOUT_S, remaining_s))) as connection:
         connection.request("HEAD", f"/blobs/{digest}", headers={LENGTH_HEADER: str(size_bytes)})
@@ -257,6 +259,7 @@ def _send(blobs: Blobs, digest: str, path: Path, remaining_s: float) -> None:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
             for block in _blocks(file.readinto, size_bytes - offset):
+                go_on()
                 connection.send(block)
                 if time.monotonic() > until:
                     raise _Passing("time was up")

@@ -179,6 +179,28 @@ def test_a_run_that_begins_while_a_backup_is_made_is_in_it_nowhere(federation, t
     assert read_state(submit(again, STUDY, "second", False).folder).round == 0
 
 
+def test_folders_that_come_and_go_end_no_backup(federation, tmp_path):
+    stop, passing = threading.Event(), [federation.runs / "a/spool", federation.blobs / "in/north"]
+    (federation.runs / "a").mkdir()
+
+    def churn() -> None:
+        while not stop.is_set():
+            for folder in passing:
+                folder.mkdir()
+                (folder / "0.safetensors").write_bytes(b"x")
+                shutil.rmtree(folder)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        made = [backup(federation, tmp_path / f"{number}.tar", None) for number in range(15)]
+    finally:
+        stop.set()
+        thread.join()
+    assert not [name for each in made for name in each.files if name.endswith(".safetensors")]
+    assert all("state.db" in each.files for each in made)
+
+
 def test_flowers_database_is_copied_with_what_stands_only_in_its_log(federation, tmp_path):
     database = sqlite3.connect(federation.superlink / "state.db")
     database.execute("PRAGMA journal_mode = WAL")

@@ -1,7 +1,7 @@
 """A hospital's word: what the policy allows, what a person decided, and what becomes of work that is not wanted."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from fedclient.work import Learned
 from fedserver.app import proof
 from fedserver.checkpoint import RunFolder, read_progress
 from fedserver.show import waits_for
+from shared_models import transfer
 from shared_models.errors import OrderRefused, RoundPaused, StateInvalid
 from shared_models.files import read_lines
 from shared_models.study import SIGNED, Evaluate, Model, Rounds, Study, canonical, load_study, sha256, statement
@@ -266,6 +267,23 @@ def test_a_study_that_has_not_come_is_told_with_those_that_have(edge, hospitals,
         find_asked(site, words)
 
 
+def test_a_name_that_two_studies_have_is_asked_for_by_digest_and_a_name_like_a_digest_hides_none(edge, hospitals):
+    hospitals.join("north")
+    site, first = hospitals.site("north"), sha256(STUDY)
+    refused(order(edge), site)
+    assert find_asked(site, "toy").sha256 == first
+    second = replace(STUDY, seed=99)
+    refused(order(edge, second), site)
+    with pytest.raises(StateInvalid, match=rf"means several here: {first[:16]} \(toy, pending, came .*by its digest"):
+        find_asked(site, "toy")
+    assert find_asked(site, sha256(second)[:12]).study.seed == 99
+    decide(site, sha256(second), "refused")
+    refused(order(edge, replace(STUDY, name=first[:12])), site)
+    with pytest.raises(StateInvalid, match="means several here"):
+        find_asked(site, first[:12])
+    assert find_asked(site, first).sha256 == first
+
+
 def test_what_is_new_in_a_study_is_told_key_by_key(edge, hospitals):
     hospitals.join("north")
     site = hospitals.site("north")
@@ -381,6 +399,26 @@ def test_consent_withdrawn_in_the_middle_of_training_ends_it_at_the_next_step_an
     assert not list((hospitals.sites["south"] / "runs").rglob("*"))
     kinds = [x["facts"]["kind"] for x in read_lines(hospitals.sites["south"] / "audit.jsonl") if x["event"] == "sent"]
     assert kinds == ["code"]
+
+
+def test_consent_withdrawn_while_the_update_is_sent_ends_that_and_nothing_is_counted(hospitals, monkeypatch):
+    one = replace(STUDY, rounds=replace(STUDY.rounds, count=1, quorum=2), evaluate=Evaluate(every=0))
+    for name in ("north", "south", "west"):
+        hospitals.join(name, INSIDE)
+    send, found = transfer._send, list[str]()
+
+    def sent(blobs: transfer.Blobs, digest: str, path: Path, left_s: float, go_on: Callable[[], None]) -> None:
+        if "south" in str(path) and not found:
+            found.append(digest)
+            decide(hospitals.site("south"), sha256(one), "withdrawn", "a patient objected")
+        send(blobs, digest, path, left_s, go_on)
+
+    monkeypatch.setattr(transfer, "_send", sent)
+    _, run = hospitals.run(one)
+    line = read_lines(run.metrics)[0]
+    assert set(line["sites"]) == {"north", "west"}
+    assert line["left_out"]["south"]["reason"] == "STUDY_WITHDRAWN"
+    assert not list(hospitals.edge.blobs.glob(f"in/south/{found[0]}*"))
 
 
 def test_the_statistics_of_a_plan_wait_for_approval_too(edge, hospitals):

@@ -13,7 +13,7 @@ import pytest
 
 from fedclient.enrol import Joined
 from shared_models import transfer
-from shared_models.errors import EnrolmentFailed, StateInvalid, TransferFailed
+from shared_models.errors import EnrolmentFailed, OrderRefused, StateInvalid, TransferFailed
 from shared_models.identity import Credential, issue_site, load_credential, request_certificate, save_credential
 from shared_models.transfer import Blobs, file_digest, site_context
 from tests.edge import Edge, joined_site, running_edge, site_blobs
@@ -163,6 +163,23 @@ def test_a_file_is_uploaded_whole(edge: Edge, north: Joined, tmp_path: Path) -> 
     assert kept.stat().st_mode & 0o777 == 0o600
     assert [path.name for path in kept.parent.iterdir()] == [DIGEST]
     kept.unlink()
+
+
+def test_an_upload_ends_where_it_may_not_go_on(edge: Edge, north: Joined, tmp_path: Path) -> None:
+    path, asked = tmp_path / "delta", list[int]()
+    path.write_bytes(BLOB)
+
+    def go_on() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise OrderRefused("STUDY_WITHDRAWN", "withdrawn")
+
+    with pytest.raises(OrderRefused, match="withdrawn"):
+        site_blobs(north).send(path, DIGEST, 60.0, go_on)
+    assert len(asked) == 3, "before the try, before the first block, before the second"
+    assert not (upload_of(edge, north) / DIGEST).exists()
+    site_blobs(north).send(path, DIGEST, 60.0)
+    (upload_of(edge, north) / DIGEST).unlink()
 
 
 def test_a_broken_upload_goes_on_where_it_broke(edge: Edge, north: Joined, tmp_path: Path) -> None:
