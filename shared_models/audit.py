@@ -76,6 +76,7 @@ class AuditLog:
         party: who writes, in words: `site north`.
         key: its Ed25519 key, PEM.
         certificate: that vouches for the key, or nothing.
+        renewed: key and certificate as they stand now, for a process that lives on while they are renewed.
     """
 
     path: Path
@@ -83,8 +84,10 @@ class AuditLog:
     key: bytes = field(repr=False)
     certificate: str = ""
     clock: Callable[[], float] = time.time
+    renewed: Callable[[], tuple[bytes, str]] | None = field(default=None, repr=False)
     tree: Tree = field(default_factory=Tree, repr=False)
     offset: int = 0
+    last_size: int = 0  # bytes of the last line, without its end
     prev: str = FIRST
     last_time: float = 0.0
     log: str = ""
@@ -164,7 +167,7 @@ class AuditLog:
         if not self.tree.size:
             self.log = hashlib.sha256(content).hexdigest()
         self.tree.append(content)
-        self.offset += len(content) + 1
+        self.offset, self.last_size = self.offset + len(content) + 1, len(content)
         self.prev, self.last_time = hashlib.sha256(content).hexdigest(), float(line["time"])
         facts = line["facts"]
         if line["event"] == "witnessed":
@@ -186,17 +189,33 @@ class AuditLog:
         return replace(made, signature=sign(self.key, HEAD, made.statement).hex())
 
     def _catch_up(self) -> None:
-        """Reads what other processes have added; a line that a killed writer left torn is cut off by the next."""
-        if not self.tree.size:
-            before, kept = self._put_away()
-            if not self.path.exists():
-                key = identity_public_key(self.key).hex()
-                self._write("opened", {"party": self.party, "key": key, "before": before})
-                for facts in kept:
-                    self._write("witnessed", facts)
-                return
-        elif not self.path.exists():
+        """Reads what other processes have added; a line that a killed writer left torn is cut off by the next.
+
+        A log that is no longer the one that was read is read anew, so that no line is ever written that does not
+        follow from the one before it; where its key was renewed, on with the new one.
+        """
+        held = self.tree.size > 0
+        if held and self._goes_on():
+            return self._read_on()
+        if not self.path.exists() and held and not (self._renew() and _away(self.path, self.log).exists()):
             raise StateInvalid(f"{self.path}: has gone while in use. Restore it from a backup.")
+        if self._is_of_another_key():
+            self._renew()
+        if held and self._is_of_another_key():
+            raise StateInvalid(
+                f"{self.path}: another log was begun, with another key, while this process had the one before open. "
+                "Start this process again."
+            )
+        self._forget()
+        before, kept = self._put_away()
+        if self.path.exists():
+            return self._read_on()
+        key = identity_public_key(self.key).hex()
+        self._write("opened", {"party": self.party, "key": key, "before": before})
+        for facts in kept:
+            self._write("witnessed", facts)
+
+    def _read_on(self) -> None:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             content = file.read()
@@ -210,27 +229,55 @@ class AuditLog:
                     "file as evidence, and move it away to begin a new log."
                 ) from error
 
+    def _goes_on(self) -> bool:
+        """Whether the file still has, at its place, the line that was read last; it vouches for all before it."""
+        if not self.path.exists():
+            return False
+        with self.path.open("rb") as file:
+            file.seek(self.offset - self.last_size - 1)
+            last = file.read(self.last_size + 1)
+        return last.endswith(b"\n") and hashlib.sha256(last[:-1]).hexdigest() == self.prev
+
+    def _forget(self) -> None:
+        self.tree, self.offset, self.last_size = Tree(), 0, 0
+        self.prev, self.last_time, self.log = FIRST, 0.0, ""
+        self.kept.clear()
+        self.complained.clear()
+
+    def _renew(self) -> bool:
+        """Whether the key is another one by now; it is taken up."""
+        if self.renewed is None:
+            return False
+        before = self.key
+        self.key, self.certificate = self.renewed()
+        return self.key != before
+
+    def _is_of_another_key(self) -> bool:
+        """A log that is damaged, or torn before its first line was whole, counts as ours: it is read on."""
+        if not self.path.exists():
+            return False
+        with self.path.open("rb") as file:
+            first = file.readline().removesuffix(b"\n")
+        try:
+            return str(json.loads(first)["facts"]["key"]) != identity_public_key(self.key).hex()
+        except (ValueError, KeyError, TypeError):
+            return False
+
     def _put_away(self) -> tuple[str | None, list[dict[str, Any]]]:
         """Moves a log of an earlier key aside, under its own name; the new log names it.
 
         Returns:
             Its name, and the last head of each other party that it keeps: the new log begins with them.
         """
-        if not self.path.exists():
+        if not self._is_of_another_key():
             return None, []
         with self.path.open("rb") as file:
             first = file.readline().removesuffix(b"\n")
-        try:
-            key = str(json.loads(first)["facts"]["key"])
-        except (ValueError, KeyError, TypeError):
-            return None, []  # damaged, or torn before its first line was whole: read on
-        if key == identity_public_key(self.key).hex():
-            return None, []
         kept = {line["facts"]["peer"]: line["facts"] for line in events(self.path, ("witnessed",))}
         log = hashlib.sha256(first).hexdigest()
         for path in (self.path, self.path.with_suffix(".head.json")):
             if path.exists():
-                path.rename(path.with_name(path.name.replace("audit", f"audit-{log[:8]}", 1)))
+                path.rename(_away(path, log))
         return log, [{**facts, "since": 0, "proof": []} for facts in kept.values()]
 
 
@@ -252,6 +299,11 @@ class _Turn:
 
     def __exit__(self, *error: object) -> None:
         self.lock.__exit__(None, None, None)
+
+
+def _away(path: Path, log: str) -> Path:
+    """Where a file of the log of this name is kept once another was begun: audit.jsonl as audit-1234abcd.jsonl."""
+    return path.with_name(path.name.replace("audit", f"audit-{log[:8]}", 1))
 
 
 def _doubt(last: Kept, head: Head, key: str) -> str | None:
