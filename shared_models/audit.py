@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +17,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from shared_models.alarms import events
+from shared_models.audit_files import first_line, unnamed
 from shared_models.errors import StateInvalid
-from shared_models.files import append_json, canonical_json, locked, replacing
+from shared_models.files import append_json, canonical_json, locked, replacing, sync_folder
 from shared_models.identity import identity_public_key, sign, verify
 from shared_models.merkle import Tree, grew
 from shared_models.parse import STRICT, Count, Sha256, parse_json, plain
@@ -151,17 +153,23 @@ class AuditLog:
         return _Turn(self)
 
     def _write(self, event: str, facts: Mapping[str, Any]) -> int:
+        line = self._line(event, facts)
+        append_json(self.path, line)
+        self._take(canonical_json(line), line)
+        self._vouch()
+        return int(line["seq"])
+
+    def _line(self, event: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         now = round(self.clock(), 3)
         body: dict[str, Any] = {"seq": self.tree.size, "event": event, "facts": dict(facts), "prev": self.prev}
         body["time"] = max(now, self.last_time)
         if now < self.last_time:
             body["facts"]["clock_back_s"] = round(self.last_time - now, 3)
-        line = {**body, "sign": sign(self.key, LINE, canonical_json(body)).hex()}
-        append_json(self.path, line)
-        self._take(canonical_json(line), line)
+        return {**body, "sign": sign(self.key, LINE, canonical_json(body)).hex()}
+
+    def _vouch(self) -> None:
         with replacing(self.path.with_suffix(".head.json"), synced=False) as file:
             file.write(canonical_json(plain(self._head())))
-        return int(body["seq"])
 
     def _take(self, content: bytes, line: Mapping[str, Any]) -> None:
         if not self.tree.size:
@@ -207,13 +215,30 @@ class AuditLog:
                 "Start this process again."
             )
         self._forget()
-        before, kept = self._put_away()
-        if self.path.exists():
-            return self._read_on()
-        key = identity_public_key(self.key).hex()
-        self._write("opened", {"party": self.party, "key": key, "before": before})
-        for facts in kept:
-            self._write("witnessed", facts)
+        if self.path.exists() and not self._is_of_another_key():
+            self._read_on()
+        if not self.tree.size:
+            self._begin()
+
+    def _begin(self) -> None:
+        """A new log, whole or not at all; it names the one before it, and keeps the heads that that one kept.
+
+        One that a killed process had put away, and nothing names yet, is the one before it.
+        """
+        if self._is_of_another_key():
+            _put_away(self.path)
+        before, kept = _ended(self.path.parent)
+        facts = {"party": self.party, "key": identity_public_key(self.key).hex(), "before": None, **before}
+        try:
+            with replacing(self.path) as file:
+                for event, what in (("opened", facts), *(("witnessed", head) for head in kept)):
+                    line = self._line(event, what)
+                    file.write(canonical_json(line) + b"\n")
+                    self._take(canonical_json(line), line)
+        except BaseException:
+            self._forget()
+            raise
+        self._vouch()
 
     def _read_on(self) -> None:
         with self.path.open("rb") as file:
@@ -256,29 +281,10 @@ class AuditLog:
         """A log that is damaged, or torn before its first line was whole, counts as ours: it is read on."""
         if not self.path.exists():
             return False
-        with self.path.open("rb") as file:
-            first = file.readline().removesuffix(b"\n")
         try:
-            return str(json.loads(first)["facts"]["key"]) != identity_public_key(self.key).hex()
+            return str(json.loads(first_line(self.path))["facts"]["key"]) != identity_public_key(self.key).hex()
         except (ValueError, KeyError, TypeError):
             return False
-
-    def _put_away(self) -> tuple[str | None, list[dict[str, Any]]]:
-        """Moves a log of an earlier key aside, under its own name; the new log names it.
-
-        Returns:
-            Its name, and the last head of each other party that it keeps: the new log begins with them.
-        """
-        if not self._is_of_another_key():
-            return None, []
-        with self.path.open("rb") as file:
-            first = file.readline().removesuffix(b"\n")
-        kept = {line["facts"]["peer"]: line["facts"] for line in events(self.path, ("witnessed",))}
-        log = hashlib.sha256(first).hexdigest()
-        for path in (self.path, self.path.with_suffix(".head.json")):
-            if path.exists():
-                path.rename(_away(path, log))
-        return log, [{**facts, "since": 0, "proof": []} for facts in kept.values()]
 
 
 @dataclass(slots=True)
@@ -304,6 +310,35 @@ class _Turn:
 def _away(path: Path, log: str) -> Path:
     """Where a file of the log of this name is kept once another was begun: audit.jsonl as audit-1234abcd.jsonl."""
     return path.with_name(path.name.replace("audit", f"audit-{log[:8]}", 1))
+
+
+def _put_away(path: Path) -> None:
+    """Moves a log of an earlier key aside, its head first: as long as the log is there, this is done again."""
+    log = hashlib.sha256(first_line(path)).hexdigest()
+    for each in (path.with_suffix(".head.json"), path):
+        if each.exists():
+            each.rename(_away(each, log))
+    sync_folder(path.parent)
+
+
+def _ended(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a new log says of the one that was put away before it, and the last head of each party that that one keeps.
+
+    It seals it: whoever took the key that was renewed can add nothing to the log before, nor write it anew.
+    """
+    path = unnamed(folder)
+    if path is None:
+        return {}, []
+    tree, lines = Tree(), path.read_bytes().split(b"\n")[:-1]
+    for line in lines:
+        tree.append(line)
+    log = hashlib.sha256(first_line(path)).hexdigest()
+    kept: dict[str, dict[str, Any]] = {}
+    for told in events(path, ("witnessed",)):
+        with suppress(KeyError, TypeError, AttributeError):
+            head = {name: value for name, value in told["facts"].items() if name != "clock_back_s"}
+            kept[head["peer"]] = {**head, "since": 0, "proof": []}
+    return {"before": log, "before_size": tree.size, "before_root": tree.root().hex()}, list(kept.values())
 
 
 def _doubt(last: Kept, head: Head, key: str) -> str | None:

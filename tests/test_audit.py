@@ -311,6 +311,45 @@ def test_a_renewed_key_forgets_no_head_of_another_log(pair):
     assert verify_log(renewed.path.read_bytes(), identity_public_key(renewed.key)).bad is None
 
 
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_log_that_was_begun_by_a_process_killed_in_between_still_follows_from_the_one_before(pair, done, monkeypatch):
+    site, fed = pair
+    exchange(site, fed, 3)
+    before, folder, moved = fed.log, fed.path.parent, list[Path]()
+    rename = Path.rename
+
+    def dies(path: Path, target: Path) -> Path:
+        if len(moved) == done:
+            raise KeyboardInterrupt
+        moved.append(path)
+        return rename(path, target)
+
+    def dies_at_last(path: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", dies)
+    monkeypatch.setattr(Path, "replace", dies_at_last)
+    with pytest.raises(KeyboardInterrupt):
+        new_log(folder, OURS, "coordinator").add("order")
+    monkeypatch.undo()
+    again = new_log(folder, OURS, "coordinator")
+    again.add("order")
+    assert json.loads(lines_of(again)[0])["facts"]["before"] == before
+    assert (again.kept["north"].log, again.kept["north"].size) == (site.log, 4)
+    away = folder / f"audit-{before[:8]}"
+    assert verify_log(away.with_suffix(".jsonl").read_bytes(), identity_public_key(THEIRS)).bad is None
+    assert json.loads(away.with_suffix(".head.json").read_bytes())["log"] == before
+    assert verdict_of(folder, PUBLIC).bad is None
+
+
+def test_a_new_log_seals_the_one_before_as_it_ended(log, tmp_path):
+    root = by_definition(lines_of(log)).hex()
+    renewed = new_log(tmp_path, THEIRS)
+    renewed.add("order")
+    facts = json.loads(lines_of(renewed)[0])["facts"]
+    assert (facts["before"], facts["before_size"], facts["before_root"]) == (log.log, 6, root)
+
+
 def identity_of_another() -> bytes:
     return new_site_keys().identity
 
