@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedclient.own_log import earlier_logs
 from shared_models.alarms import ALARMS, events_in, told_of
+from shared_models.audit_files import earlier_logs
 
 WORK = ("order", "sent", "order-refused")
 UPDATES = ("tensors", "masked vector")  # what goes before the reply that tells of it

@@ -6,26 +6,19 @@ from typing import Any
 
 from shared_models.alarms import events
 from shared_models.audit import AuditLog
+from shared_models.audit_files import logs_of
 from shared_models.files import read_lines
 from shared_models.identity import load_secret
 
 
 def log_of(folder: Path, name: str) -> AuditLog:
     """The audit log of the site in `folder`; its lines are signed with the site's identity key."""
-    key = folder / "keys" / "identity.key"
-    return _opened(folder / "audit.jsonl", f"site {name}", load_secret(key))
+    return _opened(folder / "audit.jsonl", f"site {name}", _key_of(folder))
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of the site's log, and before them those of the logs that earlier identity keys have signed."""
-    return [line for path in (*earlier_logs(folder), folder / "audit.jsonl") for line in read_lines(path)]
-
-
-def earlier_logs(folder: Path) -> list[Path]:
-    """The logs that earlier identity keys have signed, the oldest first."""
-    begun = {path: next(iter(read_lines(path)), None) for path in folder.glob("audit-*.jsonl")}
-    found = [(float(line["time"]), path) for path, line in begun.items() if line is not None]
-    return [path for _, path in sorted(found)]
+    return [line for path in logs_of(folder) for line in read_lines(path)]
 
 
 def complain(folder: Path, name: str, event: str, why: str) -> None:
@@ -39,4 +32,8 @@ def complain(folder: Path, name: str, event: str, why: str) -> None:
 
 @lru_cache(maxsize=8)
 def _opened(path: Path, party: str, key: bytes) -> AuditLog:
-    return AuditLog(path, party, key)
+    return AuditLog(path, party, key, renewed=lambda: (_key_of(path.parent), ""))
+
+
+def _key_of(folder: Path) -> bytes:
+    return load_secret(folder / "keys" / "identity.key")

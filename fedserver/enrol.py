@@ -313,9 +313,14 @@ def sealer(federation: Federation) -> Seal:
 
 
 def open_log(federation: Federation) -> AuditLog:
-    """The coordinator's audit log; its lines are signed with the key of its statements."""
-    by = signer(federation)
-    return AuditLog(federation.audit, f"coordinator {federation.name}", by.key, by.certificate.decode())
+    """The coordinator's audit log; its lines are signed with the key of its statements, also once that is renewed."""
+
+    def now() -> tuple[bytes, str]:
+        by = signer(federation)
+        return by.key, by.certificate.decode()
+
+    key, certificate = now()
+    return AuditLog(federation.audit, f"coordinator {federation.name}", key, certificate, renewed=now)
 
 
 def invite(federation: Federation, site: str, now_s: float | None = None) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +17,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from shared_models.alarms import events
+from shared_models.audit_files import first_line, unnamed
 from shared_models.errors import StateInvalid
-from shared_models.files import append_json, canonical_json, locked, replacing
+from shared_models.files import append_json, canonical_json, locked, replacing, sync_folder
 from shared_models.identity import identity_public_key, sign, verify
 from shared_models.merkle import Tree, grew
 from shared_models.parse import STRICT, Count, Sha256, parse_json, plain
@@ -76,6 +78,7 @@ class AuditLog:
         party: who writes, in words: `site north`.
         key: its Ed25519 key, PEM.
         certificate: that vouches for the key, or nothing.
+        renewed: key and certificate as they stand now, for a process that lives on while they are renewed.
     """
 
     path: Path
@@ -83,8 +86,10 @@ class AuditLog:
     key: bytes = field(repr=False)
     certificate: str = ""
     clock: Callable[[], float] = time.time
+    renewed: Callable[[], tuple[bytes, str]] | None = field(default=None, repr=False)
     tree: Tree = field(default_factory=Tree, repr=False)
     offset: int = 0
+    last_size: int = 0  # bytes of the last line, without its end
     prev: str = FIRST
     last_time: float = 0.0
     log: str = ""
@@ -148,23 +153,29 @@ class AuditLog:
         return _Turn(self)
 
     def _write(self, event: str, facts: Mapping[str, Any]) -> int:
+        line = self._line(event, facts)
+        append_json(self.path, line)
+        self._take(canonical_json(line), line)
+        self._vouch()
+        return int(line["seq"])
+
+    def _line(self, event: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         now = round(self.clock(), 3)
         body: dict[str, Any] = {"seq": self.tree.size, "event": event, "facts": dict(facts), "prev": self.prev}
         body["time"] = max(now, self.last_time)
         if now < self.last_time:
             body["facts"]["clock_back_s"] = round(self.last_time - now, 3)
-        line = {**body, "sign": sign(self.key, LINE, canonical_json(body)).hex()}
-        append_json(self.path, line)
-        self._take(canonical_json(line), line)
+        return {**body, "sign": sign(self.key, LINE, canonical_json(body)).hex()}
+
+    def _vouch(self) -> None:
         with replacing(self.path.with_suffix(".head.json"), synced=False) as file:
             file.write(canonical_json(plain(self._head())))
-        return int(body["seq"])
 
     def _take(self, content: bytes, line: Mapping[str, Any]) -> None:
         if not self.tree.size:
             self.log = hashlib.sha256(content).hexdigest()
         self.tree.append(content)
-        self.offset += len(content) + 1
+        self.offset, self.last_size = self.offset + len(content) + 1, len(content)
         self.prev, self.last_time = hashlib.sha256(content).hexdigest(), float(line["time"])
         facts = line["facts"]
         if line["event"] == "witnessed":
@@ -186,17 +197,50 @@ class AuditLog:
         return replace(made, signature=sign(self.key, HEAD, made.statement).hex())
 
     def _catch_up(self) -> None:
-        """Reads what other processes have added; a line that a killed writer left torn is cut off by the next."""
-        if not self.tree.size:
-            before, kept = self._put_away()
-            if not self.path.exists():
-                key = identity_public_key(self.key).hex()
-                self._write("opened", {"party": self.party, "key": key, "before": before})
-                for facts in kept:
-                    self._write("witnessed", facts)
-                return
-        elif not self.path.exists():
+        """Reads what other processes have added; a line that a killed writer left torn is cut off by the next.
+
+        A log that is no longer the one that was read is read anew, so that no line is ever written that does not
+        follow from the one before it; where its key was renewed, on with the new one.
+        """
+        held = self.tree.size > 0
+        if held and self._goes_on():
+            return self._read_on()
+        if not self.path.exists() and held and not (self._renew() and _away(self.path, self.log).exists()):
             raise StateInvalid(f"{self.path}: has gone while in use. Restore it from a backup.")
+        if self._is_of_another_key():
+            self._renew()
+        if held and self._is_of_another_key():
+            raise StateInvalid(
+                f"{self.path}: another log was begun, with another key, while this process had the one before open. "
+                "Start this process again."
+            )
+        self._forget()
+        if self.path.exists() and not self._is_of_another_key():
+            self._read_on()
+        if not self.tree.size:
+            self._begin()
+
+    def _begin(self) -> None:
+        """A new log, whole or not at all; it names the one before it, and keeps the heads that that one kept.
+
+        One that a killed process had put away, and nothing names yet, is the one before it.
+        """
+        if self._is_of_another_key():
+            _put_away(self.path)
+        before, kept = _ended(self.path.parent)
+        facts = {"party": self.party, "key": identity_public_key(self.key).hex(), "before": None, **before}
+        try:
+            with replacing(self.path) as file:
+                for event, what in (("opened", facts), *(("witnessed", head) for head in kept)):
+                    line = self._line(event, what)
+                    file.write(canonical_json(line) + b"\n")
+                    self._take(canonical_json(line), line)
+        except BaseException:
+            self._forget()
+            raise
+        self._vouch()
+
+    def _read_on(self) -> None:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             content = file.read()
@@ -210,28 +254,37 @@ class AuditLog:
                     "file as evidence, and move it away to begin a new log."
                 ) from error
 
-    def _put_away(self) -> tuple[str | None, list[dict[str, Any]]]:
-        """Moves a log of an earlier key aside, under its own name; the new log names it.
-
-        Returns:
-            Its name, and the last head of each other party that it keeps: the new log begins with them.
-        """
+    def _goes_on(self) -> bool:
+        """Whether the file still has, at its place, the line that was read last; it vouches for all before it."""
         if not self.path.exists():
-            return None, []
+            return False
         with self.path.open("rb") as file:
-            first = file.readline().removesuffix(b"\n")
+            file.seek(self.offset - self.last_size - 1)
+            last = file.read(self.last_size + 1)
+        return last.endswith(b"\n") and hashlib.sha256(last[:-1]).hexdigest() == self.prev
+
+    def _forget(self) -> None:
+        self.tree, self.offset, self.last_size = Tree(), 0, 0
+        self.prev, self.last_time, self.log = FIRST, 0.0, ""
+        self.kept.clear()
+        self.complained.clear()
+
+    def _renew(self) -> bool:
+        """Whether the key is another one by now; it is taken up."""
+        if self.renewed is None:
+            return False
+        before = self.key
+        self.key, self.certificate = self.renewed()
+        return self.key != before
+
+    def _is_of_another_key(self) -> bool:
+        """A log that is damaged, or torn before its first line was whole, counts as ours: it is read on."""
+        if not self.path.exists():
+            return False
         try:
-            key = str(json.loads(first)["facts"]["key"])
+            return str(json.loads(first_line(self.path))["facts"]["key"]) != identity_public_key(self.key).hex()
         except (ValueError, KeyError, TypeError):
-            return None, []  # damaged, or torn before its first line was whole: read on
-        if key == identity_public_key(self.key).hex():
-            return None, []
-        kept = {line["facts"]["peer"]: line["facts"] for line in events(self.path, ("witnessed",))}
-        log = hashlib.sha256(first).hexdigest()
-        for path in (self.path, self.path.with_suffix(".head.json")):
-            if path.exists():
-                path.rename(path.with_name(path.name.replace("audit", f"audit-{log[:8]}", 1)))
-        return log, [{**facts, "since": 0, "proof": []} for facts in kept.values()]
+            return False
 
 
 @dataclass(slots=True)
@@ -252,6 +305,40 @@ class _Turn:
 
     def __exit__(self, *error: object) -> None:
         self.lock.__exit__(None, None, None)
+
+
+def _away(path: Path, log: str) -> Path:
+    """Where a file of the log of this name is kept once another was begun: audit.jsonl as audit-1234abcd.jsonl."""
+    return path.with_name(path.name.replace("audit", f"audit-{log[:8]}", 1))
+
+
+def _put_away(path: Path) -> None:
+    """Moves a log of an earlier key aside, its head first: as long as the log is there, this is done again."""
+    log = hashlib.sha256(first_line(path)).hexdigest()
+    for each in (path.with_suffix(".head.json"), path):
+        if each.exists():
+            each.rename(_away(each, log))
+    sync_folder(path.parent)
+
+
+def _ended(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a new log says of the one that was put away before it, and the last head of each party that that one keeps.
+
+    It seals it: whoever took the key that was renewed can add nothing to the log before, nor write it anew.
+    """
+    path = unnamed(folder)
+    if path is None:
+        return {}, []
+    tree, lines = Tree(), path.read_bytes().split(b"\n")[:-1]
+    for line in lines:
+        tree.append(line)
+    log = hashlib.sha256(first_line(path)).hexdigest()
+    kept: dict[str, dict[str, Any]] = {}
+    for told in events(path, ("witnessed",)):
+        with suppress(KeyError, TypeError, AttributeError):
+            head = {name: value for name, value in told["facts"].items() if name != "clock_back_s"}
+            kept[head["peer"]] = {**head, "since": 0, "proof": []}
+    return {"before": log, "before_size": tree.size, "before_root": tree.root().hex()}, list(kept.values())
 
 
 def _doubt(last: Kept, head: Head, key: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,51 @@ def test_a_renewed_key_begins_a_new_log_that_names_the_old_one(log, tmp_path):
     assert verify_log(renewed.path.read_bytes(), identity_public_key(THEIRS)).bad is None
 
 
+def test_a_process_that_lives_on_while_the_key_is_renewed_goes_on_in_the_new_log(tmp_path):
+    now = [(OURS, "")]
+    running = replace(new_log(tmp_path), renewed=lambda: now[0])
+    running.add("order", round=1)
+    before, now[0] = running.log, (THEIRS, "certificate")
+    new_log(tmp_path, THEIRS, at=2000.0).add("authority")
+    assert running.add("order", round=2) == 2
+    assert running.head().certificate == "certificate"
+    new_log(tmp_path, THEIRS, at=3000.0).add("order", round=3)
+    assert events(running) == ["opened", "authority", "order", "order"]
+    assert verdict_of(tmp_path, identity_public_key(THEIRS)).bad is None
+    assert verify_log((tmp_path / f"audit-{before[:8]}.jsonl").read_bytes(), PUBLIC).lines == 2
+
+
+def test_a_process_that_knows_no_other_key_writes_nothing_into_the_log_of_one(tmp_path):
+    running = new_log(tmp_path)
+    running.add("order", round=1)
+    new_log(tmp_path, THEIRS, at=2000.0).add("authority")
+    for _ in range(2):
+        with pytest.raises(StateInvalid, match="another log was begun, with another key"):
+            running.add("order", round=2)
+    assert events(running) == ["opened", "authority"]
+    assert verdict_of(tmp_path, identity_public_key(THEIRS)).bad is None
+
+
+def test_a_process_that_was_opened_with_a_key_renewed_since_does_not_put_the_new_log_away(tmp_path):
+    late = replace(new_log(tmp_path), renewed=lambda: (THEIRS, ""))
+    new_log(tmp_path, THEIRS).add("authority")
+    late.add("order", round=1)
+    assert events(late) == ["opened", "authority", "order"]
+    assert sorted(tmp_path.glob("audit-*")) == []
+
+
+def test_a_log_that_was_put_back_from_a_backup_under_a_process_is_read_anew(log):
+    whole = log.path.read_bytes()
+    log.path.write_bytes(joined(lines_of(log)[:3]))
+    assert log.add("order", round=9) == 3
+    assert verify_log(log.path.read_bytes(), PUBLIC).bad is None
+    log.path.unlink()
+    with pytest.raises(StateInvalid, match="has gone while in use"):
+        log.add("order", round=10)
+    log.path.write_bytes(whole)
+    assert log.add("order", round=10) == 6
+
+
 def test_a_renewed_key_forgets_no_head_of_another_log(pair):
     site, fed = pair
     exchange(site, fed, 3)
@@ -263,6 +309,45 @@ def test_a_renewed_key_forgets_no_head_of_another_log(pair):
     site.path.write_bytes(joined(lines_of(site)[:2]))
     assert exchange(new_log(site.path.parent, at=9000.0), renewed) == ["LOG_FORKED"], "though our key changed meanwhile"
     assert verify_log(renewed.path.read_bytes(), identity_public_key(renewed.key)).bad is None
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_log_that_was_begun_by_a_process_killed_in_between_still_follows_from_the_one_before(pair, done, monkeypatch):
+    site, fed = pair
+    exchange(site, fed, 3)
+    before, folder, moved = fed.log, fed.path.parent, list[Path]()
+    rename = Path.rename
+
+    def dies(path: Path, target: Path) -> Path:
+        if len(moved) == done:
+            raise KeyboardInterrupt
+        moved.append(path)
+        return rename(path, target)
+
+    def dies_at_last(path: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", dies)
+    monkeypatch.setattr(Path, "replace", dies_at_last)
+    with pytest.raises(KeyboardInterrupt):
+        new_log(folder, OURS, "coordinator").add("order")
+    monkeypatch.undo()
+    again = new_log(folder, OURS, "coordinator")
+    again.add("order")
+    assert json.loads(lines_of(again)[0])["facts"]["before"] == before
+    assert (again.kept["north"].log, again.kept["north"].size) == (site.log, 4)
+    away = folder / f"audit-{before[:8]}"
+    assert verify_log(away.with_suffix(".jsonl").read_bytes(), identity_public_key(THEIRS)).bad is None
+    assert json.loads(away.with_suffix(".head.json").read_bytes())["log"] == before
+    assert verdict_of(folder, PUBLIC).bad is None
+
+
+def test_a_new_log_seals_the_one_before_as_it_ended(log, tmp_path):
+    root = by_definition(lines_of(log)).hex()
+    renewed = new_log(tmp_path, THEIRS)
+    renewed.add("order")
+    facts = json.loads(lines_of(renewed)[0])["facts"]
+    assert (facts["before"], facts["before_size"], facts["before_root"]) == (log.log, 6, root)
 
 
 def identity_of_another() -> bytes:

@@ -1,0 +1,53 @@
+"""The files of an audit log: audit.jsonl, and of the keys before, each put away as audit-1234abcd.jsonl."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from shared_models.alarms import events
+
+LOG, LAST = "audit.jsonl", "audit.head.json"
+EARLIER = "audit-*.jsonl"
+
+
+def first_line(path: Path) -> bytes:
+    """The first line of a log without its end; its SHA-256 is the log's name."""
+    with path.open("rb") as file:
+        return file.readline().removesuffix(b"\n")
+
+
+def earlier_logs(folder: Path) -> list[Path]:
+    """The logs of the keys before, the oldest first; one whose first line is damaged comes before all."""
+    found = []
+    for path in folder.glob(EARLIER):
+        time = 0.0
+        with suppress(ValueError, KeyError, TypeError, OverflowError):
+            time = float(json.loads(first_line(path))["time"])
+        found.append((time, path))
+    return [path for _, path in sorted(found)]
+
+
+def logs_of(folder: Path) -> list[Path]:
+    """All logs of a party, the oldest first, the one that is written on last."""
+    return [*earlier_logs(folder), folder / LOG]
+
+
+def every_event(folder: Path, of: Collection[str]) -> Iterator[Mapping[str, Any]]:
+    """The lines of some kinds of all logs of a party, in order, whatever key they were signed with."""
+    for path in logs_of(folder):
+        yield from events(path, of)
+
+
+def unnamed(folder: Path) -> Path | None:
+    """The log that was put away last, and that no other names as the one before it; None where there is none."""
+    first = {path: first_line(path) for path in earlier_logs(folder)}
+    named = set[str]()
+    for line in first.values():
+        with suppress(ValueError, KeyError, TypeError):
+            named.add(str(json.loads(line)["facts"]["before"]))
+    names = {path: hashlib.sha256(line).hexdigest() for path, line in first.items()}
+    left = [path for path, log in names.items() if log not in named and path.stem == f"audit-{log[:8]}"]
+    return left[-1] if left else None
