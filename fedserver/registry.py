@@ -158,6 +158,7 @@ def _register(
         name=federation.name,
         signer=signer(federation),
         authority=federation.ca_certificate.read_bytes(),
+        trust=federation.authority,
         evidence={
             AUDIT: audit_extract(federation, lineage),
             ANSWERS: answers_extract(federation, lineage),
@@ -176,7 +177,7 @@ def _register(
     try:
         manifest = make_release(recipe, part / "release")
         if not approvals:
-            check_provenance(open_release(part / "release", trust_of(federation)), (maker.authority,))
+            check_provenance(open_release(part / "release", trust_of(federation)), (maker.trust,))
         step = Step("candidate", round(time.time(), 3), "coordinator")
         entry = Entry(
             manifest.digest, manifest.name, manifest.version, manifest.origin.run, manifest.origin.round,

@@ -31,6 +31,7 @@ class Maker:
 
     Attributes:
         name: of the federation, or of the simulation.
+        authority, trust: as in Recipe.
         evidence: further members (audit, roster), made anew for each release.
     """
 
@@ -38,6 +39,7 @@ class Maker:
     name: str
     signer: Credential = field(repr=False)
     authority: bytes
+    trust: bytes
     evidence: Mapping[str, bytes] = field(default_factory=dict)
     roster: tuple[int, str] | None = None
     approvals: int = 0
@@ -130,6 +132,7 @@ def recipe_of(
         origin=origin,
         signer=by.signer,
         authority=by.authority,
+        trust=by.trust,
         card=told,
         words=words,
         privacy=found["privacy"],
