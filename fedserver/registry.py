@@ -28,7 +28,7 @@ from shared_models.errors import ReleaseInvalid, StateInvalid
 from shared_models.evidence import LOG
 from shared_models.files import locked, read_json, read_lines, sync_folder, write_json
 from shared_models.identity import identity_public_key
-from shared_models.parse import STRICT, parse_json, plain
+from shared_models.parse import STRICT, parse, parse_json, plain
 from shared_models.provenance import ANSWERS, AUDIT, ROSTER, check_provenance
 from shared_models.release import (
     SUFFIX,
@@ -36,6 +36,7 @@ from shared_models.release import (
     Parent,
     Trust,
     approve,
+    check_version,
     file_name,
     open_release,
     read_approvals,
@@ -44,6 +45,7 @@ from shared_models.release import (
 )
 from shared_models.standing import Stage, Standing, Standings, sign_standings
 
+COORDINATOR = "coordinator"  # who says what no approver says
 SITE_LEFT = "a site whose updates it holds has withdrawn"
 
 
@@ -129,7 +131,8 @@ def register(
     """Makes a release of a run and keeps it as a candidate; one at a time.
 
     Raises:
-        ReleaseInvalid: an export does not answer as the network does, or the evidence contradicts the manifest.
+        ReleaseInvalid: an export does not answer as the network does, the evidence contradicts the manifest, or a
+            version that none can be called.
         StateInvalid: a run without weights to release, a version that is taken, or a log that is not whole.
     """
     with _alone(federation):
@@ -149,6 +152,8 @@ def _register(
     from fedserver.publish.making import make_release  # imports torch
     from fedserver.publish.of_run import Maker, recipe_of
 
+    if version is not None:
+        check_version(version)
     known, log = list_releases(federation), open_log(federation)
     roster, signed = newest_roster(federation)
     approvals, approvers = approval_rules(federation)
@@ -158,6 +163,7 @@ def _register(
         name=federation.name,
         signer=signer(federation),
         authority=federation.ca_certificate.read_bytes(),
+        trust=federation.authority,
         evidence={
             AUDIT: audit_extract(federation, lineage),
             ANSWERS: answers_extract(federation, lineage),
@@ -176,13 +182,13 @@ def _register(
     try:
         manifest = make_release(recipe, part / "release")
         if not approvals:
-            check_provenance(open_release(part / "release", trust_of(federation)), (maker.authority,))
-        step = Step("candidate", round(time.time(), 3), "coordinator")
+            check_provenance(open_release(part / "release", trust_of(federation)), (maker.trust,))
+        step = Step("candidate", round(time.time(), 3), COORDINATOR)
         entry = Entry(
             manifest.digest, manifest.name, manifest.version, manifest.origin.run, manifest.origin.round,
             dict(manifest.origin.sites), (step,),
         )  # fmt: skip
-        write_json(part / "entry.json", plain(entry))
+        write_json(part / "entry.json", plain(_readable(entry)))
         part.replace(folder_of(federation, manifest.digest))
         sync_folder(federation.folder / "registry")
     except BaseException:
@@ -223,11 +229,11 @@ def manifest_of(federation: Federation, entry: Entry) -> Manifest:
     return manifest
 
 
-def approve_release(federation: Federation, which: str, by: str = "coordinator", key: bytes | None = None) -> Entry:
+def approve_release(federation: Federation, which: str, by: str = COORDINATOR, key: bytes | None = None) -> Entry:
     """An approver's signature of a release; with the last one needed, it is approved.
 
     Args:
-        by: name of the approver in federation.toml; the coordinator where the federation asks for no approvers.
+        by: name of the approver in federation.toml; "coordinator" where the release asks for no approvers.
         key: the approver's Ed25519 key, PEM.
 
     Raises:
@@ -243,11 +249,13 @@ def _approve(federation: Federation, which: str, by: str, key: bytes | None) -> 
         raise StateInvalid(f"release {entry.label}: is retired ({entry.history[-1].words}). Make a new one.")
     manifest, folder = manifest_of(federation, entry), folder_of(federation, entry.digest) / "release"
     given = read_approvals(folder)
-    if manifest.approvals:
+    if manifest.approvals or by != COORDINATOR:
         if key is None or manifest.approvers.get(by) != identity_public_key(key).hex():
+            names = ", ".join(sorted(manifest.approvers)) or "no approvers"
+            leave = "" if manifest.approvals else ", or neither: it is approved by the coordinator alone"
             raise StateInvalid(
-                f"release {entry.label}: needs {manifest.approvals} of {', '.join(sorted(manifest.approvers))}; {by!r} "
-                "with this key is none of them. Give --as NAME and --key FILE of an approver."
+                f"release {entry.label}: needs {manifest.approvals} of {names}; {by[:80]!r} with this key is none of "
+                f"them. Give --as NAME and --key FILE of an approver{leave}."
             )
         given[by] = approve(entry.digest, key)
         write_approvals(folder, given)
@@ -268,7 +276,7 @@ def retire_release(federation: Federation, which: str, reason: str, told: str | 
         raise StateInvalid("reason: 1 to 500 characters, for those who ask later. Give one with --reason.")
     with _alone(federation):
         entry, public = find_release(federation, which), words if told is None else told
-        return _said(federation, entry, "retired", "coordinator", "release-retired", words, public)
+        return _said(federation, entry, "retired", COORDINATOR, "release-retired", words, public)
 
 
 def status_list(federation: Federation, days: float) -> bytes:
@@ -303,10 +311,15 @@ def _alone(federation: Federation) -> AbstractContextManager[None]:
 def _said(
     federation: Federation, entry: Entry, stage: Stage, by: str, event: str, words: str = "", told: str = ""
 ) -> Entry:
-    done = replace(entry, history=(*entry.history, Step(stage, round(time.time(), 3), by, words, told)))
+    done = _readable(replace(entry, history=(*entry.history, Step(stage, round(time.time(), 3), by, words, told))))
     open_log(federation).add(event, release=entry.label, digest=entry.digest, by=by, stage=stage, words=words)
     write_json(folder_of(federation, entry.digest) / "entry.json", plain(done))
     return done
+
+
+def _readable(entry: Entry) -> Entry:
+    """The entry as it will be read; StateInvalid where it could not be, and the registry with it."""
+    return parse(Entry, plain(entry), f"entry of release {entry.label}", StateInvalid)
 
 
 def export_release(federation: Federation, entry: Entry, out: Path, single_file: bool) -> Path:

@@ -26,7 +26,7 @@ from shared_models.identity import Credential, sign, stated, verify, vouched
 from shared_models.onefile import MEMBER, MOST_BYTES, pack, unpack
 from shared_models.parse import parse_json, plain
 from shared_models.release_facts import FORMAT as FORMAT
-from shared_models.release_facts import MOST_FILES, Approvals, Entry, Signed
+from shared_models.release_facts import MOST_FILES, VERSION, Approvals, Entry, Signed
 from shared_models.release_facts import Manifest as Manifest
 from shared_models.release_facts import Origin as Origin
 from shared_models.release_facts import Parent as Parent
@@ -106,10 +106,11 @@ def seal(folder: Path, manifest: Manifest, by: Credential, authority: bytes) -> 
     another name and renames it once this has returned.
 
     Raises:
-        ReleaseInvalid: a link or a name that no release may hold.
+        ReleaseInvalid: a link or a name that no release may hold, or a manifest that nobody could read.
     """
     files = {name: entry_of(folder / name) for name in members_of(folder) if name not in OUTSIDE}
     signed = replace(manifest, files=files, signer_sha256=_sha256(by.certificate), authority_sha256=_sha256(authority))
+    _parsed(Manifest, signed.content, folder, MANIFEST)
     signature = sign(by.key, PURPOSE, statement(signed.digest))
     write_atomic(folder / MANIFEST, signed.content)
     proof = Signed(signed.digest, signature.hex(), by.certificate.decode(), authority.decode())
@@ -125,6 +126,15 @@ def approve(manifest_sha256: str, key: bytes) -> str:
 def write_file(folder: Path, to: Path) -> None:
     """The folder of a release as one file."""
     pack(folder, members_of(folder), to)
+
+
+def check_version(version: str) -> None:
+    """Raises ReleaseInvalid for what no release can be called; those who type it are told before anything is made."""
+    if not VERSION.fullmatch(version):
+        raise ReleaseInvalid(
+            f"version {version[:80]!r}: allowed are 1 to 32 of a-z, 0-9, dot and hyphen, a letter or figure first. "
+            "Choose another --version."
+        )
 
 
 def file_name(manifest: Manifest) -> str:

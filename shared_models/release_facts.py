@@ -1,6 +1,7 @@
 """The statements of a release: what it is and where it comes from, who has signed it, and who has approved it."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -15,7 +16,8 @@ from shared_models.study import Name
 FORMAT: Literal["fedrelease/1"] = "fedrelease/1"
 MOST_FILES = 1000
 
-Version = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,31}$")]
+VERSION = re.compile(r"[a-z0-9][a-z0-9.-]{0,31}")
+Version = Annotated[str, Field(pattern=f"^{VERSION.pattern}$")]
 Text = Annotated[str, Field(max_length=2000)]
 Key32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Signature64 = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]

@@ -33,7 +33,7 @@ def research_release(path: Path, out: Path, version: str, words: Words, single_f
     who made it.
     """
     authority = new_authority(NAME)
-    maker = Maker("simulation", NAME, issue_signer(authority), authority.certificate)
+    maker = Maker("simulation", NAME, issue_signer(authority), authority.certificate, authority.certificate)
     recipe = recipe_of(run_folder(path), version, maker, words)
     with tempfile.TemporaryDirectory(prefix=".fedsim-release-", dir=_there(out)) as scratch:
         made = Path(scratch) / "release"

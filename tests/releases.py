@@ -40,7 +40,7 @@ def recipe(study: Study | None = None, weights: Arrays | None = None, **change: 
         study_sha256=sha256(study), weights_sha256="0" * 64, sites={"north": 2, "south": 1},
     )  # fmt: skip
     told = card(study, "1", facts(study), Words(), None, {}, "federation")
-    made = Recipe(study, weights or initial_weights(study), "1", origin, signer, ca.certificate, told)
+    made = Recipe(study, weights or initial_weights(study), "1", origin, signer, ca.certificate, ca.certificate, told)
     return replace(made, **change)
 
 

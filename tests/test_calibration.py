@@ -108,7 +108,7 @@ def test_a_run_hands_what_it_has_fitted_to_the_release_of_its_last_round_and_of_
     final = {"round": 2, "final": True, "scored_round": 2, "sites": {}, "federation": {}, "left_out": {}}
     append_json(run.metrics, final | {"calibration": FITTED})
     ca = new_authority("f")
-    maker = Maker("federation", "f", issue_signer(ca), ca.certificate)
+    maker = Maker("federation", "f", issue_signer(ca), ca.certificate, ca.certificate)
     last, earlier = (recipe_of(run, "1", maker, Words(), number) for number in (2, 1))
     assert json.loads(last.members[CALIBRATION]) == {"temperature": {"cyst": 2.0, "solid": 0.5}}
     assert last.card["calibration"]["solid"]["temperature"] == 0.5

@@ -21,7 +21,9 @@ from typer.testing import CliRunner
 
 from fedclient.ask import TurnedAway
 from fedclient.authorities import is_orphaned, refresh
+from fedclient.cli import app as hospital
 from fedclient.enrol import Joined, join
+from fedclient.policy import Policy
 from fedclient.renewal import Keeper, fetch_roster, read_roster, renew
 from fedclient.tls import ClientTls
 from fedserver import lifecycle
@@ -40,7 +42,7 @@ from shared_models.authority import (
     read_files,
     revocation_list,
 )
-from shared_models.errors import EnrolmentFailed, ProcessFailed, StateInvalid
+from shared_models.errors import EnrolmentFailed, ProcessFailed, ReleaseInvalid, StateInvalid
 from shared_models.files import read_lines
 from shared_models.identity import (
     Credential,
@@ -57,9 +59,13 @@ from shared_models.identity import (
     vouched,
 )
 from shared_models.invite import Invite, read_invite, write_invite
+from shared_models.nets import initial_weights
+from shared_models.release import Trust, open_release
 from shared_models.roster import read_signed
 from shared_models.transfer import connect, site_context, trusting
 from tests.edge import Edge, ask, joined_site, running_edge
+from tests.hospitals import Hospitals
+from tests.releases import tiny_study
 
 WORDS = "correct horse battery"
 
@@ -573,6 +579,29 @@ def test_lists_that_the_root_has_not_signed_are_refused(served: Served, tmp_path
 
 def pem_of_new() -> bytes:
     return pem(ec.generate_private_key(ec.SECP384R1()))
+
+
+# What is released
+
+
+def test_a_run_is_released_and_the_release_names_the_root_and_opens_by_the_list_alone(
+    served: Served, tmp_path: Path
+) -> None:
+    hospitals, federation = Hospitals(served.edge, tmp_path / "sites"), served.federation
+    for name in ("north", "south"):
+        hospitals.join(name, Policy(approval="inside-policy"))
+    study = tiny_study(rounds={"count": 1, "quorum": 2, "deadline_s": 300, "gather_s": 0, "pause_s": 300})
+    hospitals.run(study, "lung", weights=initial_weights(study))
+    words = ["release", "lung", "--out", str(tmp_path), "--federation", str(federation.folder)]
+    done = CliRunner().invoke(coordinator, words)
+    assert done.exit_code == 0, done.output
+    made, root = tmp_path / "tiny-lung-1", federation.ca_certificate.read_bytes()
+    assert json.loads((made / "signature.json").read_bytes())["authority"].encode() == root
+    assert open_release(made, Trust((federation.authority,))).manifest.origin.sites == {"north": 1, "south": 1}
+    with pytest.raises(ReleaseInvalid, match="not the one trusted here"):
+        open_release(made, Trust((root,)))
+    checked = CliRunner().invoke(hospital, ["verify", str(made), "--site", str(hospitals.sites["north"])])
+    assert checked.exit_code == 0, checked.output
 
 
 # What people see

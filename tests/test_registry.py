@@ -48,7 +48,7 @@ from shared_models.provenance import (
     check_provenance,
     wanted,
 )
-from shared_models.release import MANIFEST, Manifest, Trust, open_release, seal
+from shared_models.release import MANIFEST, Manifest, Trust, open_release, read_approvals, seal
 from shared_models.standing import read_standings
 from shared_models.study import Model, Study, Transfer, canonical, sha256
 from shared_models.weights import file_sha256
@@ -344,6 +344,45 @@ def test_a_release_that_needs_approvers_opens_after_the_last_of_them(hospitals, 
     assert registry.approve_release(asking, made.label, "bob", keys["bob"].read_bytes()).stage == "approved"
     path = registry.export_release(asking, made, tmp_path / "out", single_file=False)
     assert open_release(path, registry.trust_of(asking)).version == "asked"
+
+
+def test_a_version_or_an_approver_that_none_can_be_called_is_refused_and_the_registry_stays_readable(hospitals, entry):
+    federation = hospitals.edge.federation
+    run, known = RunFolder(federation.runs / "lung"), registry.list_releases(federation)
+    key = new_site_keys().identity
+    asking = replace(federation, approvals=1, approvers={"ada": identity_public_key(key).hex()})
+    said = typed(fedserver, "release", "lung", "--version", "V 1", "--federation", str(federation.folder), code=1)
+    assert "version 'V 1': allowed are 1 to 32 of a-z" in " ".join(said.split())
+    for version in ("V 1", "x" * 33, "", ".1"):
+        with pytest.raises(ReleaseInvalid, match="Choose another --version"):
+            registry.register(asking, run, version)
+    assert registry.list_releases(federation) == known
+    for name, its in (("x" * 65, None), ("ada", None), ("ada", key)):
+        with pytest.raises(StateInvalid, match=r"needs 0 of no approvers.* or neither"):
+            registry.approve_release(federation, entry.label, name, its)
+    assert registry.list_releases(federation) == known
+
+
+def test_an_approver_who_is_not_needed_approves_with_a_key_all_the_same(hospitals):
+    federation, key = hospitals.edge.federation, new_site_keys().identity
+    free = replace(federation, approvers={"ada": identity_public_key(key).hex()})
+    made = registry.register(free, RunFolder(federation.runs / "lung"), version="free")
+    with pytest.raises(StateInvalid, match="needs 0 of ada"):
+        registry.approve_release(free, made.label, "ada")
+    done = registry.approve_release(free, made.label, "ada", key)
+    assert (done.stage, done.history[-1].by) == ("approved", "ada")
+    folder = registry.folder_of(free, made.digest) / "release"
+    assert list(read_approvals(folder)) == ["ada"]
+
+
+def test_what_could_not_be_read_again_is_not_written(hospitals, entry):
+    federation = hospitals.edge.federation
+    before = (registry.folder_of(federation, entry.digest) / "entry.json").read_bytes()
+    lines = (federation.folder / LOG).read_bytes()
+    with pytest.raises(StateInvalid, match="entry of release tiny-lung-1"):
+        registry._said(federation, entry, "retired", "x" * 65, "release-retired")
+    assert (registry.folder_of(federation, entry.digest) / "entry.json").read_bytes() == before
+    assert (federation.folder / LOG).read_bytes() == lines
 
 
 def test_the_rules_of_approval_stand_in_federation_toml_and_are_doubted(hospitals, tmp_path):

@@ -150,6 +150,13 @@ def test_the_signature_of_another_release_names_the_manifest(release, made, tmp_
     assert refused(release, Trust((ca.certificate,))).file == MANIFEST
 
 
+def test_a_manifest_that_nobody_could_read_is_not_signed(release, made):
+    ca, signer = authority()
+    with pytest.raises(ReleaseInvalid, match=r"manifest.json: cannot be read .*`version` is 'V 1'"):
+        seal(release, replace(open_manifest(release), version="V 1"), signer, ca.certificate)
+    assert open_release(release, made[1]).version == "1"
+
+
 def test_a_missing_file_is_named(release, made):
     (release / "card.md").unlink()
     found = refused(release, made[1])

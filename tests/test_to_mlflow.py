@@ -26,7 +26,8 @@ from tests.releases import recipe
 def registered(tmp_path_factory) -> tuple[Federation, Entry]:
     """A federation with a release of its own in the registry."""
     federation = init_federation(tmp_path_factory.mktemp("mlflow") / "federation", "test federation", "127.0.0.1:1")
-    what = replace(recipe(), signer=signer(federation), authority=federation.ca_certificate.read_bytes())
+    ca = federation.ca_certificate.read_bytes()
+    what = replace(recipe(), signer=signer(federation), authority=ca, trust=ca)
     origin = replace(what.origin, code_sha256="c" * 64)
     made = federation.folder / "registry" / "made"
     manifest = make_release(replace(what, origin=origin), made / "release")

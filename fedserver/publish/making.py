@@ -62,6 +62,7 @@ class Recipe:
         study: as it was trained, plan inside.
         card: as fedserver/publish/card.py makes it; `words` are what a person said for it.
         signer, authority: who signs, and the certificate (PEM) of who vouches for that.
+        trust: what is known of that authority (PEM: see `read_authority`), by which the release is opened once made.
         members: further files of the release by name: fingerprint.json, calibration.json, evidence/...
         approvals, approvers: how many of whom must approve before anybody opens it.
     """
@@ -72,6 +73,7 @@ class Recipe:
     origin: Origin
     signer: Credential = field(repr=False)
     authority: bytes
+    trust: bytes
     card: Mapping[str, Any]
     words: Words = field(default_factory=Words)
     privacy: Mapping[str, Any] | None = None
@@ -92,7 +94,7 @@ def make_release(recipe: Recipe, folder: Path) -> Manifest:
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         manifest = _fill(recipe, part)
-        trust = Trust((recipe.authority,), research=recipe.origin.kind == "simulation")
+        trust = Trust((recipe.trust,), research=recipe.origin.kind == "simulation")
         if not recipe.approvals:  # nobody has approved it yet, and so nobody can open it
             open_release(part, trust)
         part.replace(folder)

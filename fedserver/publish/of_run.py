@@ -17,7 +17,7 @@ from shared_models.errors import StateInvalid
 from shared_models.files import canonical_json, read_json
 from shared_models.identity import Credential
 from shared_models.provenance import APPROVED, CARDS, ENVIRONMENT, PLAN, sha256_of
-from shared_models.release import CALIBRATION, FINGERPRINT, Origin, Parent
+from shared_models.release import CALIBRATION, FINGERPRINT, Origin, Parent, check_version
 from shared_models.study import Study
 from shared_models.weights import file_sha256, load
 
@@ -31,6 +31,7 @@ class Maker:
 
     Attributes:
         name: of the federation, or of the simulation.
+        authority, trust: as in Recipe.
         evidence: further members (audit, roster), made anew for each release.
     """
 
@@ -38,6 +39,7 @@ class Maker:
     name: str
     signer: Credential = field(repr=False)
     authority: bytes
+    trust: bytes
     evidence: Mapping[str, bytes] = field(default_factory=dict)
     roster: tuple[int, str] | None = None
     approvals: int = 0
@@ -56,9 +58,11 @@ def recipe_of(
     """What the release of a run's last weights, or of those after an earlier round, is made from.
 
     Raises:
+        ReleaseInvalid: a version that none can be called.
         StateInvalid: no round is finished, weights that are not as they were written, or a study whose sites keep
             layers to themselves, so that the federation has no whole model.
     """
+    check_version(version)
     state, cards = read_state(run), data_cards or {}
     number = state.round if round_number is None else round_number
     if state.round == 0 or not 0 < number <= state.round:
@@ -130,6 +134,7 @@ def recipe_of(
         origin=origin,
         signer=by.signer,
         authority=by.authority,
+        trust=by.trust,
         card=told,
         words=words,
         privacy=found["privacy"],
