@@ -9,8 +9,10 @@ nothing has come for a while (`quiet_s`). Where an object of it comes after that
   sent again; the new job's results are returned, and the old job is marked `SERIES_REPLACED`;
 - otherwise the new job fails as `SERIES_SPLIT`, without a prediction, until somebody sends the whole series.
 
-Where headers say how many objects the series has (0020,1209) and fewer are there, the job is `SERIES_INCOMPLETE`, and
-its results are not returned.
+The job is `SERIES_INCOMPLETE`, and its results are not returned, where headers say how many objects the series has
+(0020,1209) and fewer are there; where an object of it was turned away for want of room and has not come since; and
+where a connection broke off that brought of it, unless a later one has brought of it and ended in order. What is sent
+again is joined as above, and answered whole.
 """
 
 import hashlib
@@ -31,14 +33,15 @@ from pydicom.datadict import tag_for_keyword
 from fedclient.data.dicom_folder import OBJECTS
 from fedclient.data.dicom_header import load_head, text, unbroken
 from fedclient.serving.handed import Before, Handed
-from fedclient.serving.jobs import Job, Jobs, Overloaded, Room
+from fedclient.serving.jobs import INCOMPLETE, Job, Jobs, Overloaded, Room
+from fedclient.serving.lacking import Lacking
 from shared_models.errors import ImageUnreadable
 from shared_models.files import private_folder
 
 KEYWORDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality")
 MOST_FILES = 20_000  # of a series
 MOST_SERIES = 256  # under way at once
-SPLIT, INCOMPLETE, REPLACED = "SERIES_SPLIT", "SERIES_INCOMPLETE", "SERIES_REPLACED"
+SPLIT, REPLACED = "SERIES_SPLIT", "SERIES_REPLACED"
 COUNT = "NumberOfSeriesRelatedInstances"
 LEFT_S = 3600.0  # after the last byte of a file in quarantine
 UID = re.compile(r"[0-9](?:[0-9.]{0,62}[0-9])?")
@@ -59,13 +62,20 @@ class Received:
 
 @dataclass(slots=True)
 class _Open:
-    """A series that comes in."""
+    """A series that comes in.
+
+    Attributes:
+        broken: a connection ended out of order that brought of it.
+        mending: connections that have brought of it since; one that ends in order has brought what was lacking.
+    """
 
     via: str
     last_s: float
     sessions: set[str]
     before: Before
     files: int = 0
+    broken: bool = False
+    mending: set[str] = field(default_factory=set)
 
 
 class Intake:
@@ -80,27 +90,32 @@ class Intake:
         private_folder(self.quarantine)
         private_folder(self.series)
         self.handed = Handed(folder / "handed", jobs.keep_s)
+        self.lacking = Lacking(folder / "lacking", jobs.keep_s)
         self._lock = threading.Lock()
         self._open: dict[str, _Open] = {}
         for left in self.series.iterdir():
             files = sum(1 for _ in left.iterdir())
-            self._open[left.name] = _Open("dicom", clock(), set(), self.handed.find(left.name), files)
+            if not files:
+                left.rmdir()
+                continue
+            before, broken = self.handed.find(left.name), self.lacking.was_open(left.name)
+            self._open[left.name] = _Open("dicom", clock(), set(), before, files, broken)
 
     def new_file(self) -> Path:
         """Where an object may be written to until it is placed."""
         return self.quarantine / f"{secrets.token_hex(16)}.dcm"
 
-    def place(self, file: Path, via: str, session: str, study: str | None = None) -> Received:
+    def place(self, file: Path, via: str, session: str, study: str | None = None, size_bytes: int = 0) -> Received:
         """Takes an object out of quarantine and puts it beside its series; one that comes again takes its own place.
-
-        Its bytes are to be paid for in `Room` already.
 
         Args:
             study: of which it must be, where the sender has said so.
+            size_bytes: to be paid for in `Room`; 0 where its bytes are paid for already.
 
         Raises:
-            ImageUnreadable: no DICOM, broken, no image, or without the numbers that say what it belongs to.
-            Overloaded: another series, while as many cases wait as may, or as many come in.
+            ImageUnreadable: no DICOM, broken, no image, without the numbers that say what it belongs to, or one more
+                than are taken of a series.
+            Overloaded: no room, or another series while as many cases wait as may, or as many come in.
         """
         with unbroken():
             data = load_head(file, _TAGS)
@@ -112,31 +127,61 @@ class Intake:
             raise ImageUnreadable("DICOM: of another study than the request is for.", "SERIES_MIXED")
         if said["Modality"] in OBJECTS:
             raise ImageUnreadable("DICOM: no image; the model looks at images.", "MODALITY_MISMATCH")
-        key = _named(said["StudyInstanceUID"], said["SeriesInstanceUID"])
-        to = self.series / key / f"{_named(said['SOPInstanceUID'])}.dcm"
+        key, name = _named(said["StudyInstanceUID"], said["SeriesInstanceUID"]), f"{_named(said['SOPInstanceUID'])}.dcm"
         with self._lock:
-            found = self._open.get(key)
-            before = self.handed.find(key) if found is None else found.before
-            if before.names and to.name not in before.names:  # which holds even where there is no room for it
-                self._mark(before.jobs)
-            if found is None:
-                if self.jobs.full or len(self._open) >= MOST_SERIES:
-                    raise Overloaded("as many cases wait as this machine takes. Send it again later.")
-                found = self._open[key] = _Open(via, self.clock(), set(), before)
-                private_folder(self.series / key)
-            if found.files >= MOST_FILES:
-                raise ImageUnreadable(f"DICOM: more than {MOST_FILES} objects of one series.", "INPUT_TOO_LARGE")
-            found.files += not to.exists()
-            file.replace(to)
-            found.last_s = self.clock()
-            found.sessions.add(session)
+            try:
+                self._put(file, key, name, via, session, size_bytes)
+            except (ImageUnreadable, Overloaded, OSError):
+                self.lacking.refuse(key, name)
+                raise
+            self.lacking.came(key, name)
         return Received(said["SOPClassUID"], said["SOPInstanceUID"], said["StudyInstanceUID"])
 
-    def closed(self, session: str) -> None:
-        """A connection has ended; what it brought may be whole."""
+    def _put(self, file: Path, key: str, name: str, via: str, session: str, size_bytes: int) -> None:
+        """Under the lock."""
+        found = self._open.get(key)
+        before = self.handed.find(key) if found is None else found.before
+        if before.names and name not in before.names:  # which holds even where there is no room for it
+            self._mark(before.jobs)
+        if found is None and (self.jobs.full or len(self._open) >= MOST_SERIES):
+            raise Overloaded("as many cases wait as this machine takes. Send it again later.")
+        if found is not None and found.files >= MOST_FILES:
+            raise ImageUnreadable(f"DICOM: more than {MOST_FILES} objects of one series.", "INPUT_TOO_LARGE")
+        if size_bytes:
+            self.room.take(size_bytes)
+        try:
+            to = self.series / key / name
+            private_folder(to.parent)
+            again = to.exists()
+            if found is None or session not in found.sessions:
+                self.lacking.opened(key)
+            file.replace(to)
+        except OSError:
+            self.room.give(size_bytes)
+            raise
+        if found is None:
+            found = self._open[key] = _Open(via, self.clock(), set(), before)
+        if found.broken and session not in found.sessions:
+            found.mending.add(session)
+        found.files += not again
+        found.last_s = self.clock()
+        found.sessions.add(session)
+
+    def closed(self, session: str, broken: bool = False) -> None:
+        """A connection has ended, in order or `broken` off; what it brought may be whole."""
         with self._lock:
-            for found in self._open.values():
-                found.sessions.discard(session)
+            for key, found in self._open.items():
+                if session not in found.sessions:
+                    continue
+                found.sessions.remove(session)
+                if broken:
+                    found.broken = True
+                    found.mending.clear()
+                elif session in found.mending:
+                    found.broken = False
+                    found.mending.clear()
+                if not found.sessions and not found.broken:
+                    self.lacking.ended(key)
 
     def hand_on(self) -> int:
         """Makes a job of every series that is whole; how many. What finds no room waits on."""
@@ -166,25 +211,38 @@ class Intake:
                 lacking = self._join(folder, lacking, before.jobs)
             known = [each for each in before.jobs if self.jobs.find(each) is not None]
             self.handed.note(key, Before(names | before.names if fits else before.names, (*known, job.id)))
+            why = f"{len(lacking)} objects came before and are gone: send the whole series."
+            partial = (SPLIT, why) if lacking else self._partial(key, found, folder)
+            job = replace(job, partial=partial, again=bool(before.names))
+            self.jobs.expect(job)
             into.rmdir()
             folder.rename(into)
             if lacking:
-                self.jobs.refuse(job, SPLIT, f"{len(lacking)} objects came before and are gone: send the whole series.")
+                self.jobs.refuse(job, SPLIT, why)
             else:
-                self.jobs.submit(replace(job, partial=_short(into), again=bool(before.names)), admitted=True)
+                self.jobs.submit(job, admitted=True)
         except OSError:  # a full disk: the series waits on
             if not folder.exists():
                 into.rename(folder)
             self.jobs.forget(job.id)
             raise
         del self._open[key]
+        self.lacking.ended(key)
         log.info("job %s: a series of %d objects%s", job.id[:8], found.files, ", without the rest" if lacking else "")
         if before.names and not names <= before.names:
             self._mark(known)
         if not lacking:
-            partial = [each.id for each in map(self.jobs.find, known) if each is not None and each.partial is not None]
-            for earlier in partial:
-                self.jobs.mark_partial(earlier, REPLACED, f"job {job.id} is of more of the series.")
+            for earlier in map(self.jobs.find, known):
+                if earlier is not None and earlier.partial is not None:
+                    self.jobs.mark_partial(earlier.id, REPLACED, f"job {job.id} is of more of the series.")
+
+    def _partial(self, key: str, found: _Open, folder: Path) -> tuple[str, str] | None:
+        """Code and words, where the objects in `folder` are known not to be the whole series."""
+        if refused := self.lacking.refused(key) - {path.name for path in folder.iterdir()}:
+            return INCOMPLETE, f"{len(refused)} objects of it were turned away. Send them, or the whole series, again."
+        if found.broken:
+            return INCOMPLETE, "the connection broke off that it came by. Send the whole series again."
+        return _short(folder)
 
     def _mark(self, jobs: Sequence[str]) -> None:
         for job in jobs:

@@ -28,6 +28,7 @@ from shared_models.files import private_folder, read_json, write_json
 State = Literal["receiving", "waiting", "running", "done", "failed"]
 MOST_TRIES = 2  # of a case during which the worker, or this process, died
 SWEEP_S = 60.0
+INCOMPLETE = "SERIES_INCOMPLETE"
 MOST_KEPT = 5000  # jobs that are done; each takes some ten KB of memory
 
 log = logging.getLogger("fedclient.serving")
@@ -186,6 +187,11 @@ class Jobs:
             self._known[job.id] = job
         return job
 
+    def expect(self, job: Job) -> None:
+        """Writes down a job whose files come into `place(id)`/in by one rename: from then on the job is not lost."""
+        with self._change:
+            self._set(job)
+
     def submit(self, job: Job, admitted: bool = False) -> None:
         """Puts a job, whose files are there, into the queue.
 
@@ -298,6 +304,12 @@ class Jobs:
         try:
             answer = self.worker.ask(folder, job.via == "page", job.counts)
             job = _answered(job, answer)
+            unread = answer.get("unread")
+            if unread and job.state == "done" and job.via != "page" and job.partial is None:
+                words = (
+                    f"{len(unread)} of its parts could not be read ({unread[0]['code']}). Send the whole series again."
+                )
+                job = replace(job, partial=(INCOMPLETE, words))
         except FederationError as error:
             job = replace(job, state="failed", error=("WORKER_FAILED", str(error)))
         except Exception as error:  # a fault of ours must not end the service; its words might quote a file
@@ -305,15 +317,16 @@ class Jobs:
             job = replace(job, state="failed", error=("INTERNAL", "a fault of the service; its log says where."))
         if self._stop and job.state == "failed":
             return  # the service ends, and has taken the worker from this case: the next start goes on with it
-        if job.via == "page" or self._past_joining(job):
-            shutil.rmtree(folder / "in", ignore_errors=True)
-        self.room.count()
         with self._change:
-            job = replace(job, partial=self._known.get(job.id, job).partial)  # more may have come meanwhile
+            meanwhile = self._known.get(job.id, job).partial  # more may have come
+            job = replace(job, partial=meanwhile or job.partial)
             if job.state == "done" and self.done is not None:
                 job = replace(job, returned="waiting" if job.partial is None else "withheld")
             self._set(job)
             self._mark_results(job)
+        if self._over_with(job):  # only now that the answer is written
+            shutil.rmtree(folder / "in", ignore_errors=True)
+        self.room.count()
         log.info("job %s: %s%s", job.id[:8], job.state, f", {job.error[0]}" if job.error else "")
         if job.returned == "waiting" and self.done is not None:
             self.done(job)
@@ -329,12 +342,13 @@ class Jobs:
         for job in self.all():
             if job.came_s < before and job.state != "running" and job.returned != "waiting":
                 self.forget(job.id)
-            elif job.state in ("done", "failed") and self._past_joining(job) and (self.place(job.id) / "in").exists():
+            elif job.state in ("done", "failed") and self._over_with(job) and (self.place(job.id) / "in").exists():
                 shutil.rmtree(self.place(job.id) / "in", ignore_errors=True)
                 self.room.count()
 
-    def _past_joining(self, job: Job) -> bool:
-        return self.clock() - job.came_s >= self.join_s
+    def _over_with(self, job: Job) -> bool:
+        """Whether the files of a case that is answered are of no more use."""
+        return job.via == "page" or self.clock() - job.came_s >= self.join_s
 
     def _mark_results(self, job: Job) -> None:
         """Writes into each result.json that it is of a part, where it is."""
@@ -356,7 +370,11 @@ class Jobs:
         """Goes on with what a process before this one left: uploads that never ended are deleted."""
         for folder in sorted(self.folder.iterdir()):
             job = _read(folder / "job.json")
+            if job is not None and job.state == "receiving" and _holds_any(folder / "in"):  # they came by one rename
+                job = replace(job, state="waiting")
             if job is None or job.state == "receiving" or not re.fullmatch("[0-9a-f]{32}", folder.name):
+                if _holds_any(folder / "in"):
+                    log.warning("job %s: an upload that never ended is deleted", folder.name[:8])
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             if job.state == "running" and job.tries >= MOST_TRIES:
@@ -375,6 +393,10 @@ def _answered(job: Job, answer: Mapping[str, Any]) -> Job:
         return replace(job, state="done", answer=answer)
     unread = answer.get("unread") or [{"code": "FILE_MISSING", "why": "nothing that can be read was sent."}]
     return replace(job, state="failed", answer=answer, error=(unread[0]["code"], unread[0]["why"]))
+
+
+def _holds_any(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _read(path: Path) -> Job | None:

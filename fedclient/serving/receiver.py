@@ -26,10 +26,10 @@ from pynetdicom.transport import ThreadedAssociationServer
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Overloaded, Room
 from fedclient.serving.settings import Serve
-from shared_models.errors import FederationError, ImageUnreadable, ProcessFailed
+from shared_models.errors import ImageUnreadable, ProcessFailed
 
 SUCCESS, NOT_AUTHORISED, OUT_OF_RESOURCES, NOT_AN_IMAGE, CANNOT_UNDERSTAND = 0x0000, 0x0124, 0xA700, 0xA900, 0xC000
-P_DATA = b"\4"  # the first byte of a unit that is part of a message
+P_DATA, A_RELEASE = b"\4", b"\5"  # the first byte of a unit that is part of a message, or asks for the end
 MOST_PDU = 1 << 20  # of one protocol data unit; peers are told 64 KiB
 SAID_PDU = 1 << 16
 MOST_COMMAND = 1 << 16  # bytes of the command of a message, which pynetdicom keeps in memory; they have some hundred
@@ -83,6 +83,9 @@ class Receiver:
         self._bytes: dict[int, int] = {}  # of an association's message under way
         self._command_bytes: dict[int, int] = {}  # of a command that has not ended
         self._begun: dict[int, float] = {}  # when it began
+        self._heard: dict[int, float] = {}  # when an association sent its last unit
+        self._in_order: dict[int, bool] = {}  # of an association that ends: whether it was released, and not cut off
+        self._here: set[int] = set()  # connections
         self._links: WeakSet[Any] = WeakSet()
         self._held: WeakSet[threading.Thread] = WeakSet()  # of each connection
 
@@ -150,6 +153,7 @@ class Receiver:
         link = outer.socket
         link.settimeout(STALL_S)
         with self._lock:
+            self._here.add(id(event.assoc))
             self._links.add(link)
             crowded = sum(each.is_alive() for each in self._held) >= MOST_LINKS
             self._held.add(event.assoc)
@@ -171,6 +175,9 @@ class Receiver:
         """
         key, size_bytes = id(event.assoc), len(event.data)
         with self._lock:
+            self._heard[key] = self.clock()
+            if event.data[:1] == A_RELEASE:
+                self._in_order.setdefault(key, True)
             begun = self._begun.setdefault(key, self.clock()) if event.data[:1] == P_DATA else self.clock()
             self._command_bytes[key], longest = command_bytes(event.data, self._command_bytes.get(key, 0))
             held = self._bytes.get(key, 0) + size_bytes
@@ -179,7 +186,7 @@ class Receiver:
             self.room.take(size_bytes)
         except Overloaded:
             log.warning("a DICOM peer sent more than there is room for and was cut off")
-            event.assoc.abort()
+            self._cut(event.assoc)
             return
         with self._lock:
             self._bytes[key] = held
@@ -191,7 +198,12 @@ class Receiver:
             log.warning("a DICOM peer sent less than %d KiB a second and was cut off", SLOWEST >> 10)
         else:
             return
-        event.assoc.abort()
+        self._cut(event.assoc)
+
+    def _cut(self, association: Any) -> None:
+        with self._lock:
+            self._in_order.setdefault(id(association), False)
+        association.abort()
 
     def _ended(self, association: Any) -> None:
         """A message is over; what it took up in quarantine is given back."""
@@ -206,18 +218,16 @@ class Receiver:
 
     def _stored(self, event: evt.Event) -> int:
         """What a peer hears of one object."""
-        path = Path(event.dataset_path)
+        path, session = Path(event.dataset_path), session_of(event.assoc)
         self._ended(event.assoc)
         try:
             if not self._permitted(event.assoc):
                 return NOT_AUTHORISED
-            size_bytes = path.stat().st_size
-            self.room.take(size_bytes)
-            try:
-                self.intake.place(path, "dicom", session_of(event.assoc))
-            except FederationError:
-                self.room.give(size_bytes)
-                raise
+            self.intake.place(path, "dicom", session, size_bytes=path.stat().st_size)
+            with self._lock:
+                here = id(event.assoc) in self._here
+            if not here:  # it broke off before its last object was looked at
+                self.intake.closed(session, broken=True)
         except Overloaded:
             return OUT_OF_RESOURCES
         except ImageUnreadable as error:
@@ -231,14 +241,21 @@ class Receiver:
         return SUCCESS
 
     def _closed(self, event: evt.Event) -> None:
-        self._ended(event.assoc)
+        """A connection is over: released, or broken off. One that is cut off because it was kept open without a word,
+        between two messages, has broken nothing off."""
+        key = id(event.assoc)
         with self._lock:
-            self._command_bytes.pop(id(event.assoc), None)
+            self._here.discard(key)
+            heard = self._heard.pop(key, self.clock())
+            silent = key not in self._begun and self.clock() - heard >= STALL_S - 1
+            in_order = self._in_order.pop(key, silent)
+            self._command_bytes.pop(key, None)
+        self._ended(event.assoc)
         half = getattr(event.assoc.dimse.message, "_data_set_file", None)  # of a message that never ended
         if half is not None:
             half.close()
             Path(half.name).unlink(missing_ok=True)
-        self.intake.closed(session_of(event.assoc))
+        self.intake.closed(session_of(event.assoc), broken=not in_order)
 
 
 def received(link: socket.socket, size: int) -> bytearray:

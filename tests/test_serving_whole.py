@@ -1,0 +1,322 @@
+"""What is known to be a part of a series is not returned as the whole, and what was accepted is not lost."""
+
+import gc
+import shutil
+import socket
+import struct
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pydicom
+import pytest
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pynetdicom import AE
+from pynetdicom.association import Association
+
+from fedclient.serving.intake import Intake
+from fedclient.serving.jobs import Jobs, Overloaded
+from fedclient.serving.lacking import Lacking
+from fedclient.serving.receiver import STALL_S, Receiver, session_of
+from fedclient.serving.settings import Serve
+from shared_models.errors import ImageUnreadable
+from simulations.fixtures.dicom import write_dicom_series
+from simulations.fixtures.sown import person
+from tests.test_serving import Hands, Told, data_unit, heard, image, put, queue, until, whole
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("series")
+    return write_dicom_series(folder, person(0).volume).paths[:4]
+
+
+def told(jobs: Jobs) -> list[Any]:
+    return [(job.state, job.partial and job.partial[0], job.returned) for job in jobs.all()]
+
+
+def ended(jobs: Jobs, count: int) -> bool:
+    return len(jobs.all()) == count and all(job.state in ("done", "failed") for job in jobs.all())
+
+
+WITHHELD, WAITS = ("done", "SERIES_INCOMPLETE", "withheld"), ("done", None, "waiting")
+
+
+# ---- what is a part ----
+
+
+def test_a_series_whose_connection_broke_off_is_withheld_until_all_of_it_is_sent_again(tmp_path, series):
+    worker, back = Told(), list[Job]()
+    with queue(tmp_path, worker, done=back.append, join_s=60.0) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for path in series[:3]:
+            hands.give(path, "one")
+        hands.intake.closed("one", broken=True)
+        whole(hands, "one")
+        until(lambda: ended(jobs, 1))
+        assert (told(jobs), back) == ([WITHHELD], [])
+        for path in series:
+            hands.give(path, "two")
+        whole(hands, "two")
+        until(lambda: ended(jobs, 2))
+        assert told(jobs) == [("done", "SERIES_REPLACED", "withheld"), WAITS]
+        assert [len(each) for each in worker.seen] == [3, 4]
+        assert worker.counted == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("steps", "partial"),
+    [
+        ("0a 1b a! b.", True),  # the other had begun before
+        ("0a a! 0b 1b b.", False),  # it came again
+        ("0a a! 0b 1b b!", True),
+        ("0a a! 0b b! 0c c.", False),
+    ],
+)
+def test_a_connection_that_comes_after_one_that_broke_off_and_ends_in_order_mends_it(tmp_path, series, steps, partial):
+    with queue(tmp_path, Told(), done=lambda _: None) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for first, second in steps.split():
+            if second in "!.":
+                hands.intake.closed(first, broken=second == "!")
+            else:
+                hands.give(series[int(first)], second)
+        whole(hands, "none")
+        until(lambda: ended(jobs, 1))
+        assert told(jobs) == [WITHHELD if partial else WAITS]
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_series_that_was_coming_as_the_process_was_killed_is_withheld_and_one_that_had_come_is_not(
+    tmp_path, series, killed
+):
+    with queue(tmp_path, Told(), done=lambda _: None) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        hands.give(series[0], "one")
+        if not killed:
+            hands.intake.closed("one")
+        hands = Hands(jobs, room, tmp_path)  # another process
+        whole(hands, "none")
+        until(lambda: ended(jobs, 1))
+        assert told(jobs) == [WITHHELD if killed else WAITS]
+        assert list((tmp_path / "serve" / "lacking").iterdir()) == []
+
+
+def test_a_series_of_which_objects_were_turned_away_is_withheld_until_the_last_has_come(tmp_path, series):
+    worker = Told()
+    worker.go.clear()
+    with queue(tmp_path, worker, most=1, done=lambda _: None, join_s=60.0) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        others = [put(jobs)]
+        until(lambda: jobs.find(others[0]).state == "running")
+        others.append(put(jobs))
+        for path in series[:2]:
+            with pytest.raises(Overloaded):
+                hands.give(path, "one")
+        worker.go.set()
+        until(lambda: ended(jobs, 2))
+        for each in others:
+            jobs.forget(each)
+        hands = Hands(jobs, room, tmp_path)  # another process remembers it
+        for path in series[2:]:
+            hands.give(path, "one")
+        whole(hands, "one")
+        until(lambda: ended(jobs, 1))
+        assert told(jobs) == [WITHHELD]
+        assert jobs.all()[0].partial[1].startswith("2 objects")
+        hands.give(series[0], "two")
+        whole(hands, "two")
+        until(lambda: ended(jobs, 2))
+        assert told(jobs)[1] == WITHHELD
+        hands.give(series[1], "three")
+        whole(hands, "three")
+        until(lambda: ended(jobs, 3))
+        assert told(jobs)[2] == WAITS
+        assert len(worker.seen[-1]) == 4
+
+
+def test_objects_beyond_the_quota_and_beyond_what_a_series_may_have_are_remembered_as_lacking(
+    tmp_path, series, monkeypatch
+):
+    monkeypatch.setattr("fedclient.serving.intake.MOST_FILES", 2)
+    with queue(tmp_path, Told(), done=lambda _: None) as (jobs, room):
+        intake = Intake(tmp_path / "serve", jobs, room, 0.0)
+        used = room.used_bytes
+
+        def give(path, size_bytes):
+            file = intake.new_file()
+            shutil.copyfile(path, file)
+            intake.place(file, "dicom", "one", size_bytes=size_bytes)
+
+        give(series[0], 100)
+        with pytest.raises(Overloaded):
+            give(series[1], 1 << 30)
+        give(series[2], 100)
+        with pytest.raises(ImageUnreadable, match="more than 2"):
+            give(series[3], 100)
+        assert room.used_bytes == used + 200
+        intake.closed("one")
+        time.sleep(0.01)
+        assert intake.hand_on() == 1
+        until(lambda: ended(jobs, 1))
+        assert told(jobs) == [WITHHELD]
+        assert jobs.all()[0].partial[1].startswith("2 objects")
+
+
+@pytest.mark.parametrize(("via", "expected"), [("dicom", WITHHELD), ("stow", WITHHELD), ("page", WAITS)])
+def test_a_series_of_which_a_file_cannot_be_read_is_withheld(tmp_path, via, expected):
+    unread = [{"code": "DICOM_UNREADABLE", "why": "broken."}]
+    with queue(tmp_path, Told(lambda _: {"images": [image()], "unread": unread}), done=lambda _: None) as (jobs, _):
+        job = jobs.begin(via)
+        (jobs.place(job.id) / "in" / "a.dcm").write_bytes(b"x")
+        jobs.submit(job)
+        until(lambda: ended(jobs, 1))
+        assert told(jobs) == [expected]
+
+
+def test_the_memory_of_what_was_turned_away_has_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedclient.serving.lacking.MOST_REFUSED", 3)
+    memory = Lacking(tmp_path, keep_s=100.0)
+    for key, name in (("a", "1"), ("a", "2"), ("b", "1"), ("c", "1")):
+        memory.refuse(key, name)
+    assert [len(memory.refused(key)) for key in "abc"] == [0, 1, 1]
+    memory.came("b", "1")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert Lacking(tmp_path, keep_s=100.0).refused("c") == {"1"}
+    assert Lacking(tmp_path, keep_s=-1.0).refused("c") == frozenset()
+    assert list(tmp_path.iterdir()) == []
+
+
+def association(port: int) -> Association:
+    entity = AE(ae_title="PACS")
+    entity.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
+    return entity.associate("127.0.0.1", port, ae_title="FEDIMAGING")
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+@pytest.mark.parametrize(
+    ("end", "expected"), [("release", WAITS), ("abort", WITHHELD), ("reset", WITHHELD), ("quota", WITHHELD)]
+)
+def test_a_peer_that_does_not_release_its_association_has_not_sent_the_whole(tmp_path, series, end, expected):
+    with queue(tmp_path, Told(), done=lambda _: None) as (jobs, room):
+        intake = Intake(tmp_path / "serve", jobs, room, 0.0)
+        receiver = Receiver(Serve(allow=("PACS",), dicom_port=0), intake, room)
+        receiver.start()
+        try:
+            link = association(receiver.port)
+            for path in series[:2]:
+                assert link.send_c_store(pydicom.dcmread(path)).Status == 0
+            if end == "quota":
+                room.quota_bytes = room.used_bytes + 1
+                link.send_c_store(pydicom.dcmread(series[2]))
+            elif end == "reset":
+                plug: Any = link.dul.socket and link.dul.socket.socket
+                plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                plug.close()
+            else:
+                getattr(link, end)()
+            until(lambda: intake.hand_on() == 1)
+            until(lambda: ended(jobs, 1))
+            assert told(jobs) == [expected]
+        finally:
+            receiver.stop()
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("later_s", "half", "broken"), [(STALL_S, False, False), (STALL_S, True, True), (5.0, False, True)]
+)
+def test_who_is_cut_off_for_his_silence_has_sent_the_whole_unless_it_was_in_the_middle_of_an_object(
+    tmp_path, series, later_s, half, broken
+):
+    now = [0.0]
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        receiver = Receiver(Serve(allow=("PACS",)), hands.intake, room, clock=lambda: now[0])
+        requestor = SimpleNamespace(ae_title="PACS", address="")
+        peer = SimpleNamespace(requestor=requestor, dimse=SimpleNamespace(message=None))
+        receiver._counted(heard(assoc=peer, data=data_unit((3, 70))))
+        receiver._echoed(heard(assoc=peer))
+        hands.give(series[0], session_of(peer))
+        if half:
+            receiver._counted(heard(assoc=peer, data=data_unit((3, 70))))
+        now[0] = later_s
+        receiver._closed(heard(assoc=peer))
+        whole(hands, "none")
+        assert (jobs.all()[0].partial is not None) == broken
+
+
+# ---- what is accepted ----
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def killed(*_: Any, **__: Any) -> Any:
+    raise Killed
+
+
+@pytest.mark.parametrize("last_act", ["expect", "submit"])
+def test_a_series_that_was_handed_on_as_the_process_was_killed_is_predicted_on_after_the_next_start(
+    tmp_path, series, monkeypatch, last_act
+):
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for path in series:
+            hands.give(path, "one")
+        hands.intake.closed("one")
+        hands.now = 5.0
+        monkeypatch.setattr(jobs, last_act, killed)
+        with pytest.raises(Killed):
+            hands.intake.hand_on()
+    worker = Told()
+    with queue(tmp_path, worker) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        hands.now = 5.0
+        hands.intake.hand_on()
+        until(lambda: ended(jobs, 1))
+        assert told(jobs) == [("done", None, "off")]
+        assert [len(each) for each in worker.seen] == [4]
+
+
+def test_a_series_of_a_part_that_was_handed_on_as_the_process_was_killed_is_still_known_as_one(
+    tmp_path, series, monkeypatch
+):
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        hands.give(series[0], "one")
+        hands.intake.closed("one", broken=True)
+        hands.now = 5.0
+        monkeypatch.setattr(jobs, "submit", killed)
+        with pytest.raises(Killed):
+            hands.intake.hand_on()
+    with queue(tmp_path, Told(), done=lambda _: None) as (jobs, _):
+        until(lambda: ended(jobs, 1))
+        assert told(jobs) == [WITHHELD]
+
+
+def test_an_upload_that_never_ended_is_deleted_and_the_log_says_so(tmp_path, caplog):
+    with queue(tmp_path, Told(), started=False) as (jobs, _):
+        job = jobs.begin("page")
+        (jobs.place(job.id) / "in" / "a.dcm").write_bytes(b"x")
+    with queue(tmp_path, Told(), started=False) as (again, _):
+        assert not again.place(job.id).exists()
+    assert f"job {job.id[:8]}: an upload that never ended is deleted" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_case_whose_process_is_killed_as_its_answer_is_written_is_answered_all_the_same(tmp_path, monkeypatch):
+    with queue(tmp_path, Told(), done=lambda _: None, started=False) as (jobs, room):
+        job = put(jobs)
+        monkeypatch.setattr(jobs, "_set", lambda job, then=jobs._set: killed() if job.state == "done" else then(job))
+        monkeypatch.setattr(room, "count", killed)  # whichever is first
+        jobs.start()
+        until(lambda: not jobs._thread.is_alive())
+    worker = Told()
+    with queue(tmp_path, worker, done=lambda _: None) as (jobs, _):
+        until(lambda: ended(jobs, 1))
+        assert (told(jobs), worker.seen) == ([WAITS], [["a.dcm"]])
+        until(lambda: not (jobs.place(job) / "in").exists())
