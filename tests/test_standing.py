@@ -349,6 +349,20 @@ def test_a_list_that_could_not_be_kept_counts_for_all_cases_of_a_service(made, s
     assert "could not be kept here" in warning
 
 
+@pytest.mark.usefixtures("today")
+def test_a_predicting_process_is_replaced_though_the_list_that_was_handed_in_has_gone(
+    made, site, tmp_path, monkeypatch
+):
+    given, started = made.listed(tmp_path / "stick.json", days=30_000), Mock()
+    monkeypatch.setattr("fedclient.serving.service.Service", started)
+    typed("serve-model", str(made.folder), "--site", str(site), "--status", str(given))
+    command = started.call_args.args[2]
+    given.unlink()
+    again = Path(command[command.index("--status") + 1])
+    assert Watch(site, made.opened(), groups_of(site, ()), again).warnings() == []
+    assert "is not there" in typed("serve-model", str(made.folder), "--site", str(site), "--status", str(given), code=1)
+
+
 # ---- whom a site trusts ----
 
 
