@@ -7,6 +7,7 @@ site/release-status/<name>.json   the newest list of each federation's releases 
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from shared_models.identity import vouched
 from shared_models.parse import parse_json
 from shared_models.release import SIGNATURE, Release, Trust
 from shared_models.release_facts import Signed
-from shared_models.standing import Standings, ahead, read_standings, retired, warned
+from shared_models.standing import Standings, ahead, read_standings, retired, unretired, warned
 
 
 def policy_of(site: Path) -> Releases:
@@ -94,8 +95,8 @@ class Watch:
         """What there is to say before the release is used; nothing where all is well, or nobody has handed in a list.
 
         Raises:
-            ReleaseInvalid: it is retired or unknown; a list of another federation, or one dated ahead of this
-                machine's clock; none that is good, where site.toml asks for one.
+            ReleaseInvalid: it is retired or unknown; a list of another federation, one dated ahead of this machine's
+                clock, or one that takes back a retirement; none that is good, where site.toml asks for one.
         """
         origin = self.release.manifest.origin
         required = policy_of(self.site).status_required
@@ -160,24 +161,39 @@ class Watch:
             return handed, []
         try:
             with locked(kept_at.with_suffix(".lock")):
-                try:
-                    kept = self._kept(kept_at, authorities)
-                except ReleaseInvalid:  # of an authority that was dropped since, or spoilt: the new one takes its place
-                    kept = None
-                if kept is not None and ahead(kept, now_s):  # nothing could ever be newer
-                    retired(kept, self.release.digest)
-                    kept = None
-                if kept is not None and kept.made_at > handed.made_at:
+                kept = self._sound(kept_at, authorities)
+                early = kept is not None and bool(ahead(kept, now_s))  # nothing could ever be newer
+                if kept is not None and kept.made_at > handed.made_at and not early:
                     retired(handed, self.release.digest)  # whatever the newer one says: nothing comes back from that
                     return kept, [f"{self.given}: is older than the list of {day(kept.made_at)} that is kept here"]
+                self._none_comes_back(kept, handed)
                 if handed != kept:
                     write_atomic(kept_at, content)
         except OSError as error:  # a folder that is only read
+            with suppress(OSError):
+                self._none_comes_back(self._sound(kept_at, authorities), handed)
             return handed, [f"{self.given}: could not be kept here ({error.strerror}), and counts for this time alone"]
         return handed, []
 
     def _kept(self, path: Path, authorities: Sequence[bytes]) -> Standings | None:
         return read_standings(path.read_bytes(), authorities, str(path)) if path.exists() else None
+
+    def _sound(self, path: Path, authorities: Sequence[bytes]) -> Standings | None:
+        """The kept list; none where its authority was dropped since, or it is spoilt: another takes its place."""
+        try:
+            return self._kept(path, authorities)
+        except ReleaseInvalid:
+            return None
+
+    def _none_comes_back(self, kept: Standings | None, handed: Standings) -> None:
+        """Refuses a newer list that takes a retirement back, as that of a coordinator does which was restored."""
+        if kept is not None and (back := unretired(kept, handed)):
+            raise ReleaseInvalid(
+                f"{self.given}: the newer list no longer calls {', '.join(back[:5])} retired, as that of "
+                f"{day(kept.made_at)} does, which is kept: the coordinator was put back from a backup. Telephone it: "
+                f"it has to retire {'it' if len(back) == 1 else 'them'} again, and then to make another list. Only "
+                f"where it says that it cannot, delete {self._kept_at()}."
+            )
 
     def _authorities(self) -> tuple[bytes, ...]:
         """Of the federation of which one vouches for the release."""

@@ -110,6 +110,15 @@ def retired(standings: Standings, digest: str) -> None:
         )
 
 
+def unretired(kept: Standings, newer: Standings) -> list[str]:
+    """Releases that `kept` calls retired and `newer` does not, by their labels: nobody takes a retirement back."""
+    return [
+        each.label
+        for digest, each in kept.releases.items()
+        if each.stage == "retired" and (digest not in newer.releases or newer.releases[digest].stage != "retired")
+    ]
+
+
 def warned(standings: Standings, digest: str, made_at: float, now_s: float) -> list[str]:
     """What a list gives cause to say of the release with this digest, made at `made_at`; nothing where it is well.
 

@@ -1,5 +1,6 @@
 """Results as DICOM, read back by highdicom and pydicom: on the slices of the source, coded, and called no diagnosis."""
 
+import json
 import shutil
 import subprocess
 from dataclasses import replace
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from highdicom.sr import srread
 from pydicom import Dataset, dcmread
+from pydicom.config import disable_value_validation
 from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.valuerep import PersonName
 
 from fedclient.data.dicom import read_series
 from fedclient.data.seg import read_seg
@@ -244,6 +247,90 @@ def test_a_header_without_what_dicom_asks_for_still_bears_results(tmp_path):
         write_case(found, "case", tmp_path, DICOM)
     assert not (tmp_path / "case").exists()
     write_case(found, "case", tmp_path, ("nifti",))
+
+
+def results_of(source: Path, folder: Path) -> dict[str, str]:
+    """What could not be made of it."""
+    return write_case(predict_case(model(LUNG), source), "case", folder, DICOM)[1]
+
+
+@pytest.mark.parametrize(
+    ("sets", "name", "told"),
+    [
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎", "Yamada^Tarou=山田^太郎"),
+        (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞", "Hong^Gildong=洪^吉洞"),
+        (["ISO_IR 100", "ISO 2022 IR 126"], "Müller", "Müller"),
+        ("ISO_IR_100", "Mueller", "Mueller"),
+        ("ISO_IR 192", b"M\xfcller^Eva", "M\N{REPLACEMENT CHARACTER}ller^Eva"),  # says UTF-8, and is Latin-1
+    ],
+)
+def test_a_name_in_whatever_alphabet_stands_in_the_results(sets, name, told, tmp_path):
+    def named(k: int, data: Any) -> None:
+        data.SpecificCharacterSet = sets
+        data.PatientName = PersonName(name) if isinstance(name, bytes) else name
+
+    with disable_value_validation():
+        write_series(tmp_path / "ct", edit=named)
+    assert results_of(tmp_path / "ct", tmp_path) == {}
+    for path in (tmp_path / "case").iterdir():
+        assert str(dcmread(path).PatientName) == told
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        *[("PatientSex", value) for value in ("U", "W", "m", "Male")],
+        *[("PatientBirthDate", value) for value in ("1950", "19500000", "00000000", "unknown")],
+        ("StudyDate", "2026-01-05"), ("StudyTime", "12:00:01"), ("StudyTime", "240000"),
+    ],
+)  # fmt: skip
+def test_a_fact_of_the_header_that_breaks_the_standard_is_left_empty_and_costs_no_result(keyword, value, tmp_path):
+    with disable_value_validation():
+        write_series(tmp_path / "ct", edit=lambda k, data: setattr(data, keyword, value))
+    assert results_of(tmp_path / "ct", tmp_path) == {}
+    for path in (tmp_path / "case").iterdir():
+        assert dcmread(path)[keyword].is_empty
+
+
+def test_slices_whose_orientation_differs_by_rounding_bear_results(tmp_path):
+    def jitter(k: int, data: Any) -> None:
+        data.ImageOrientationPatient = [1, 1e-8 * k, 0, -1e-8 * k, 1, 0]
+
+    write_series(tmp_path / "ct", edit=jitter)
+    assert results_of(tmp_path / "ct", tmp_path) == {}
+    volume = read_series(sorted((tmp_path / "ct").iterdir()))
+    drawn = read_seg(tmp_path / "case/segmentation.dcm", volume, {"lung": 1})
+    assert np.array_equal(drawn, predict_case(model(LUNG), tmp_path / "ct").mask)
+
+
+@pytest.mark.parametrize("frames", [1, 6])
+@pytest.mark.parametrize(
+    "moved", [("PlaneOrientationSequence",), ("PlaneOrientationSequence", "PixelMeasuresSequence")]
+)
+def test_an_enhanced_image_whose_frames_say_their_orientation_each_bears_the_same_results(moved, frames, tmp_path):
+    data = enhanced(frames)
+    (shared,) = data.SharedFunctionalGroupsSequence
+    for keyword in moved:
+        for group in data.PerFrameFunctionalGroupsSequence:
+            setattr(group, keyword, shared[keyword].value)
+        delattr(shared, keyword)
+    assert results_of(write(tmp_path / "ours.dcm", data), tmp_path) == {}
+    assert results_of(write(tmp_path / "plain.dcm", enhanced(frames)), tmp_path / "plain") == {}
+    found, plain = (
+        hd.seg.segread(each / "case/segmentation.dcm").get_volume() for each in (tmp_path, tmp_path / "plain")
+    )
+    assert np.array_equal(found.array, plain.array)
+    assert np.allclose(found.affine, plain.affine)
+
+
+def test_a_format_that_the_header_does_not_bear_costs_no_other(tmp_path):
+    write_series(tmp_path / "ct", edit=without("StudyInstanceUID"))
+    found = predict_case(model(), tmp_path / "ct")
+    files, missing = write_case(found, "case", tmp_path, (*DICOM, "nifti", "json"))
+    assert files == ["mask.nii.gz", "result.json"]
+    assert set(missing) == set(DICOM)
+    assert all("does not bear a result" in why for why in missing.values())
+    assert json.loads((tmp_path / "case/result.json").read_text())["not_written"] == missing
 
 
 def test_slices_in_two_frames_of_reference_are_refused(tmp_path):

@@ -1314,3 +1314,26 @@ def test_results_are_found_and_retrieved_by_their_uids(tmp_path):
         assert told["0020000E"]["Value"] == [series_uid]
         assert "7FE00010" not in told
         assert ask("GET", "/dicom-web/studies/1.2.3").status_code == 404
+
+
+def test_searching_and_telling_of_results_keeps_no_header_and_one_that_has_gone_is_passed_over(tmp_path):
+    def say(folder):
+        (folder / "out" / "image-1").mkdir(parents=True)
+        shutil.copyfile(SEG_FILE, folder / "out" / "image-1" / "seg.dcm")
+        return {"images": [image("seg.dcm")], "unread": []}
+
+    def headers() -> int:
+        gc.collect()
+        return sum(issubclass(type(each), pydicom.Dataset) for each in gc.get_objects())
+
+    with web(tmp_path, Told(say)) as (ask, jobs, _):
+        job = put(jobs)
+        until(lambda: jobs.find(job).state == "done")
+        before = headers()
+        (found,) = ask("GET", "/dicom-web/studies").json()
+        study = found["0020000D"]["Value"][0]
+        assert len(ask("GET", f"/dicom-web/studies/{study}/metadata").json()) == 1
+        assert headers() == before
+        (jobs.place(job) / "out" / "image-1" / "seg.dcm").unlink()
+        assert ask("GET", "/dicom-web/studies").json() == []
+        assert ask("GET", f"/dicom-web/studies/{study}/metadata").json() == []

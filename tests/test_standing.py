@@ -6,11 +6,12 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner
 
-from fedclient import doctor
+from fedclient import doctor, trust
 from fedclient.cli import app
 from fedclient.release_policy import Releases
 from fedclient.serving import worker
@@ -207,6 +208,44 @@ def test_a_retirement_stands_that_only_an_older_list_has(made, site, tmp_path):
         asked(made, site, made.listed(tmp_path / "old", "retired", at=MADE + DAY))
 
 
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_newer_list_of_a_coordinator_that_was_restored_brings_no_retired_release_back(made, site, tmp_path, left_out):
+    with pytest.raises(ReleaseInvalid, match="retired it on"):
+        asked(made, site, made.listed(tmp_path / "new", "retired"))
+    restored = made.listed(tmp_path / "restored", "" if left_out else "approved", at=MADE + 2 * DAY)
+    with pytest.raises(ReleaseInvalid, match=r"no longer calls tiny-lung-1 retired.* backup.*Telephone it"):
+        asked(made, site, restored)
+    with pytest.raises(ReleaseInvalid, match="retired it on"):  # the older list is the one that is kept
+        asked(made, site)
+    with pytest.raises(ReleaseInvalid, match="again and again"):
+        asked(made, site, made.listed(tmp_path / "mended", "retired", at=MADE + 2 * DAY, words="again and again"))
+
+
+def test_a_newer_list_that_brings_another_release_back_is_not_kept_either(made, site, tmp_path):
+    def both(name: str, at: float, stage: Any) -> Path:
+        of_all = {
+            made.opened().digest: Standing("tiny-lung-1", "approved", at),
+            "e" * 64: Standing("older-1", stage, at),
+        }
+        listed = Standings("fedstatus/1", FEDERATION, at, at + 30 * DAY, of_all)
+        (tmp_path / name).write_bytes(sign_standings(made.signer, listed))
+        return tmp_path / name
+
+    assert asked(made, site, both("new", MADE + DAY, "retired")) == []
+    (kept,) = (site / "release-status").glob("*.json")
+    with pytest.raises(ReleaseInvalid, match="no longer calls older-1 retired"):
+        asked(made, site, both("restored", MADE + 2 * DAY, "approved"))
+    assert kept.read_bytes() == (tmp_path / "new").read_bytes()
+
+
+def test_a_list_that_cannot_be_kept_brings_no_retired_release_back(made, site, tmp_path, monkeypatch):
+    with pytest.raises(ReleaseInvalid):
+        asked(made, site, made.listed(tmp_path / "new", "retired"))
+    monkeypatch.setattr(trust, "locked", Mock(side_effect=OSError(30, "Read-only file system")))
+    with pytest.raises(ReleaseInvalid, match="no longer calls tiny-lung-1 retired"):
+        asked(made, site, made.listed(tmp_path / "restored", at=MADE + 2 * DAY))
+
+
 def test_a_list_that_cannot_be_kept_counts_all_the_same_and_that_is_said(made, site, tmp_path):
     (site / "release-status").write_bytes(b"no folder")  # as on a disk that is only read
     (warning,) = asked(made, site, made.listed(tmp_path / "s"))
@@ -308,6 +347,20 @@ def test_a_list_that_could_not_be_kept_counts_for_all_cases_of_a_service(made, s
     (site / "release-status").write_bytes(b"no folder")  # as on a disk that is only read
     (warning,) = Watch(site, made.opened(), groups_of(site, ()), given).later().warnings()
     assert "could not be kept here" in warning
+
+
+@pytest.mark.usefixtures("today")
+def test_a_predicting_process_is_replaced_though_the_list_that_was_handed_in_has_gone(
+    made, site, tmp_path, monkeypatch
+):
+    given, started = made.listed(tmp_path / "stick.json", days=30_000), Mock()
+    monkeypatch.setattr("fedclient.serving.service.Service", started)
+    typed("serve-model", str(made.folder), "--site", str(site), "--status", str(given))
+    command = started.call_args.args[2]
+    given.unlink()
+    again = Path(command[command.index("--status") + 1])
+    assert Watch(site, made.opened(), groups_of(site, ()), again).warnings() == []
+    assert "is not there" in typed("serve-model", str(made.folder), "--site", str(site), "--status", str(given), code=1)
 
 
 # ---- whom a site trusts ----

@@ -1,14 +1,21 @@
 """The headers of a source's slices, for DICOM results that refer to them; a few elements of each, so that a thousand
-slices take little room."""
+slices take little room.
 
-from collections.abc import Sequence
+Headers of real scanners bend the standard where no result depends on it; highdicom refuses to repeat that, so that it
+is put right here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydicom import Dataset
+from pydicom.charset import decode_element
 from pydicom.datadict import tag_for_keyword
 from pydicom.filereader import dcmread
+from pydicom.valuerep import DA, TM
 
-from fedclient.data.dicom_header import load_head, unbroken
+from fedclient.data.dicom_header import BROKEN, load_head, unbroken
 from fedclient.predict.inputs import Source
 from shared_models.errors import ImageUnreadable
 
@@ -21,6 +28,11 @@ EMPTY = (  # type 2: what results repeat must be there, and may be empty
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "ReferringPhysicianName", "PositionReferenceIndicator",
 )  # fmt: skip
+WHEN: Mapping[str, Callable[[Any], object]] = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
+SEXES = ("M", "F", "O")
+SHARED = ("PlaneOrientationSequence", "PixelMeasuresSequence")
+GROUPS = 0x5200  # functional groups, of whose text results repeat nothing
+UTF_8 = "ISO_IR 192"
 _TAGS = [tag for keyword in EACH if (tag := tag_for_keyword(keyword)) is not None]
 
 
@@ -29,8 +41,8 @@ class Headers:
     """What DICOM results repeat and refer to; patient and study are in it, so it stays at the hospital.
 
     Attributes:
-        first: the whole header of the first slice, what it lacks filled in as empty.
-        slices: of each slice along the normal, or the one file of many frames.
+        first: the whole header of the first slice, what it lacks filled in as empty, its text in UTF-8.
+        slices: of each slice along the normal, with the orientation of the first; or the one file of many frames.
     """
 
     first: Dataset = field(repr=False)
@@ -61,12 +73,58 @@ def read_headers(source: Source) -> Headers:
                 setattr(first, keyword, "")
         if not all({"ReferencedSOPClassUID", "ReferencedSOPInstanceUID"} <= {*item.dir()} for item in _studies(first)):
             del first.ReferencedStudySequence  # results repeat it, and half a reference is none
+        _empty_what_is_malformed(first)
+        _say_in_utf8(first)
         if len(source.files) == 1:  # of many frames, or of one whose place stands in functional groups
+            _share(first)
             return Headers(first, (first,))
         slices = [load_head(path, _TAGS) for path in source.files]
+        for each in slices:
+            _say_in_utf8(each)
+            if "ImageOrientationPatient" in each and "ImageOrientationPatient" in slices[0]:
+                each.ImageOrientationPatient = slices[0].ImageOrientationPatient  # the reader found them parallel
     frames = {str(each.get("FrameOfReferenceUID", "")) for each in slices}
     if len(frames) > 1:
         raise ImageUnreadable(
             "DICOM: slices of more than one frame of reference. Give each on its own.", "SERIES_MIXED"
         )
     return Headers(first, slices)
+
+
+def _empty_what_is_malformed(first: Dataset) -> None:
+    """Dates, times and sexes that are none: all are type 2, and an empty one says as much."""
+    for keyword, kind in WHEN.items():
+        try:
+            kind(first.get(keyword) or "")
+        except (ValueError, TypeError):
+            setattr(first, keyword, "")
+    if first.PatientSex not in SEXES:
+        first.PatientSex = ""
+
+
+def _say_in_utf8(data: Dataset) -> None:
+    """Decodes text by what the header says of it, known or not; what cannot be read at all is left out."""
+    sets = data.get("SpecificCharacterSet")
+    if not sets:
+        return
+    for tag in [tag for tag in data.keys() if tag.group != GROUPS]:  # noqa: SIM118  a Dataset iterates over elements
+        try:
+            element = data[tag]
+            if element.VR == "SQ":
+                for item in element.value:
+                    item.decode()
+            else:
+                decode_element(element, sets)
+        except BROKEN:
+            del data[tag]
+    data.SpecificCharacterSet = UTF_8
+
+
+def _share(first: Dataset) -> None:
+    """What all frames have alike stands where results look for it, though each frame may say it for itself."""
+    shared, each = first.get("SharedFunctionalGroupsSequence"), first.get("PerFrameFunctionalGroupsSequence")
+    if not shared or not each:
+        return
+    for keyword in SHARED:
+        if keyword not in shared[0] and keyword in each[0]:
+            setattr(shared[0], keyword, each[0][keyword].value)

@@ -40,7 +40,7 @@ def made_by(prediction: Prediction) -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
-        except (AttributeError, ValueError, TypeError, KeyError) as e:
+        except (AttributeError, ValueError, TypeError, LookupError) as e:
             raise ImageUnreadable(
                 f"DICOM: the header of the source does not bear a result ({type(e).__name__}). Ask for --format "
                 f"nifti,json instead, or export the series again.",

@@ -1,17 +1,20 @@
 """The results of one case in a folder of its own, which is there whole or not at all."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedclient.predict.case import Prediction
-from shared_models.errors import StateInvalid
+from shared_models.errors import ImageUnreadable, StateInvalid
 from shared_models.files import private_folder, replacing, write_atomic, write_json
 
 if TYPE_CHECKING:  # a second of imports, for DICOM alone
     from pydicom import Dataset
+
+    from fedclient.predict.headers import Headers
 
 LIMITS = "maps show where a score reacts, not why, and not that the answer is right; see `fedclient explain`"
 FORMATS = ("seg", "sr", "sc", "nifti", "json", "csv")
@@ -58,7 +61,8 @@ def write_case(
 
     Raises:
         StateInvalid: the folder is there, and `overwrite` is not said.
-        ImageUnreadable: a DICOM header that cannot bear results.
+        ImageUnreadable: a DICOM header that bears none of the results that were asked for; slices in different frames
+            of reference.
     """
     folder, part = out / name, out / f".{name}.part"
     if folder.exists() and not overwrite:
@@ -83,8 +87,10 @@ def _written(
 
     written: list[str] = []
     missing: dict[str, str] = {}
+    refused: dict[str, ImageUnreadable] = {}
     if {"seg", "sr", "sc"} & set(formats):
-        _dicom(prediction, folder, formats, written, missing)
+        _dicom(prediction, folder, formats, written, missing, refused)
+        missing.update({name: str(error) for name, error in refused.items()})
     ending = "png" if prediction.grid.picture else "nii.gz"
     if "nifti" in formats:
         if prediction.marks is None:
@@ -107,6 +113,8 @@ def _written(
             told["explanations"] = {"limits": LIMITS, "maps": [_map_told(each) for each in explained]}
         write_json(folder / "result.json", told)
         written.append("result.json")
+    if refused and not written:
+        raise next(iter(refused.values()))
     return written, missing
 
 
@@ -116,7 +124,12 @@ def _map_told(each: Explanation) -> dict[str, Any]:
 
 
 def _dicom(
-    prediction: Prediction, folder: Path, formats: Sequence[str], written: list[str], missing: dict[str, str]
+    prediction: Prediction,
+    folder: Path,
+    formats: Sequence[str],
+    written: list[str],
+    missing: dict[str, str],
+    refused: dict[str, ImageUnreadable],
 ) -> None:
     source = prediction.source
     if source is None or source.series is None:
@@ -134,31 +147,46 @@ def _dicom(
     headers = read_headers(source)
     segments = segments_of(prediction) if prediction.marks is not None else ()
     made: Dataset | None = None
-    if prediction.marks is None:
-        if "seg" in formats:
-            missing["seg"] = f"a {prediction.model.study.task.kind} marks no voxels"
-    elif not headers.in_space:
-        if "seg" in formats:
-            missing["seg"] = "the image lies in no frame of reference, as radiographs do; see the mask"
+    if "seg" in formats and (why := _unsegmented(prediction, headers)):
+        missing["seg"] = why
     elif "seg" in formats:
         from fedclient.predict.dicom_seg import segmentation
 
-        drawn = segmentation(prediction, headers, segments)
-        with replacing(folder / "segmentation.dcm") as file:
-            drawn.save(file)
-        made = drawn.head
-        written.append("segmentation.dcm")
+        with _alone("seg", refused):
+            drawn = segmentation(prediction, headers, segments)
+            with replacing(folder / "segmentation.dcm") as file:
+                drawn.save(file)
+            made = drawn.head
+            written.append("segmentation.dcm")
     if "sr" in formats:
         from fedclient.predict.dicom_sr import report
 
-        _save(report(prediction, headers, segments, made), folder / "report.dcm")
-        written.append("report.dcm")
+        with _alone("sr", refused):
+            _save(report(prediction, headers, segments, made), folder / "report.dcm")
+            written.append("report.dcm")
     if "sc" in formats:
         from fedclient.predict.dicom_sc import capture
         from fedclient.predict.overlay import overlay
 
-        _save(capture(prediction, headers, overlay(prediction)), folder / "overlay.dcm")
-        written.append("overlay.dcm")
+        with _alone("sc", refused):
+            _save(capture(prediction, headers, overlay(prediction)), folder / "overlay.dcm")
+            written.append("overlay.dcm")
+
+
+def _unsegmented(prediction: Prediction, headers: "Headers") -> str:
+    """Why there can be no segmentation; empty where there can."""
+    if prediction.marks is None:
+        return f"a {prediction.model.study.task.kind} marks no voxels"
+    return "" if headers.in_space else "the image lies in no frame of reference, as radiographs do; see the mask"
+
+
+@contextmanager
+def _alone(name: str, refused: dict[str, ImageUnreadable]) -> Iterator[None]:
+    """One format, so that a header that does not bear it costs no other."""
+    try:
+        yield
+    except ImageUnreadable as error:
+        refused[name] = error
 
 
 def _save(data: "Dataset", path: Path) -> None:

@@ -107,7 +107,7 @@ def serve_model(
         trust_in(site, authority or (), research)  # or the worker would say it, after a while
         for path in authority or ():
             arguments += ["--authority", str(path)]
-        arguments += ["--status", str(status)] if status is not None else []
+        arguments += ["--status", str(_copied(status, site))] if status is not None else []
         service = Service(site, serve, python("fedclient.serving.worker", *arguments))
         try:
             service.start()
@@ -137,6 +137,23 @@ def _unpacked(release: Path, site: Path) -> Path:
     scratch = site / "serve" / "release"
     shutil.rmtree(scratch, ignore_errors=True)
     return unpack(release, scratch) if release.is_file() else release
+
+
+def _copied(status: Path, site: Path) -> Path:
+    """A list of releases, for whichever predicting process takes the place of the first: the stick that it came on may
+    be pulled out by then.
+
+    Raises:
+        ReleaseInvalid: it is not there.
+    """
+    from shared_models.errors import ReleaseInvalid
+    from shared_models.files import write_atomic
+
+    if not status.is_file():
+        raise ReleaseInvalid(f"{status}: is not there. Give the output of `fedserver release-status`.")
+    copy = site / "serve" / "release-status.json"
+    write_atomic(copy, status.read_bytes())
+    return copy
 
 
 def _say(service: "Service") -> None:

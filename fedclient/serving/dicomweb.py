@@ -11,8 +11,8 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from fedclient.data.dicom_header import text, unbroken
-from fedclient.data.result_header import header_json, header_of
+from fedclient.data.dicom_header import unbroken
+from fedclient.data.result_header import FOUND_BY, found_by, header_json
 from fedclient.serving.back import dicom_results
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
@@ -21,7 +21,7 @@ from shared_models.errors import ImageUnreadable
 
 JSON = "application/dicom+json"
 CANNOT_UNDERSTAND, NOT_AN_IMAGE, OUT_OF_RESOURCES = 0xC000, 0xA900, 0xA700
-UIDS = {"study": "StudyInstanceUID", "series": "SeriesInstanceUID", "instance": "SOPInstanceUID"}
+GONE = (ImageUnreadable, FileNotFoundError)  # a result that was deleted meanwhile, its time being over
 BLOCK = 1 << 18
 
 
@@ -33,6 +33,7 @@ class Result:
     study: str
     series: str
     instance: str
+    modality: str
 
 
 def router(jobs: Jobs, intake: Intake, room: Room, most_bytes: int) -> APIRouter:
@@ -85,14 +86,15 @@ def router(jobs: Jobs, intake: Intake, room: Room, most_bytes: int) -> APIRouter
             asked.pop(ignored, None)
         path = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
         wanted = asked | {key: value for key, value in path.items() if value is not None}
-        if strange := set(asked) - {*UIDS.values(), "Modality"}:
-            raise HTTPException(400, f"{len(strange)} keys are not searched by; allowed: {', '.join(UIDS.values())}.")
+        if strange := set(asked) - {*FOUND_BY}:
+            raise HTTPException(400, f"{len(strange)} keys are not searched by; allowed: {', '.join(FOUND_BY)}.")
         rows: dict[str, dict[str, Any]] = {}
         for result in results_of(jobs):
-            header = header_of(result.path)
-            if all(text(header, key) == value.upper() for key, value in wanted.items()):
-                key = {"studies": result.study, "series": result.series}.get(level, result.instance)
-                rows.setdefault(key, header_json(header, level))
+            known = dict(zip(FOUND_BY, (result.study, result.series, result.instance, result.modality), strict=True))
+            key = {"studies": result.study, "series": result.series}.get(level, result.instance)
+            if key not in rows and all(known[name] == value.upper() for name, value in wanted.items()):
+                with suppress(*GONE), unbroken():
+                    rows[key] = header_json(result.path, level)
         listed = list(rows.values())[number["offset"] : number["offset"] + number["limit"]]
         return JSONResponse(listed, media_type=JSON)
 
@@ -102,7 +104,11 @@ def router(jobs: Jobs, intake: Intake, room: Room, most_bytes: int) -> APIRouter
     def metadata(study: str, series: str | None = None, instance: str | None = None) -> Response:
         """WADO-RS: headers of results, without pixels."""
         found = _chosen(jobs, study, series, instance)
-        return JSONResponse([header_json(header_of(each.path), "all") for each in found], media_type=JSON)
+        told: list[dict[str, Any]] = []
+        for each in found:
+            with suppress(*GONE), unbroken():
+                told.append(header_json(each.path, "all"))
+        return JSONResponse(told, media_type=JSON)
 
     @made.get("/studies/{study}", tags=["DICOMweb"])
     @made.get("/studies/{study}/series/{series}", tags=["DICOMweb"])
@@ -137,9 +143,8 @@ def results_of(jobs: Jobs) -> Iterator[Result]:
     """Every DICOM result that is kept, but of a part of a series."""
     for job in jobs.all():
         for path in dicom_results(jobs.place(job.id), job) if job.state == "done" and job.partial is None else ():
-            with suppress(ImageUnreadable, FileNotFoundError), unbroken():
-                header = header_of(path)
-                yield Result(path, *(text(header, keyword) for keyword in UIDS.values()))
+            with suppress(*GONE), unbroken():
+                yield Result(path, *found_by(path))
 
 
 def _chosen(jobs: Jobs, study: str, series: str | None, instance: str | None) -> list[Result]:
