@@ -182,11 +182,11 @@ def verify(
     site: Folder = Path("site"),
     as_json: AsJson = False,
 ) -> None:
-    """Checks every line of this site's log, and names the first bad one; exits with 1 if there is one."""
+    """Checks every line of this site's logs, of earlier keys too, and names the first bad one; if any, exits with 1."""
     from fedclient.site import read_site_file
     from shared_models.authority import read_files
     from shared_models.errors import StateInvalid
-    from shared_models.evidence import against, read_pack, tell, verdict_of
+    from shared_models.evidence import against, earlier_verdicts, read_pack, tell, verdict_of
     from shared_models.identity import identity_public_key, load_secret, vouched
 
     name = f"site {read_site_file(site).name}"
@@ -198,6 +198,7 @@ def verify(
         if key is None:
             raise StateInvalid(f"{pack}: its key is not vouched for by the authority that this site pinned at `join`.")
         found[name], found["coordinator"] = against(mine, files, key)
+    found |= {f"{name}, key before ({file})": told for file, told in earlier_verdicts(site, mine).items()}
     tell(found, as_json)
 
 

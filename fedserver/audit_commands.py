@@ -24,13 +24,13 @@ def verify(
 ) -> None:
     """Checks every line of the coordinator's log, and every answer that a hospital has signed; names the first bad one.
 
-    Exits with 1 if there is one.
+    The logs of the keys before are checked too. Exits with 1 if there is a bad line.
     """
     from fedserver.enrol import open_federation, signer
     from fedserver.signed import check_signed
     from fedserver.state import list_sites
     from shared_models.errors import StateInvalid
-    from shared_models.evidence import against, read_pack, tell, verdict_of
+    from shared_models.evidence import against, earlier_verdicts, read_pack, tell, verdict_of
     from shared_models.identity import identity_public_key
 
     opened = open_federation(federation)
@@ -43,6 +43,7 @@ def verify(
         if not sites:
             raise StateInvalid(f"{pack}: is signed with a key that no site of this federation has enrolled.")
         found["coordinator"], found[f"site {sites[0]}"] = against(mine, files, bytes.fromhex(key))
+    found |= {f"coordinator, key before ({name})": told for name, told in earlier_verdicts(federation, mine).items()}
     tell(found, as_json)
     answers, runs = check_signed(opened)
     if answers and not as_json:

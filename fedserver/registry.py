@@ -24,8 +24,8 @@ from fedserver.enrol import Federation, open_log, signer
 from fedserver.publish.card import Words
 from fedserver.publish.lineage import ancestors, earlier, sites_counted
 from fedserver.publish.proofs import answers_extract, audit_extract, newest_roster
+from shared_models.audit_files import LOG
 from shared_models.errors import ReleaseInvalid, StateInvalid
-from shared_models.evidence import LOG
 from shared_models.files import locked, read_json, read_lines, sync_folder, write_json
 from shared_models.identity import identity_public_key
 from shared_models.parse import STRICT, parse, parse_json, plain

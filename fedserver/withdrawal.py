@@ -16,8 +16,8 @@ from fedserver.registry import SITE_LEFT, Entry, containing, retire_release
 from fedserver.report import facts
 from fedserver.state import Run, add_run, find_run, find_site, list_runs
 from fedserver.submit import checked_name
+from shared_models.audit_files import LOG
 from shared_models.errors import FederationError, StateInvalid
-from shared_models.evidence import LOG
 from shared_models.files import canonical_json, read_lines, sync_folder, write_atomic, write_json
 from shared_models.parse import plain
 from shared_models.strategy import remembers

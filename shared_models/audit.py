@@ -17,12 +17,12 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from shared_models.alarms import events
-from shared_models.audit_files import first_line, unnamed
+from shared_models.audit_files import away, first_line, unnamed
 from shared_models.errors import StateInvalid
 from shared_models.files import append_json, canonical_json, locked, replacing, sync_folder
-from shared_models.identity import identity_public_key, sign, verify
+from shared_models.identity import identity_public_key, sign
 from shared_models.merkle import Tree, grew
-from shared_models.parse import STRICT, Count, Sha256, parse_json, plain
+from shared_models.parse import STRICT, Count, Sha256, plain
 
 LINE, HEAD = "audit-line", "audit-head"  # purposes of signatures
 FIRST = "0" * 64  # `prev` of the first line
@@ -205,7 +205,7 @@ class AuditLog:
         held = self.tree.size > 0
         if held and self._goes_on():
             return self._read_on()
-        if not self.path.exists() and held and not (self._renew() and _away(self.path, self.log).exists()):
+        if not self.path.exists() and held and not (self._renew() and away(self.path, self.log).exists()):
             raise StateInvalid(f"{self.path}: has gone while in use. Restore it from a backup.")
         if self._is_of_another_key():
             self._renew()
@@ -307,17 +307,12 @@ class _Turn:
         self.lock.__exit__(None, None, None)
 
 
-def _away(path: Path, log: str) -> Path:
-    """Where a file of the log of this name is kept once another was begun: audit.jsonl as audit-1234abcd.jsonl."""
-    return path.with_name(path.name.replace("audit", f"audit-{log[:8]}", 1))
-
-
 def _put_away(path: Path) -> None:
     """Moves a log of an earlier key aside, its head first: as long as the log is there, this is done again."""
     log = hashlib.sha256(first_line(path)).hexdigest()
     for each in (path.with_suffix(".head.json"), path):
         if each.exists():
-            each.rename(_away(each, log))
+            each.rename(away(each, log))
     sync_folder(path.parent)
 
 
@@ -357,142 +352,3 @@ def _doubt(last: Kept, head: Head, key: str) -> str | None:
     proof = [bytes.fromhex(part) for part in head.proof]
     root = bytes.fromhex(last.roots[head.since])
     return None if grew(head.since, root, head.size, bytes.fromhex(head.root), proof) else "LOG_FORKED"
-
-
-# ---- verification ----
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What was found in a log.
-
-    Attributes:
-        lines: sound lines before the first bad one.
-        bad: number of the first bad line (from 1) and what is wrong, or None.
-        heads: of other parties' logs, as `witnessed` lines have them.
-        refused: what was found wrong with other parties' logs while it was written, in words.
-    """
-
-    lines: int
-    bad: tuple[int, str] | None
-    tree: Tree = field(repr=False)
-    log: str = ""
-    party: str = ""
-    key: str = ""
-    heads: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
-    refused: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class Verifier:
-    """Verifies a log line by line, so that one that grows need not be read anew; takes nothing after a bad line.
-
-    Attributes:
-        key: Ed25519 public key of the log's owner (32 bytes); None takes the one of the first line on trust.
-        bad, heads, refused: as of a Verdict.
-    """
-
-    key: bytes | None
-    tree: Tree = field(default_factory=Tree, repr=False)
-    bad: tuple[int, str] | None = None
-    log: str = ""
-    party: str = ""
-    heads: list[Mapping[str, Any]] = field(default_factory=list, repr=False)
-    refused: list[str] = field(default_factory=list)
-    _prev: str = FIRST
-    _last: float = 0.0
-
-    def take(self, text: bytes) -> None:
-        """The next line, without its end."""
-        if self.bad is not None:
-            return
-        number, line = self.tree.size + 1, _line(text)
-        if line is None:
-            self.bad = number, "is no line of a log: it was edited, or its writer died in the middle of it"
-            return
-        if self.key is None and number == 1 and isinstance(line["facts"].get("key"), str):
-            self.key = bytes.fromhex(line["facts"]["key"])
-        if wrong := _wrong(line, number, self._prev, self._last, self.key or b""):
-            self.bad = number, wrong
-            return
-        self._prev, self._last = hashlib.sha256(text).hexdigest(), float(line["time"])
-        if number == 1:
-            self.log, self.party = self._prev, str(line["facts"].get("party", ""))
-        if line["event"] == "witnessed":
-            self.heads.append(line["facts"])
-        elif line["event"] == "witness-refused":
-            self.refused.append(f"line {number}: {line['facts']['problem']} of {line['facts']['peer']}")
-        self.tree.append(text)
-
-    def verdict(self, torn: bytes = b"", head: bytes | None = None) -> Verdict:
-        """What was found in the lines so far.
-
-        Args:
-            torn: what stands after the last line end.
-            head: of audit.head.json, the last head that was signed; read before the log was, which goes on growing.
-        """
-        bad, key = self.bad, self.key or b""
-        if bad is None and torn:
-            words = "is torn: its writer died in the middle of it. The next entry cuts it off"
-            bad = self.tree.size + 1, words
-        if bad is None and head is not None:
-            bad = _against_head(self.tree, self.log, key, parse_json(Head, head, "audit.head.json", StateInvalid))
-        return Verdict(
-            self.tree.size, bad, self.tree, self.log, self.party, key.hex(), tuple(self.heads), tuple(self.refused)
-        )
-
-
-def verify_log(content: bytes, key: bytes | None, head: bytes | None = None) -> Verdict:
-    """Reads a whole log and names the first bad line; arguments as of `Verifier` and its `verdict`."""
-    verifier, lines = Verifier(key), content.split(b"\n")
-    torn = lines.pop()
-    for text in lines:
-        verifier.take(text)
-    return verifier.verdict(torn, head)
-
-
-def _line(text: bytes) -> dict[str, Any] | None:
-    """A line with the fields that it must have, in the one form that has these bytes; or None."""
-    try:
-        line = json.loads(text)
-        sound = canonical_json(line) == text and set(line) == {"seq", "time", "event", "facts", "prev", "sign"}
-        sound = sound and isinstance(line["facts"], dict) and isinstance(line["time"], int | float)
-        return line if sound and len(bytes.fromhex(line["sign"])) == 64 else None
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _wrong(line: Mapping[str, Any], number: int, prev: str, last: float, key: bytes) -> str | None:
-    body = {name: value for name, value in line.items() if name != "sign"}
-    if not verify(key, bytes.fromhex(line["sign"]), LINE, canonical_json(body)):
-        return "is not signed by the key of this log: it was edited, or written with another key"
-    if line["seq"] != number - 1:
-        return f"has number {line['seq'] + 1}: lines before it were deleted, added or changed places"
-    if line["prev"] != prev:
-        return "does not follow from the line before: the log was forked here"
-    if line["time"] < last:
-        return f"is {last - line['time']:.0f} s earlier than the line before: the clock was set back while it was made"
-    return None
-
-
-def _against_head(tree: Tree, log: str, key: bytes, head: Head) -> tuple[int, str] | None:
-    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(head.time))
-    if not verify(key, bytes.fromhex(head.signature), HEAD, head.statement):
-        return tree.size, "is followed by a head (audit.head.json) that is not signed by the key of this log"
-    if head.log != log:
-        return 1, f"begins another log than the head of {when} was signed for"
-    if head.size > tree.size:
-        return tree.size + 1, f"is missing: a head of {when} was signed over {head.size} lines, the end was cut off"
-    if tree.root(head.size).hex() != head.root:
-        return 1, f"or one up to {head.size} was written anew: a head of {when} was signed over other lines"
-    return None
-
-
-def compare(mine: Verdict, theirs: Verdict) -> tuple[int, str] | None:
-    """The first line of `mine` that contradicts a head of it that the other party has kept."""
-    for facts in theirs.heads:
-        head = Head(**{k: facts[k] for k in ("log", "size", "root", "time", "signature")})
-        is_mine = head.log == mine.log or facts["key"] == mine.key
-        if is_mine and (wrong := _against_head(mine.tree, mine.log, bytes.fromhex(mine.key), head)):
-            return wrong
-    return None

@@ -19,6 +19,11 @@ def first_line(path: Path) -> bytes:
         return file.readline().removesuffix(b"\n")
 
 
+def away(path: Path, log: str) -> Path:
+    """Where a file of the log of this name is kept once another was begun: audit.jsonl as audit-1234abcd.jsonl."""
+    return path.with_name(path.name.replace("audit", f"audit-{log[:8]}", 1))
+
+
 def earlier_logs(folder: Path) -> list[Path]:
     """The logs of the keys before, the oldest first; one whose first line is damaged comes before all."""
     found = []

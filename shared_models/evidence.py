@@ -9,12 +9,13 @@ from typing import Any
 
 import typer
 
-from shared_models.audit import Verdict, compare, verify_log
+from shared_models.audit_check import Verdict, as_it_ended, compare, made_up, verify_log
+from shared_models.audit_files import LAST, LOG, away
 from shared_models.cli import print_json
 from shared_models.errors import StateInvalid
 from shared_models.files import write_atomic
+from shared_models.merkle import Tree
 
-LOG, LAST = "audit.jsonl", "audit.head.json"
 MOST_BYTES = 1 << 30
 README = """What this is: the audit log of one party of a federation, to be verified by others.
 
@@ -34,12 +35,30 @@ kept of the other (`witnessed` lines).
 
 
 def verdict_of(folder: Path, key: bytes) -> Verdict:
-    """What is found in the log of a federation or site folder; of an earlier key, in files named audit-*.jsonl."""
+    """What is found in the log of a federation or site folder, of the key that it is written with now."""
     path, head = folder / LOG, folder / LAST
     if not path.exists():
         raise StateInvalid(f"{path}: is missing. Nothing has been written yet, or it was removed; see your backup.")
     last = head.read_bytes() if head.exists() else None  # before the log, which goes on growing
     return verify_log(path.read_bytes(), key, last)
+
+
+def earlier_verdicts(folder: Path, newest: Verdict) -> dict[str, Verdict]:
+    """What is found in the logs of the keys before, by the names of their files, the newest first.
+
+    Each is known by the first line of the one after it: by its own first line, which names its key, and its end.
+    """
+    found, before = dict[str, Verdict](), newest.before
+    while before is not None:
+        path, head = (away(folder / name, before.log) for name in (LOG, LAST))
+        if not path.exists():
+            found[path.name] = Verdict(0, (1, "and all others are missing: the log is gone"), Tree())
+            break
+        content, last = path.read_bytes(), head.read_bytes() if head.exists() else None
+        whole = content[: content.rfind(b"\n") + 1]  # a line that was torn when it was put away is cut off by nobody
+        found[path.name] = as_it_ended(verify_log(whole, None, last), before)
+        before = found[path.name].before
+    return found
 
 
 def export(folder: Path, key: bytes, certificates: Mapping[str, bytes], out: Path) -> None:
@@ -70,13 +89,13 @@ def read_pack(path: Path) -> dict[str, bytes]:
 
 
 def against(mine: Verdict, files: Mapping[str, bytes], key: bytes) -> tuple[Verdict, Verdict]:
-    """Both logs, each also held against the heads of it that the other has kept."""
+    """Both logs, each also held against the heads of it that the other has kept, where it has signed them."""
     theirs = verify_log(files[LOG], key, files.get(LAST))
     return _held(mine, theirs), _held(theirs, mine)
 
 
 def _held(one: Verdict, other: Verdict) -> Verdict:
-    return one if one.bad else replace(one, bad=compare(one, other))
+    return one if one.bad else replace(one, bad=compare(one, other) or made_up(one, other))
 
 
 def in_words(verdict: Verdict, name: str) -> list[str]:
@@ -87,8 +106,8 @@ def in_words(verdict: Verdict, name: str) -> list[str]:
     words = [
         f"{name}: {verdict.lines} lines are whole, in order and signed. Root {root[:16]} over {verdict.lines} lines."
     ]
-    peers = {str(head["peer"]): head for head in verdict.heads}
-    words += [f"  keeps the head of {peer}'s log over {h['size']} lines" for peer, h in sorted(peers.items())]
+    peers = {kept.peer: kept for kept in verdict.heads}
+    words += [f"  keeps the head of {peer}'s log over {kept.size} lines" for peer, kept in sorted(peers.items())]
     return words + [f"  noted {what}" for what in verdict.refused]
 
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_models.audit import HEAD, LINE, AuditLog, Head, compare, verify_log
+from shared_models.audit import HEAD, LINE, AuditLog, Head
+from shared_models.audit_check import Verdict, compare, verify_log
 from shared_models.errors import StateInvalid
-from shared_models.evidence import verdict_of
+from shared_models.evidence import against, earlier_verdicts, verdict_of
 from shared_models.files import canonical_json
 from shared_models.identity import identity_public_key, new_site_keys, sign, verify
 from shared_models.merkle import EMPTY, Tree, grew, leaf_hash, node_hash
@@ -462,3 +463,121 @@ def test_two_logs_side_by_side_name_the_line_from_which_one_was_cut(pair):
     wrong = compare(cut, theirs)
     assert wrong is not None
     assert wrong[0] == 5
+
+
+def test_a_head_that_was_made_up_is_the_fault_of_who_keeps_it(pair):
+    site, fed = pair
+    exchange(site, fed, 2)
+    ours, named = verify_log(site.path.read_bytes(), PUBLIC), THEIRS_PUBLIC.hex()
+    fed._write("witnessed", {"peer": "north", "key": PUBLIC.hex(), **_facts(replace(site.head(), root="0" * 64))})
+    files = {"audit.jsonl": fed.path.read_bytes(), "key.txt": named.encode()}
+    mine, theirs = against(ours, files, THEIRS_PUBLIC)
+    assert (mine.bad, mine.lines) == (None, 3)
+    assert theirs.bad == (
+        4, "keeps a head of the other log that the key of that log has not signed: it was made up",
+    )  # fmt: skip
+
+
+THEIRS_PUBLIC = identity_public_key(THEIRS)
+
+
+def _facts(head: Head) -> dict[str, object]:
+    return {"log": head.log, "size": head.size, "root": head.root, "time": head.time, "signature": head.signature}
+
+
+def line_of(kind: str, facts: dict[str, object], **change: object) -> bytes:
+    """The only line of a log, signed by the holder of its key, whatever it says."""
+    body = {"seq": 0, "event": kind, "facts": facts, "prev": "0" * 64, "time": 1.0, **change}
+    return canonical_json({**body, "sign": sign(THEIRS, LINE, canonical_json(body)).hex()}) + b"\n"
+
+
+GOOD_FACTS: dict[str, object] = {
+    "peer": "c", "key": "ab" * 32, "log": "0" * 64, "size": 1, "root": "0" * 64, "time": 1.0, "signature": "0" * 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("event", "facts"),
+    [
+        *(
+            ("witnessed", {**GOOD_FACTS, **wrong})
+            for wrong in (
+                {"signature": "zz"}, {"time": 1e300}, {"size": -3}, {"root": None}, {"key": "00"}, {"peer": 3},
+                {"log": ["0"]}, {"size": True},
+            )
+        ),
+        ("witnessed", {}),
+        ("witness-refused", {"peer": "c"}),
+        ("witness-refused", {"peer": ["c"], "problem": "LOG_CUT"}),
+        ("opened", {"key": THEIRS_PUBLIC.hex(), "before": "no digest"}),
+        ("opened", {"key": THEIRS_PUBLIC.hex(), "before": "0" * 64, "before_size": -1}),
+    ],
+)  # fmt: skip
+def test_a_signed_line_that_says_what_none_can_is_named_and_raises_nothing(event, facts):
+    found = verify_log(line_of(event, facts), THEIRS_PUBLIC)
+    assert found.bad is not None
+    assert (found.bad[0], "says what no line of its kind" in found.bad[1]) == (1, True)
+    assert verify_log(line_of("witnessed", GOOD_FACTS), THEIRS_PUBLIC).bad is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"seq": "0"}, {"time": 1e300}, {"time": -1.0}, {"time": 10**400}, {"prev": 0}, {"event": []}]
+)
+def test_a_signed_line_whose_own_fields_are_of_other_kinds_is_named_and_raises_nothing(change):
+    assert verify_log(line_of("order", {}, **change), THEIRS_PUBLIC).bad is not None
+    assert verify_log(line_of("opened", {"key": "no key"}, **change), None).bad is not None
+
+
+# Logs of earlier keys
+
+
+@pytest.fixture
+def renewed(log: AuditLog, tmp_path: Path) -> AuditLog:
+    """The log that was begun after `log` of six lines, with another key."""
+    made = new_log(tmp_path, THEIRS, at=2000.0)
+    made.add("order")
+    return made
+
+
+def earlier(renewed: AuditLog) -> Verdict:
+    newest = verify_log(renewed.path.read_bytes(), THEIRS_PUBLIC)
+    assert newest.bad is None
+    (found,) = earlier_verdicts(renewed.path.parent, newest).values()
+    return found
+
+
+def kept_away(log: AuditLog) -> Path:
+    return log.path.with_name(f"audit-{log.log[:8]}.jsonl")
+
+
+def test_the_log_of_the_key_before_is_verified_too(log, renewed):
+    found = earlier(renewed)
+    assert (found.lines, found.bad, found.key, found.before) == (6, None, PUBLIC.hex(), None)
+    third = new_log(log.path.parent, STRANGER, at=3000.0)
+    third.add("order")
+    newest = verify_log(third.path.read_bytes(), identity_public_key(STRANGER))
+    told = earlier_verdicts(log.path.parent, newest)
+    assert {name: (each.lines, each.bad) for name, each in told.items()} == {
+        f"audit-{renewed.log[:8]}.jsonl": (2, None),
+        f"audit-{log.log[:8]}.jsonl": (6, None),
+    }
+
+
+def test_whoever_took_the_key_before_can_neither_cut_nor_add_to_its_log_nor_write_it_anew(log, renewed):
+    path = kept_away(log)
+    whole, head = path.read_bytes(), path.with_suffix(".head.json")
+    head.unlink()
+    path.write_bytes(joined(whole.split(b"\n")[:4]))
+    assert earlier(renewed).bad == (
+        5, "is missing: it had 6 lines when the next log was begun, the end was cut off",
+    )  # fmt: skip
+    forging = AuditLog(path, "site north", OURS, clock=Ticks(1500.0))
+    for number in range(2):
+        forging.add("order", round=number + 70)
+    head.unlink()
+    assert earlier(renewed).bad == (1, "or one up to 6 was written anew after the next log was begun")
+    path.write_bytes(whole)
+    AuditLog(path, "site north", OURS, clock=Ticks(1500.0)).add("order")
+    assert earlier(renewed).bad == (7, "was added after the next log was begun")
+    path.unlink()
+    assert earlier(renewed).bad == (1, "and all others are missing: the log is gone")

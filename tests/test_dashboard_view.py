@@ -15,7 +15,8 @@ from fedserver.dashboard import view
 from fedserver.dashboard.book import MOST_EVENTS, Book, Chain
 from fedserver.dashboard.login import TOKEN, token_path
 from fedserver.dashboard.look import environment, likely, palette
-from shared_models.audit import AuditLog, verify_log
+from shared_models.audit import AuditLog
+from shared_models.audit_check import verify_log
 from shared_models.figure_text import DASH
 from shared_models.files import append_json
 from shared_models.identity import identity_public_key, new_site_keys

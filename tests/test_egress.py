@@ -22,7 +22,7 @@ from fedclient.site import Site
 from fedclient.work import refusal
 from fedserver.enrol import open_log
 from fedserver.records import Records
-from shared_models.audit import verify_log
+from shared_models.audit_check import verify_log
 from shared_models.errors import OrderRefused
 from shared_models.files import read_lines
 from shared_models.identity import identity_public_key
@@ -163,11 +163,11 @@ def test_both_ends_keep_the_heads_of_the_other_and_agree(hospitals):
         key = identity_public_key((folder / "keys" / "identity.key").read_bytes())
         found = verify_log((folder / "audit.jsonl").read_bytes(), key, (folder / "audit.head.json").read_bytes())
         assert found.bad is None
-        sizes = [head["size"] for head in found.heads]
+        sizes = [head.size for head in found.heads]
         assert sizes == sorted(sizes)
         assert len(sizes) == 3  # two rounds and the last evaluation
         assert found.refused == ()
-        assert [head["since"] > 0 for head in found.heads] == [False, True, True]  # proven from the one before
+        assert [head.since > 0 for head in found.heads] == [False, True, True]  # proven from the one before
 
 
 def test_a_coordinator_that_cuts_its_log_between_two_orders_is_noted_at_every_site(hospitals):

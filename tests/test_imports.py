@@ -28,7 +28,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "pydantic": (
         "shared_models/parse.py", "shared_models/study.py", "shared_models/strategy.py", "shared_models/wire.py",
         "shared_models/envelope.py", "shared_models/answers.py",
-        "shared_models/metrics.py", "shared_models/audit.py", "fedclient/policy.py", "fedclient/consent.py",
+        "shared_models/metrics.py", "shared_models/audit.py", "shared_models/audit_check.py",
+        "fedclient/policy.py", "fedclient/consent.py",
         "shared_models/roster.py", "fedclient/limits.py", "fedserver/backup.py",
         "shared_models/invite.py", "fedclient/site.py", "fedclient/ledger.py", "shared_models/protect/context.py",
         "shared_models/protect/messages.py", "shared_models/protect/accounting.py", "shared_models/protect/privacy.py",

@@ -25,8 +25,8 @@ from fedserver.state import Run, add_run, find_run, find_site
 from fedserver.submit import submit
 from fedserver.withdrawal import begin_from, copy_until, retrain, withdraw
 from shared_models.audit import AuditLog
+from shared_models.audit_files import LOG
 from shared_models.errors import ReleaseInvalid, StateInvalid
-from shared_models.evidence import LOG
 from shared_models.files import canonical_json, locked, read_json, read_lines, write_atomic, write_json
 from shared_models.identity import identity_public_key, new_site_keys, save_secret
 from shared_models.merkle import Tree, holds

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from shared_models.audit import Verifier
+from shared_models.audit_check import Verifier
+from shared_models.audit_files import LAST, LOG
 from shared_models.errors import StateInvalid
-from shared_models.evidence import LAST, LOG
 from shared_models.parse import parse_json
 
 MOST_EVENTS = 40

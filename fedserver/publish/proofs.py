@@ -10,8 +10,9 @@ from fedserver.enrol import Federation, open_log, signer
 from fedserver.signed import counted_answers, signed_lines
 from fedserver.state import list_rosters
 from shared_models.answers import SignedAnswer
+from shared_models.audit_files import LOG
 from shared_models.errors import StateInvalid
-from shared_models.evidence import LOG, in_words, verdict_of
+from shared_models.evidence import in_words, verdict_of
 from shared_models.files import canonical_json
 from shared_models.identity import identity_public_key
 from shared_models.parse import plain

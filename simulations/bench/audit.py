@@ -11,7 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from shared_models.audit import AuditLog, verify_log
+from shared_models.audit import AuditLog
+from shared_models.audit_check import verify_log
 from shared_models.files import append_json
 from shared_models.identity import identity_public_key, new_site_keys, sign, verify
 from simulations.bench.secagg import told
