@@ -15,7 +15,7 @@ from pynetdicom import AE
 from pynetdicom.association import Association
 
 from fedclient.serving.intake import Intake
-from fedclient.serving.jobs import Jobs, Overloaded
+from fedclient.serving.jobs import Job, Jobs, Overloaded
 from fedclient.serving.lacking import Lacking
 from fedclient.serving.receiver import STALL_S, Receiver, session_of
 from fedclient.serving.settings import Serve
@@ -320,3 +320,36 @@ def test_a_case_whose_process_is_killed_as_its_answer_is_written_is_answered_all
         until(lambda: ended(jobs, 1))
         assert (told(jobs), worker.seen) == ([WAITS], [["a.dcm"]])
         until(lambda: not (jobs.place(job) / "in").exists())
+
+
+def test_cases_that_waited_out_an_outage_longer_than_results_are_kept_are_answered_in_the_order_in_which_they_came(
+    tmp_path,
+):
+    now = [1000.0]
+    with queue(tmp_path, Told(), most=9, keep_s=100, clock=lambda: now[0], started=False) as (jobs, _):
+        for n in range(4):
+            now[0] += 1
+            put(jobs, f"{n}.dcm")
+    now[0] += 1000
+    worker = Told()
+    with queue(tmp_path, worker, most=9, keep_s=100, clock=lambda: now[0], started=False) as (jobs, _):
+        jobs.sweep()
+        jobs.start()
+        until(lambda: ended(jobs, 4))
+        assert worker.seen == [["0.dcm"], ["1.dcm"], ["2.dcm"], ["3.dcm"]]
+        now[0] += 99
+        jobs.sweep()
+        assert len(jobs.all()) == 4  # kept from when they were answered
+        now[0] += 2
+        jobs.sweep()
+        assert jobs.all() == []
+
+
+def test_an_upload_that_stands_still_is_deleted_in_time_and_the_log_says_so(tmp_path, caplog):
+    now = [1000.0]
+    with queue(tmp_path, Told(), keep_s=100, clock=lambda: now[0], started=False) as (jobs, _):
+        job = jobs.begin("page")
+        now[0] += 101
+        jobs.sweep()
+        assert not jobs.place(job.id).exists()
+    assert f"job {job.id[:8]}: an upload that never ended is deleted" in caplog.text
