@@ -22,7 +22,7 @@ import httpx
 import pydicom
 import pytest
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
-from pynetdicom import AE
+from pynetdicom import AE, build_context
 from uvicorn.server import ServerState
 
 from fedclient.serving.back import Back, NotTaken, store
@@ -1035,6 +1035,7 @@ def test_whatever_keeps_a_result_from_being_returned_the_next_one_goes(tmp_path,
 def test_a_peer_that_hangs_up_between_two_objects_has_not_taken_them(monkeypatch):
     class Association:
         is_established = True
+        accepted_contexts = (build_context(SegmentationStorage, ExplicitVRLittleEndian),)
         sent = 0
 
         def send_c_store(self, data):

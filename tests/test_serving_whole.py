@@ -5,24 +5,27 @@ import shutil
 import socket
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pydicom
 import pytest
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
-from pynetdicom import AE
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
+from pynetdicom import AE, evt
 from pynetdicom.association import Association
 
+from fedclient.serving.back import NotTaken, store
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Job, Jobs, Overloaded
 from fedclient.serving.lacking import Lacking
 from fedclient.serving.receiver import STALL_S, Receiver, session_of
-from fedclient.serving.settings import Serve
+from fedclient.serving.settings import Destination, Serve, destination
 from shared_models.errors import ImageUnreadable
 from simulations.fixtures.dicom import write_dicom_series
 from simulations.fixtures.sown import person
-from tests.test_serving import Hands, Told, data_unit, heard, image, put, queue, until, whole
+from tests.test_serving import SEG_FILE, Hands, Told, data_unit, heard, image, put, queue, until, whole
 
 
 @pytest.fixture(scope="module")
@@ -353,3 +356,43 @@ def test_an_upload_that_stands_still_is_deleted_in_time_and_the_log_says_so(tmp_
         jobs.sweep()
         assert not jobs.place(job.id).exists()
     assert f"job {job.id[:8]}: an upload that never ended is deleted" in caplog.text
+
+
+# ---- the way back ----
+
+
+@contextmanager
+def pacs(*classes: UID) -> Iterator[tuple[Destination, list[UID]]]:
+    """A peer that takes objects of these classes, and the classes of what has come."""
+    came: list[UID] = []
+
+    def stored(event: Any) -> int:
+        came.append(event.request.AffectedSOPClassUID)
+        return 0
+
+    entity = AE(ae_title="PACS")
+    for each in classes:
+        entity.add_supported_context(each)
+    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, stored)])
+    assert server is not None
+    try:
+        yield destination(f"PACS@127.0.0.1:{server.server_address[1]}"), came
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+def test_a_pacs_that_takes_no_segmentations_gets_the_other_results_and_the_log_says_so_once(series, caplog):
+    with pacs(CTImageStorage) as (to, came):
+        for _ in range(2):
+            store(to, [SEG_FILE, series[0]], "US")
+    assert came == [CTImageStorage] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{to}: takes no objects of Segmentation Storage; results of this class are not sent there"
+    ]
+    with pacs(MRImageStorage) as (to, came), pytest.raises(NotTaken):
+        store(to, [SEG_FILE, series[0]], "US")
+    assert came == []
+    gc.collect()

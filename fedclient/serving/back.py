@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -122,10 +123,10 @@ def send_all(to: Destination, files: Sequence[Path], ae_title: str) -> None:
 
 
 def store(to: Destination, files: Sequence[Path], ae_title: str) -> None:
-    """C-STORE.
+    """C-STORE of what the destination wants: objects of a class that it does not negotiate are left out.
 
     Raises:
-        NotTaken: no association, one that broke off, or a status that is no success.
+        NotTaken: no association, one that broke off, no class that is wanted, or a status that is no success.
     """
     entity = AE(ae_title=ae_title)
     entity.network_timeout = entity.dimse_timeout = entity.acse_timeout = entity.connection_timeout = STALL_S
@@ -136,17 +137,29 @@ def store(to: Destination, files: Sequence[Path], ae_title: str) -> None:
     if not association.is_established:
         raise NotTaken(f"{to}: no association. Does it know the AE title {ae_title}?")
     try:
-        for data in datasets:
+        taken = {(each.abstract_syntax, each.transfer_syntax[0]) for each in association.accepted_contexts}
+        wanted = [d for d in datasets if (d.SOPClassUID, d.file_meta.TransferSyntaxUID) in taken]
+        if not wanted:
+            raise NotTaken(f"{to}: takes no objects of the classes of the results")
+        for name in sorted({d.SOPClassUID.name for d in datasets} - {d.SOPClassUID.name for d in wanted}):
+            _not_wanted(str(to), name)
+        for data in wanted:
             try:
                 status = association.send_c_store(data)
-            except ValueError:  # no context was accepted for this class
-                raise NotTaken(f"{to}: takes no objects of one of the classes of the results") from None
+            except ValueError:
+                raise NotTaken(f"{to}: a result cannot be encoded as was agreed") from None
             except RuntimeError:  # it hung up between two objects
                 raise NotTaken(f"{to}: the association broke off") from None
             if "Status" not in status or (status.Status != 0 and status.Status & 0xF000 != 0xB000):
                 raise NotTaken(f"{to}: status 0x{status.get('Status', 0):04X}")
     finally:
         association.release()
+
+
+@cache
+def _not_wanted(to: str, name: str) -> None:
+    """Logs it once."""
+    log.warning("%s: takes no objects of %s; results of this class are not sent there", to, name)
 
 
 def stow(to: Destination, files: Sequence[Path], ae_title: str) -> None:
