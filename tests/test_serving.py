@@ -553,20 +553,58 @@ def test_a_part_that_comes_while_the_first_is_predicted_on_keeps_it_from_being_r
         assert again.all()[0].partial[0] == "SERIES_SPLIT"
 
 
-def test_objects_that_come_again_neither_mark_a_result_nor_are_taken_for_a_series(tmp_path, series):
+def test_objects_that_come_again_neither_mark_a_result_nor_are_answered_once_more(tmp_path, series):
     worker = Told()
-    with queue(tmp_path, worker) as (jobs, room):
+    back: list[Any] = []
+    with queue(tmp_path, worker, done=back.append, join_s=60.0) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for path in series:
+            hands.give(path, "one")
+        whole(hands, "one")
+        until(lambda: back)
+        used = room.used_bytes
+        hands = Hands(jobs, room, tmp_path)  # another process
+        shutil.copyfile(series[3], file := hands.intake.new_file())  # of a peer that heard no answer
+        hands.intake.place(file, "dicom", "two", size_bytes=series[3].stat().st_size)
+        hands.intake.closed("two")
+        hands.now += 5.0
+        assert hands.intake.hand_on() == 0
+        assert ([job.partial for job in jobs.all()], hands.intake.under_way, len(worker.seen)) == ([None], 0, 1)
+        assert list((tmp_path / "serve" / "series").iterdir()) == []
+        assert room.used_bytes == used
+        hands.give(pydicom_with_new_uid(series[3], tmp_path), "three")
+        assert jobs.all()[0].partial[0] == "SERIES_SPLIT"
+
+
+@pytest.mark.parametrize("change", ["content", "failed", "not returned", "forgotten"])
+def test_objects_that_come_again_are_predicted_on_where_they_differ_or_what_was_made_of_them_is_lost(
+    tmp_path, series, change
+):
+    worker = Told()
+    with queue(tmp_path, worker, done=lambda _: None, join_s=60.0) as (jobs, room):
         hands = Hands(jobs, room, tmp_path)
         for path in series:
             hands.give(path, "one")
         whole(hands, "one")
         until(lambda: jobs.all()[0].state == "done")
-        hands.give(series[3], "two")  # a peer that heard no answer
+        (first,) = jobs.all()
+        sent = [*series]
+        if change == "content":
+            data = pydicom.dcmread(series[3])
+            data.PixelData = bytes(len(data.PixelData))
+            data.save_as(tmp_path / "again.dcm")
+            sent = [tmp_path / "again.dcm"]
+        elif change == "failed":
+            jobs._set(replace(first, state="failed"))
+        elif change == "not returned":
+            jobs.mark_returned(first.id, "failed")
+        else:
+            jobs.forget(first.id)
+        for path in sent:
+            hands.give(path, "two")
         whole(hands, "two")
-        assert [job.state for job in jobs.all()] == ["done", "failed"]
-        assert jobs.all()[0].partial is None
-        hands.give(pydicom_with_new_uid(series[3], tmp_path), "three")
-        assert jobs.all()[0].partial[0] == "SERIES_SPLIT"
+        until(lambda: len(worker.seen) == 2)
+        assert len(worker.seen[1]) == 4
 
 
 def test_a_late_part_for_which_there_is_no_room_marks_the_result_all_the_same(tmp_path, series):
