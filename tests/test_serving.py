@@ -33,7 +33,7 @@ from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
 from fedclient.serving.multipart import BodyRefused, parts_of, time_left
 from fedclient.serving.receiver import Receiver, command_bytes, received, server_context
-from fedclient.serving.service import listener
+from fedclient.serving.service import Service, listener
 from fedclient.serving.settings import Destination, Serve, destination, is_local
 from fedclient.serving.warm import Warm, python
 from fedclient.serving.web import Parts, application, safe_name
@@ -344,17 +344,39 @@ def test_a_case_that_is_forgotten_as_it_leaves_the_queue_does_not_come_back(tmp_
         assert (worker.seen, jobs.place(job.id).exists()) == ([], False)
 
 
-def test_a_case_under_way_when_the_service_ends_is_gone_on_with(tmp_path):
+def test_a_case_under_way_whenever_the_service_ends_is_gone_on_with_and_is_not_blamed(tmp_path):
     def say(folder):
         jobs.stop(0)
         raise ProcessFailed("the predicting process ended over this case.")
 
-    with queue(tmp_path, Told(say)) as (jobs, _):
-        job = put(jobs)
-        until(lambda: not jobs._thread.is_alive())
-        assert (jobs.place(job) / "in" / "a.dcm").exists()
+    for n in range(3):
+        with queue(tmp_path, Told(say)) as (jobs, _):
+            job = jobs.all()[0].id if n else put(jobs)
+            until(lambda jobs=jobs: not jobs._thread.is_alive())
+            assert (jobs.place(job) / "in" / "a.dcm").exists()
+            assert (jobs.find(job).state, jobs.find(job).tries) == ("waiting", 0)
     with queue(tmp_path, Told()) as (again, _):
         until(lambda: again.find(job).state == "done")
+        assert again.find(job).tries == 1
+
+
+def test_the_service_ends_when_the_case_that_it_was_at_is_written_down_as_waiting(tmp_path):
+    class Hanging(Told):
+        def stop(self):
+            threading.Timer(0.3, self.go.set).start()
+
+    def say(_):
+        raise ProcessFailed("the predicting process ended over this case.")
+
+    worker: Any = Hanging(say)
+    worker.go.clear()
+    with queue(tmp_path, worker) as (jobs, _):
+        job = put(jobs)
+        until(lambda: jobs.find(job).state == "running")
+        service = Service(tmp_path, Serve(), ())
+        service.jobs, service.warm = jobs, worker
+        service.stop()
+        assert json.loads((jobs.place(job) / "job.json").read_text())["state"] == "waiting"
 
 
 def test_what_cannot_be_read_fails_by_its_code(tmp_path):

@@ -318,8 +318,11 @@ class Jobs:
         except Exception as error:  # a fault of ours must not end the service; its words might quote a file
             log.error("a case failed in the service itself: %s", where(error))
             job = replace(job, state="failed", error=("INTERNAL", "a fault of the service; its log says where."))
-        if self._stop and job.state == "failed":
-            return  # the service ends, and has taken the worker from this case: the next start goes on with it
+        if self._stop and job.state == "failed":  # the service ends, and has taken the worker from this case
+            with self._change:
+                if job.id in self._known:
+                    self._set(replace(self._known[job.id], state="waiting", tries=job.tries - 1))
+            return
         with self._change:
             meanwhile = self._known.get(job.id, job).partial  # more may have come
             job = replace(job, partial=meanwhile or job.partial, answered_s=self.clock())
