@@ -478,7 +478,7 @@ def test_a_series_is_whole_when_its_connections_are_closed_and_it_has_been_quiet
             hands.give(path, "one")
         hands.give(series[3], "two")
         hands.give(series[3], "two")  # again
-        hands.now = 100
+        hands.now = 59
         assert hands.intake.hand_on() == 0
         hands.intake.closed("one")
         assert hands.intake.hand_on() == 0

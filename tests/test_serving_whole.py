@@ -7,6 +7,7 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -249,6 +250,62 @@ def test_who_is_cut_off_for_his_silence_has_sent_the_whole_unless_it_was_in_the_
         receiver._closed(heard(assoc=peer))
         whole(hands, "none")
         assert (jobs.all()[0].partial is not None) == broken
+
+
+# ---- connections that stay open ----
+
+
+def of_series(path: Path, uid: str, folder: Path) -> Path:
+    data = pydicom.dcmread(path)
+    data.SeriesInstanceUID = UID(uid)
+    data.save_as(folder / "other.dcm")
+    return folder / "other.dcm"
+
+
+def test_a_connection_that_brings_one_series_after_the_other_and_stays_open_holds_none_up(tmp_path, series):
+    worker = Told()
+    with queue(tmp_path, worker, most=9, done=lambda _: None) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for n in range(4):
+            for path in series[:2]:
+                hands.give(of_series(path, f"1.2.{n}", tmp_path), "one")
+            hands.now += 6.0
+            assert hands.intake.hand_on() == (n > 0)
+        hands.now += 53.0  # 59 s after the last object of the last one
+        assert hands.intake.hand_on() == 0
+        hands.now += 1.0
+        assert hands.intake.hand_on() == 1
+        until(lambda: ended(jobs, 4))
+        assert told(jobs) == [WAITS] * 4
+        assert [len(each) for each in worker.seen] == [2] * 4
+
+
+def test_series_that_come_by_turns_are_each_waited_for_and_cut_short_together(tmp_path, series):
+    with queue(tmp_path, Told(), done=lambda _: None) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for n in (0, 1, 2):
+            for uid in ("1.2.1", "1.2.2"):
+                hands.give(of_series(series[n], uid, tmp_path), "one")
+        hands.now = 6.0
+        assert hands.intake.hand_on() == 0
+        hands.intake.closed("one", broken=True)
+        assert hands.intake.hand_on() == 2
+        until(lambda: ended(jobs, 2))
+        assert told(jobs) == [WITHHELD] * 2
+
+
+def test_a_series_of_which_a_large_object_is_still_coming_is_waited_for(tmp_path, series):
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        receiver = Receiver(Serve(allow=("PACS",)), hands.intake, room)
+        peer = SimpleNamespace()
+        hands.give(series[0], session_of(peer))
+        hands.now = 50.0
+        receiver._counted(heard(assoc=peer, data=data_unit((3, 70), (0, 70_000))))
+        hands.now = 109.0
+        assert hands.intake.hand_on() == 0
+        hands.now = 110.0
+        assert hands.intake.hand_on() == 1
 
 
 # ---- what is accepted ----
