@@ -17,7 +17,7 @@ from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStor
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
 
-from fedclient.serving.back import NotTaken, store
+from fedclient.serving.back import Back, NotTaken, store
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Job, Jobs, Overloaded
 from fedclient.serving.lacking import Lacking
@@ -453,3 +453,37 @@ def test_a_pacs_that_takes_no_segmentations_gets_the_other_results_and_the_log_s
         store(to, [SEG_FILE, series[0]], "US")
     assert came == []
     gc.collect()
+
+
+def test_results_that_wait_for_a_pacs_to_which_nothing_is_returned_any_more_are_given_up_and_deleted_in_time(tmp_path):
+    now = [1000.0]
+    with queue(tmp_path, Told(), keep_s=100, clock=lambda: now[0], done=lambda _: None) as (jobs, _):
+        put(jobs)
+        until(lambda: told(jobs) == [WAITS])
+    now[0] += 101
+    with queue(tmp_path, Told(), keep_s=100, clock=lambda: now[0], started=False) as (jobs, _):
+        assert told(jobs) == [("done", None, "failed")]
+        jobs.sweep()
+        assert jobs.all() == []
+
+
+@pytest.mark.parametrize(("waited_s", "expected"), [(86_000, "waiting"), (86_400, "failed")])
+def test_results_are_given_up_a_day_after_they_were_written_however_often_the_service_has_started(
+    tmp_path, waited_s, expected
+):
+    now, tries = [1000.0], []
+
+    def sending(*_: Any) -> None:
+        tries.append(1)
+        raise NotTaken("busy")
+
+    with queue(tmp_path, Told(), clock=lambda: now[0], done=lambda _: None) as (jobs, _):
+        put(jobs)
+        until(lambda: told(jobs) == [WAITS])
+    now[0] += waited_s
+    with queue(tmp_path, Told(), clock=lambda: now[0], done=lambda _: None) as (jobs, _):
+        back = Back(destination("PACS@h:1"), lambda: jobs, "US", sending, first_s=0.01)
+        back.start()
+        until(lambda: len(tries) == 2 or jobs.all()[0].returned == "failed")
+        back.stop()
+        assert jobs.all()[0].returned == expected

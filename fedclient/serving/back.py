@@ -40,14 +40,13 @@ class Back:
         self.to, self.jobs, self.ae_title, self.first_s = to, jobs, ae_title, first_s
         self.send = send or send_all
         self._change = threading.Condition()
-        self._due: dict[str, tuple[float, float, float]] = {}  # job -> due, wait after, since
+        self._due: dict[str, tuple[float, float]] = {}  # job -> due, wait after
         self._stop = False
         self._thread: threading.Thread | None = None
 
     def add(self, job: Job) -> None:
         with self._change:
-            now = time.monotonic()
-            self._due[job.id] = (now, self.first_s, now)
+            self._due[job.id] = (time.monotonic(), self.first_s)
             self._change.notify_all()
 
     def start(self) -> None:
@@ -70,7 +69,7 @@ class Back:
                 if self._stop:
                     return
                 now = time.monotonic()
-                due = sorted((at, job) for job, (at, _, _) in self._due.items())
+                due = sorted((at, job) for job, (at, _) in self._due.items())
                 if not due or due[0][0] > now:
                     self._change.wait(due[0][0] - now if due else None)
                     continue
@@ -80,12 +79,12 @@ class Back:
             except OSError as error:  # that it was given up cannot be written: it is tried, or given up, once more
                 log.error("job %s: %s, %s", job_id[:8], error.strerror, where(error))
                 with self._change:
-                    _, wait_s, since = self._due[job_id]
-                    self._due[job_id] = (time.monotonic() + wait_s, wait_s, since)
+                    _, wait_s = self._due[job_id]
+                    self._due[job_id] = (time.monotonic() + wait_s, wait_s)
 
     def _one(self, job_id: str) -> None:
         job = self.jobs().find(job_id)
-        _, wait_s, since = self._due[job_id]
+        _, wait_s = self._due[job_id]
         if job is not None and job.returned == "waiting":
             files = dicom_results(self.jobs().place(job_id), job)
             try:
@@ -93,11 +92,10 @@ class Back:
                 self.jobs().mark_returned(job_id, "sent")
                 log.info("job %s: %d results returned", job_id[:8], len(files))
             except Exception as error:  # of the destination, or of a library over what it said: the next may be taken
-                now = time.monotonic()
-                if now - since < GIVE_UP_S:
+                if self.jobs().clock() - (job.answered_s or job.came_s) < GIVE_UP_S:
                     log.warning("job %s: not returned yet (%s); again in %.0f s", job_id[:8], _words(error), wait_s)
                     with self._change:
-                        self._due[job_id] = (now + wait_s, min(2 * wait_s, LONGEST_S), since)
+                        self._due[job_id] = (time.monotonic() + wait_s, min(2 * wait_s, LONGEST_S))
                     return
                 self.jobs().mark_returned(job_id, "failed")
                 log.error("job %s: its results could not be returned within a day", job_id[:8])

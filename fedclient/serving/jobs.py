@@ -399,6 +399,9 @@ class Jobs:
             if job.state in ("waiting", "running"):
                 job = replace(job, state="waiting")
                 self._queue.append(job.id)
+            if job.returned == "waiting" and self.done is None:
+                log.warning("job %s: its results are returned no more: nothing is returned to now", job.id[:8])
+                job = replace(job, returned="failed")
             self._set(job)
         self.room.count()
 
