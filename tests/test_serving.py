@@ -22,7 +22,7 @@ import httpx
 import pydicom
 import pytest
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
-from pynetdicom import AE
+from pynetdicom import AE, build_context
 from uvicorn.server import ServerState
 
 from fedclient.serving.back import Back, NotTaken, store
@@ -33,7 +33,7 @@ from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
 from fedclient.serving.multipart import BodyRefused, parts_of, time_left
 from fedclient.serving.receiver import Receiver, command_bytes, received, server_context
-from fedclient.serving.service import listener
+from fedclient.serving.service import Service, listener
 from fedclient.serving.settings import Destination, Serve, destination, is_local
 from fedclient.serving.warm import Warm, python
 from fedclient.serving.web import Parts, application, safe_name
@@ -344,17 +344,39 @@ def test_a_case_that_is_forgotten_as_it_leaves_the_queue_does_not_come_back(tmp_
         assert (worker.seen, jobs.place(job.id).exists()) == ([], False)
 
 
-def test_a_case_under_way_when_the_service_ends_is_gone_on_with(tmp_path):
+def test_a_case_under_way_whenever_the_service_ends_is_gone_on_with_and_is_not_blamed(tmp_path):
     def say(folder):
         jobs.stop(0)
         raise ProcessFailed("the predicting process ended over this case.")
 
-    with queue(tmp_path, Told(say)) as (jobs, _):
-        job = put(jobs)
-        until(lambda: not jobs._thread.is_alive())
-        assert (jobs.place(job) / "in" / "a.dcm").exists()
+    for n in range(3):
+        with queue(tmp_path, Told(say)) as (jobs, _):
+            job = jobs.all()[0].id if n else put(jobs)
+            until(lambda jobs=jobs: not jobs._thread.is_alive())
+            assert (jobs.place(job) / "in" / "a.dcm").exists()
+            assert (jobs.find(job).state, jobs.find(job).tries) == ("waiting", 0)
     with queue(tmp_path, Told()) as (again, _):
         until(lambda: again.find(job).state == "done")
+        assert again.find(job).tries == 1
+
+
+def test_the_service_ends_when_the_case_that_it_was_at_is_written_down_as_waiting(tmp_path):
+    class Hanging(Told):
+        def stop(self):
+            threading.Timer(0.3, self.go.set).start()
+
+    def say(_):
+        raise ProcessFailed("the predicting process ended over this case.")
+
+    worker: Any = Hanging(say)
+    worker.go.clear()
+    with queue(tmp_path, worker) as (jobs, _):
+        job = put(jobs)
+        until(lambda: jobs.find(job).state == "running")
+        service = Service(tmp_path, Serve(), ())
+        service.jobs, service.warm = jobs, worker
+        service.stop()
+        assert json.loads((jobs.place(job) / "job.json").read_text())["state"] == "waiting"
 
 
 def test_what_cannot_be_read_fails_by_its_code(tmp_path):
@@ -456,7 +478,7 @@ def test_a_series_is_whole_when_its_connections_are_closed_and_it_has_been_quiet
             hands.give(path, "one")
         hands.give(series[3], "two")
         hands.give(series[3], "two")  # again
-        hands.now = 100
+        hands.now = 59
         assert hands.intake.hand_on() == 0
         hands.intake.closed("one")
         assert hands.intake.hand_on() == 0
@@ -553,20 +575,58 @@ def test_a_part_that_comes_while_the_first_is_predicted_on_keeps_it_from_being_r
         assert again.all()[0].partial[0] == "SERIES_SPLIT"
 
 
-def test_objects_that_come_again_neither_mark_a_result_nor_are_taken_for_a_series(tmp_path, series):
+def test_objects_that_come_again_neither_mark_a_result_nor_are_answered_once_more(tmp_path, series):
     worker = Told()
-    with queue(tmp_path, worker) as (jobs, room):
+    back: list[Any] = []
+    with queue(tmp_path, worker, done=back.append, join_s=60.0) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for path in series:
+            hands.give(path, "one")
+        whole(hands, "one")
+        until(lambda: back)
+        used = room.used_bytes
+        hands = Hands(jobs, room, tmp_path)  # another process
+        shutil.copyfile(series[3], file := hands.intake.new_file())  # of a peer that heard no answer
+        hands.intake.place(file, "dicom", "two", size_bytes=series[3].stat().st_size)
+        hands.intake.closed("two")
+        hands.now += 5.0
+        assert hands.intake.hand_on() == 0
+        assert ([job.partial for job in jobs.all()], hands.intake.under_way, len(worker.seen)) == ([None], 0, 1)
+        assert list((tmp_path / "serve" / "series").iterdir()) == []
+        assert room.used_bytes == used
+        hands.give(pydicom_with_new_uid(series[3], tmp_path), "three")
+        assert jobs.all()[0].partial[0] == "SERIES_SPLIT"
+
+
+@pytest.mark.parametrize("change", ["content", "failed", "not returned", "forgotten"])
+def test_objects_that_come_again_are_predicted_on_where_they_differ_or_what_was_made_of_them_is_lost(
+    tmp_path, series, change
+):
+    worker = Told()
+    with queue(tmp_path, worker, done=lambda _: None, join_s=60.0) as (jobs, room):
         hands = Hands(jobs, room, tmp_path)
         for path in series:
             hands.give(path, "one")
         whole(hands, "one")
         until(lambda: jobs.all()[0].state == "done")
-        hands.give(series[3], "two")  # a peer that heard no answer
+        (first,) = jobs.all()
+        sent = [*series]
+        if change == "content":
+            data = pydicom.dcmread(series[3])
+            data.PixelData = bytes(len(data.PixelData))
+            data.save_as(tmp_path / "again.dcm")
+            sent = [tmp_path / "again.dcm"]
+        elif change == "failed":
+            jobs._set(replace(first, state="failed"))
+        elif change == "not returned":
+            jobs.mark_returned(first.id, "failed")
+        else:
+            jobs.forget(first.id)
+        for path in sent:
+            hands.give(path, "two")
         whole(hands, "two")
-        assert [job.state for job in jobs.all()] == ["done", "failed"]
-        assert jobs.all()[0].partial is None
-        hands.give(pydicom_with_new_uid(series[3], tmp_path), "three")
-        assert jobs.all()[0].partial[0] == "SERIES_SPLIT"
+        until(lambda: len(worker.seen) == 2)
+        assert len(worker.seen[1]) == 4
 
 
 def test_a_late_part_for_which_there_is_no_room_marks_the_result_all_the_same(tmp_path, series):
@@ -1035,6 +1095,7 @@ def test_whatever_keeps_a_result_from_being_returned_the_next_one_goes(tmp_path,
 def test_a_peer_that_hangs_up_between_two_objects_has_not_taken_them(monkeypatch):
     class Association:
         is_established = True
+        accepted_contexts = (build_context(SegmentationStorage, ExplicitVRLittleEndian),)
         sent = 0
 
         def send_c_store(self, data):

@@ -5,24 +5,28 @@ import shutil
 import socket
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pydicom
 import pytest
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
-from pynetdicom import AE
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
+from pynetdicom import AE, evt
 from pynetdicom.association import Association
 
+from fedclient.serving.back import Back, NotTaken, store
 from fedclient.serving.intake import Intake
-from fedclient.serving.jobs import Jobs, Overloaded
+from fedclient.serving.jobs import Job, Jobs, Overloaded
 from fedclient.serving.lacking import Lacking
 from fedclient.serving.receiver import STALL_S, Receiver, session_of
-from fedclient.serving.settings import Serve
+from fedclient.serving.settings import Destination, Serve, destination
 from shared_models.errors import ImageUnreadable
 from simulations.fixtures.dicom import write_dicom_series
 from simulations.fixtures.sown import person
-from tests.test_serving import Hands, Told, data_unit, heard, image, put, queue, until, whole
+from tests.test_serving import SEG_FILE, Hands, Told, data_unit, heard, image, put, queue, until, whole
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +252,62 @@ def test_who_is_cut_off_for_his_silence_has_sent_the_whole_unless_it_was_in_the_
         assert (jobs.all()[0].partial is not None) == broken
 
 
+# ---- connections that stay open ----
+
+
+def of_series(path: Path, uid: str, folder: Path) -> Path:
+    data = pydicom.dcmread(path)
+    data.SeriesInstanceUID = UID(uid)
+    data.save_as(folder / "other.dcm")
+    return folder / "other.dcm"
+
+
+def test_a_connection_that_brings_one_series_after_the_other_and_stays_open_holds_none_up(tmp_path, series):
+    worker = Told()
+    with queue(tmp_path, worker, most=9, done=lambda _: None) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for n in range(4):
+            for path in series[:2]:
+                hands.give(of_series(path, f"1.2.{n}", tmp_path), "one")
+            hands.now += 6.0
+            assert hands.intake.hand_on() == (n > 0)
+        hands.now += 53.0  # 59 s after the last object of the last one
+        assert hands.intake.hand_on() == 0
+        hands.now += 1.0
+        assert hands.intake.hand_on() == 1
+        until(lambda: ended(jobs, 4))
+        assert told(jobs) == [WAITS] * 4
+        assert [len(each) for each in worker.seen] == [2] * 4
+
+
+def test_series_that_come_by_turns_are_each_waited_for_and_cut_short_together(tmp_path, series):
+    with queue(tmp_path, Told(), done=lambda _: None) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for n in (0, 1, 2):
+            for uid in ("1.2.1", "1.2.2"):
+                hands.give(of_series(series[n], uid, tmp_path), "one")
+        hands.now = 6.0
+        assert hands.intake.hand_on() == 0
+        hands.intake.closed("one", broken=True)
+        assert hands.intake.hand_on() == 2
+        until(lambda: ended(jobs, 2))
+        assert told(jobs) == [WITHHELD] * 2
+
+
+def test_a_series_of_which_a_large_object_is_still_coming_is_waited_for(tmp_path, series):
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        receiver = Receiver(Serve(allow=("PACS",)), hands.intake, room)
+        peer = SimpleNamespace()
+        hands.give(series[0], session_of(peer))
+        hands.now = 50.0
+        receiver._counted(heard(assoc=peer, data=data_unit((3, 70), (0, 70_000))))
+        hands.now = 109.0
+        assert hands.intake.hand_on() == 0
+        hands.now = 110.0
+        assert hands.intake.hand_on() == 1
+
+
 # ---- what is accepted ----
 
 
@@ -320,3 +380,110 @@ def test_a_case_whose_process_is_killed_as_its_answer_is_written_is_answered_all
         until(lambda: ended(jobs, 1))
         assert (told(jobs), worker.seen) == ([WAITS], [["a.dcm"]])
         until(lambda: not (jobs.place(job) / "in").exists())
+
+
+def test_cases_that_waited_out_an_outage_longer_than_results_are_kept_are_answered_in_the_order_in_which_they_came(
+    tmp_path,
+):
+    now = [1000.0]
+    with queue(tmp_path, Told(), most=9, keep_s=100, clock=lambda: now[0], started=False) as (jobs, _):
+        for n in range(4):
+            now[0] += 1
+            put(jobs, f"{n}.dcm")
+    now[0] += 1000
+    worker = Told()
+    with queue(tmp_path, worker, most=9, keep_s=100, clock=lambda: now[0], started=False) as (jobs, _):
+        jobs.sweep()
+        jobs.start()
+        until(lambda: ended(jobs, 4))
+        assert worker.seen == [["0.dcm"], ["1.dcm"], ["2.dcm"], ["3.dcm"]]
+        now[0] += 99
+        jobs.sweep()
+        assert len(jobs.all()) == 4  # kept from when they were answered
+        now[0] += 2
+        jobs.sweep()
+        assert jobs.all() == []
+
+
+def test_an_upload_that_stands_still_is_deleted_in_time_and_the_log_says_so(tmp_path, caplog):
+    now = [1000.0]
+    with queue(tmp_path, Told(), keep_s=100, clock=lambda: now[0], started=False) as (jobs, _):
+        job = jobs.begin("page")
+        now[0] += 101
+        jobs.sweep()
+        assert not jobs.place(job.id).exists()
+    assert f"job {job.id[:8]}: an upload that never ended is deleted" in caplog.text
+
+
+# ---- the way back ----
+
+
+@contextmanager
+def pacs(*classes: UID) -> Iterator[tuple[Destination, list[UID]]]:
+    """A peer that takes objects of these classes, and the classes of what has come."""
+    came: list[UID] = []
+
+    def stored(event: Any) -> int:
+        came.append(event.request.AffectedSOPClassUID)
+        return 0
+
+    entity = AE(ae_title="PACS")
+    for each in classes:
+        entity.add_supported_context(each)
+    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, stored)])
+    assert server is not None
+    try:
+        yield destination(f"PACS@127.0.0.1:{server.server_address[1]}"), came
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+def test_a_pacs_that_takes_no_segmentations_gets_the_other_results_and_the_log_says_so_once(series, caplog):
+    with pacs(CTImageStorage) as (to, came):
+        for _ in range(2):
+            store(to, [SEG_FILE, series[0]], "US")
+    assert came == [CTImageStorage] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{to}: takes no objects of Segmentation Storage; results of this class are not sent there"
+    ]
+    with pacs(MRImageStorage) as (to, came), pytest.raises(NotTaken):
+        store(to, [SEG_FILE, series[0]], "US")
+    assert came == []
+    gc.collect()
+
+
+def test_results_that_wait_for_a_pacs_to_which_nothing_is_returned_any_more_are_given_up_and_deleted_in_time(tmp_path):
+    now = [1000.0]
+    with queue(tmp_path, Told(), keep_s=100, clock=lambda: now[0], done=lambda _: None) as (jobs, _):
+        put(jobs)
+        until(lambda: told(jobs) == [WAITS])
+    now[0] += 101
+    with queue(tmp_path, Told(), keep_s=100, clock=lambda: now[0], started=False) as (jobs, _):
+        assert told(jobs) == [("done", None, "failed")]
+        jobs.sweep()
+        assert jobs.all() == []
+
+
+@pytest.mark.parametrize(("waited_s", "expected"), [(86_000, "waiting"), (86_400, "failed")])
+def test_results_are_given_up_a_day_after_they_were_written_however_often_the_service_has_started(
+    tmp_path, waited_s, expected
+):
+    now, tries = [1000.0], []
+
+    def sending(*_: Any) -> None:
+        tries.append(1)
+        raise NotTaken("busy")
+
+    with queue(tmp_path, Told(), clock=lambda: now[0], done=lambda _: None) as (jobs, _):
+        put(jobs)
+        until(lambda: told(jobs) == [WAITS])
+    now[0] += waited_s
+    with queue(tmp_path, Told(), clock=lambda: now[0], done=lambda _: None) as (jobs, _):
+        back = Back(destination("PACS@h:1"), lambda: jobs, "US", sending, first_s=0.01)
+        back.start()
+        until(lambda: len(tries) == 2 or jobs.all()[0].returned == "failed")
+        back.stop()
+        assert jobs.all()[0].returned == expected

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -39,14 +40,13 @@ class Back:
         self.to, self.jobs, self.ae_title, self.first_s = to, jobs, ae_title, first_s
         self.send = send or send_all
         self._change = threading.Condition()
-        self._due: dict[str, tuple[float, float, float]] = {}  # job -> due, wait after, since
+        self._due: dict[str, tuple[float, float]] = {}  # job -> due, wait after
         self._stop = False
         self._thread: threading.Thread | None = None
 
     def add(self, job: Job) -> None:
         with self._change:
-            now = time.monotonic()
-            self._due[job.id] = (now, self.first_s, now)
+            self._due[job.id] = (time.monotonic(), self.first_s)
             self._change.notify_all()
 
     def start(self) -> None:
@@ -69,7 +69,7 @@ class Back:
                 if self._stop:
                     return
                 now = time.monotonic()
-                due = sorted((at, job) for job, (at, _, _) in self._due.items())
+                due = sorted((at, job) for job, (at, _) in self._due.items())
                 if not due or due[0][0] > now:
                     self._change.wait(due[0][0] - now if due else None)
                     continue
@@ -79,12 +79,12 @@ class Back:
             except OSError as error:  # that it was given up cannot be written: it is tried, or given up, once more
                 log.error("job %s: %s, %s", job_id[:8], error.strerror, where(error))
                 with self._change:
-                    _, wait_s, since = self._due[job_id]
-                    self._due[job_id] = (time.monotonic() + wait_s, wait_s, since)
+                    _, wait_s = self._due[job_id]
+                    self._due[job_id] = (time.monotonic() + wait_s, wait_s)
 
     def _one(self, job_id: str) -> None:
         job = self.jobs().find(job_id)
-        _, wait_s, since = self._due[job_id]
+        _, wait_s = self._due[job_id]
         if job is not None and job.returned == "waiting":
             files = dicom_results(self.jobs().place(job_id), job)
             try:
@@ -92,11 +92,10 @@ class Back:
                 self.jobs().mark_returned(job_id, "sent")
                 log.info("job %s: %d results returned", job_id[:8], len(files))
             except Exception as error:  # of the destination, or of a library over what it said: the next may be taken
-                now = time.monotonic()
-                if now - since < GIVE_UP_S:
+                if self.jobs().clock() - (job.answered_s or job.came_s) < GIVE_UP_S:
                     log.warning("job %s: not returned yet (%s); again in %.0f s", job_id[:8], _words(error), wait_s)
                     with self._change:
-                        self._due[job_id] = (now + wait_s, min(2 * wait_s, LONGEST_S), since)
+                        self._due[job_id] = (time.monotonic() + wait_s, min(2 * wait_s, LONGEST_S))
                     return
                 self.jobs().mark_returned(job_id, "failed")
                 log.error("job %s: its results could not be returned within a day", job_id[:8])
@@ -122,10 +121,10 @@ def send_all(to: Destination, files: Sequence[Path], ae_title: str) -> None:
 
 
 def store(to: Destination, files: Sequence[Path], ae_title: str) -> None:
-    """C-STORE.
+    """C-STORE of what the destination wants: objects of a class that it does not negotiate are left out.
 
     Raises:
-        NotTaken: no association, one that broke off, or a status that is no success.
+        NotTaken: no association, one that broke off, no class that is wanted, or a status that is no success.
     """
     entity = AE(ae_title=ae_title)
     entity.network_timeout = entity.dimse_timeout = entity.acse_timeout = entity.connection_timeout = STALL_S
@@ -136,17 +135,29 @@ def store(to: Destination, files: Sequence[Path], ae_title: str) -> None:
     if not association.is_established:
         raise NotTaken(f"{to}: no association. Does it know the AE title {ae_title}?")
     try:
-        for data in datasets:
+        taken = {(each.abstract_syntax, each.transfer_syntax[0]) for each in association.accepted_contexts}
+        wanted = [d for d in datasets if (d.SOPClassUID, d.file_meta.TransferSyntaxUID) in taken]
+        if not wanted:
+            raise NotTaken(f"{to}: takes no objects of the classes of the results")
+        for name in sorted({d.SOPClassUID.name for d in datasets} - {d.SOPClassUID.name for d in wanted}):
+            _not_wanted(str(to), name)
+        for data in wanted:
             try:
                 status = association.send_c_store(data)
-            except ValueError:  # no context was accepted for this class
-                raise NotTaken(f"{to}: takes no objects of one of the classes of the results") from None
+            except ValueError:
+                raise NotTaken(f"{to}: a result cannot be encoded as was agreed") from None
             except RuntimeError:  # it hung up between two objects
                 raise NotTaken(f"{to}: the association broke off") from None
             if "Status" not in status or (status.Status != 0 and status.Status & 0xF000 != 0xB000):
                 raise NotTaken(f"{to}: status 0x{status.get('Status', 0):04X}")
     finally:
         association.release()
+
+
+@cache
+def _not_wanted(to: str, name: str) -> None:
+    """Logs it once."""
+    log.warning("%s: takes no objects of %s; results of this class are not sent there", to, name)
 
 
 def stow(to: Destination, files: Sequence[Path], ae_title: str) -> None:

@@ -1,7 +1,10 @@
 """DICOM objects from strangers into series: quarantined, doubted, put beside others of their series, handed on whole.
 
-Nobody says when a series is complete. It is taken for whole when no connection that brought of it is open any more and
-nothing has come for a while (`quiet_s`). Where an object of it comes after that, for as long as results are kept:
+Nobody says when a series is complete. It is taken for whole when nothing has come for a while (`quiet_s`), and each
+connection that brought of it is closed, has begun with another series since, or has brought nothing for a minute at
+least. Objects that come again just as they were, of a series that is answered or going to be, are dropped: a sender
+that missed an answer gets no second set of results. Where another object of it comes after that, for as long as results
+are kept:
 
 - what was made of it before is marked `SERIES_SPLIT` at once, in REST, on the page and in result.json; it is not
   returned any more, and DICOMweb does not find it. What had gone to PACS already stays there; the log says so;
@@ -43,6 +46,7 @@ MOST_FILES = 20_000  # of a series
 MOST_SERIES = 256  # under way at once
 SPLIT, REPLACED = "SERIES_SPLIT", "SERIES_REPLACED"
 COUNT = "NumberOfSeriesRelatedInstances"
+LATELY_S, LATELY_QUIET = 60.0, 6  # a connection that is open is waited for; or so many times `quiet_s`, if longer
 LEFT_S = 3600.0  # after the last byte of a file in quarantine
 UID = re.compile(r"[0-9](?:[0-9.]{0,62}[0-9])?")
 _TAGS = [tag for keyword in KEYWORDS if (tag := tag_for_keyword(keyword)) is not None]
@@ -65,6 +69,8 @@ class _Open:
     """A series that comes in.
 
     Attributes:
+        left: connections that are open and have begun with another series since.
+        digests: of what the objects hold, by their names.
         broken: a connection ended out of order that brought of it.
         mending: connections that have brought of it since; one that ends in order has brought what was lacking.
     """
@@ -73,7 +79,9 @@ class _Open:
     last_s: float
     sessions: set[str]
     before: Before
+    left: set[str] = field(default_factory=set)
     files: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
     broken: bool = False
     mending: set[str] = field(default_factory=set)
 
@@ -91,15 +99,17 @@ class Intake:
         private_folder(self.series)
         self.handed = Handed(folder / "handed", jobs.keep_s)
         self.lacking = Lacking(folder / "lacking", jobs.keep_s)
+        self.lately_s = max(LATELY_S, LATELY_QUIET * quiet_s)
         self._lock = threading.Lock()
         self._open: dict[str, _Open] = {}
+        self._coming: dict[str, float] = {}  # connection -> when bytes of an object came by it
         for left in self.series.iterdir():
             files = sum(1 for _ in left.iterdir())
             if not files:
                 left.rmdir()
                 continue
             before, broken = self.handed.find(left.name), self.lacking.was_open(left.name)
-            self._open[left.name] = _Open("dicom", clock(), set(), before, files, broken)
+            self._open[left.name] = _Open("dicom", clock(), set(), before, files=files, broken=broken)
 
     def new_file(self) -> Path:
         """Where an object may be written to until it is placed."""
@@ -128,16 +138,17 @@ class Intake:
         if said["Modality"] in OBJECTS:
             raise ImageUnreadable("DICOM: no image; the model looks at images.", "MODALITY_MISMATCH")
         key, name = _named(said["StudyInstanceUID"], said["SeriesInstanceUID"]), f"{_named(said['SOPInstanceUID'])}.dcm"
+        digest = _digest(file)
         with self._lock:
             try:
-                self._put(file, key, name, via, session, size_bytes)
+                self._put(file, key, name, via, session, size_bytes).digests[name] = digest
             except (ImageUnreadable, Overloaded, OSError):
                 self.lacking.refuse(key, name)
                 raise
             self.lacking.came(key, name)
         return Received(said["SOPClassUID"], said["SOPInstanceUID"], said["StudyInstanceUID"])
 
-    def _put(self, file: Path, key: str, name: str, via: str, session: str, size_bytes: int) -> None:
+    def _put(self, file: Path, key: str, name: str, via: str, session: str, size_bytes: int) -> _Open:
         """Under the lock."""
         found = self._open.get(key)
         before = self.handed.find(key) if found is None else found.before
@@ -161,36 +172,62 @@ class Intake:
             raise
         if found is None:
             found = self._open[key] = _Open(via, self.clock(), set(), before)
+        if session not in found.sessions and session not in found.left:
+            self._leave(session)
         if found.broken and session not in found.sessions:
             found.mending.add(session)
         found.files += not again
         found.last_s = self.clock()
         found.sessions.add(session)
+        return found
+
+    def _leave(self, session: str) -> None:
+        """A connection begins with another series: those that it brought of may be whole."""
+        for key, each in self._open.items():
+            if session in each.sessions:
+                each.left.add(session)
+                self._end(key, session, broken=False)
+
+    def coming(self, session: str) -> None:
+        """Of an object that is not whole yet, bytes have come by a connection."""
+        self._coming[session] = self.clock()
 
     def closed(self, session: str, broken: bool = False) -> None:
         """A connection has ended, in order or `broken` off; what it brought may be whole."""
         with self._lock:
+            self._coming.pop(session, None)
             for key, found in self._open.items():
-                if session not in found.sessions:
-                    continue
-                found.sessions.remove(session)
-                if broken:
-                    found.broken = True
-                    found.mending.clear()
-                elif session in found.mending:
-                    found.broken = False
-                    found.mending.clear()
-                if not found.sessions and not found.broken:
-                    self.lacking.ended(key)
+                found.left.discard(session)
+                if session in found.sessions:
+                    self._end(key, session, broken)
+
+    def _end(self, key: str, session: str, broken: bool) -> None:
+        found = self._open[key]
+        found.sessions.remove(session)
+        if broken:
+            found.broken = True
+            found.mending.clear()
+        elif session in found.mending:
+            found.broken = False
+            found.mending.clear()
+        if not found.sessions and not found.broken:
+            self.lacking.ended(key)
 
     def hand_on(self) -> int:
         """Makes a job of every series that is whole; how many. What finds no room waits on."""
         with self._lock:
             self._clear()
-            before = self.clock() - self.quiet_s
-            whole = [key for key, each in self._open.items() if not each.sessions and each.last_s <= before]
+            now = self.clock()
+            whole = [
+                key
+                for key, each in self._open.items()
+                if each.last_s <= now - self.quiet_s
+                and all(max(each.last_s, self._coming.get(s, 0.0)) <= now - self.lately_s for s in each.sessions)
+            ]
             done = 0
             for key in whole:
+                if self._drop_known(key):
+                    continue
                 try:
                     job = self.jobs.begin(self._open[key].via)
                 except Overloaded:
@@ -198,6 +235,27 @@ class Intake:
                 self._hand_on(key, job)
                 done += 1
             return done
+
+    def _drop_known(self, key: str) -> bool:
+        """Drops a series of which nothing came but what the newest job of it has, which is whole and is not lost."""
+        found, folder = self._open[key], self.series / key
+        for path in folder.iterdir():  # of a process before this one
+            if path.name not in found.digests:
+                found.digests[path.name] = _digest(path)
+        newest = self.jobs.find(found.before.jobs[-1]) if found.before.jobs else None
+        if newest is None or newest.partial is not None or newest.returned == "failed":
+            return False
+        if newest.state not in ("waiting", "running", "done"):
+            return False
+        if any(found.before.digests.get(name) != digest for name, digest in found.digests.items()):
+            return False
+        sizes = [path.stat().st_size for path in folder.iterdir()]
+        shutil.rmtree(folder)
+        self.room.give(sum(sizes))
+        del self._open[key]
+        self.lacking.ended(key)
+        log.info("job %s: %d objects of it came again and are dropped", newest.id[:8], len(sizes))
+        return True
 
     def _hand_on(self, key: str, job: Job) -> None:
         """Submits a series with what was handed on of it before, or refuses it where that is gone."""
@@ -210,7 +268,11 @@ class Intake:
             if fits:
                 lacking = self._join(folder, lacking, before.jobs)
             known = [each for each in before.jobs if self.jobs.find(each) is not None]
-            self.handed.note(key, Before(names | before.names if fits else before.names, (*known, job.id)))
+            held = {name: digest for name, digest in found.digests.items() if name in names}
+            noted = replace(before, jobs=(*known, job.id))
+            if fits:
+                noted = replace(noted, names=names | before.names, digests={**before.digests, **held})
+            self.handed.note(key, noted)
             why = f"{len(lacking)} objects came before and are gone: send the whole series."
             partial = (SPLIT, why) if lacking else self._partial(key, found, folder)
             job = replace(job, partial=partial, again=bool(before.names))
@@ -281,6 +343,11 @@ def _short(folder: Path) -> tuple[str, str] | None:
     if not re.fullmatch(r"\d{1,6}", said) or len(names) >= int(said):
         return None
     return INCOMPLETE, f"{len(names)} of the {int(said)} objects came that the series has by its headers."
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def _named(*uids: str) -> str:

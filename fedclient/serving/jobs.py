@@ -64,6 +64,7 @@ class Job:
         partial: code and words, where it is of a part of its series: `SERIES_SPLIT`, `SERIES_INCOMPLETE`, or
             `SERIES_REPLACED` once a later job has the whole. It is not returned, and no DICOMweb search finds it.
         again: objects of its series were handed on before.
+        answered_s: when it was done or failed, in seconds since the epoch; it is kept from then on, and waits for PACS.
     """
 
     id: str
@@ -76,6 +77,7 @@ class Job:
     returned: Literal["off", "waiting", "sent", "failed", "withheld"] = "off"
     partial: tuple[str, str] | None = None
     again: bool = False
+    answered_s: float = 0.0
 
     @property
     def counts(self) -> bool:
@@ -224,7 +226,7 @@ class Jobs:
     def refuse(self, job: Job, code: str, why: str) -> None:
         """Ends a job, whose files are of a part of a series, without a prediction."""
         with self._change:
-            self._set(replace(job, state="failed", error=(code, why), partial=(code, why)))
+            self._set(replace(job, state="failed", error=(code, why), partial=(code, why), answered_s=self.clock()))
         shutil.rmtree(self.place(job.id) / "in", ignore_errors=True)
         self.room.count()
 
@@ -287,7 +289,8 @@ class Jobs:
         words = "its state could not be written here: the disk is full or faulty. Send the case again."
         with self._change:
             if job_id in self._known:
-                self._known[job_id] = replace(self._known[job_id], state="failed", error=("DISK_FULL", words))
+                job = replace(self._known[job_id], state="failed", error=("DISK_FULL", words), answered_s=self.clock())
+                self._known[job_id] = job
 
     def _work(self, job: Job) -> None:
         """One case, whatever it does to the worker.
@@ -315,11 +318,14 @@ class Jobs:
         except Exception as error:  # a fault of ours must not end the service; its words might quote a file
             log.error("a case failed in the service itself: %s", where(error))
             job = replace(job, state="failed", error=("INTERNAL", "a fault of the service; its log says where."))
-        if self._stop and job.state == "failed":
-            return  # the service ends, and has taken the worker from this case: the next start goes on with it
+        if self._stop and job.state == "failed":  # the service ends, and has taken the worker from this case
+            with self._change:
+                if job.id in self._known:
+                    self._set(replace(self._known[job.id], state="waiting", tries=job.tries - 1))
+            return
         with self._change:
             meanwhile = self._known.get(job.id, job).partial  # more may have come
-            job = replace(job, partial=meanwhile or job.partial)
+            job = replace(job, partial=meanwhile or job.partial, answered_s=self.clock())
             if job.state == "done" and self.done is not None:
                 job = replace(job, returned="waiting" if job.partial is None else "withheld")
             self._set(job)
@@ -332,17 +338,22 @@ class Jobs:
             self.done(job)
 
     def sweep(self) -> None:
-        """Deletes what has been kept long enough, files and results, uploads that never ended, and what is too much:
-        of the oldest first those that failed. What waits for PACS is kept until it is there, or given up."""
+        """Deletes what has been kept long enough since it was answered, uploads that never ended, and what is too much:
+        of the oldest first those that failed. What waits is kept until it is answered; what waits for PACS, until it is
+        there or given up."""
         before = self.clock() - self.keep_s
         ended = [job for job in self.all() if job.state in ("done", "failed") and job.returned != "waiting"]
         ended.sort(key=lambda job: (job.state != "failed", job.came_s))
         for job in ended[: max(0, len(ended) - MOST_KEPT)]:
             self.forget(job.id)
         for job in self.all():
-            if job.came_s < before and job.state != "running" and job.returned != "waiting":
+            if job.state in ("waiting", "running") or job.returned == "waiting":
+                continue
+            if (job.answered_s or job.came_s) < before:
+                if job.state == "receiving":
+                    log.warning("job %s: an upload that never ended is deleted", job.id[:8])
                 self.forget(job.id)
-            elif job.state in ("done", "failed") and self._over_with(job) and (self.place(job.id) / "in").exists():
+            elif job.state != "receiving" and self._over_with(job) and (self.place(job.id) / "in").exists():
                 shutil.rmtree(self.place(job.id) / "in", ignore_errors=True)
                 self.room.count()
 
@@ -367,8 +378,10 @@ class Jobs:
         self._known[job.id] = job
 
     def _recover(self) -> None:
-        """Goes on with what a process before this one left: uploads that never ended are deleted."""
-        for folder in sorted(self.folder.iterdir()):
+        """Goes on with what a process before this one left, in the order in which it came: uploads that never ended are
+        deleted."""
+        found = []
+        for folder in self.folder.iterdir():
             job = _read(folder / "job.json")
             if job is not None and job.state == "receiving" and _holds_any(folder / "in"):  # they came by one rename
                 job = replace(job, state="waiting")
@@ -377,13 +390,18 @@ class Jobs:
                     log.warning("job %s: an upload that never ended is deleted", folder.name[:8])
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
+            found.append(job)
+        for job in sorted(found, key=lambda job: job.came_s):
             if job.state == "running" and job.tries >= MOST_TRIES:
                 words = "this case has ended the service before, and is not tried again."
-                job = replace(job, state="failed", error=("WORKER_FAILED", words))
-                shutil.rmtree(folder / "in", ignore_errors=True)
+                job = replace(job, state="failed", error=("WORKER_FAILED", words), answered_s=self.clock())
+                shutil.rmtree(self.place(job.id) / "in", ignore_errors=True)
             if job.state in ("waiting", "running"):
                 job = replace(job, state="waiting")
                 self._queue.append(job.id)
+            if job.returned == "waiting" and self.done is None:
+                log.warning("job %s: its results are returned no more: nothing is returned to now", job.id[:8])
+                job = replace(job, returned="failed")
             self._set(job)
         self.room.count()
 

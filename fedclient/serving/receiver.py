@@ -190,6 +190,8 @@ class Receiver:
             return
         with self._lock:
             self._bytes[key] = held
+        if held > MOST_COMMAND:  # of an object, then
+            self.intake.coming(session_of(event.assoc))
         if longest > MOST_COMMAND:
             log.warning("a DICOM peer sent a command without an end and was cut off")
         elif held > self.most_bytes:

@@ -109,6 +109,7 @@ class Service:
             self.back.stop()
         self.jobs.stop(0.1)
         self.warm.stop()
+        self.jobs.stop()  # the case from which the worker is taken is written down as waiting
 
     @property
     def port(self) -> int:
