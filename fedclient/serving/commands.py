@@ -226,7 +226,7 @@ def drift(
         return
     found = told(site, opened.study, opened.digest, opened.fingerprint, windows)
     if as_json:
-        print_json(json.loads(json.dumps(asdict(found))) | {"alarm": found.alarm, "release": opened.digest})
+        print_json(json.loads(json.dumps(asdict(found))) | {"release": opened.digest})
         return
     _tell(found, opened)
 
@@ -262,6 +262,8 @@ def _tell(found: "Drift", release: "Release") -> None:
     for each in found.differences[:SHOWN]:
         table.add_row(each.feature, f"{each.divergence:.2f}", f"{each.chance:.2f}", each.here, each.there)
     console.print(table)
+    if found.alarm and all(window.alarm is None for _, window in found.windows):
+        console.print("[bold red]A drift[/] was told in the window before, which --windows 2 shows.", highlight=False)
     if found.alarm:
         console.print("Look at scanners, protocols and referrals since then; check answers by hand before you go on.")
     console.print(
