@@ -80,7 +80,8 @@ class Drift:
     Attributes:
         against: `release`, the site's own `first cases` where the release tells of none, or `nothing` yet.
         profiles: how many the release carries.
-        windows: the last ones, each with the number of its first case.
+        windows: the last ones, as many as are shown, each with the number of its first case.
+        alarm: whether the last window, or the one before it while the last is short, ended in an alarm, shown or not.
         differences: of up to `WINDOW` latest cases, the largest first.
     """
 
@@ -89,12 +90,7 @@ class Drift:
     profiles: int
     windows: tuple[tuple[int, Window], ...]
     differences: tuple[Difference, ...]
-
-    @property
-    def alarm(self) -> bool:
-        """Whether the last window, or the one before it while the last is short, ended in an alarm."""
-        last = self.windows[-2:] if self.windows and self.windows[-1][1].cases < WINDOW else self.windows[-1:]
-        return any(window.alarm is not None for _, window in last)
+    alarm: bool
 
 
 def told(folder: Path, study: Study, digest: str, fingerprint: Mapping[str, Any] | None, shown: int = SHOWN) -> Drift:
@@ -112,11 +108,13 @@ def told(folder: Path, study: Study, digest: str, fingerprint: Mapping[str, Any]
         begin = WINDOW
         against = "first cases" if len(cases) >= WINDOW else "nothing"
         profiles = (profile_of(study, cases[:WINDOW]),) if against == "first cases" else ()
-    starts = list(range(begin, len(cases), WINDOW))[-shown:] if profiles else []
+    starts = list(range(begin, len(cases), WINDOW))[-max(shown, 2) :] if profiles else []
     windows = [(at + 1, watched(profiles, cases[at : at + WINDOW], (digest, at // WINDOW))) for at in starts]
+    short = bool(windows) and windows[-1][1].cases < WINDOW
+    alarm = any(window.alarm is not None for _, window in windows[-2 if short else -1 :])
     latest = cases[begin:][-WINDOW:]
     differences = _differences(study, profile_of(study, latest), profiles) if profiles and latest else ()
-    return Drift(len(cases), against, len(carried), tuple(windows), differences)
+    return Drift(len(cases), against, len(carried), tuple(windows[-shown:]), differences, alarm)
 
 
 def _differences(study: Study, here: Profile, profiles: Sequence[Profile]) -> tuple[Difference, ...]:

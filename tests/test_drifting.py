@@ -19,6 +19,7 @@ from fedclient.egress import sent
 from fedclient.monitoring import exported, forget
 from fedclient.policy import Policy
 from fedclient.serving import worker
+from fedclient.serving.commands import _tell
 from fedclient.site import Data, SiteFile, site_toml
 from fedserver.monitor import merged
 from shared_models.betting import ALARM, WINDOW, watched
@@ -299,6 +300,21 @@ def test_without_a_reference_the_first_cases_are_the_reference(tmp_path):
         log.note(tmp_path, STUDY, "ab" * 32, cells_)
     late = log.told(tmp_path, STUDY, "ab" * 32, None)
     assert (late.against, late.alarm, late.windows[0][0]) == ("first cases", True, WINDOW + 1)
+
+
+def test_an_alarm_of_the_window_before_is_told_however_few_are_shown(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    like = spread(rng, 2)
+    carried = reference([profile_of(STUDY, like)])
+    for cells_ in [*(spread(rng, 5) * 2)[:WINDOW], *like[:5]]:
+        log.note(tmp_path, STUDY, "ab" * 32, cells_)
+    full, one = (log.told(tmp_path, STUDY, "ab" * 32, carried, shown) for shown in (5, 1))
+    assert [first for first, _ in full.windows] == [1, WINDOW + 1]
+    assert one.windows == full.windows[-1:]
+    assert one.windows[0][1].alarm is None
+    assert (full.alarm, one.alarm) == (True, True)
+    _tell(one, SimpleNamespace(name="n", version="1"))  # type: ignore[arg-type]
+    assert "which --windows 2 shows" in capsys.readouterr().out
 
 
 # ---- a monitoring round ----

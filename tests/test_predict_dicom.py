@@ -323,6 +323,19 @@ def test_an_enhanced_image_whose_frames_say_their_orientation_each_bears_the_sam
     assert np.allclose(found.affine, plain.affine)
 
 
+def test_a_file_of_many_frames_with_one_place_for_all_gets_everything_but_a_segmentation(tmp_path):
+    write_series(tmp_path / "ct")
+    stored = [dcmread(path) for path in sorted((tmp_path / "ct").iterdir())]
+    stored.sort(key=lambda each: float(each.ImagePositionPatient[2]))
+    data = stored[0]
+    data.NumberOfFrames, data.SpacingBetweenSlices = len(stored), STEP_MM
+    data.PixelData = b"".join(each.PixelData for each in stored)
+    found = predict_case(model(LUNG), write(tmp_path / "many.dcm", data))
+    files, missing = write_case(found, "case", tmp_path, (*DICOM, "nifti"))
+    assert files == ["report.dcm", "overlay.dcm", "mask.nii.gz"]
+    assert "do not say where they lie" in missing["seg"]
+
+
 def test_a_format_that_the_header_does_not_bear_costs_no_other(tmp_path):
     write_series(tmp_path / "ct", edit=without("StudyInstanceUID"))
     found = predict_case(model(), tmp_path / "ct")

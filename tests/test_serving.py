@@ -133,6 +133,12 @@ def test_a_site_file_with_a_serve_table_is_read_and_one_without_it_too():
         ({"tls_key": "k.pem"}, "come together"),
         ({"tls_ca": "ca.pem"}, "for TLS"),
         ({"allow": ["much too long a title"]}, "allow"),
+        ({"allow": ["PACS@pacs.example.org"]}, "IP address from which it sends"),
+        ({"allow": ["PACS@10.0.0"]}, "IP address from which it sends"),
+        ({"public_origin": "http://ai.example.org"}, "public_origin"),
+        ({"public_origin": "https://ai.example.org/model"}, "public_origin"),
+        ({"public_origin": "https://ai.example.org:443"}, "public_origin"),
+        ({"public_origin": "https://ai.example.org", "token": False}, "leave token on"),
     ],
 )
 def test_settings_that_would_be_unsafe_or_mean_nothing_are_refused(table, words):
@@ -800,6 +806,29 @@ def test_the_receiver_takes_images_of_peers_on_the_list_and_nothing_else(tmp_pat
         until(lambda: list(intake.quarantine.iterdir()) == [])
 
 
+@pytest.mark.parametrize(
+    ("named", "address", "may"),
+    [
+        ("PACS@10.0.0.7", "10.0.0.7", True),
+        ("PACS@10.0.0.7", "::ffff:10.0.0.7", True),  # as a socket for both kinds of addresses tells it
+        ("PACS@[2001:DB8:0::7]", "2001:db8::7", True),
+        ("PACS", "10.0.0.8", True),
+        ("PACS@10.0.0.7", "10.0.0.8", False),
+        ("PACS@2001:db8::7", "10.0.0.7", False),
+        ("PACS@10.0.0.7", "", False),
+        ("FAR@10.0.0.7", "10.0.0.7", False),
+    ],
+)
+def test_a_peer_is_known_by_its_address_however_that_is_written_and_its_refusal_is_told_once(
+    tmp_path, caplog, named, address, may
+):
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        receiver = Receiver(Serve(allow=(named,)), Intake(tmp_path / "serve", jobs, room, 0.0), room)
+        peer = Mock(requestor=SimpleNamespace(ae_title="PACS", address=address))
+        assert [receiver._permitted(peer) for _ in range(2)] == [may, may]
+    assert caplog.text.count("a DICOM peer was refused") == (0 if may else 1)
+
+
 def send(port, calling, files, called="FEDIMAGING", context=CTImageStorage, tls=None):
     """Status of each file; None where there is no association, or no answer."""
     entity = AE(ae_title=calling)
@@ -1146,12 +1175,12 @@ def test_a_process_that_dies_hangs_or_grows_is_replaced(tmp_path):
 
 
 @contextmanager
-def web(folder: Path, worker, most_bytes=1 << 20, token=None, local=True):
+def web(folder: Path, worker, most_bytes=1 << 20, token=None, local=True, public_origin=""):
     with queue(folder, worker) as (jobs, room):
         intake = Intake(folder / "serve", jobs, room, 0.0)
         warm = Warm(["true"], 1.0)
         warm.model = {"name": "m", "version": "1"}
-        app = application(Parts(jobs, intake, room, warm, most_bytes, token, local, returns=False))
+        app = application(Parts(jobs, intake, room, warm, most_bytes, token, local, False, public_origin))
 
         def ask(method, path, host="localhost", **more):
             async def go():
@@ -1250,6 +1279,7 @@ def test_a_ready_link_is_told_to_a_terminal_and_no_token_to_a_log(monkeypatch, c
     _say(heard(warm=heard(model=model), serve=Serve(), port=8484, token=token, site=Path("site"), receiver=None))
     out = capsys.readouterr().out
     assert told in out
+    assert "page and REST: http://127.0.0.1:8484/ " in out
     assert ("ttt" in out) == (token is not None and terminal)
 
 
@@ -1262,6 +1292,41 @@ def test_on_this_machine_no_other_name_and_no_other_sites_script_gets_in(tmp_pat
         assert ask("POST", "/api/jobs", files=files, headers=own).status_code == 202
         assert ask("POST", "/api/jobs", files=files, headers={"origin": "http://evil"}).status_code == 403
         assert ask("POST", "/api/jobs", content=b"", headers={"content-length": "9" * 12}).status_code == 413
+
+
+PROXY = "https://ai.example.org"
+
+
+@pytest.mark.parametrize(
+    ("host", "headers", "status"),
+    [
+        ("localhost:8484", {"origin": PROXY}, 202),  # a proxy that asks by its own name for us
+        ("localhost:8484", {"origin": PROXY, "sec-fetch-site": "same-origin"}, 202),
+        ("ai.example.org", {"origin": PROXY, "sec-fetch-site": "same-origin"}, 202),  # and one that keeps the name
+        ("ai.example.org", {}, 202),
+        ("localhost:8484", {"origin": "http://localhost:8484", "sec-fetch-site": "same-origin"}, 202),
+        ("ai.example.org", {"origin": "https://evil.example", "sec-fetch-site": "cross-site"}, 403),
+        ("ai.example.org", {"origin": "https://evil.example"}, 403),
+        ("ai.example.org", {"origin": "https://other.example.org", "sec-fetch-site": "same-site"}, 403),
+        ("localhost:8484", {"origin": "https://ai.example.org.evil.example"}, 403),
+        ("localhost:8484", {"origin": "null"}, 403),
+        ("localhost:8484", {"sec-fetch-site": "cross-site"}, 403),
+        ("rebound.example", {"origin": "http://rebound.example", "sec-fetch-site": "same-origin"}, 421),
+        ("rebound.example", {"origin": PROXY}, 421),
+    ],
+)
+def test_behind_a_proxy_its_own_pages_may_send_and_no_others(tmp_path, host, headers, status):
+    with web(tmp_path, Told(), public_origin=PROXY) as (ask, _, _):
+        files = [("files", ("x.dcm", b"content"))]
+        assert ask("POST", "/api/jobs", host=host, files=files, headers=headers).status_code == status
+
+
+def test_without_a_proxy_nobody_gets_in_by_an_empty_name_or_another_origin(tmp_path):
+    with web(tmp_path, Told()) as (ask, _, _):
+        assert ask("GET", "/api/health", headers={"host": ""}).status_code == 421
+        files = [("files", ("x.dcm", b"content"))]
+        for headers in ({"origin": ""}, {"origin": PROXY, "sec-fetch-site": "same-origin"}):
+            assert ask("POST", "/api/jobs", files=files, headers=headers).status_code == 403
 
 
 def test_the_page_asks_nobody_else_for_anything():

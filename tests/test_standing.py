@@ -228,8 +228,9 @@ def test_a_newer_list_that_brings_another_release_back_is_not_kept_either(made, 
             "e" * 64: Standing("older-1", stage, at),
         }
         listed = Standings("fedstatus/1", FEDERATION, at, at + 30 * DAY, of_all)
-        (tmp_path / name).write_bytes(sign_standings(made.signer, listed))
-        return tmp_path / name
+        path: Path = tmp_path / name
+        path.write_bytes(sign_standings(made.signer, listed))
+        return path
 
     assert asked(made, site, both("new", MADE + DAY, "retired")) == []
     (kept,) = (site / "release-status").glob("*.json")

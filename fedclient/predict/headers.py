@@ -15,7 +15,7 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.filereader import dcmread
 from pydicom.valuerep import DA, TM
 
-from fedclient.data.dicom_header import BROKEN, load_head, unbroken
+from fedclient.data.dicom_header import BROKEN, load_head, number, unbroken
 from fedclient.predict.inputs import Source
 from shared_models.errors import ImageUnreadable
 
@@ -54,6 +54,11 @@ class Headers:
         return bool(self.first.get("FrameOfReferenceUID")) and (
             "ImagePositionPatient" in self.first or "SharedFunctionalGroupsSequence" in self.first
         )
+
+    @property
+    def frames_placed(self) -> bool:
+        """Whether each frame says where it lies, where one file holds many; slices do."""
+        return (number(self.first, "NumberOfFrames") or 1) == 1 or "SharedFunctionalGroupsSequence" in self.first
 
 
 def _studies(first: Dataset) -> Sequence[Dataset]:

@@ -177,6 +177,8 @@ def _unsegmented(prediction: Prediction, headers: "Headers") -> str:
     """Why there can be no segmentation; empty where there can."""
     if prediction.marks is None:
         return f"a {prediction.model.study.task.kind} marks no voxels"
+    if not headers.frames_placed:
+        return "its frames do not say where they lie, each for itself, as those of enhanced images do; see the mask"
     return "" if headers.in_space else "the image lies in no frame of reference, as radiographs do; see the mask"
 
 

@@ -48,6 +48,9 @@ def serve_model(
     site: Folder = Path("site"),
     host: Annotated[str | None, typer.Option(help="Of pages, REST and DICOMweb; beyond 127.0.0.1 with TLS.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
+    public_origin: Annotated[
+        str | None, typer.Option(help="https://NAME under which a proxy of the hospital's own shows the pages.")
+    ] = None,
     token: Annotated[
         bool | None,
         typer.Option("--token/--no-token", help="Ask for a token; off, every user of this machine reads all results."),
@@ -56,7 +59,7 @@ def serve_model(
     dicom_port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
     ae_title: Annotated[str | None, typer.Option(help="Of the receiver.")] = None,
     allow: Annotated[
-        list[str] | None, typer.Option(help="Who may send: AE, or AE@address; repeated. Nobody: no receiver.")
+        list[str] | None, typer.Option(help="Who may send: AE, or AE@IP-ADDRESS; repeated. Nobody: no receiver.")
     ] = None,
     return_to: Annotated[
         str | None, typer.Option(help="Where results go: AE@host:port, or a DICOMweb URL. Nowhere without it.")
@@ -93,9 +96,10 @@ def serve_model(
     from shared_models.supervise import only_one
 
     given = {
-        "host": host, "port": port, "token": token, "dicom_host": dicom_host, "dicom_port": dicom_port,
-        "ae_title": ae_title, "allow": tuple(allow) if allow else None, "return_to": return_to,
-        "insecure_return": insecure_return, "quiet_s": quiet_s,
+        "host": host, "port": port, "public_origin": public_origin, "token": token,
+        "dicom_host": dicom_host, "dicom_port": dicom_port, "ae_title": ae_title,
+        "allow": tuple(allow) if allow else None, "return_to": return_to, "insecure_return": insecure_return,
+        "quiet_s": quiet_s,
         "join_s": join_s, "quota_gib": quota_gib, "most_mib": most_mib, "queue": queue, "time_limit_s": time_limit_s,
         "keep_hours": keep_hours, "tls_certificate": tls_certificate, "tls_key": tls_key, "tls_ca": tls_ca,
     }  # fmt: skip
@@ -160,15 +164,14 @@ def _say(service: "Service") -> None:
     model, serve = service.warm.model, service.serve
     scheme = "https" if serve.tls_key else "http"
     shown = f"[{serve.host}]" if ":" in serve.host else serve.host
+    page = serve.public_origin or f"{scheme}://{shown}:{service.port}"
     lines = [f"{model['name']} {model['version']} ({model['sha256'][:16]}), {model['engine']}. Not for diagnosis."]
     lines += [f"warning: {words}" for words in (*model["warnings"], *serve.unencrypted)]
-    lines.append(
-        f"page and REST: {scheme}://{shown}:{service.port}/   DICOMweb: {scheme}://{shown}:{service.port}/dicom-web"
-    )
+    lines.append(f"page and REST: {page}/   DICOMweb: {page}/dicom-web")
     if service.token is None:
         lines.append("token: off; every user of this machine can read all results")
     elif sys.stdout.isatty():
-        lines.append(f"open: {scheme}://{shown}:{service.port}/#token={service.token}")
+        lines.append(f"open: {page}/#token={service.token}")
     else:  # what is kept as a log holds no token
         lines.append(f"token: {service.site / 'secrets' / 'serve-token'}; open the page with #token=TOKEN behind it")
     if service.receiver is not None:
@@ -223,7 +226,7 @@ def drift(
         return
     found = told(site, opened.study, opened.digest, opened.fingerprint, windows)
     if as_json:
-        print_json(json.loads(json.dumps(asdict(found))) | {"alarm": found.alarm, "release": opened.digest})
+        print_json(json.loads(json.dumps(asdict(found))) | {"release": opened.digest})
         return
     _tell(found, opened)
 
@@ -259,6 +262,8 @@ def _tell(found: "Drift", release: "Release") -> None:
     for each in found.differences[:SHOWN]:
         table.add_row(each.feature, f"{each.divergence:.2f}", f"{each.chance:.2f}", each.here, each.there)
     console.print(table)
+    if found.alarm and all(window.alarm is None for _, window in found.windows):
+        console.print("[bold red]A drift[/] was told in the window before, which --windows 2 shows.", highlight=False)
     if found.alarm:
         console.print("Look at scanners, protocols and referrals since then; check answers by hand before you go on.")
     console.print(

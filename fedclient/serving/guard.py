@@ -25,19 +25,20 @@ HEADERS = (
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
-def guarded(app: Asgi, *, token: str | None, local: bool, most_bytes: int) -> Asgi:
+def guarded(app: Asgi, *, token: str | None, local: bool, most_bytes: int, public_origin: str = "") -> Asgi:
     """`app` behind the checks.
 
     Args:
         token: asked for, where there is one.
         local: the pages are for this machine: a name that only points here (DNS rebinding) is refused.
+        public_origin: under which a proxy shows them too, `https://name`; empty: none does.
     """
 
     async def guard(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await app(scope, receive, send)
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        refused = _refused(scope, headers, token, local, most_bytes)
+        refused = _refused(scope, headers, token, local, most_bytes, public_origin)
         if refused is not None:
             return await _answer(send, *refused)
 
@@ -53,14 +54,14 @@ def guarded(app: Asgi, *, token: str | None, local: bool, most_bytes: int) -> As
 
 
 def _refused(
-    scope: Scope, headers: dict[bytes, str], token: str | None, local: bool, most_bytes: int
+    scope: Scope, headers: dict[bytes, str], token: str | None, local: bool, most_bytes: int, public_origin: str
 ) -> tuple[int, str] | None:
     host = headers.get(b"host", "")
-    if local and _name(host) not in LOCAL:
-        return 421, "this service is for http://localhost alone."
-    origin = headers.get(b"origin")
-    if scope["method"] not in ("GET", "HEAD") and origin is not None and origin != f"{scope['scheme']}://{host}":
-        return 403, "another site's page may not do this."
+    if local and _name(host) not in (*LOCAL, _name(public_origin.removeprefix("https://")) or None):
+        known = f"http://localhost and {public_origin} alone" if public_origin else "http://localhost alone"
+        return 421, f"this service is for {known}; a proxy's own name is `public_origin` of [serve]."
+    if scope["method"] not in ("GET", "HEAD") and not _of_ours(scope, headers, host, public_origin):
+        return 403, "another site's page may not do this; behind a proxy, its name is `public_origin` of [serve]."
     if token is not None and scope["path"] not in OPEN:
         shown = headers.get(b"authorization", "").removeprefix("Bearer ").encode()
         if not hmac.compare_digest(shown, token.encode()):
@@ -69,6 +70,14 @@ def _refused(
     if not length.isdecimal() or len(length) > 15 or int(length) > most_bytes:
         return 413, f"more than {most_bytes >> 20} MiB at once are not taken."
     return None
+
+
+def _of_ours(scope: Scope, headers: dict[bytes, str], host: str, public_origin: str) -> bool:
+    """Whether what changes something comes of one of our own pages, as browsers say it, or of a program."""
+    where, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+    if where is not None and where != "same-origin":
+        return False
+    return origin in (None, f"{scope['scheme']}://{host}") or (public_origin != "" and origin == public_origin)
 
 
 def _name(host: str) -> str:

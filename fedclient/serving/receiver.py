@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -25,7 +26,7 @@ from pynetdicom.transport import ThreadedAssociationServer
 
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Overloaded, Room
-from fedclient.serving.settings import Serve
+from fedclient.serving.settings import Serve, address_of
 from shared_models.errors import ImageUnreadable, ProcessFailed
 
 SUCCESS, NOT_AUTHORISED, OUT_OF_RESOURCES, NOT_AN_IMAGE, CANNOT_UNDERSTAND = 0x0000, 0x0124, 0xA700, 0xA900, 0xC000
@@ -46,13 +47,13 @@ class Allowed:
     """A peer by its AE title, and by its address where one is given."""
 
     ae_title: str
-    address: str = ""
+    address: IPv4Address | IPv6Address | None = None
 
 
 def allowed(peers: Sequence[str]) -> tuple[Allowed, ...]:
     """From `AE` and `AE@address`."""
     split = (peer.partition("@") for peer in peers)
-    return tuple(Allowed(title.strip(), address) for title, _, address in split)
+    return tuple(Allowed(title.strip(), address_of(address)) for title, _, address in split)
 
 
 def image_contexts() -> list[str]:
@@ -88,6 +89,7 @@ class Receiver:
         self._here: set[int] = set()  # connections
         self._links: WeakSet[Any] = WeakSet()
         self._held: WeakSet[threading.Thread] = WeakSet()  # of each connection
+        self._refused: WeakSet[threading.Thread] = WeakSet()
 
     @property
     def port(self) -> int:
@@ -142,8 +144,15 @@ class Receiver:
                 link.close()  # of peers that never said anything
 
     def _permitted(self, association: Any) -> bool:
-        title, address = str(association.requestor.ae_title).strip(), association.requestor.address
-        return any(peer.ae_title == title and peer.address in ("", address) for peer in self.peers)
+        title, address = str(association.requestor.ae_title).strip(), address_of(str(association.requestor.address))
+        if any(peer.ae_title == title and peer.address in (None, address) for peer in self.peers):
+            return True
+        with self._lock:
+            told = association in self._refused
+            self._refused.add(association)
+        if not told:
+            log.warning("a DICOM peer was refused: `allow` names its AE title, and not its address %s", address)
+        return False
 
     def _bounded(self, event: evt.Event) -> None:
         """No peer may make this process hold a unit of gigabytes, or a thread wait for ever."""

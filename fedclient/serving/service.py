@@ -72,7 +72,7 @@ class Service:
         self.token = kept_token(self.site / "secrets" / "serve-token") if serve.token else None
         parts = Parts(
             self.jobs, self.intake, room, self.warm, int(serve.most_mib * MIB), self.token, serve.local,
-            self.back is not None,
+            self.back is not None, serve.public_origin,
         )  # fmt: skip
         self._server = uvicorn.Server(listener(application(parts), serve))
         if serve.allow:

@@ -24,10 +24,13 @@ class Serve:
 
     Attributes:
         host, port: of the pages, the REST interface and DICOMweb. Beyond this machine they need TLS.
+        public_origin: `https://name` under which a proxy of the hospital's own shows the pages to others; empty: none
+            does. The proxy may keep the name that it was asked by or not.
         token: they ask for the token in `secrets/serve-token`; without it every user of this machine reads all results.
         dicom_host, dicom_port: of the DICOM receiver.
         ae_title: of the receiver; who calls another name is refused.
-        allow: who may send: `AE` or `AE@address`. None named: there is no receiver.
+        allow: who may send: `AE`, or `AE@address` with an IP address, for names are not looked up. None named: there is
+            no receiver.
         return_to: where results go: `AE@host:port` (C-STORE) or the URL of a DICOMweb service (STOW-RS); empty:
             nowhere.
         insecure_return: `return_to` may be http:// to another machine: whoever listens on the way reads results.
@@ -46,6 +49,7 @@ class Serve:
     __pydantic_config__ = STRICT
     host: str = "127.0.0.1"
     port: Port = 8484
+    public_origin: str = ""
     token: bool = True
     dicom_host: str = "127.0.0.1"
     dicom_port: Port = 11112
@@ -73,6 +77,20 @@ class Serve:
             )
         if self.insecure_return and (to is None or not to.plain):
             raise ValueError("insecure_return is for a return_to by http to another machine, which this is not")
+        for peer in self.allow:
+            _, at, address = peer.partition("@")
+            if at and address_of(address) is None:
+                raise ValueError(
+                    f"allow names {peer!r}; behind the @ goes the IP address from which it sends, as in PACS@10.0.0.7: "
+                    f"names are not looked up"
+                )
+        if self.public_origin and not re.fullmatch(
+            r"https://[a-z0-9][a-z0-9.-]*(:(?!443$)[1-9]\d{0,4})?", self.public_origin
+        ):
+            raise ValueError(
+                f"public_origin is {self.public_origin!r}; allowed is what browsers show before the path, all in lower "
+                f"case: https://name, or https://name:port where that is not 443"
+            )
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ValueError("tls_certificate and tls_key come together")
         if self.tls_ca and not self.tls_key:
@@ -80,10 +98,12 @@ class Serve:
         if not is_local(self.host) and not self.tls_key:
             raise ValueError(
                 f"host is {self.host!r}, beyond this machine: give tls_certificate and tls_key, or keep 127.0.0.1 "
-                f"behind a proxy of the hospital's own"
+                f"behind a proxy of the hospital's own, and give what browsers ask that for as public_origin"
             )
         if not is_local(self.host) and not self.token:
             raise ValueError(f"token is off and host is {self.host!r}, beyond this machine: leave token on")
+        if self.public_origin and not self.token:
+            raise ValueError("token is off and public_origin shows the pages to other machines: leave token on")
 
     @property
     def local(self) -> bool:
@@ -134,6 +154,15 @@ def destination(text: str) -> Destination:
     if found is None or not 0 < int(found[3]) < 65536:
         raise ValueError(f"return_to is {text!r}; allowed is AE@host:port, or the URL of a DICOMweb service")
     return Destination("dicom", found[2].strip("[]"), int(found[3]), found[1].strip())
+
+
+def address_of(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An IP address, the same one however it is written; None of what is none."""
+    try:
+        found = ipaddress.ip_address(text.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return None
+    return getattr(found, "ipv4_mapped", None) or found
 
 
 def is_local(host: str) -> bool:

@@ -95,6 +95,7 @@ class Parts:
     token: str | None
     local: bool
     returns: bool
+    public_origin: str = ""
 
 
 def application(parts: Parts) -> Asgi:
@@ -119,7 +120,9 @@ def application(parts: Parts) -> Asgi:
     _pages(app)
     _rest(app, parts)
     app.include_router(dicomweb.router(parts.jobs, parts.intake, parts.room, parts.most_bytes))
-    return guarded(app, token=parts.token, local=parts.local, most_bytes=parts.most_bytes)
+    return guarded(
+        app, token=parts.token, local=parts.local, most_bytes=parts.most_bytes, public_origin=parts.public_origin
+    )
 
 
 def _pages(app: FastAPI) -> None:
