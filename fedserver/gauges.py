@@ -20,7 +20,7 @@ from fedserver.backup import last_backup_s
 from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation, open_federation
 from fedserver.overview import overview
-from shared_models.alarms import events
+from shared_models.audit_files import every_event
 from shared_models.files import read_lines
 from shared_models.identity import load_credential, read_certificate
 from shared_models.loopback import loopback_app, page_main
@@ -89,7 +89,7 @@ def _work(federation: Federation) -> Iterator[Metric]:
     yield traffic
     counted = Counter(
         str(line["event"]).removeprefix("reply-")
-        for line in events(federation.folder / "audit.jsonl", [f"reply-{outcome}" for outcome in OUTCOMES])
+        for line in every_event(federation.folder, [f"reply-{outcome}" for outcome in OUTCOMES])
     )
     replies = CounterMetricFamily("fedserver_replies", "Replies of sites, by what became of them.", labels=["outcome"])
     for outcome in OUTCOMES:

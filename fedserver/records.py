@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fedserver.state import list_rosters
-from shared_models.alarms import events
 from shared_models.audit import HEAD, AuditLog
+from shared_models.audit_files import every_event
 from shared_models.errors import UpdateRejected
 from shared_models.identity import verify
 from shared_models.roster import Roster, checked, read_signed
@@ -34,8 +34,8 @@ class Records:
         self.log.add(event, **facts)
 
     def closed(self, run: str, number: int) -> bool:
-        """Whether the log says that a round of a run is closed."""
-        closed = (line["facts"] for line in events(self.log.path, ("round-closed",)))
+        """Whether the log, or one of an earlier key, says that a round of a run is closed."""
+        closed = (line["facts"] for line in every_event(self.log.path.parent, ("round-closed",)))
         return any((facts.get("run"), facts.get("round")) == (run, number) for facts in closed)
 
     def roster(self) -> Roster | None:

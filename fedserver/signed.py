@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation
 from fedserver.state import list_rosters
-from shared_models.alarms import events
 from shared_models.answers import SignedAnswer, envelope_of
+from shared_models.audit_files import every_event
 from shared_models.envelope import Asked, Envelope
 from shared_models.errors import StateInvalid
 from shared_models.files import append_json, read_lines
@@ -39,9 +39,9 @@ def signed_lines(folder: RunFolder) -> Iterator[tuple[SignedAnswer, Envelope]]:
 
 
 def counted_answers(federation: Federation) -> dict[str, dict[str, int]]:
-    """Run -> SHA-256 of each envelope that the audit log says was counted, and the round in which."""
+    """Run -> SHA-256 of each envelope that the audit log, of earlier keys too, says was counted, and in which round."""
     found: dict[str, dict[str, int]] = {}
-    for closed in events(federation.audit, ("round-closed",)):
+    for closed in every_event(federation.folder, ("round-closed",)):
         facts = closed["facts"]
         found.setdefault(facts["run"], {}).update(dict.fromkeys(facts.get("signed", {}).values(), facts["round"]))
     return found

@@ -118,7 +118,7 @@ class Verifier:
             self.bad = number, "is no line of a log: it was edited, or its writer died in the middle of it"
             return
         if self.key is None and number == 1:
-            self.key = _key_in(line["facts"])
+            self.key = key_in(line["facts"])
         if wrong := _wrong(line, number, self._prev, self._last, self.key or b""):
             self.bad = number, wrong
             return
@@ -254,7 +254,7 @@ def _is_signed(kept: Witness, by: Verdict) -> bool:
     return verify(bytes.fromhex(by.key), bytes.fromhex(kept.signature), HEAD, kept.head.statement)
 
 
-def _key_in(facts: Mapping[str, Any]) -> bytes | None:
+def key_in(facts: Mapping[str, Any]) -> bytes | None:
     """The Ed25519 public key that the first line of a log names."""
     try:
         key = bytes.fromhex(facts["key"])

@@ -25,14 +25,28 @@ def away(path: Path, log: str) -> Path:
 
 
 def earlier_logs(folder: Path) -> list[Path]:
-    """The logs of the keys before, the oldest first; one whose first line is damaged comes before all."""
-    found = []
-    for path in folder.glob(EARLIER):
-        time = 0.0
-        with suppress(ValueError, KeyError, TypeError, OverflowError):
-            time = float(json.loads(first_line(path))["time"])
-        found.append((time, path))
-    return [path for _, path in sorted(found)]
+    """The logs of the keys before, the oldest first: none before the one that it names, else by their time.
+
+    One whose first line is damaged comes before all.
+    """
+    begun = {path: _begun(path) for path in folder.glob(EARLIER)}
+    by_name = {name: (before, time) for name, before, time in begun.values()}
+
+    def place(name: str) -> tuple[float, int]:
+        before, time = by_name[name]
+        at, depth = place(before) if before in by_name else (0.0, 0)
+        return max(at, time), depth + 1
+
+    return sorted(begun, key=lambda path: (place(begun[path][0]), path))
+
+
+def _begun(path: Path) -> tuple[str, str, float]:
+    """Name of a log, of the one before it, and time of its first line; "" and 0 where it does not say so."""
+    first, before, time = first_line(path), "", 0.0
+    with suppress(ValueError, KeyError, TypeError, OverflowError):
+        line = json.loads(first)
+        time, before = float(line["time"]), str(line["facts"]["before"] or "")
+    return hashlib.sha256(first).hexdigest(), before, time
 
 
 def logs_of(folder: Path) -> list[Path]:
@@ -48,11 +62,7 @@ def every_event(folder: Path, of: Collection[str]) -> Iterator[Mapping[str, Any]
 
 def unnamed(folder: Path) -> Path | None:
     """The log that was put away last, and that no other names as the one before it; None where there is none."""
-    first = {path: first_line(path) for path in earlier_logs(folder)}
-    named = set[str]()
-    for line in first.values():
-        with suppress(ValueError, KeyError, TypeError):
-            named.add(str(json.loads(line)["facts"]["before"]))
-    names = {path: hashlib.sha256(line).hexdigest() for path, line in first.items()}
-    left = [path for path, log in names.items() if log not in named and path.stem == f"audit-{log[:8]}"]
+    begun = {path: _begun(path)[:2] for path in earlier_logs(folder)}
+    named = {before for _, before in begun.values()}
+    left = [path for path, (log, _) in begun.items() if log not in named and path.stem == f"audit-{log[:8]}"]
     return left[-1] if left else None

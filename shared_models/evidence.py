@@ -26,6 +26,8 @@ audit.head.json  the last signed tree head: `root` is the Merkle tree hash (RFC 
                  without their line ends. `signature` is over "fedimaging/1 audit-head", a zero byte, and the canonical
                  JSON of log, size, root and time. `log` is the SHA-256 of the first line.
 key.txt          the Ed25519 public key that all of it is signed with, 32 bytes, hexadecimal.
+audit-*.jsonl    logs of the keys before: the first line of each log names its key, and the log that it goes on from by
+                 `before`, the SHA-256 of that one's first line, with the size and root that its tree ended with.
 *.pem            certificates: of the authority, and of the key where the authority vouches for it.
 
 Verify it with `fedserver audit verify --pack FILE` (of a hospital) or `fedclient audit verify --pack FILE` (of the

@@ -1,6 +1,7 @@
 """What a release's evidence proves: that the coordinator's audit log holds what the manifest says of its making.
 
-    evidence/audit.json        lines of the log about the run, each with its place in the tree, and the signed tree head
+    evidence/audit.json        lines of the log about the run, each with its place in the tree, and the signed tree
+                               head; likewise of the logs of keys before, where the run was begun under one
     evidence/answers.json      what each hospital has signed of the updates that were counted
     evidence/roster.json       the signed roster as the release was made
     evidence/study.json        the study as the hospitals approved it
@@ -21,7 +22,8 @@ from pydantic import Field
 
 from shared_models.answers import SignedAnswer, envelope_of
 from shared_models.audit import HEAD, LINE
-from shared_models.errors import FederationError, ReleaseInvalid
+from shared_models.audit_check import Sealed, key_in, sealed
+from shared_models.errors import FederationError, ReleaseInvalid, StateInvalid
 from shared_models.files import canonical_json
 from shared_models.identity import verify, vouched
 from shared_models.merkle import holds
@@ -52,7 +54,12 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Extract:
-    """evidence/audit.json: the head of a log, signed by the coordinator, and some of its lines."""
+    """evidence/audit.json: the head of a log, signed by the coordinator, and some of its lines.
+
+    Attributes:
+        earlier: lines of the logs of keys before, the newest first, as far back as the runs of the release go. The
+            first line of each log is among them: it names its key, and the log before with its size and root.
+    """
 
     __pydantic_config__ = STRICT
     log: Sha256
@@ -61,6 +68,7 @@ class Extract:
     time: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
     signature: Signature64
     leaves: Annotated[tuple[Leaf, ...], Field(max_length=100_000)]
+    earlier: Annotated[tuple[tuple[Leaf, ...], ...], Field(max_length=1000)] = ()
 
     @property
     def statement(self) -> bytes:
@@ -119,13 +127,17 @@ def against_kept(release: Release, heads: Iterable[Mapping[str, Any]]) -> list[s
     if AUDIT not in release.manifest.files:
         return []
     extract = parse_json(Extract, _bytes(release, AUDIT), AUDIT, ReleaseInvalid)
-    same = [head for head in heads if head["log"] == extract.log]
-    if any(head["size"] == extract.size and head["root"] != extract.root for head in same):
-        raise ReleaseInvalid(
-            f"{AUDIT}: the coordinator's log had another root over {extract.size} lines when this site saw it: two "
-            "histories are told. Ask the coordinator by telephone.",
-            AUDIT,
-        )
+    ends = {before.log: before for before in _before(extract)}
+    known = {extract.log: (extract.size, extract.root), **{log: (end.size, end.root) for log, end in ends.items()}}
+    same = [head for head in heads if head["log"] in known]
+    for head in same:
+        size, root = known[head["log"]]
+        if (head["size"] == size and head["root"] != root) or (head["size"] > size and head["log"] in ends):
+            raise ReleaseInvalid(
+                f"{AUDIT}: the coordinator's log had another root over {head['size']} lines when this site saw it: two "
+                "histories are told. Ask the coordinator by telephone.",
+                AUDIT,
+            )
     return [f"the log is the one of which this site keeps {len(same)} heads"] if same else []
 
 
@@ -181,7 +193,7 @@ def _check_audit(release: Release, key: bytes) -> list[str]:
     extract = parse_json(Extract, _bytes(release, AUDIT), AUDIT, ReleaseInvalid)
     if not verify(key, bytes.fromhex(extract.signature), HEAD, extract.statement):
         raise ReleaseInvalid(f"{AUDIT}: its head is not signed by who signed the release.", AUDIT)
-    lines = list(_lines(extract, key))
+    lines = _lines(extract, key)
     own = [line for line in lines if line["facts"]["run"] == origin.run]
     opened = [line["facts"]["study"] for line in lines if line["event"] == "run-opened"]
     plans = [line["facts"]["plan"] for line in own if line["event"] == "plan-made"]
@@ -202,9 +214,11 @@ def _check_audit(release: Release, key: bytes) -> list[str]:
         raise ReleaseInvalid(f"{AUDIT}: the log counts {more[0]!r} more often than the manifest does.", AUDIT)
     signed = _check_answers(release, [line["facts"] for line in lines if line["event"] == "round-closed"])
     rounds = len({(line["facts"]["run"], line["facts"]["round"]) for line in lines if line["event"] == "round-closed"})
+    logs = f"; they go back to {len(extract.earlier)} logs of keys before, each sealed by the next"
     return [
         f"{len(lines)} lines of the coordinator's log are signed and in its tree of {extract.size} lines "
-        f"(root {extract.root[:16]}); {rounds} rounds closed, the last with the weights of this release",
+        f"(root {extract.root[:16]}); {rounds} rounds closed, the last with the weights of this release"
+        f"{logs if extract.earlier else ''}",
         *signed,
     ]
 
@@ -242,9 +256,34 @@ def _labelled(label: str) -> tuple[str, str, str]:
     return label.partition(" ")
 
 
-def _lines(extract: Extract, key: bytes) -> Iterator[dict[str, Any]]:
-    root = bytes.fromhex(extract.root)
-    for leaf in extract.leaves:
+def _lines(extract: Extract, key: bytes) -> list[dict[str, Any]]:
+    """The lines about the runs, the oldest first, of all logs, each in the tree of its log."""
+    parts = [list(_proved(extract.leaves, extract.size, extract.root, key))]
+    for leaves, before in zip(extract.earlier, _before(extract), strict=True):  # what says so was proved just before
+        if not leaves or sha256_of(leaves[0].line.encode()) != before.log:
+            raise ReleaseInvalid(f"{AUDIT}: lacks the first line of a log before, so nobody knows its key.", AUDIT)
+        opened = parse_json(dict[str, Any], leaves[0].line, AUDIT, ReleaseInvalid)
+        by = key_in(opened["facts"]) or b""
+        parts.append(list(_proved(leaves, before.size, before.root or "", by)))
+    return [line for part in reversed(parts) for line in part if line["event"] in EVENTS]
+
+
+def _before(extract: Extract) -> Iterator[Sealed]:
+    """How each of the logs before ended, as the first line of the one after it says."""
+    for leaves in (extract.leaves, *extract.earlier)[: len(extract.earlier)]:
+        first = parse_json(dict[str, Any], leaves[0].line, AUDIT, ReleaseInvalid) if leaves else {}
+        try:
+            before = sealed(first["facts"]) if leaves[0].index == 0 else None
+        except (StateInvalid, KeyError, IndexError, TypeError, AttributeError):
+            before = None
+        if before is None or before.root is None:
+            raise ReleaseInvalid(f"{AUDIT}: lacks the line that says how the log before ended.", AUDIT)
+        yield before
+
+
+def _proved(leaves: Iterable[Leaf], size: int, root_hex: str, key: bytes) -> Iterator[dict[str, Any]]:
+    root = bytes.fromhex(root_hex)
+    for leaf in leaves:
         text = leaf.line.encode()
         line = parse_json(dict[str, Any], text, AUDIT, ReleaseInvalid)
         body = {name: value for name, value in line.items() if name != "sign"}
@@ -255,7 +294,7 @@ def _lines(extract: Extract, key: bytes) -> Iterator[dict[str, Any]]:
             sound, signature = False, b""
         if not sound or not verify(key, signature, LINE, canonical_json(body)):
             raise ReleaseInvalid(f"{AUDIT}: line {leaf.index + 1} of the log is not as it was signed.", AUDIT)
-        if not holds(text, leaf.index, extract.size, root, [bytes.fromhex(part) for part in leaf.path]):
+        if not holds(text, leaf.index, size, root, [bytes.fromhex(part) for part in leaf.path]):
             raise ReleaseInvalid(f"{AUDIT}: line {leaf.index + 1} is not in the tree of the signed head.", AUDIT)
         yield line
 

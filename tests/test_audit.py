@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from shared_models.audit import HEAD, LINE, AuditLog, Head
 from shared_models.audit_check import Verdict, compare, verify_log
+from shared_models.audit_files import earlier_logs, every_event
 from shared_models.errors import StateInvalid
 from shared_models.evidence import against, earlier_verdicts, verdict_of
 from shared_models.files import canonical_json
@@ -561,6 +562,14 @@ def test_the_log_of_the_key_before_is_verified_too(log, renewed):
         f"audit-{renewed.log[:8]}.jsonl": (2, None),
         f"audit-{log.log[:8]}.jsonl": (6, None),
     }
+
+
+def test_logs_come_in_the_order_in_which_they_name_each_other_whatever_the_clock_said(log, renewed, tmp_path):
+    third = new_log(tmp_path, STRANGER, at=500.0)  # the clock was set back
+    third.add("order")
+    new_log(tmp_path, identity_of_another(), at=400.0).add("order")
+    assert earlier_logs(tmp_path) == [kept_away(each) for each in (log, renewed, third)]
+    assert [line["facts"]["round"] for line in every_event(tmp_path, ("order",)) if line["facts"]] == [0, 1, 2, 3, 4]
 
 
 def test_whoever_took_the_key_before_can_neither_cut_nor_add_to_its_log_nor_write_it_anew(log, renewed):

@@ -1,5 +1,6 @@
 """From a run to a release that a hospital verifies, who must approve it, and what becomes of it when a site leaves."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,16 +20,26 @@ from fedserver.app import presence
 from fedserver.checkpoint import RunFolder, excluded, read_state
 from fedserver.cli import app as fedserver
 from fedserver.cohort import Presence
-from fedserver.enrol import open_federation, signer
+from fedserver.enrol import Federation, authority_of, open_federation, open_log, signer
 from fedserver.publish.card import Words
+from fedserver.publish.proofs import audit_extract
+from fedserver.records import Records
+from fedserver.signed import check_signed, counted_answers
 from fedserver.state import Run, add_run, find_run, find_site
 from fedserver.submit import submit
 from fedserver.withdrawal import begin_from, copy_until, retrain, withdraw
-from shared_models.audit import AuditLog
-from shared_models.audit_files import LOG
+from shared_models.audit import LINE, AuditLog
+from shared_models.audit_files import LOG, earlier_logs, first_line
 from shared_models.errors import ReleaseInvalid, StateInvalid
 from shared_models.files import canonical_json, locked, read_json, read_lines, write_atomic, write_json
-from shared_models.identity import identity_public_key, new_site_keys, save_secret
+from shared_models.identity import (
+    identity_public_key,
+    issue_signer,
+    new_site_keys,
+    save_credential,
+    save_secret,
+    sign,
+)
 from shared_models.merkle import Tree, holds
 from shared_models.nets import initial_weights
 from shared_models.parse import parse_json, plain
@@ -225,6 +236,117 @@ def test_nothing_is_released_on_a_log_that_is_not_whole(hospitals, tmp_path):
     (federation.folder / LOG).write_bytes(b"\n".join([*lines[:3], *lines[4:]]))
     with pytest.raises(StateInvalid, match=r"line 4 .*Nothing is released"):
         registry.register(federation, RunFolder(federation.runs / "lung"))
+
+
+@pytest.fixture(scope="module")
+def renewed(hospitals: Hospitals, tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    """A copy of the federation whose key for statements was renewed twice since the run was finished."""
+    folder = tmp_path_factory.mktemp("renewed") / "federation"
+    federation = replace(hospitals.edge.federation, folder=folder)
+    shutil.copytree(hospitals.edge.federation.folder, folder)
+    for number in range(2):
+        save_credential(federation.signer, issue_signer(authority_of(federation)))
+        open_log(federation).add("authority", list=number)
+    return federation
+
+
+def test_a_run_that_was_begun_under_an_earlier_key_is_released_and_its_evidence_proves_every_log(
+    renewed, hospitals, tmp_path
+):
+    made = registry.register(renewed, RunFolder(renewed.runs / "lung"), "renewed")
+    copy = registry.export_release(renewed, made, tmp_path / "out", single_file=False)
+    trust = registry.trust_of(renewed)
+    shown = check_provenance(open_release(copy, trust), trust.authorities)
+    said = [words for words in shown if "3 rounds closed" in words]
+    assert "they go back to 2 logs of keys before, each sealed by the next" in said[0]
+    assert len(json.loads((copy / ANSWERS).read_bytes())["answers"]) == sum(made.sites.values())
+    extract = json.loads((copy / AUDIT).read_bytes())
+    assert [len(leaves) for leaves in (extract["leaves"], *extract["earlier"])] == [1, 1, 6]
+
+    def swear(facts: Any, key: bytes) -> None:
+        """The holder of the first key signs another line."""
+        line = json.loads(facts["earlier"][1][2]["line"])
+        line["facts"]["counted"] = ["north"]
+        body = {name: value for name, value in line.items() if name != "sign"}
+        line["sign"] = sign(key, LINE, canonical_json(body)).hex()
+        facts["earlier"][1][2]["line"] = canonical_json(line).decode()
+
+    stolen, other = signer(hospitals.edge.federation).key, new_site_keys().identity
+    changes: list[tuple[Any, str]] = [
+        (lambda facts: facts["leaves"].pop(0), "lacks the line that says how the log before ended"),
+        (lambda facts: facts["earlier"][0].pop(0), "lacks the first line of a log before"),
+        (lambda facts: facts["earlier"][1].pop(0), "lacks the first line of a log before"),
+        (lambda facts: facts["earlier"].pop(0), "lacks the first line of a log before"),
+        (lambda facts: facts["earlier"].pop(), "knows the run by another study"),
+        (lambda facts: swear(facts, stolen), "not in the tree"),
+        (lambda facts: swear(facts, other), "not as it was signed"),
+    ]
+    of: Any = SimpleNamespace(edge=SimpleNamespace(federation=renewed))
+    for number, (change, words) in enumerate(changes):
+        found = spoilt(Path(shutil.copytree(copy, tmp_path / str(number))), of, AUDIT, change)
+        assert (found.file, words in str(found)) == (AUDIT, True), str(found)
+    opened, (first, *_) = open_release(copy, trust), extract["earlier"][1]
+    log, sealing = hashlib.sha256(first["line"].encode()).hexdigest(), json.loads(extract["earlier"][0][0]["line"])
+    seen = {"log": log, "size": sealing["facts"]["before_size"], "root": sealing["facts"]["before_root"]}
+    assert against_kept(opened, [seen]) == ["the log is the one of which this site keeps 1 heads"]
+    for more in ({"root": "0" * 64}, {"size": seen["size"] + 1}):
+        with pytest.raises(ReleaseInvalid, match="two histories"):
+            against_kept(opened, [seen | more])
+
+
+def test_what_was_counted_under_an_earlier_key_is_missed_when_it_is_cut(renewed, hospitals, tmp_path):
+    federation = replace(renewed, folder=tmp_path / "federation")
+    shutil.copytree(renewed.folder, federation.folder)
+    assert counted_answers(federation) == counted_answers(hospitals.edge.federation) != {}
+    assert Records(open_log(federation), federation.state, lambda: federation.authority).closed("lung", 3)
+    told = json.loads(typed(fedserver, "audit", "verify", "--json", "--federation", str(federation.folder)))
+    assert [found["wrong"] for found in told.values()] == [None] * 3
+    kept = RunFolder(federation.runs / "lung").signed
+    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[:-4]))  # three scores, one update
+    with pytest.raises(StateInvalid, match="lacks 1 answers that the audit log says were counted"):
+        check_signed(federation)
+    with pytest.raises(StateInvalid, match="lacks 1 answers that were counted"):
+        registry.register(federation, RunFolder(federation.runs / "lung"), "cut")
+
+
+def test_nothing_is_released_on_an_earlier_log_that_was_cut(renewed, tmp_path):
+    federation = replace(renewed, folder=tmp_path / "federation")
+    shutil.copytree(renewed.folder, federation.folder)
+    oldest = earlier_logs(federation.folder)[0]
+    oldest.write_bytes(b"".join(oldest.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(StateInvalid, match=f"the coordinator's log before, {oldest.name}: .* the end was cut off"):
+        audit_extract(federation, {"lung": None})
+    typed(fedserver, "audit", "verify", "--federation", str(federation.folder), code=1)
+
+
+def test_a_run_under_way_goes_on_in_the_log_of_the_key_that_was_renewed_meanwhile(renewed, tmp_path):
+    federation = replace(renewed, folder=tmp_path / "federation")
+    shutil.copytree(renewed.folder, federation.folder)
+    running = Records(open_log(federation), federation.state, lambda: federation.authority)
+    running.add("run-opened", run="later", round=0, study="0" * 64)
+    save_credential(federation.signer, issue_signer(authority_of(federation)))
+    open_log(federation).add("authority", list=3)
+    running.add("round-closed", run="later", round=1)
+    assert running.log.head().certificate == signer(federation).certificate.decode()
+    assert running.closed("later", 1)
+    told = json.loads(typed(fedserver, "audit", "verify", "--json", "--federation", str(federation.folder)))
+    assert [found["wrong"] for found in told.values()] == [None] * 4
+    events = [line["event"] for line in read_lines(federation.audit)]
+    assert events == ["opened", *["witnessed"] * 3, "authority", "round-closed"]
+
+
+def test_a_log_that_the_next_one_does_not_seal_proves_nothing_and_stops_no_release_of_later_runs(
+    renewed, tmp_path, monkeypatch
+):
+    federation = replace(renewed, folder=tmp_path / "federation")
+    shutil.copytree(renewed.folder, federation.folder)
+    save_credential(federation.signer, issue_signer(authority_of(federation)))
+    before = hashlib.sha256(first_line(federation.audit)).hexdigest()
+    monkeypatch.setattr("shared_models.audit._ended", lambda folder: ({"before": before}, []))  # as logs once began
+    open_log(federation).add("run-opened", run="later", round=0, study="0" * 64)
+    assert [leaf["index"] for leaf in json.loads(audit_extract(federation, {"later": None}))["leaves"]] == [1]
+    with pytest.raises(StateInvalid, match=r"audit\.jsonl: was begun before logs were sealed"):
+        audit_extract(federation, {"lung": None})
 
 
 def test_an_update_that_is_counted_late_belongs_to_the_releases_from_the_round_on_that_counts_it(tmp_path):

@@ -10,9 +10,10 @@ from fedserver.enrol import Federation, open_log, signer
 from fedserver.signed import counted_answers, signed_lines
 from fedserver.state import list_rosters
 from shared_models.answers import SignedAnswer
+from shared_models.audit_check import Verdict
 from shared_models.audit_files import LOG
 from shared_models.errors import StateInvalid
-from shared_models.evidence import in_words, verdict_of
+from shared_models.evidence import earlier_verdicts, in_words, verdict_of
 from shared_models.files import canonical_json
 from shared_models.identity import identity_public_key
 from shared_models.parse import plain
@@ -24,21 +25,43 @@ def audit_extract(federation: Federation, runs: Mapping[str, int | None]) -> byt
     """evidence/audit.json for a release of these runs: run -> the last round that was taken of it, None for all.
 
     Raises:
-        StateInvalid: the log is not whole; then nothing can be proved by it.
+        StateInvalid: a log is not whole, or not sealed by the next one; then nothing can be proved by it.
     """
     head = open_log(federation).head()
-    found = verdict_of(federation.folder, identity_public_key(signer(federation).key))
-    if found.bad is not None:
-        words = " ".join(in_words(found, "the coordinator's audit log"))
-        raise StateInvalid(f"{words} Nothing is released on it; see `fedserver audit verify`.")
+    newest = verdict_of(federation.folder, identity_public_key(signer(federation).key))
+    logs = {LOG: newest, **earlier_verdicts(federation.folder, newest)}
+    for name, found in logs.items():
+        if found.bad is not None:
+            log = "the coordinator's audit log" if found is newest else f"the coordinator's log before, {name}"
+            words = " ".join(in_words(found, log))
+            raise StateInvalid(f"{words} Nothing is released on it; see `fedserver audit verify`.")
+    sizes = {name: head.size if found is newest else found.tree.size for name, found in logs.items()}
+    parts = [_leaves(federation.folder / name, found, sizes[name], runs) for name, found in logs.items()]
+    back = max(number for number, part in enumerate(parts) if number == 0 or len(part) > 1)
+    for name, found in list(logs.items())[:back]:
+        if found.before is None or found.before.root is None:
+            raise StateInvalid(
+                f"{federation.folder / name}: was begun before logs were sealed, so nothing shows how the one before "
+                f"it ended, under which {', '.join(runs)} began. Nothing is released on that; train it again."
+            )
+    leaves, *earlier = parts[: back + 1]
+    extract = Extract(
+        head.log, head.size, head.root, head.time, head.signature, leaves if back else leaves[1:], tuple(earlier)
+    )
+    made = plain(extract)
+    if not back:  # as it was before logs had others before them, and hospitals that have not updated read it
+        del made["earlier"]
+    return canonical_json(made)
+
+
+def _leaves(path: Path, found: Verdict, size: int, runs: Mapping[str, int | None]) -> tuple[Leaf, ...]:
+    """The first line of a log, and those about the runs, in its tree of so many lines."""
     leaves: list[Leaf] = []
-    lines = (federation.folder / LOG).read_bytes().split(b"\n")[: head.size]
-    for index, line in enumerate(lines):
-        if wanted(json.loads(line), runs):
-            path = tuple(part.hex() for part in found.tree.inclusion(index, head.size))
-            leaves.append(Leaf(index, line.decode(), path))
-    extract = Extract(head.log, head.size, head.root, head.time, head.signature, tuple(leaves))
-    return canonical_json(plain(extract))
+    for index, line in enumerate(path.read_bytes().split(b"\n")[:size]):
+        if index == 0 or wanted(json.loads(line), runs):
+            way = tuple(part.hex() for part in found.tree.inclusion(index, size))
+            leaves.append(Leaf(index, line.decode(), way))
+    return tuple(leaves)
 
 
 def answers_extract(federation: Federation, runs: Mapping[str, int | None]) -> bytes:
