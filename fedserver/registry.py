@@ -7,7 +7,6 @@ A release is a candidate when it is made, approved once everybody needed has app
 longer be used. Nothing is ever removed: what was used once can be asked about later.
 """
 
-import hashlib
 import shutil
 import tempfile
 import time
@@ -22,11 +21,10 @@ from pydantic import Field
 from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation, open_log, signer
 from fedserver.publish.card import Words
-from fedserver.publish.lineage import ancestors, earlier, sites_counted
+from fedserver.publish.lineage import ancestors
 from fedserver.publish.proofs import answers_extract, audit_extract, newest_roster
 from shared_models.errors import ReleaseInvalid, StateInvalid
-from shared_models.evidence import LOG
-from shared_models.files import locked, read_json, read_lines, sync_folder, write_json
+from shared_models.files import locked, read_json, sync_folder, write_json
 from shared_models.identity import identity_public_key
 from shared_models.parse import STRICT, parse, parse_json, plain
 from shared_models.provenance import ANSWERS, AUDIT, ROSTER, check_provenance
@@ -43,10 +41,9 @@ from shared_models.release import (
     write_approvals,
     write_file,
 )
-from shared_models.standing import Stage, Standing, Standings, sign_standings
+from shared_models.standing import Stage
 
 COORDINATOR = "coordinator"  # who says what no approver says
-SITE_LEFT = "a site whose updates it holds has withdrawn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,30 +276,6 @@ def retire_release(federation: Federation, which: str, reason: str, told: str | 
         return _said(federation, entry, "retired", COORDINATOR, "release-retired", words, public)
 
 
-def status_list(federation: Federation, days: float) -> bytes:
-    """A signed list of all releases and what has become of them, good for so many days, for hospitals to keep.
-
-    Of a release whose site has withdrawn that is said too, and neither who nor why.
-    """
-    now = round(time.time(), 3)
-    lines = [line["facts"] for line in read_lines(federation.folder / LOG) if line["event"] == "withdrawn"]
-    left = {digest for facts in lines for digest in facts["releases"]}
-    releases = {
-        entry.digest: Standing(
-            entry.label,
-            entry.stage,
-            entry.history[-1].at,
-            entry.history[-1].told if entry.stage == "retired" else SITE_LEFT if entry.digest in left else "",
-        )
-        for entry in list_releases(federation)
-    }
-    made = Standings("fedstatus/1", federation.name, now, round(now + days * 86400, 3), releases)
-    content = sign_standings(signer(federation), made)
-    digest = hashlib.sha256(content).hexdigest()
-    open_log(federation).add("release-status", sha256=digest, releases=len(releases), days=days)
-    return content
-
-
 def _alone(federation: Federation) -> AbstractContextManager[None]:
     """One process at a time changes the registry: two approvals at once are two, and none undoes a retirement."""
     return locked(federation.folder / "registry" / ".lock")
@@ -351,29 +324,6 @@ def copy_out(source: Path, to: Path, single_file: bool) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         raise
     return to
-
-
-def containing(federation: Federation, site: str) -> list[Entry]:
-    """Releases whose weights hold anything that `site` has sent, those of runs that go on from such weights too."""
-    return [entry for entry in list_releases(federation) if site in manifest_sites(federation, entry)]
-
-
-def manifest_sites(federation: Federation, entry: Entry) -> set[str]:
-    """Who was counted on the way to a release, in what it goes back to as well."""
-    by_digest = {other.digest: other for other in list_releases(federation)}
-    found, todo, seen = set[str](), [entry.digest], set[str]()
-    while todo:
-        digest = todo.pop()
-        if digest in seen or digest not in by_digest:
-            continue
-        seen.add(digest)
-        found |= set(by_digest[digest].sites)
-        for before in earlier(RunFolder(federation.runs / by_digest[digest].run)):
-            if before.run is not None:
-                lines = read_lines(before.run.metrics)
-                found |= sites_counted([line for line in lines if not line.get("final")], before.round)
-        todo += [p.sha256 for p in manifest_of(federation, by_digest[digest]).origin.parents if p.kind == "release"]
-    return found
 
 
 def approval_rules(federation: Federation) -> tuple[int, dict[str, str]]:

@@ -62,6 +62,7 @@ def release(
     """Makes a signed release of a run, or writes one that is there: all forms proved equal, card and evidence in it."""
     from fedserver.checkpoint import RunFolder
     from fedserver.enrol import open_federation
+    from fedserver.holding import left_since
     from fedserver.publish.card import read_words
     from fedserver.publish.proofs import read_card_file
     from fedserver.registry import export_release, folder_of, list_releases, manifest_of, register
@@ -80,9 +81,11 @@ def release(
     with Console(stderr=True).status("exporting the network, and comparing what each form of it answers"):
         entry = known[-1] if known else register(opened, run, version, read_words(words), round_number, cards)
         path = export_release(opened, entry, out, single_file)
-    needed = manifest_of(opened, entry).approvals
+    needed, left = manifest_of(opened, entry).approvals, sorted(left_since(opened, [entry])[entry.digest])
     if as_json:
-        print_json({"release": entry.label, "digest": entry.digest, "stage": entry.stage, "path": str(path)})
+        print_json(
+            {"release": entry.label, "digest": entry.digest, "stage": entry.stage, "path": str(path), "left": left}
+        )
         return
     console.print(f"[bold]{entry.label}[/], {entry.stage}: {path}", highlight=False)
     console.print(f"digest {entry.digest}", highlight=False)
@@ -90,6 +93,12 @@ def release(
         who = f"{needed} approvers" if needed else "you"
         console.print(f"It is a candidate until {who} say so: `fedserver release-approve {entry.label}`.")
     console.print("A hospital checks it with `fedclient verify`.")
+    if left:
+        console.print(
+            f"[yellow]It holds what was sent by {', '.join(left)}, who withdrew.[/] The list of `fedserver "
+            f"release-status` tells hospitals so, without a name. To train without: `fedserver retrain {run_id} "
+            f"{' '.join(f'--without {site}' for site in left)}`.", highlight=False,
+        )  # fmt: skip
 
 
 def _pairs(given: list[str]) -> list[tuple[str, str]]:
@@ -153,7 +162,8 @@ def release_status(
 ) -> None:
     """Writes a signed list of all releases, the retired ones among them; hospitals give it to `fedclient verify`."""
     from fedserver.enrol import open_federation
-    from fedserver.registry import list_releases, status_list
+    from fedserver.holding import status_list
+    from fedserver.registry import list_releases
     from shared_models.files import write_atomic
 
     opened = open_federation(federation)
@@ -223,18 +233,31 @@ def withdraw(
 
     gone = leave(open_federation(federation), site, reason, retire)
     if as_json:
-        print_json({"site": site, "releases": as_rows(gone.releases), "runs": dict(gone.runs)})
+        print_json(
+            {"site": site, "releases": as_rows(gone.releases), "runs": dict(gone.runs), "begun": dict(gone.begun),
+             "unread": list(gone.unread)}
+        )  # fmt: skip
         return
     console.print(f"[bold]{site}[/] has left: it is shut out, and what it sent stands in these.")
     for entry in gone.releases:
-        console.print(f"  release {entry.label} ({entry.stage}): {entry.sites.get(site, 0)} rounds", highlight=False)
+        rounds = f"{entry.sites[site]} rounds" if site in entry.sites else "by its plan, or what it goes back to"
+        console.print(f"  release {entry.label} ({entry.stage}): {rounds}", highlight=False)
     for run, first in gone.runs.items():
+        if run in gone.begun:
+            since = f"by the weights of {gone.begun[run]} that it began with"
+            mend = f"submit its study anew with the weights of {gone.begun[run]} trained without it"
+        else:
+            since = f"from round {first} on" if first else "by the plan that its counts made"
+            mend = f"`fedserver retrain {run} --without {site}`"
+        console.print(f"  run {run}, {since}: {mend}", highlight=False)
+    if gone.unread:
         console.print(
-            f"  run {run}, from round {first} on: `fedserver retrain {run} --without {site}`", highlight=False
-        )
+            f"[yellow]Of these it cannot be read whom they hold: {', '.join(gone.unread)}.[/] Restore them from a "
+            f"backup and type this again.", highlight=False,
+        )  # fmt: skip
     if gone.releases and retire:
         console.print("Hospitals that have them hear of it by the next list: `fedserver release-status FILE`.")
-    if not gone.releases and not gone.runs:
+    if not gone.releases and not gone.runs and not gone.unread:
         console.print("  nothing: it was never counted.")
 
 

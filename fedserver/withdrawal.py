@@ -10,14 +10,13 @@ from typing import Any
 
 from fedserver.checkpoint import WITHOUT, RunFolder, State, excluded, read_state, read_study
 from fedserver.enrol import Federation, open_log
+from fedserver.holding import SITE_LEFT, contents
 from fedserver.lifecycle import revoke
-from fedserver.publish.lineage import BEGAN, RETRAINED, first_counted
-from fedserver.registry import SITE_LEFT, Entry, containing, retire_release
-from fedserver.report import facts
+from fedserver.publish.lineage import BEGAN, RETRAINED, UNREADABLE, held, planners
+from fedserver.registry import Entry, list_releases, retire_release
 from fedserver.state import Run, add_run, find_run, find_site, list_runs
 from fedserver.submit import checked_name
-from shared_models.errors import FederationError, StateInvalid
-from shared_models.evidence import LOG
+from shared_models.errors import StateInvalid
 from shared_models.files import canonical_json, read_lines, sync_folder, write_atomic, write_json
 from shared_models.parse import plain
 from shared_models.strategy import remembers
@@ -41,10 +40,19 @@ class Retrained:
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """What a site's leaving touches: releases that hold something of it, and runs in which it was counted."""
+    """What a site's leaving touches.
+
+    Attributes:
+        releases: those that hold something of it.
+        runs: likewise; run -> the first round in which it was counted, 0 where the plan or the first weights hold it.
+        begun: run -> the run whose weights brought it in.
+        unread: runs and releases that cannot be read, or whose plan is of nobody knows whom: they may hold it too.
+    """
 
     releases: tuple[Entry, ...]
-    runs: Mapping[str, int]  # run -> first round in which it was counted
+    runs: Mapping[str, int]
+    begun: Mapping[str, str]
+    unread: tuple[str, ...]
 
 
 def withdraw(federation: Federation, site: str, reason: str, retire: bool) -> Withdrawn:
@@ -54,29 +62,32 @@ def withdraw(federation: Federation, site: str, reason: str, retire: bool) -> Wi
         StateInvalid: a site that is not known, or a reason that is none.
     """
     revoke(federation, site, reason)
-    found = containing(federation, site)
-    if retire:
-        found = [
-            retire_release(federation, entry.digest, f"{site} has withdrawn: {reason}"[:500], SITE_LEFT)
-            if entry.stage != "retired"
-            else entry
-            for entry in found
-        ]
-    runs: dict[str, int] = {}
+    known = list_releases(federation)
+    within, planned_by = contents(federation, known), planners(federation.folder)
+    found = [
+        retire_release(federation, entry.digest, f"{site} has withdrawn: {reason}"[:500], SITE_LEFT)
+        if retire and entry.stage != "retired"
+        else entry
+        for entry in known
+        if site in within[entry.digest].sites
+    ]
+    runs, begun, unread = dict[str, int](), dict[str, str](), set[str]()
     for run in list_runs(federation.state):
-        first = _first(RunFolder(federation.runs / run.id), site)
-        if first is not None:
-            runs[run.id] = first
-    open_log(federation).add("withdrawn", site=site, releases=[entry.digest for entry in found], runs=runs)
-    return Withdrawn(tuple(found), runs)
-
-
-def _first(run: RunFolder, site: str) -> int | None:
-    """One damaged folder hides no other run."""
-    try:
-        return first_counted(facts(run)["rounds"], site)
-    except (FederationError, OSError):
-        return None
+        try:
+            inside = held(RunFolder(federation.runs / run.id), planned_by)
+        except UNREADABLE:  # one damaged folder hides no other run
+            unread.add(run.id)
+            continue
+        unread.update(inside.unread, [run.id] if inside.planned is None else [])
+        if site in inside.sites:
+            runs[run.id] = inside.first(site)
+        if site in inside.before:
+            begun[run.id] = inside.before[site]
+    unread.update(*(content.unread for content in within.values()))
+    open_log(federation).add(
+        "withdrawn", site=site, releases=[entry.digest for entry in found], runs=runs, unread=sorted(unread)
+    )
+    return Withdrawn(tuple(found), runs, begun, tuple(sorted(unread)))
 
 
 def retrain(federation: Federation, run_id: str, sites: Sequence[str], name: str | None = None) -> Retrained:
@@ -86,7 +97,8 @@ def retrain(federation: Federation, run_id: str, sites: Sequence[str], name: str
     begins from the start.
 
     Raises:
-        StateInvalid: a run or site that is not known, or one that was never counted in it.
+        StateInvalid: a run or site that is not known, one that was never counted in it, or one that came in with the
+            weights that the run began with.
     """
     run = find_run(federation.state, run_id)
     if run is None:
@@ -97,7 +109,7 @@ def retrain(federation: Federation, run_id: str, sites: Sequence[str], name: str
     old, new_id = RunFolder(federation.runs / run_id), checked_name(name or _numbered(federation, run_id))
     if find_run(federation.state, new_id) is not None or (federation.runs / new_id).exists():
         raise StateInvalid(f"run {new_id!r}: the name is taken. Choose another with --name.")
-    number, why = begin_from(old, sites, _planners(federation, run_id))
+    number, why = begin_from(old, sites, planners(federation.folder))
     made = copy_until(old, number, federation.runs / new_id, sites)
     open_log(federation).add(
         "run-retrained", run=new_id, before=run_id, round=number, without=sorted(sites), study=run.study_sha256
@@ -107,30 +119,45 @@ def retrain(federation: Federation, run_id: str, sites: Sequence[str], name: str
     return Retrained(new_id, made, number, why)
 
 
-def begin_from(run: RunFolder, sites: Sequence[str], planners: Sequence[str] | None) -> tuple[int, str]:
+def begin_from(run: RunFolder, sites: Sequence[str], planned_by: Mapping[str, Sequence[str]]) -> tuple[int, str]:
     """The round to go on from, and why.
 
     Args:
-        planners: sites whose counts made the plan; None where nobody wrote that down.
+        planned_by: run -> sites whose counts made its plan, where somebody wrote that down.
 
     Raises:
-        StateInvalid: none of the sites was ever counted, so that nothing of them is in the run; or its sites would
-            refuse to do its rounds again.
+        StateInvalid: none of the sites was ever counted, so that nothing of them is in the run; its first weights hold
+            one of them, or nobody can tell; or its sites would refuse to do its rounds again.
     """
-    state, study, rounds = read_state(run), read_study(run), facts(run)["rounds"]
+    read_state(run)  # that it is whole
+    study = read_study(run)
     if study.protect.secure_aggregation is not None:
         raise StateInvalid(
             f"run {run.id!r}: its updates were summed securely, and no site adds its update to a second sum of the "
             f"same round, for the two would differ by the update of the site that went. Withdraw the site, then submit "
             f"the study with another seed."
         )
-    counted = {site: first for site in sites if (first := first_counted(rounds, site)) is not None}
-    planned = state.plan_sha256 is not None
-    if not counted and not (planned and (planners is None or set(planners) & set(sites))):
+    inside = held(run, planned_by)
+    if inside.unread:
+        raise StateInvalid(
+            f"run {run.id!r}: it began with weights that go back to {', '.join(inside.unread)}, and whom that holds "
+            f"cannot be read. Restore its folder from a backup."
+        )
+    for site in sites:
+        if site in inside.before:
+            other = inside.before[site]
+            raise StateInvalid(
+                f"run {run.id!r}: the weights that it began with hold what {site} sent in run {other}. First "
+                f"`fedserver retrain {other} --without {site}`; then submit the study anew with the weights of that, "
+                f"their digest under [transfer]. Runs in between come before it, in the same way."
+            )
+    counted = {site: inside.counted[site] for site in sites if site in inside.counted}
+    planned = inside.planned is None or bool(inside.planned & set(sites))
+    if not counted and not planned:
         raise StateInvalid(
             f"run {run.id!r}: {', '.join(sites)} was never counted in it. There is nothing to train again."
         )
-    if planned and (planners is None or set(planners) & set(sites)):
+    if planned:
         return 0, "the plan of the run came from counts of it too, so a new plan is made, from the start"
     site, first = min(counted.items(), key=lambda item: item[1])
     if first == 1:
@@ -196,16 +223,6 @@ def _counted(lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
             number = int(late.rstrip(")")) if late else int(line["round"])
             counted[site] = max(number, counted.get(site, 0))
     return counted
-
-
-def _planners(federation: Federation, run_id: str) -> list[str] | None:
-    """Sites whose counts made the plan of a run, as the log has it."""
-    made = [
-        line["facts"]["sites"]
-        for line in read_lines(federation.folder / LOG)
-        if line["event"] == "plan-made" and line["facts"]["run"] == run_id
-    ]
-    return list(made[-1]) if made else None
 
 
 def _numbered(federation: Federation, run_id: str) -> str:

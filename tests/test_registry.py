@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fedclient.cli import app as fedclient
 from fedclient.policy import Policy
-from fedserver import registry
+from fedserver import holding, registry
 from fedserver.app import presence
 from fedserver.checkpoint import RunFolder, excluded, read_state
 from fedserver.cli import app as fedserver
@@ -273,6 +273,23 @@ def test_a_run_whose_sites_keep_layers_has_no_model_to_release(hospitals):
         registry.register(federation, RunFolder(federation.runs / "kept"))
 
 
+def test_a_version_or_an_approver_that_none_can_be_called_is_refused_and_the_registry_stays_readable(hospitals, entry):
+    federation = hospitals.edge.federation
+    run, known = RunFolder(federation.runs / "lung"), registry.list_releases(federation)
+    key = new_site_keys().identity
+    asking = replace(federation, approvals=1, approvers={"ada": identity_public_key(key).hex()})
+    said = typed(fedserver, "release", "lung", "--version", "V 1", "--federation", str(federation.folder), code=1)
+    assert "version 'V 1': allowed are 1 to 32 of a-z" in " ".join(said.split())
+    for version in ("V 1", "x" * 33, "", ".1"):
+        with pytest.raises(ReleaseInvalid, match="Choose another --version"):
+            registry.register(asking, run, version)
+    assert registry.list_releases(federation) == known
+    for name, its in (("x" * 65, None), ("ada", None), ("ada", key)):
+        with pytest.raises(StateInvalid, match=r"needs 0 of no approvers.* or neither"):
+            registry.approve_release(federation, entry.label, name, its)
+    assert registry.list_releases(federation) == known
+
+
 def test_stages_go_from_candidate_over_approved_to_retired_and_stand_in_the_log(hospitals, entry):
     federation = hospitals.edge.federation
     folder = str(federation.folder)
@@ -346,23 +363,6 @@ def test_a_release_that_needs_approvers_opens_after_the_last_of_them(hospitals, 
     assert open_release(path, registry.trust_of(asking)).version == "asked"
 
 
-def test_a_version_or_an_approver_that_none_can_be_called_is_refused_and_the_registry_stays_readable(hospitals, entry):
-    federation = hospitals.edge.federation
-    run, known = RunFolder(federation.runs / "lung"), registry.list_releases(federation)
-    key = new_site_keys().identity
-    asking = replace(federation, approvals=1, approvers={"ada": identity_public_key(key).hex()})
-    said = typed(fedserver, "release", "lung", "--version", "V 1", "--federation", str(federation.folder), code=1)
-    assert "version 'V 1': allowed are 1 to 32 of a-z" in " ".join(said.split())
-    for version in ("V 1", "x" * 33, "", ".1"):
-        with pytest.raises(ReleaseInvalid, match="Choose another --version"):
-            registry.register(asking, run, version)
-    assert registry.list_releases(federation) == known
-    for name, its in (("x" * 65, None), ("ada", None), ("ada", key)):
-        with pytest.raises(StateInvalid, match=r"needs 0 of no approvers.* or neither"):
-            registry.approve_release(federation, entry.label, name, its)
-    assert registry.list_releases(federation) == known
-
-
 def test_an_approver_who_is_not_needed_approves_with_a_key_all_the_same(hospitals):
     federation, key = hospitals.edge.federation, new_site_keys().identity
     free = replace(federation, approvers={"ada": identity_public_key(key).hex()})
@@ -408,11 +408,11 @@ def test_the_rules_of_approval_stand_in_federation_toml_and_are_doubted(hospital
 
 def test_training_again_goes_on_from_the_round_before_a_site_was_first_counted(hospitals):
     run = RunFolder(hospitals.edge.federation.runs / "lung")
-    assert begin_from(run, ["east"], None) == (2, "east was first counted in round 3, so it goes on from round 2")
-    assert begin_from(run, ["north"], None)[0] == 0
-    assert begin_from(run, ["east", "north"], None)[0] == 0
+    assert begin_from(run, ["east"], {}) == (2, "east was first counted in round 3, so it goes on from round 2")
+    assert begin_from(run, ["north"], {})[0] == 0
+    assert begin_from(run, ["east", "north"], {})[0] == 0
     with pytest.raises(StateInvalid, match="never counted"):
-        begin_from(run, ["west"], None)
+        begin_from(run, ["west"], {})
 
 
 def like_lung(hospitals: Hospitals, to: Path, study: Study, plan: Plan | None = None) -> RunFolder:
@@ -429,7 +429,7 @@ def like_lung(hospitals: Hospitals, to: Path, study: Study, plan: Plan | None = 
 
 def test_a_run_whose_sites_remember_it_begins_from_the_start(hospitals, tmp_path):
     study = replace(STUDY, train=replace(STUDY.train, moon_mu=1.0))
-    number, why = begin_from(like_lung(hospitals, tmp_path / "run", study), ["east"], None)
+    number, why = begin_from(like_lung(hospitals, tmp_path / "run", study), ["east"], {})
     assert number == 0
     assert "remember" in why
 
@@ -438,7 +438,7 @@ def test_rounds_that_were_summed_securely_are_not_done_again_without_a_site(hosp
     secure = Protect(secure_aggregation=SecureAggregation(step_s=5.0))
     study = replace(STUDY, protect=secure, rounds=replace(STUDY.rounds, quorum=3))
     with pytest.raises(StateInvalid, match=r"second sum of the same round.*another seed"):
-        begin_from(like_lung(hospitals, tmp_path / "run", study), ["east"], None)
+        begin_from(like_lung(hospitals, tmp_path / "run", study), ["east"], {})
 
 
 def test_a_plan_that_holds_counts_of_the_site_is_made_anew_from_the_start(hospitals, tmp_path):
@@ -446,9 +446,10 @@ def test_a_plan_that_holds_counts_of_the_site_is_made_anew_from_the_start(hospit
     plan = Plan("0" * 64, 9, 2, None, (32, 32, 1), (32, 32), ((1, 1), (2, 2), (2, 2)), ((3, 3),) * 3, (8, 16, 32), 4,
                 (-1000.0, 400.0), 0.0, 1.0, False)  # fmt: skip
     run = like_lung(hospitals, tmp_path / "run", study, plan)
-    assert begin_from(run, ["east"], ["north", "south"])[0] == 2
-    for planners in (["east", "north"], None):  # it was counted, or nobody knows who was
-        number, why = begin_from(run, ["east"], planners)
+    assert begin_from(run, ["east"], {"run": ["north", "south"]})[0] == 2
+    known: dict[str, list[str]] = {"run": ["east", "north"]}
+    for planned_by in (known, {}):  # it was counted, or nobody knows who was
+        number, why = begin_from(run, ["east"], planned_by)
         assert (number, "new plan" in why) == (0, True)
     anew = copy_until(run, 0, tmp_path / "anew", ["east"])
     assert read_state(anew).plan_sha256 is None
@@ -474,13 +475,13 @@ def test_a_site_leaves_its_releases_are_named_and_the_run_is_trained_again_witho
         e.version: 1 for e in registry.list_releases(federation) if e.round == 3
     }
     assert gone.runs == {"lung": 3}
-    listed = registry.status_list(federation, 30)
+    listed = holding.status_list(federation, 30)
     said = read_standings(listed, (federation.ca_certificate.read_bytes(),), "list").releases
-    assert (said[kept.digest].stage, said[kept.digest].words) == ("candidate", registry.SITE_LEFT)
+    assert (said[kept.digest].stage, said[kept.digest].words) == ("candidate", holding.SITE_LEFT)
     withdraw(federation, "east", "its board has decided so", retire=True)
-    retired = read_standings(registry.status_list(federation, 30), (federation.ca_certificate.read_bytes(),), "list")
+    retired = read_standings(holding.status_list(federation, 30), (federation.ca_certificate.read_bytes(),), "list")
     told = retired.releases[kept.digest]
-    assert (told.stage, told.words) == ("retired", registry.SITE_LEFT)
+    assert (told.stage, told.words) == ("retired", holding.SITE_LEFT)
     assert b"board" not in listed
     assert "board" not in str(retired)
     found = find_site(federation.state, "east")
@@ -504,7 +505,23 @@ def test_a_site_leaves_its_releases_are_named_and_the_run_is_trained_again_witho
     assert [(parent.kind, parent.name) for parent in opened.manifest.origin.parents] == [("run", "lung")]
     shown = check_provenance(opened, registry.trust_of(federation).authorities)
     assert any("3 rounds closed" in words for words in shown)
-    assert again not in registry.containing(federation, "east")
+    assert holding.contents(federation, [again])[again.digest].sites == {"north", "south"}
+
+
+def test_a_release_that_is_made_after_a_site_has_left_says_so_and_the_list_too(hospitals, tmp_path):
+    """As the test before has left it: east is gone, and the run still has it in round 3."""
+    federation, folder = hospitals.edge.federation, str(hospitals.edge.federation.folder)
+    words = ["release", "lung", "--version", "late", "--out", str(tmp_path), "--federation", folder]
+    said = " ".join(typed(fedserver, *words).split())
+    assert "It holds what was sent by east, who withdrew." in said
+    assert "`fedserver retrain lung --without east`" in said
+    early = ["--version", "early", "--round", "2"]
+    told = json.loads(typed(fedserver, *words[:2], *early, *words[4:], "--json"))
+    assert told["left"] == []
+    authorities = (federation.ca_certificate.read_bytes(),)
+    listed = read_standings(holding.status_list(federation, 30), authorities, "list").releases
+    words_of = {standing.label: standing.words for standing in listed.values()}
+    assert (words_of["tiny-lung-late"], words_of["tiny-lung-early"]) == (holding.SITE_LEFT, "")
 
 
 def test_a_site_that_is_left_out_of_a_run_is_not_asked_in_it(hospitals):
@@ -530,7 +547,7 @@ def test_a_release_that_began_with_weights_of_another_run_holds_what_was_sent_in
     hospitals.run(study, submitted.id, presence=lambda: there)
     made = registry.register(federation, submitted.folder)
     assert made.sites == {"north": 1, "south": 1}
-    assert made in registry.containing(federation, "east")
+    assert holding.contents(federation, [made])[made.digest].sites == {"east", "north", "south"}
     opened = open_release(registry.folder_of(federation, made.digest) / "release", registry.trust_of(federation))
     parents = [(parent.kind, parent.name, parent.sha256) for parent in opened.manifest.origin.parents]
     assert parents[-2:] == [("weights", "next", transfer.sha256), ("run", "lung", transfer.sha256)]
