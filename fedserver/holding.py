@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation, open_log, signer
-from fedserver.publish.lineage import UNREADABLE, held, logged, planners, round_with
+from fedserver.publish.lineage import UNREADABLE, held, planners, round_with
 from fedserver.registry import Entry, list_releases, manifest_of
+from shared_models.audit_files import every_event
 from shared_models.release import Parent
 from shared_models.standing import Standing, Standings, sign_standings
 from shared_models.weights import NO_WEIGHTS
@@ -85,7 +86,10 @@ def left_since(federation: Federation, entries: Sequence[Entry]) -> dict[str, fr
 
     A site that has joined again has taken nothing back. What a withdrawal found then stays found.
     """
-    lines, within = [line["facts"] for line in logged(federation.folder, "withdrawn")], contents(federation, entries)
+    lines, within = (
+        [line["facts"] for line in every_event(federation.folder, ("withdrawn",))],
+        contents(federation, entries),
+    )
     gone = frozenset(str(facts["site"]) for facts in lines)
     named = [(digest, str(facts["site"])) for facts in lines for digest in facts["releases"]]
     return {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedserver.checkpoint import RunFolder, read_study
-from shared_models.alarms import events
+from shared_models.audit_files import every_event
 from shared_models.errors import FederationError, StateInvalid
 from shared_models.files import read_json, read_lines
 
@@ -127,13 +127,7 @@ class Held:
 
 def planners(folder: Path) -> dict[str, tuple[str, ...]]:
     """Run -> the sites whose counts made its plan, as the log in the folder of a federation has it."""
-    return {line["facts"]["run"]: tuple(line["facts"]["sites"]) for line in logged(folder, "plan-made")}
-
-
-def logged(folder: Path, event: str) -> list[Mapping[str, Any]]:
-    """The lines of an event in the log of a federation, those of earlier keys before it."""
-    lines = [line for path in folder.glob("audit*.jsonl") for line in events(path, (event,))]
-    return sorted(lines, key=lambda line: float(line["time"]))
+    return {line["facts"]["run"]: tuple(line["facts"]["sites"]) for line in every_event(folder, ("plan-made",))}
 
 
 def held(run: RunFolder, planned_by: Mapping[str, Sequence[str]], most: int | None = None) -> Held:
