@@ -13,12 +13,11 @@ import numpy as np
 
 from fedclient.data.boxes import Box
 from fedclient.data.findings import Finding
-from fedclient.data.formats import format_of
 from fedclient.data.images import IGNORE, is_picture, read_image, read_labels
 from fedclient.data.labels import Labels, Mapped, Structure, as_word, choose, numbered, refused, renumber
 from fedclient.data.luna16 import LEFT_LUNG, RIGHT_LUNG, TRACHEA, Mark, lungs, spheres
 from fedclient.data.nifti import read_nifti
-from fedclient.data.objects import object_kind
+from fedclient.data.objects import is_object, object_kind
 from fedclient.data.pictures import read_colours
 from fedclient.data.stack import Series
 from fedclient.data.volume import Volume
@@ -215,13 +214,15 @@ def files_of(case: Case) -> Iterator[Path]:
 
 
 def state_of(case: Case) -> str:
-    """12 hex digits that change when a file of the case does: by size and time, of all files behind a header too.
+    """12 hex digits that change when a file of the case does, or another file takes its place: by size, time and name,
+    of all files behind a header too. A whole folder may move; names count from where the first image lies.
 
     Raises:
         ImageUnreadable: a file is gone or locked.
     """
+    files = [*files_of(case)]
     try:
-        states = [_state(path) for path in files_of(case)]
+        states = [[_name(path, files[0].parent), _state(path)] for path in files]
     except OSError as e:
         raise ImageUnreadable(f"a file of it is gone or locked ({type(e).__name__})") from None
     channels = [[channel.name, channel.part, len(channel.files)] for channel in case.channels]
@@ -230,15 +231,24 @@ def state_of(case: Case) -> str:
     return sha256(canonical_json(told)).hexdigest()[:12]
 
 
+def _name(path: Path, anchor: Path) -> str:
+    return path.name if path.parent == anchor else os.path.relpath(path, anchor)
+
+
 def _state(path: Path) -> list[list[int]]:
     if path.is_dir():
-        below = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+        walked = os.walk(path, onerror=_raised)
+        below = sorted(Path(folder, name) for folder, _, names in walked for name in names)
     elif path.suffix.lower() in (".mhd", ".nhdr"):  # the voxels lie beside it, mostly under the same name
         beside = {each for each in path.parent.glob(f"{escape(path.stem)}.*") if each.is_file()}
         below = sorted(beside | set(_named_in(path)))
     else:
         below = [path]
     return [[stat.st_size, stat.st_mtime_ns] for stat in (each.stat() for each in below)]
+
+
+def _raised(error: OSError) -> None:
+    raise error
 
 
 def _named_in(header: Path) -> list[Path]:
@@ -292,7 +302,7 @@ def _contrast(name: str) -> str:
 def _of_mask(
     file: Path, names: Mapping[int, str] | None, volume: Volume, wanted: Mapping[str, int], labels: Sequence[str]
 ) -> Labels:
-    if file.is_file() and format_of(file) == "dicom" and object_kind(file):
+    if is_object(file):
         return _of_objects((file,), volume, wanted, labels)
     stored = read_labels(file, like=volume)
     if names is None:
@@ -324,13 +334,20 @@ def _of_objects(files: Sequence[Path], volume: Volume, wanted: Mapped, labels: S
     from fedclient.data.seg import read_seg, read_segments
 
     painted = np.zeros(volume.voxels.shape[1:], np.uint8)
-    drawn: list[Structure] = []
+    drawn, before = list[Structure](), list[Labels]()
     for file in files:
         regions = object_kind(file) == "RTSTRUCT"
         found = (read_rtstruct if regions else read_seg)(file, volume, wanted, empty_ok=True)
         if ((painted > 0) & (found > 0) & (painted != found)).any():
             raise refused("LABEL_VALUES", "two label objects of the series say different things. Keep the valid one.")
+        if any(_unlike(found, other) for other in before):
+            raise refused(
+                "LABEL_VALUES",
+                "two label objects of the series outline one structure, and not alike, as two versions of it do. Keep "
+                "the valid one.",
+            )
         np.maximum(painted, found, out=painted)
+        before.append(found)
         if not found.any():
             drawn += (read_regions if regions else read_segments)(file)[1]
     if not painted.any() and not any(numbers for _, numbers in choose(drawn, wanted, empty_ok=True)):
@@ -340,6 +357,12 @@ def _of_objects(files: Sequence[Path], volume: Volume, wanted: Mapped, labels: S
             f"names with `structures` under [data] of site.toml.",
         )
     return painted
+
+
+def _unlike(one: Labels, other: Labels) -> bool:
+    """Whether two label maps overlap in a label without being the same in it; apart, they are two lesions."""
+    shared = np.unique(one[(one > 0) & (one == other)])
+    return any(not np.array_equal(one == value, other == value) for value in shared)
 
 
 def _of_reads(file: Path, series: Series | None, volume: Volume, wanted: Mapping[str, int]) -> Labels:

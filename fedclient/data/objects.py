@@ -9,6 +9,7 @@ from pathlib import Path
 from pydicom import Dataset
 
 from fedclient.data.dicom_header import BROKEN, load, load_head, text, unbroken
+from fedclient.data.formats import format_of
 from fedclient.data.labels import refused
 from shared_models.errors import ImageUnreadable
 
@@ -36,6 +37,11 @@ def object_kind(path: Path) -> str:
     with unbroken():
         modality = text(load_head(path, [0x00080060]), "Modality")
     return modality if modality in LABELLING else ""
+
+
+def is_object(path: Path) -> bool:
+    """Whether a file is a SEG or an RTSTRUCT; raises ImageUnreadable for DICOM that is broken."""
+    return path.is_file() and format_of(path) == "dicom" and bool(object_kind(path))
 
 
 def read_references(path: Path) -> tuple[str, Referenced]:

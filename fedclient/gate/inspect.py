@@ -15,6 +15,7 @@ from fedclient.data.identifiers import NOTHING, Said, identifying_path, said_in
 from fedclient.data.images import is_picture, read_labels
 from fedclient.data.lesions import lesions_of
 from fedclient.data.nifti import SHEAR, twofold
+from fedclient.data.objects import is_object
 from fedclient.data.pictures import is_coloured
 from fedclient.data.truths import classes_of, covariates_of, follow_up, has_truth
 from fedclient.data.volume import Volume
@@ -323,8 +324,10 @@ def _labels(case: Case, volume: Volume, needs: Needs) -> tuple[NDArray[np.uint8]
     """
     if case.label is None:
         return None, {}
-    if not needs.labels:  # only what can be told without knowing what its numbers mean
-        return (read_labels(case.label.file, volume), {}) if isinstance(case.label, Mask) else (None, {})
+    if not needs.labels:  # only what can be told without knowing what its numbers mean, or its structures
+        if isinstance(case.label, Mask) and not is_object(case.label.file):
+            return read_labels(case.label.file, volume), {}
+        return None, {}
     try:
         labels = read_case_labels(case, volume, needs.labels)
     except StudyInvalid as e:

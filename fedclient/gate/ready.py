@@ -26,6 +26,7 @@ from shared_models.study import Study
 from shared_models.wire import Order
 
 CODE = "DATA_NOT_READY"
+SHOWN = 5  # findings of a simulation in one message
 CORES = os.cpu_count() or 2
 
 
@@ -56,7 +57,7 @@ def ready(order: Order, site: Site, study: Study, processes: int | None = None) 
     if used:
         shown = [{"code": waiver.code, "case": waiver.case, "at": waiver.at} for waiver in used]
         note(site.folder, "used", run=order.run, round=order.round, order=order.kind, waivers=shown)
-    if len(used) > used_before:  # from here on the run uses the files as they are now
+    if len(used) > used_before and not moved:  # from here on the run uses the files as they are now
         _remember(site, order.run, found.states)
     stop(site, [*found.blocking, *moved], order)
 
@@ -69,11 +70,12 @@ def stop(site: Site, blocking: Sequence[Finding], order: Order) -> None:
     if site.deployed:
         note(site.folder, "refused", run=order.run, round=order.round, order=order.kind, codes=codes)
     counted = ", ".join(f"{code} ({times})" for code, times in codes.items())
-    raise OrderRefused(
-        CODE,
-        f"run {order.run}: the data are not ready: {counted}. Run `fedclient check` with the study to see which cases, "
-        f"mend them, or decide with `fedclient waive`.",
-    )
+    if site.deployed:
+        mend = "Run `fedclient check` with the study to see which cases, mend them, or decide with `fedclient waive`."
+    else:
+        told = " ".join(f"{each.code}: {each.what}" for each in blocking[:SHOWN])
+        mend = f"{told} Mend these cases in {site.data}, or take them out of it."
+    raise OrderRefused(CODE, f"run {order.run}: the data of site {site.name} are not ready: {counted}. {mend}")
 
 
 def changes(site: Site, run: str, states: Mapping[str, str]) -> Iterator[Finding]:

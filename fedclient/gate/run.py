@@ -106,7 +106,7 @@ def check(
         if progress is not None:
             progress(done, len(todo))
     seen = tuple(Seen(case, _here(kept[case.key], case, needs)) for case in cases)
-    findings = list(listing.findings)
+    findings = [found for found in listing.findings if found.case not in out]
     if listing.cases or not listing.findings:  # else there is nothing to be seen together
         findings += together(seen, needs)
     findings += [found for each in seen for found in each.looked.findings]
@@ -141,7 +141,8 @@ def standing(site: Site, needs: Needs) -> Standing:
     cases = [case for case in listing.cases if case.key not in out]
     kept, _ = _kept(site, needs, cases)
     seen = tuple(Seen(case, _here(kept[case.key], case, needs)) for case in cases if case.key in kept)
-    findings = [*listing.findings, *(found for each in seen for found in each.looked.findings)]
+    findings = [found for found in listing.findings if found.case not in out]
+    findings += [found for each in seen for found in each.looked.findings]
     if len(seen) == len(cases) and (listing.cases or not listing.findings):
         findings += together(seen, needs)
     blocking, _ = sorted_out(findings, waivers)
