@@ -4,7 +4,7 @@ import hashlib
 import http.client
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,10 +140,10 @@ def test_what_the_coordinator_got_is_what_the_sites_log_says_in_order_and_before
     written_before: list[bool] = []
     real = Blobs.send
 
-    def send(self: Blobs, path: Path, digest: str, timeout_s: float = 600.0) -> None:
+    def send(self: Blobs, path: Path, digest: str, timeout_s: float, go_on: Callable[[], None]) -> None:
         logs = [sent(folder) for folder in hospitals.sites.values()]
         written_before.append(any(line["sha256"] == digest for log in logs for line in log))
-        real(self, path, digest, timeout_s)
+        real(self, path, digest, timeout_s, go_on)
 
     monkeypatch.setattr(Blobs, "send", send)
     hospitals.run(STUDY, "watched")
