@@ -17,8 +17,8 @@ from fedserver.publish.lineage import BEGAN, RETRAINED, planners
 from fedserver.state import Run, add_run
 from fedserver.withdrawal import begin_from, retrain, withdraw
 from shared_models.audit import AuditLog
-from shared_models.errors import StateInvalid
 from shared_models.audit_files import LOG
+from shared_models.errors import StateInvalid
 from shared_models.files import canonical_json, read_lines, write_atomic, write_json
 from shared_models.identity import new_site_keys
 from shared_models.parse import plain
