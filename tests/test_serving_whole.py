@@ -181,8 +181,10 @@ def test_a_series_of_which_a_file_cannot_be_read_is_withheld(tmp_path, via, expe
 def test_the_memory_of_what_was_turned_away_has_an_end(tmp_path, monkeypatch):
     monkeypatch.setattr("fedclient.serving.lacking.MOST_REFUSED", 3)
     memory = Lacking(tmp_path, keep_s=100.0)
-    for key, name in (("a", "1"), ("a", "2"), ("b", "1"), ("c", "1")):
+    for key, name in (("a", "1"), ("a", "2"), ("a", "2"), ("b", "1")):
         memory.refuse(key, name)
+    assert [len(memory.refused(key)) for key in "abc"] == [2, 1, 0]
+    memory.refuse("c", "1")
     assert [len(memory.refused(key)) for key in "abc"] == [0, 1, 1]
     memory.came("b", "1")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
@@ -250,6 +252,21 @@ def test_who_is_cut_off_for_his_silence_has_sent_the_whole_unless_it_was_in_the_
         receiver._closed(heard(assoc=peer))
         whole(hands, "none")
         assert (jobs.all()[0].partial is not None) == broken
+
+
+def test_a_connection_that_is_gone_before_its_object_is_looked_at_has_broken_off(tmp_path, series):
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        receiver = Receiver(Serve(allow=("PACS",)), hands.intake, room)
+        peer = SimpleNamespace(
+            requestor=SimpleNamespace(ae_title="PACS", address=""), dimse=SimpleNamespace(message=None)
+        )
+        receiver._closed(heard(assoc=peer))
+        shutil.copyfile(series[0], file := hands.intake.new_file())
+        assert receiver._stored(heard(assoc=peer, dataset_path=file)) == 0
+        hands.now = 5.0
+        assert hands.intake.hand_on() == 1
+        assert jobs.all()[0].partial[0] == "SERIES_INCOMPLETE"
 
 
 # ---- connections that stay open ----

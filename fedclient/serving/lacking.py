@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shared_models.files import private_folder
 
-MOST_REFUSED = 100_000  # objects that are remembered; those of the oldest series are forgotten
+MOST_REFUSED = 50_000  # objects that are remembered; those of the oldest series are forgotten
 OPEN = "open"
 
 
@@ -27,23 +27,29 @@ class Lacking:
                 shutil.rmtree(path, ignore_errors=True)
             elif names := {each.name for each in path.iterdir()} - {OPEN}:
                 self._refused[path.name] = names
+        self._count = sum(map(len, self._refused.values()))
 
     def refused(self, key: str) -> frozenset[str]:
         """What was turned away of a series and has not come."""
         return frozenset(self._refused.get(key, ()))
 
     def refuse(self, key: str, name: str) -> None:
-        self._refused.setdefault(key, set()).add(name)
+        names = self._refused.setdefault(key, set())
+        if name in names:
+            return
+        names.add(name)
+        self._count += 1
         self._touch(key, name)
-        while len(self._refused) > 1 and sum(map(len, self._refused.values())) > MOST_REFUSED:
+        while len(self._refused) > 1 and self._count > MOST_REFUSED:
             oldest = next(iter(self._refused))
-            del self._refused[oldest]
+            self._count -= len(self._refused.pop(oldest))
             shutil.rmtree(self.folder / oldest, ignore_errors=True)
 
     def came(self, key: str, name: str) -> None:
         names = self._refused.get(key, set())
         if name in names:
             names.remove(name)
+            self._count -= 1
             self._unlink(key, name)
         if not names:
             self._refused.pop(key, None)
