@@ -256,10 +256,35 @@ AT = {"x_mm": 1, "y_mm": -2, "z_mm": 3.5, "diameter_mm": 6}
 
 
 def test_nodules_stand_in_a_table_beside_the_manifest(tmp_path: Path):
-    manifest(tmp_path, [{"patient_id": p, "image": f"{p}.nii", "mask": ""} for p in "ab"])
-    manifest(tmp_path, [{"patient_id": "a", **AT}, {"patient_id": "elsewhere", **AT}], "nodules.csv")
-    found = {c.patient: c.marks for c in read_manifest(tmp_path, None, "salt")}
+    sites = {"a": "north", "b": "north", "c": "south"}
+    manifest(tmp_path, [{"patient_id": p, "image": f"{p}.nii", "mask": "", "site": s} for p, s in sites.items()])
+    manifest(tmp_path, [{"patient_id": "a", **AT}, {"patient_id": "c", **AT}], "nodules.csv")
+    found = {c.patient: c.marks for c in read_manifest(tmp_path, "north", "salt")}
     assert found == {"a": Marks((Mark(2, "", (1.0, -2.0, 3.5), 6.0),)), "b": Marks(())}
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"patient_id": "7"}, r"row 2: `patient_id` is no patient of the manifest"),  # a spreadsheet had 007
+        ({"patient_id": "007", "image": "a"}, r"row 2: `image` is none of the patient's images"),
+        ({"patient_id": "007", "image": "b.nii"}, r"row 2: `image` is none of the patient's images"),
+    ],
+    ids=["patient", "typo", "another patient's"],
+)
+def test_a_nodule_that_is_on_no_image_of_the_manifest_is_refused(tmp_path: Path, row: dict[str, object], told: str):
+    manifest(tmp_path, [{"patient_id": p, "image": i, "mask": ""} for p, i in (("007", "a.nii"), ("012", "b.nii"))])
+    manifest(tmp_path, [{**row, **AT}], "nodules.csv")
+    with pytest.raises(ManifestInvalid, match=told) as e:
+        read_manifest(tmp_path, None, "salt")
+    assert e.value.code == "LABEL_VALUES"
+
+
+def test_a_nodules_image_may_be_spelt_with_a_dot_before_it(tmp_path: Path):
+    manifest(tmp_path, [{"patient_id": "a", "image": f"{n}.nii", "mask": ""} for n in "12"])
+    manifest(tmp_path, [{"patient_id": "a", "image": "./2.nii", **AT}], "nodules.csv")
+    found = {c.channels[0].files[0].name: c.marks for c in read_manifest(tmp_path, None, "salt")}
+    assert found == {"1.nii": Marks(()), "2.nii": Marks((Mark(2, "", (1.0, -2.0, 3.5), 6.0),))}
 
 
 def test_a_patient_of_several_images_needs_to_have_them_named(tmp_path: Path):
