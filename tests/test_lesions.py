@@ -89,6 +89,25 @@ def test_a_box_has_its_middle_and_half_its_edges_and_is_as_deep_as_wide():
     assert found.tolist() == [[1, 22.5, 19.5, 0, 3, 10, 6.5]]
 
 
+def test_boxes_on_an_image_of_several_slices_are_refused():
+    # coronal: columns run along I, rows down K, slices along J
+    coronal = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 3], [0, 0, 0, 1]], np.float64)
+    volume = Volume(np.zeros((1, 12, 2, 4), np.float32), np.eye(4), "CT", voxel_of_pixel=coronal)
+    for boxes in (Boxes((Box(2, ("nodule",), 1, 1, 3, 3),)), Boxes(())):
+        with pytest.raises(ImageUnreadable, match=r"image has 2 slices: .* nodules\.csv") as e:
+            lesions_of(case(boxes), volume, NODULES)
+        assert e.value.code == "LABEL_GEOMETRY_MISMATCH"
+
+
+def test_a_box_on_one_slice_is_deep_across_it_even_where_a_strip_is_as_narrow():
+    # one coronal slice of 1 column: I and J are both 1 wide, and the slice lies across J
+    coronal = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 8], [0, 0, 0, 1]], np.float64)
+    volume = Volume(np.zeros((1, 1, 1, 9), np.float32), np.diag([1.0, 4.0, 2.0, 1.0]), "CT", voxel_of_pixel=coronal)
+    found = lesions_of(case(Boxes((Box(2, ("nodule",), 0, 2, 1, 5),))), volume, NODULES)
+    # half an edge is 0.5 and 1.5 voxels, 0.5 and 3 mm: 1.75 mm deep, which are 0.4375 voxels of 4 mm
+    assert found.tolist() == [[1, 0, 0, 5, 0.5, 0.4375, 1.5]]
+
+
 def test_names_are_read_as_the_site_maps_them():
     boxes = Boxes((Box(2, ("Adenocarcinoma(A)",), 1, 1, 3, 3), Box(3, ("Left mass",), 5, 5, 9, 9)))
     here = {"adenocarcinoma(a)": "nodule", "left mass": "mass"}
