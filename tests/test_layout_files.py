@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedclient.data.cases import Case, Listing, read_case, read_case_labels
+from fedclient.data.cases import Case, Listing, Mask, read_case, read_case_labels
 from fedclient.data.listing import list_cases
 from fedclient.data.luna16 import LEFT_LUNG, RIGHT_LUNG, TRACHEA
 from fedclient.data.manifest import split_of
@@ -248,3 +248,57 @@ def test_follow_ups_of_a_patient_have_one_split_and_a_case_without_a_contrast_is
     assert told(found) == {"FILE_MISSING": "case folder 3 by name lacks flair, and was left out"}
     (first / "BraTS-GLI-00000-000-seg.nii.gz").unlink()
     assert sorted(case.label is None for case in listing(root, "brats-2024").cases) == [False, True]
+
+
+def of_kind(root: Path, kind: str, head: Brain) -> Path:
+    """Two examinations of one patient, named as of that kind of tumour; seg has the parts 1, 2, 3 and 4."""
+    for examination in ("000", "001"):
+        case = root / f"BraTS-{kind}-00000-{examination}"
+        case.mkdir(parents=True)
+        for name, contrast in zip(("t1n", "t1c", "t2w", "t2f"), CONTRASTS, strict=True):
+            write_atomic(case / f"{case.name}-{name}.nii.gz", nifti(head.images[contrast], head.affine_ras))
+        write_atomic(case / f"{case.name}-seg.nii.gz", nifti(head.parts.astype(np.uint8), head.affine_ras))
+    return root
+
+
+OTHERS = {  # folder of a release, kind -> what the values 1, 2, 3 and 4 are
+    ("BraTS2023-MET", "MET"): ("necrosis", "oedema", "enhancing"),
+    ("BraTS2024-SSA", "SSA"): ("necrosis", "oedema", "enhancing"),
+    ("anything", "MEN"): ("necrosis", "oedema", "enhancing"),  # of 2023 alone
+    ("ASNR-MICCAI-BraTS2023-PED-Challenge-TrainingData", "PED"): ("non-enhancing", "oedema", "enhancing"),
+    ("BraTS2024", "PED"): ("enhancing", "non-enhancing", "cyst", "oedema"),
+    ("BraTS-PEDs2024_Training", "ped"): ("enhancing", "non-enhancing", "cyst", "oedema"),
+}
+
+
+@pytest.mark.parametrize(("release", "kind"), OTHERS)
+def test_brats_of_other_tumours_has_their_own_values_and_one_split_for_a_patients_examinations(
+    tmp_path: Path, release: str, kind: str, heads: list[Brain]
+) -> None:
+    found = listing(of_kind(tmp_path / release, kind, heads[0]))
+    assert [case.patient for case in found.cases] == [f"BRATS-{kind.upper()}-00000"] * 2
+    for case in found.cases:
+        assert isinstance(case.label, Mask)
+        assert case.label.names == dict(enumerate(OTHERS[release, kind], start=1))
+
+
+def test_what_children_have_and_adults_have_not_is_refused_until_the_site_says_what_it_is(
+    tmp_path: Path, heads: list[Brain]
+) -> None:
+    root = of_kind(tmp_path / "BraTS2024", "PED", heads[0])
+    with pytest.raises(ImageUnreadable, match=r"besides: 2 = non-enhancing, 3 = cyst\. `structures` under"):
+        labels_of(listing(root).cases[0], *NAMES[:3])
+    mapped = listing(root, structures={"non-enhancing": "necrosis", "cyst": "ignore"}).cases[0]
+    drawn = heads[0].parts
+    pairs = np.unique(np.stack([drawn.ravel(), labels_of(mapped, *NAMES[:3]).ravel()], axis=1), axis=0)
+    assert pairs.tolist() == [[0, 0], [1, 3], [2, 1], [3, 127], [4, 2]]
+
+
+@pytest.mark.parametrize("layout", ["auto", "brats-2024"])
+@pytest.mark.parametrize("kind", ["MEN-RT", "GoAT"])
+def test_brats_of_a_kind_whose_values_nobody_knows_is_refused(
+    tmp_path: Path, kind: str, layout: str, heads: list[Brain]
+) -> None:
+    refused = refusal(of_kind(tmp_path / "BraTS2024", kind, heads[0]), layout)
+    assert "2 of 2 case folders are named as of a kind of BraTS" in str(refused)
+    assert refused.code == "LABEL_VALUES"

@@ -89,6 +89,25 @@ def test_a_box_has_its_middle_and_half_its_edges_and_is_as_deep_as_wide():
     assert found.tolist() == [[1, 22.5, 19.5, 0, 3, 10, 6.5]]
 
 
+def test_boxes_on_an_image_of_several_slices_are_refused():
+    # coronal: columns run along I, rows down K, slices along J
+    coronal = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 3], [0, 0, 0, 1]], np.float64)
+    volume = Volume(np.zeros((1, 12, 2, 4), np.float32), np.eye(4), "CT", voxel_of_pixel=coronal)
+    for boxes in (Boxes((Box(2, ("nodule",), 1, 1, 3, 3),)), Boxes(())):
+        with pytest.raises(ImageUnreadable, match=r"image has 2 slices: .* nodules\.csv") as e:
+            lesions_of(case(boxes), volume, NODULES)
+        assert e.value.code == "LABEL_GEOMETRY_MISMATCH"
+
+
+def test_a_box_on_one_slice_is_deep_across_it_even_where_a_strip_is_as_narrow():
+    # one coronal slice of 1 column: I and J are both 1 wide, and the slice lies across J
+    coronal = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 8], [0, 0, 0, 1]], np.float64)
+    volume = Volume(np.zeros((1, 1, 1, 9), np.float32), np.diag([1.0, 4.0, 2.0, 1.0]), "CT", voxel_of_pixel=coronal)
+    found = lesions_of(case(Boxes((Box(2, ("nodule",), 0, 2, 1, 5),))), volume, NODULES)
+    # half an edge is 0.5 and 1.5 voxels, 0.5 and 3 mm: 1.75 mm deep, which are 0.4375 voxels of 4 mm
+    assert found.tolist() == [[1, 0, 0, 5, 0.5, 0.4375, 1.5]]
+
+
 def test_names_are_read_as_the_site_maps_them():
     boxes = Boxes((Box(2, ("Adenocarcinoma(A)",), 1, 1, 3, 3), Box(3, ("Left mass",), 5, 5, 9, 9)))
     here = {"adenocarcinoma(a)": "nodule", "left mass": "mass"}
@@ -256,10 +275,35 @@ AT = {"x_mm": 1, "y_mm": -2, "z_mm": 3.5, "diameter_mm": 6}
 
 
 def test_nodules_stand_in_a_table_beside_the_manifest(tmp_path: Path):
-    manifest(tmp_path, [{"patient_id": p, "image": f"{p}.nii", "mask": ""} for p in "ab"])
-    manifest(tmp_path, [{"patient_id": "a", **AT}, {"patient_id": "elsewhere", **AT}], "nodules.csv")
-    found = {c.patient: c.marks for c in read_manifest(tmp_path, None, "salt")}
+    sites = {"a": "north", "b": "north", "c": "south"}
+    manifest(tmp_path, [{"patient_id": p, "image": f"{p}.nii", "mask": "", "site": s} for p, s in sites.items()])
+    manifest(tmp_path, [{"patient_id": "a", **AT}, {"patient_id": "c", **AT}], "nodules.csv")
+    found = {c.patient: c.marks for c in read_manifest(tmp_path, "north", "salt")}
     assert found == {"a": Marks((Mark(2, "", (1.0, -2.0, 3.5), 6.0),)), "b": Marks(())}
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"patient_id": "7"}, r"row 2: `patient_id` is no patient of the manifest"),  # a spreadsheet had 007
+        ({"patient_id": "007", "image": "a"}, r"row 2: `image` is none of the patient's images"),
+        ({"patient_id": "007", "image": "b.nii"}, r"row 2: `image` is none of the patient's images"),
+    ],
+    ids=["patient", "typo", "another patient's"],
+)
+def test_a_nodule_that_is_on_no_image_of_the_manifest_is_refused(tmp_path: Path, row: dict[str, object], told: str):
+    manifest(tmp_path, [{"patient_id": p, "image": i, "mask": ""} for p, i in (("007", "a.nii"), ("012", "b.nii"))])
+    manifest(tmp_path, [{**row, **AT}], "nodules.csv")
+    with pytest.raises(ManifestInvalid, match=told) as e:
+        read_manifest(tmp_path, None, "salt")
+    assert e.value.code == "LABEL_VALUES"
+
+
+def test_a_nodules_image_may_be_spelt_with_a_dot_before_it(tmp_path: Path):
+    manifest(tmp_path, [{"patient_id": "a", "image": f"{n}.nii", "mask": ""} for n in "12"])
+    manifest(tmp_path, [{"patient_id": "a", "image": "./2.nii", **AT}], "nodules.csv")
+    found = {c.channels[0].files[0].name: c.marks for c in read_manifest(tmp_path, None, "salt")}
+    assert found == {"1.nii": Marks(()), "2.nii": Marks((Mark(2, "", (1.0, -2.0, 3.5), 6.0),))}
 
 
 def test_a_patient_of_several_images_needs_to_have_them_named(tmp_path: Path):

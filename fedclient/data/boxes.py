@@ -106,11 +106,7 @@ def box_indices(boxes: Sequence[Box], like: Volume, slice_number: int = 0) -> ND
     Raises:
         ImageUnreadable: LABEL_GEOMETRY_MISMATCH, a box beyond its image, or an image that knows no rows and columns.
     """
-    if like.voxel_of_pixel is None:
-        raise refused(
-            "LABEL_GEOMETRY_MISMATCH", "boxes in pixels fit pictures and DICOM only. Give the image that they are of."
-        )
-    turn = like.voxel_of_pixel
+    turn = _turn(like)
     columns, rows = (int(n) for n in np.abs(turn[:3, :2]).T @ np.array(like.voxels.shape[1:]))
     outside = [box.row for box in boxes if box.x_max > columns or box.y_max > rows]
     if outside:
@@ -125,6 +121,31 @@ def box_indices(boxes: Sequence[Box], like: Volume, slice_number: int = 0) -> ND
     ]
     corners = np.array(flat, np.float64).reshape(-1, 2, 4) @ turn.T
     return np.sort(corners[:, :, :3], axis=1)
+
+
+def across_one_slice(like: Volume) -> int:
+    """The axis of I, J, K that leads from slice to slice, of an image that has one slice.
+
+    Raises:
+        ImageUnreadable: LABEL_GEOMETRY_MISMATCH, an image of several slices, or that knows no rows and columns.
+    """
+    across = np.abs(_turn(like)[:3, 2])
+    slices = round(float(across @ np.array(like.voxels.shape[1:])))
+    if slices > 1:
+        raise refused(
+            "LABEL_GEOMETRY_MISMATCH",
+            f"boxes lie on one picture, and the image has {slices} slices: nobody knows on which. Tell lesions by "
+            f"nodules.csv or a mask, or give each slice with boxes as an image of its own.",
+        )
+    return int(across.argmax())
+
+
+def _turn(like: Volume) -> NDArray[np.float64]:
+    if like.voxel_of_pixel is None:
+        raise refused(
+            "LABEL_GEOMETRY_MISMATCH", "boxes in pixels fit pictures and DICOM only. Give the image that they are of."
+        )
+    return like.voxel_of_pixel
 
 
 def box_of(line: Line, labels: Sequence[str] | None = None) -> Box | None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fedclient.data.boxes import box_indices
+from fedclient.data.boxes import across_one_slice, box_indices
 from fedclient.data.cases import VERDICTS, Boxes, Case, LidcReads, Marks, Mask, read_case_labels
 from fedclient.data.images import IGNORE
 from fedclient.data.labels import Labels, as_word, numbered, refused
@@ -42,7 +42,7 @@ def lesions_of(case: Case, volume: Volume, task: Task) -> Table:
             corners = box_indices(boxes, volume)
             centre, half = corners.mean(axis=1), (corners[:, 1] - corners[:, 0]) / 2
             spacing = np.array(volume.spacing_mm)
-            flat = int(np.argmin(volume.voxels.shape[1:]))
+            flat = across_one_slice(volume)
             half[:, flat] = np.delete(half * spacing, flat, axis=1).mean(axis=1) / spacing[flat]  # as deep as wide
             return _table(values, centre, half)
         case _:

@@ -68,8 +68,9 @@ def read_manifest(folder: Path, site: str | None, salt: str) -> tuple[Case, ...]
             the folder, an image listed twice, or a patient in two splits.
     """
     path = folder / "manifest.csv"
-    rows = rows_of_site(_rows(folder), site, path)
-    marked = read_marked(folder, _images(rows))
+    every = _rows(folder)
+    rows = rows_of_site(every, site, path)
+    marked = read_marked(folder, _images(every), _images(rows))
     cases: list[Case] = []
     complaints: list[str] = []
     codes: set[str] = set()
@@ -214,8 +215,9 @@ def _images(rows: Sequence[_Row]) -> dict[str, tuple[str, ...]]:
     """Patient -> his images, as the rows name them."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
+        images = found.setdefault(row.values["patient_id"], {})
         if row.values.get("image"):
-            found.setdefault(row.values["patient_id"], {})[row.values["image"]] = None
+            images[row.values["image"]] = None
     return {patient: tuple(images) for patient, images in found.items()}
 
 

@@ -1,14 +1,14 @@
 """`nodules.csv` beside a manifest: where lesions are, in LPS mm, and how wide, as a study of detection learns them.
 
 Columns: `patient_id`, `x_mm`, `y_mm`, `z_mm`, `diameter_mm`; where a patient has several images also `image`, as in
-the manifest; if wanted `label`. An image of the manifest without a row has none. A file with other columns is no such
-table and is left alone.
+the manifest; if wanted `label`. An image of the manifest without a row has none, so a row that fits no image is refused
+and never passed over. A file with other columns is no such table and is left alone.
 """
 
 import csv
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from fedclient.data.cases import Marks
 from fedclient.data.luna16 import Mark
@@ -17,17 +17,22 @@ from shared_models.errors import ManifestInvalid
 
 NAME = "nodules.csv"
 COLUMNS = ("patient_id", "x_mm", "y_mm", "z_mm", "diameter_mm")
+EXCEL = "a spreadsheet turns 007 into 7: import the column as text"
+ImagesOf = Mapping[str, tuple[str, ...]]  # patient -> his images, as the manifest names them
 
 
-def read_marked(folder: Path, image_of: Mapping[str, tuple[str, ...]]) -> dict[str, Marks] | None:
-    """Image -> what is marked on it, for each image of the manifest; None if there is no such table.
+def read_marked(folder: Path, every: ImagesOf, here: ImagesOf) -> dict[str, Marks] | None:
+    """Image -> what is marked on it, for each image of a site; None if there is no such table.
 
     Args:
-        image_of: patient -> the images of the manifest that are his.
+        every: of all rows of the manifest; rows of patients and images that are in it and not in `here` are another
+            site's, and passed over.
+        here: of the rows that are this site's.
 
     Raises:
-        ManifestInvalid: LABEL_VALUES, a place or diameter that cannot be, or a row of a patient of several images that
-            does not say which; what `read_table` raises; PATH_ESCAPE, a link out of the folder.
+        ManifestInvalid: LABEL_VALUES, a place or diameter that cannot be, a patient or an image of his that the
+            manifest does not have, or a row of a patient of several images that does not say which; what `read_table`
+            raises; PATH_ESCAPE, a link out of the folder.
     """
     path = folder / NAME
     if not path.is_file():
@@ -46,8 +51,16 @@ def read_marked(folder: Path, image_of: Mapping[str, tuple[str, ...]]) -> dict[s
         lines = []
 
     def parse(line: Line) -> tuple[str, Mark] | None:
-        named, images = line.values.get("image", ""), image_of.get(line.text("patient_id"), ())
-        if not images or (named and named not in images):  # another site's
+        patient, named = line.text("patient_id"), line.values.get("image", "")
+        if patient not in every:
+            raise line.wrong(
+                "patient_id", f"is no patient of the manifest. Write it as there ({EXCEL}), or take the row out"
+            )
+        images = [image for image in every[patient] if not named or PurePosixPath(image) == PurePosixPath(named)]
+        if named and not images:
+            raise line.wrong("image", "is none of the patient's images in the manifest. Write it as there")
+        mine = [image for image in images if image in here.get(patient, ())]
+        if not mine:
             return None
         if not named and len(images) > 1:
             raise line.wrong("image", "is not given, and the patient has several images")
@@ -56,9 +69,9 @@ def read_marked(folder: Path, image_of: Mapping[str, tuple[str, ...]]) -> dict[s
             raise line.wrong("diameter_mm", "is not above 0 and below 1000 mm")
         x, y, z = (line.number_of(column) for column in COLUMNS[1:4])
         label = line.values.get("label") or "nodule"
-        return named or images[0], Mark(line.number, "", (x, y, z), diameter_mm, label=label)
+        return mine[0], Mark(line.number, "", (x, y, z), diameter_mm, label=label)
 
     for each in each_row(lines, parse) if lines else ():
         if each is not None:
             found[each[0]].append(each[1])
-    return {image: Marks(tuple(found[image])) for images in image_of.values() for image in images}
+    return {image: Marks(tuple(found[image])) for images in here.values() for image in images}
