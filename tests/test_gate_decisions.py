@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedclient.data.cases import Case, _of_objects, state_of
+from fedclient.data.cases import Case, Split, _of_objects, state_of
 from fedclient.data.manifest import read_manifest
 from fedclient.data.volume import Volume
 from fedclient.gate.across import _copies
@@ -112,7 +112,7 @@ def facts(pixels: str, bands: list[str]) -> Facts:
 
 def test_a_leak_into_training_is_told_although_the_case_has_a_copy_in_its_own_split():
     bands = [f"b{part}" for part in range(32)]
-    rows = [
+    rows: list[tuple[str, str, Split, Facts]] = [
         ("a", "p1", "test", facts("1", bands)),
         ("b", "p2", "test", facts("2", [f"B{part}" if part < 8 else band for part, band in enumerate(bands)])),
         ("c", "p3", "train", facts("3", [f"C{part}" if part >= 24 else band for part, band in enumerate(bands)])),
