@@ -1,5 +1,7 @@
 """Which series a folder holds, whatever its files are called and whatever else lies there."""
 
+import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,9 @@ from pydicom.uid import UID
 
 from fedclient.data.dicom import find_series, read_series
 from fedclient.data.images import read_image
-from shared_models.errors import ImageUnreadable
+from fedclient.data.listing import list_cases
+from fedclient.data.where import Where, files_below
+from shared_models.errors import ImageUnreadable, ManifestInvalid
 from tests.dicoms import SLICES, STEP_MM, putting, slice_of, write, write_series
 from tests.test_dicom import enhanced, radiograph
 
@@ -113,6 +117,43 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_passed_over(tmp_path
             find_series(tmp_path / "data")
         assert e.value.code == "PATH_ESCAPE"
         link.unlink()
+
+
+def test_a_folder_that_may_not_be_read_is_told_and_one_that_went_meanwhile_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a scandir that refuses, as no rights bind root."""
+    for name in ("kept", "other"):
+        write_series(tmp_path / name)
+    seen = os.scandir
+
+    def refusing(error: type[OSError]) -> None:
+        def scandir(path: str) -> object:
+            if Path(path).name == "other":
+                raise error(13, "no", path)
+            return seen(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+
+    refusing(PermissionError)
+    with pytest.raises(ImageUnreadable, match=r"a folder below it cannot be read \(PermissionError\)") as e:
+        find_series(tmp_path)
+    assert e.value.code == "FILE_MISSING"
+    assert "other" not in str(e.value)
+    with pytest.raises(ManifestInvalid, match=r"cannot be read \(PermissionError\)") as refused:
+        list_cases(Where(tmp_path, layout="pacs"), "salt")
+    assert refused.value.code == "FILE_MISSING"
+    refusing(FileNotFoundError)
+    assert [len(series.files) for series in find_series(tmp_path).series] == [SLICES]
+
+
+def test_a_pipe_is_no_file_and_never_opened(tmp_path: Path) -> None:
+    (first, *_) = write_series(tmp_path)
+    os.mkfifo(tmp_path / "reads.xml")
+    ignored: Counter[str] = Counter()
+    assert len(found := list(files_below(tmp_path.resolve(), ignored))) == SLICES
+    assert first.resolve() in found
+    assert ignored == {"no file": 1}
 
 
 def test_a_folder_of_none_or_two_series_or_with_a_broken_file_is_not_guessed_at(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ class Found:
     Attributes:
         objects: DICOM files that are no images (SEG, RTSTRUCT, SR, ...), for whoever reads labels.
         unreadable: DICOM, or named `.dcm`, but broken.
-        ignored: how many files of what kind were passed over: `not DICOM`, `DICOMDIR`, `localiser`, `link`.
+        ignored: how many files of what kind were passed over: `not DICOM`, `DICOMDIR`, `localiser`, `link`,
+            `no file`.
     """
 
     series: tuple[Series, ...]

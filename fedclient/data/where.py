@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISLNK, S_ISREG
 
 from shared_models.errors import ImageUnreadable, ManifestInvalid
 
@@ -52,22 +53,42 @@ def inside(root: Path, named: str) -> Path:
 
 
 def files_below(root: Path, ignored: Counter[str]) -> Iterator[Path]:
-    """Every file below a resolved folder, sorted; links are passed over and counted in `ignored` as `link`, because
-    what they lead to comes by itself or is outside.
+    """Every regular file below a resolved folder, sorted; counted in `ignored` are links (`link`), because what they
+    lead to comes by itself or is outside, and pipes and devices (`no file`).
 
     Raises:
-        ImageUnreadable: PATH_ESCAPE, for a link out of the folder.
+        ImageUnreadable: PATH_ESCAPE, for a link out of the folder; FILE_MISSING, for a folder that may not be read.
     """
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_not_read):
         folders.sort()
+        inner = {*folders}
         for name in sorted(names + folders):
             path = Path(folder, name)
-            if path.is_symlink():
+            try:
+                kind = path.lstat().st_mode
+            except OSError as e:
+                _not_read(e)
+                continue
+            if S_ISLNK(kind):
                 if not path.resolve().is_relative_to(root):
                     raise ImageUnreadable(
                         "the folder holds a link that leads out of it. Put the files themselves there.",
                         code="PATH_ESCAPE",
                     )
                 ignored["link"] += 1
-            elif name in names:
+            elif S_ISREG(kind):
                 yield path
+            elif name not in inner:
+                ignored["no file"] += 1
+
+
+def _not_read(error: OSError) -> None:
+    """What went meanwhile is passed over; what cannot be read would be missed without a word.
+
+    Raises:
+        ImageUnreadable: FILE_MISSING.
+    """
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise ImageUnreadable(
+            f"a folder below it cannot be read ({type(error).__name__}). Mend its rights.", code="FILE_MISSING"
+        ) from None

@@ -125,8 +125,6 @@ def _folder(folder: Path, given: int, study: Study, inputs: Inputs) -> None:
     for path in files_below(root, ignored):
         if path.name.startswith("."):
             ignored["hidden"] += 1
-        elif not path.is_file():
-            ignored["no file"] += 1
         elif suffix(path) == ".dcm" or _is_dicom(path):
             dicoms.append(path)
         elif suffix(path) in IMAGES:
