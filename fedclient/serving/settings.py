@@ -34,14 +34,15 @@ class Serve:
         return_to: where results go: `AE@host:port` (C-STORE) or the URL of a DICOMweb service (STOW-RS); empty:
             nowhere.
         insecure_return: `return_to` may be http:// to another machine: whoever listens on the way reads results.
-        quiet_s: a series is whole when nobody who sent of it is connected and nothing more has come for so long.
+        quiet_s: a series is whole when nothing more has come for so long, and who sent of it has hung up, begun another
+            series, or sent nothing of it for a minute.
         join_s: files of a series are kept so long after it was handed on: what comes of it later is predicted on
             together with them. What comes later still, or ever with 0, is refused until the whole series is sent again.
         quota_gib: that files received and results may take up together.
         most_mib: of one upload, or of one DICOM object.
         queue: cases that wait; one more is answered with 503, or as out of resources.
         time_limit_s: for one case.
-        keep_hours: results are deleted after so long; an upload is as soon as it is predicted on.
+        keep_hours: results are deleted so long after they were written; an upload is as soon as it is predicted on.
         tls_certificate, tls_key: PEM files, of pages and receiver alike.
         tls_ca: PEM file; DICOM peers must show a certificate of it.
     """

@@ -36,7 +36,12 @@ log = logging.getLogger("fedclient.serving")
 
 
 def answered(model: Model, folder: Path, site: Path, view: bool, count: bool) -> dict[str, Any]:
-    """What the files in `folder`/in come to; results lie in `folder`/out."""
+    """What the files in `folder`/in come to; results lie in `folder`/out.
+
+    Args:
+        view: a person looks at it on the page; else it is a series from PACS, withheld where a part cannot be read.
+        count: what was seen counts for drift, unless it is withheld.
+    """
     images: list[dict[str, Any]] = []
     unread: list[dict[str, str]] = []
     try:
@@ -53,11 +58,12 @@ def answered(model: Model, folder: Path, site: Path, view: bool, count: bool) ->
         except FederationError as error:
             unread.append({"code": getattr(error, "code", "CASE_UNREADABLE"), "why": str(error)})
             continue
-        cells = images[-1].pop("cells")
-        if count:
-            note(site, model.study, model.digest, cells)
     if len(found) > MOST_IMAGES:
         unread.append({"code": "INPUT_TOO_LARGE", "why": f"more than {MOST_IMAGES} images were sent at once."})
+    for image in images:
+        cells = image.pop("cells")
+        if count and (view or not unread):
+            note(site, model.study, model.digest, cells)
     return {"images": images, "unread": unread}
 
 
