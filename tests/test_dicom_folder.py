@@ -103,6 +103,14 @@ def test_films_and_files_of_many_frames_stand_alone(tmp_path: Path) -> None:
     assert sorted((series.frames, len(series.files)) for series in found.series) == [(1, 1), (1, 1), (SLICES, 1)]
 
 
+def test_what_macos_leaves_beside_each_file_is_no_broken_slice(tmp_path: Path) -> None:
+    for path in write_series(tmp_path):
+        path.with_name(f"._{path.name}.dcm").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(200))
+    found = find_series(tmp_path)
+    assert (found.unreadable, found.ignored) == ((), {"not DICOM": SLICES})
+    assert read_image(tmp_path).voxels.shape[3] == SLICES
+
+
 def test_a_link_out_of_the_folder_is_refused_and_one_inside_passed_over(tmp_path: Path) -> None:
     (first, *_) = write_series(tmp_path / "data")
     write_series(tmp_path / "elsewhere")

@@ -25,6 +25,7 @@ KEYWORDS = (
 OBJECTS = frozenset(
     ("SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "RTIMAGE", "SR", "PR", "KO", "REG", "FID", "DOC", "PLAN", "ECG")
 )  # modalities that are no images
+MACOS = "._"  # what it leaves beside each file on a foreign disk or in an archive; `._a.dcm` is no DICOM
 DIRECTORY = "1.2.840.10008.1.3.10"
 TAKES = ("AcquisitionNumber", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue")
 _TAGS = [tag for keyword in KEYWORDS if (tag := tag_for_keyword(keyword)) is not None]
@@ -106,7 +107,7 @@ def series_among(paths: Iterable[Path], ignored: Counter[str]) -> Found:
 
 def _head(path: Path) -> Dataset | None:
     """Some elements; None for what is no DICOM."""
-    if not path.is_file():  # a pipe or a device
+    if path.name.startswith(MACOS) or not path.is_file():  # a pipe or a device
         return None
     with unbroken():
         with path.open("rb") as file:
