@@ -1,7 +1,7 @@
 """DICOM that could be misread is refused, each fault by its own code, and no message tells who or where."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from pydicom.uid import (
 from fedclient.data import dicom_header, dicom_pixels
 from fedclient.data.dicom import read_enhanced, read_series
 from fedclient.data.images import read_image
-from fedclient.data.stack import TILT_DEG
+from fedclient.data.stack import TILT_DEG, Plane, plane, stack
 from shared_models.errors import ImageUnreadable
 from tests.dicoms import (
     ORIGIN_MM,
@@ -87,6 +87,31 @@ def test_distances_may_vary_by_one_percent(off_mm: float, fine: bool, tmp_path: 
         assert read_series(paths).spacing_mm[2] == pytest.approx(STEP_MM + off_mm / 5)
     else:
         assert "more than 1 %" in refusal(lambda: read_series(paths), "SERIES_IRREGULAR")
+
+
+def along_z(heights_mm: Sequence[float]) -> list[Plane]:
+    return [plane((-30.5, -20.25, z), (1, 0, 0, 0, 1, 0), (0.5, 0.5)) for z in heights_mm]
+
+
+@pytest.mark.parametrize("step_mm", [0.3125, 0.625, 0.4, 1.25])
+@pytest.mark.parametrize("start_mm", [-394.375, -94.37, 1204.8125])
+def test_positions_written_to_a_hundredth_of_a_millimetre_are_regular(step_mm: float, start_mm: float) -> None:
+    heights = [float(np.float32(round(start_mm + step_mm * k, 2))) for k in range(200)]
+    grid = stack(along_z(heights), step_mm)
+    assert grid.affine_ras[2, 2] == pytest.approx(step_mm, abs=0.011 / 199)
+
+
+@pytest.mark.parametrize(
+    ("heights_mm", "code"),
+    [
+        ([0, 0.31, 0.63, 1.25, 1.56, 1.88], "SERIES_GAP"),  # 0.94 is missing
+        ([0, 0.31, 0.63, 0.97, 1.25, 1.56, 1.88], "SERIES_IRREGULAR"),  # 0.94 is 0.03 off
+        ([0, 0.63, 1.25, 1.91, 2.5, 3.13], "SERIES_IRREGULAR"),  # 1.88 is 0.03 off
+        ([0, 0.02, 0.04, 0.08, 0.1, 0.12], "SERIES_GAP"),  # thinner than rounding may be; 0.06 is missing
+    ],
+)
+def test_thin_slices_that_are_not_regular_are_refused(heights_mm: list[float], code: str) -> None:
+    refusal(lambda: stack(along_z(heights_mm), 1), code)
 
 
 @pytest.mark.parametrize("tilt_deg", [15.0, -15.0, 2.0])

@@ -18,6 +18,7 @@ from shared_models.errors import ImageUnreadable
 
 TOLERANCE = 0.01  # of the distance of slices
 TOLERANCE_MM = 0.01
+ROUNDING_MM = 0.02 + 1e-4  # a distance and the usual one, of positions written to 0.01 mm, and as float32
 SIDEWAYS_MM = 0.1  # from a slice to the next
 TILT_DEG = 1.0
 COSINES = 1e-3  # of two orientations that are one, and of a right angle
@@ -199,7 +200,8 @@ def _check_distances(apart_mm: NDArray[np.float64], steps: NDArray[np.float64], 
         )
     usual_mm = float(np.median(apart_mm))
     off_mm = np.abs(apart_mm - usual_mm)
-    if off_mm.max() <= max(TOLERANCE_MM, TOLERANCE * usual_mm):
+    rounding_mm = min(ROUNDING_MM, usual_mm / 4)  # so that of the thinnest slices a gap is one
+    if off_mm.max() <= max(TOLERANCE_MM, TOLERANCE * usual_mm, rounding_mm):
         return
     multiples = apart_mm / apart_mm.min()
     whole = np.round(multiples)
@@ -211,7 +213,7 @@ def _check_distances(apart_mm: NDArray[np.float64], steps: NDArray[np.float64], 
             code="SERIES_GAP",
         )
     raise ImageUnreadable(
-        f"DICOM: the distance of slices varies from {apart_mm.min():.4g} to {apart_mm.max():.4g} mm, by more than 1 %. "
-        f"Export the reconstruction with equal distances.",
+        f"DICOM: the distance of slices varies from {apart_mm.min():.4g} to {apart_mm.max():.4g} mm, by more than 1 % "
+        f"and {ROUNDING_MM:.2f} mm. Export the reconstruction with equal distances.",
         code="SERIES_IRREGULAR",
     )
