@@ -277,7 +277,7 @@ AT = {"x_mm": 1, "y_mm": -2, "z_mm": 3.5, "diameter_mm": 6}
 def test_nodules_stand_in_a_table_beside_the_manifest(tmp_path: Path):
     sites = {"a": "north", "b": "north", "c": "south"}
     manifest(tmp_path, [{"patient_id": p, "image": f"{p}.nii", "mask": "", "site": s} for p, s in sites.items()])
-    manifest(tmp_path, [{"patient_id": "a", **AT}, {"patient_id": "c", **AT}], "nodules.csv")
+    manifest(tmp_path, [{"patient_id": p, **AT} for p in ("a", "c", "of-no-study")], "nodules.csv")
     found = {c.patient: c.marks for c in read_manifest(tmp_path, "north", "salt")}
     assert found == {"a": Marks((Mark(2, "", (1.0, -2.0, 3.5), 6.0),)), "b": Marks(())}
 
@@ -285,11 +285,12 @@ def test_nodules_stand_in_a_table_beside_the_manifest(tmp_path: Path):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"patient_id": "7"}, r"row 2: `patient_id` is no patient of the manifest"),  # a spreadsheet had 007
+        ({"patient_id": "7"}, r"row 2: `patient_id` is written otherwise in the manifest"),  # a spreadsheet had 007
+        ({"patient_id": "elsewhere"}, r"none of its patients is in the manifest"),
         ({"patient_id": "007", "image": "a"}, r"row 2: `image` is none of the patient's images"),
         ({"patient_id": "007", "image": "b.nii"}, r"row 2: `image` is none of the patient's images"),
     ],
-    ids=["patient", "typo", "another patient's"],
+    ids=["patient", "other patients alone", "typo", "another patient's"],
 )
 def test_a_nodule_that_is_on_no_image_of_the_manifest_is_refused(tmp_path: Path, row: dict[str, object], told: str):
     manifest(tmp_path, [{"patient_id": p, "image": i, "mask": ""} for p, i in (("007", "a.nii"), ("012", "b.nii"))])

@@ -1,11 +1,13 @@
 """`nodules.csv` beside a manifest: where lesions are, in LPS mm, and how wide, as a study of detection learns them.
 
 Columns: `patient_id`, `x_mm`, `y_mm`, `z_mm`, `diameter_mm`; where a patient has several images also `image`, as in
-the manifest; if wanted `label`. An image of the manifest without a row has none, so a row that fits no image is refused
-and never passed over. A file with other columns is no such table and is left alone.
+the manifest; if wanted `label`. An image of the manifest without a row has none, so a row that is meant for one and
+does not fit it is refused; a table may tell of more patients than a manifest. A file with other columns is no such table
+and is left alone.
 """
 
 import csv
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -30,9 +32,9 @@ def read_marked(folder: Path, every: ImagesOf, here: ImagesOf) -> dict[str, Mark
         here: of the rows that are this site's.
 
     Raises:
-        ManifestInvalid: LABEL_VALUES, a place or diameter that cannot be, a patient or an image of his that the
-            manifest does not have, or a row of a patient of several images that does not say which; what `read_table`
-            raises; PATH_ESCAPE, a link out of the folder.
+        ManifestInvalid: LABEL_VALUES, a place or diameter that cannot be, a patient whom the manifest writes otherwise,
+            an image of his that it does not have, a row of a patient of several images that does not say which, or no
+            row of any of its patients; what `read_table` raises; PATH_ESCAPE, a link out of the folder.
     """
     path = folder / NAME
     if not path.is_file():
@@ -50,12 +52,14 @@ def read_marked(folder: Path, every: ImagesOf, here: ImagesOf) -> dict[str, Mark
             raise
         lines = []
 
+    alike = {_alike(patient) for patient in every}
+
     def parse(line: Line) -> tuple[str, Mark] | None:
         patient, named = line.text("patient_id"), line.values.get("image", "")
         if patient not in every:
-            raise line.wrong(
-                "patient_id", f"is no patient of the manifest. Write it as there ({EXCEL}), or take the row out"
-            )
+            if _alike(patient) in alike:
+                raise line.wrong("patient_id", f"is written otherwise in the manifest. Write it as there ({EXCEL})")
+            return None
         images = [image for image in every[patient] if not named or PurePosixPath(image) == PurePosixPath(named)]
         if named and not images:
             raise line.wrong("image", "is none of the patient's images in the manifest. Write it as there")
@@ -71,7 +75,18 @@ def read_marked(folder: Path, every: ImagesOf, here: ImagesOf) -> dict[str, Mark
         label = line.values.get("label") or "nodule"
         return mine[0], Mark(line.number, "", (x, y, z), diameter_mm, label=label)
 
-    for each in each_row(lines, parse) if lines else ():
+    rows = each_row(lines, parse) if lines else ()
+    if lines and not any(line.values.get("patient_id") in every for line in lines):
+        raise ManifestInvalid(
+            f"{NAME}: none of its patients is in the manifest. Write them as there, or take the table out.",
+            "LABEL_VALUES",
+        )
+    for each in rows:
         if each is not None:
             found[each[0]].append(each[1])
     return {image: Marks(tuple(found[image])) for images in here.values() for image in images}
+
+
+def _alike(patient: str) -> str:
+    """What stays of a name through a spreadsheet: `P-007` and `p 7` are one."""
+    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"[^0-9a-z]+", " ", patient.casefold()).strip())
