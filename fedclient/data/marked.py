@@ -2,8 +2,8 @@
 
 Columns: `patient_id`, `x_mm`, `y_mm`, `z_mm`, `diameter_mm`; where a patient has several images also `image`, as in
 the manifest; if wanted `label`. An image of the manifest without a row has none, so a row that is meant for one and
-does not fit it is refused; a table may tell of more patients than a manifest. A file with other columns is no such table
-and is left alone.
+does not fit it is refused; a table may tell of more patients than a manifest. A file with other columns is no such
+table and is left alone.
 """
 
 import csv
