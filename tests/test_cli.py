@@ -24,6 +24,7 @@ from shared_models.protect.accounting import Spend, epsilon
 from shared_models.supervise import only_one
 from simulations.phantoms import PhantomPlan, phantom
 from tests.edge import running_edge
+from tests.studies import TINY_NET
 
 COMMANDS: dict[str, typer.Typer] = {
     "fedserver": fedserver.cli.app,
@@ -43,14 +44,9 @@ SUBCOMMANDS = {
     ],
     "fedsim": ["run", "compare", "settings", "studies", "privacy", "tables", "demo", "phantom", "attack"],
 }  # fmt: skip
-TINY = """
+TINY = f"""
 name = "tiny"
-[model]
-features = [4, 4, 4, 4, 4, 4]
-groups = 2
-[preprocess]
-size = [32, 32]
-[rounds]
+{TINY_NET}[rounds]
 count = 1
 """
 
@@ -349,6 +345,7 @@ def test_a_phantom_of_any_layout_is_found_again_by_check_and_by_run(tmp_path):
     assert (code, err, out.strip()) == (0, "", str(tmp_path / "p"))
     file = SiteFile("north", "127.0.0.1:9", "Test", Data(str(tmp_path / "p" / "north"), layout="auto"))
     write_atomic(Path("site") / "site.toml", site_toml(file).encode())
+    write_atomic(Path("site/secrets/case-keys"), b"0" * 64)  # of 40 secrets one leaves none of three to train on
     assert parsed("fedclient", "check", "--json")["layout"] == "nnU-Net raw data, 3 training cases"
     assert "Data: nnU-Net raw data, 3 training cases" in call("fedclient", "check")[1]
     assert "is not empty" in refused("fedsim", "phantom", tmp_path / "p", "--layout", "nnunet", *words)

@@ -22,15 +22,11 @@ from simulations.explaining import run_at
 from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, check_cases, data_folders, node_configs
 from simulations.vois import RegionPlan, regions
+from tests.studies import TINY_NET
 
 PLAN = RegionPlan(sites=1, train=4, val=2, test=2, size=48)
-TINY = """name = "tiny"
-[model]
-features = [4, 4, 4, 4, 4, 4]
-groups = 2
-[preprocess]
-size = [32, 32]
-[train]
+TINY = f"""name = "tiny"
+{TINY_NET}[train]
 local_steps = 1
 batch_size = 2
 [rounds]

@@ -11,17 +11,13 @@ from fedserver.checkpoint import read_state
 from simulations.demo import await_port, background, command, free_port
 from simulations.phantoms import PhantomPlan, phantom
 from tests.processes.deployment import Deployment
+from tests.studies import TINY_NET
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 HOSPITALS = ("north", "south")
-STUDY = """
+STUDY = f"""
 name = "first"
-[model]
-features = [4, 4, 4, 4, 4, 4]
-groups = 2
-[preprocess]
-size = [32, 32]
-[train]
+{TINY_NET}[train]
 local_steps = 2
 batch_size = 2
 precision = "float32"

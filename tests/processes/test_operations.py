@@ -11,15 +11,11 @@ from fedserver.queue import hold_of, pause
 from simulations.demo import background, command, free_port
 from simulations.phantoms import PhantomPlan, phantom
 from tests.processes.deployment import deployed, until
+from tests.studies import TINY_NET
 
-STUDY = """
+STUDY = f"""
 name = "day"
-[model]
-features = [4, 4, 4, 4, 4, 4]
-groups = 2
-[preprocess]
-size = [32, 32]
-[train]
+{TINY_NET}[train]
 local_steps = 2
 batch_size = 2
 precision = "float32"
