@@ -10,9 +10,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from shared_models.files import write_atomic
+from shared_models.files import file_sha256, write_atomic
 from shared_models.parse import parse_json
-from shared_models.transfer import file_digest
 from shared_models.weights import Arrays, save_arrays
 from shared_models.wire import BlobRef, Order, Reply, dump
 
@@ -44,6 +43,6 @@ def finished(kept: Path) -> Reply | None:
     if not kept.exists():
         return None
     reply, delta = parse_json(Reply, kept.read_bytes(), str(kept)), kept.with_suffix(".safetensors")
-    if reply.blob is None or not delta.exists() or file_digest(delta) != reply.blob.sha256:
+    if reply.blob is None or not delta.exists() or file_sha256(delta) != reply.blob.sha256:
         return None
     return reply

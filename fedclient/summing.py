@@ -20,7 +20,7 @@ from fedclient.site import Site
 from fedclient.sums import Sums, open_sums
 from fedclient.work import Gate, Learner, carry_out, study_of
 from shared_models.errors import OrderRefused, StateInvalid
-from shared_models.files import canonical_json, replacing, write_atomic
+from shared_models.files import canonical_json, file_sha256, replacing, write_atomic
 from shared_models.identity import load_secret
 from shared_models.parse import parse_json, plain
 from shared_models.protect.context import Context
@@ -31,7 +31,6 @@ from shared_models.protect.ring import Layout
 from shared_models.protect.secure import layout_of, round_of, wanted, weight_in_sum
 from shared_models.roster import Roster
 from shared_models.study import Study
-from shared_models.transfer import file_digest
 from shared_models.weights import Arrays, OnDisk, open_tensors
 from shared_models.wire import STEPS, BlobRef, Order, Reply, dump
 
@@ -121,7 +120,7 @@ def _said(order: Order, said: Path) -> tuple[Reply, Path | None]:
     reply, vector = parse_json(Reply, said.read_bytes(), str(said)), said.with_suffix(".vector")
     if reply.blob is None:
         return replace(reply, attempt=order.attempt), None
-    if not vector.exists() or file_digest(vector) != reply.blob.sha256:
+    if not vector.exists() or file_sha256(vector) != reply.blob.sha256:
         raise OrderRefused(
             "STEP_REPEATED", f"secure sum of round {order.round}: its vector is lost, and none is masked a second time."
         )

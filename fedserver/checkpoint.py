@@ -31,25 +31,21 @@ from fedserver.optimizers import Optimizer, advance
 from fedserver.spool import clear
 from shared_models.control import CONTROL, with_control
 from shared_models.errors import StateInvalid
-from shared_models.files import append_json, canonical_json, read_json, read_lines, write_atomic, write_json
+from shared_models.files import (
+    append_json,
+    canonical_json,
+    file_sha256,
+    read_json,
+    read_lines,
+    write_atomic,
+    write_json,
+)
 from shared_models.parse import STRICT, parse_json, plain
 from shared_models.plan import Fingerprint, Plan
 from shared_models.plan import sha256 as plan_sha256
 from shared_models.planned import planned
 from shared_models.study import Study, canonical, from_json, sha256
-from shared_models.weights import (
-    NO_WEIGHTS,
-    Array,
-    Arrays,
-    Schema,
-    Spec,
-    file_sha256,
-    load,
-    one,
-    open_tensors,
-    save,
-    save_arrays,
-)
+from shared_models.weights import NO_WEIGHTS, Array, Arrays, Schema, Spec, load, one, open_tensors, save, save_arrays
 
 WITHOUT = "without.json"
 

@@ -33,13 +33,14 @@ def contents(federation: Federation, entries: Sequence[Entry] | None = None) -> 
     """
     known, planned_by = list_releases(federation), planners(federation.folder)
     by_digest = {entry.digest: entry for entry in known}
-    steps = {entry.digest: _steps(federation, entry, planned_by) for entry in known}
-    found: dict[str, Content] = {}
+    steps, found = dict[str, tuple[Content, list[str]]](), dict[str, Content]()
     for entry in known if entries is None else entries:
         todo, seen = [entry.digest], set[str]()
         while todo:
             if (digest := todo.pop()) in by_digest and digest not in seen:
                 seen.add(digest)
+                if digest not in steps:
+                    steps[digest] = _steps(federation, by_digest[digest], planned_by)
                 todo += steps[digest][1]
         within = [steps[digest][0] for digest in seen]
         found[entry.digest] = Content(
@@ -86,15 +87,12 @@ def left_since(federation: Federation, entries: Sequence[Entry]) -> dict[str, fr
 
     A site that has joined again has taken nothing back. What a withdrawal found then stays found.
     """
-    lines, within = (
-        [line["facts"] for line in every_event(federation.folder, ("withdrawn",))],
-        contents(federation, entries),
-    )
+    lines = [line["facts"] for line in every_event(federation.folder, ("withdrawn",))]
     gone = frozenset(str(facts["site"]) for facts in lines)
     named = [(digest, str(facts["site"])) for facts in lines for digest in facts["releases"]]
     return {
         digest: (content.sites & gone) | {site for other, site in named if other == digest}
-        for digest, content in within.items()
+        for digest, content in contents(federation, entries).items()
     }
 
 

@@ -21,7 +21,8 @@ from typing import IO
 
 from fedserver.listener import Gone, Refused, Request, as_count
 from fedserver.room import SPARE_BYTES
-from shared_models.transfer import LENGTH_HEADER, OFFSET_HEADER, digest_start, file_digest
+from shared_models.files import file_sha256
+from shared_models.transfer import LENGTH_HEADER, OFFSET_HEADER, digest_start
 
 BLOB_PATH = re.compile(r"/blobs/([0-9a-f]{64})")
 BLOCK_BYTES = 1 << 20  # written, read and hashed at once, in a thread: 250 hand-overs a second at 250 MB/s
@@ -59,7 +60,7 @@ class Intake:
 def sweep(intake: Intake) -> list[Path]:
     """Removes the uploads whose content is not what their name says, as a power cut may leave them; returns them."""
     whole = [path for path in (intake.folder / "in").glob("*/*") if re.fullmatch("[0-9a-f]{64}", path.name)]
-    torn = [path for path in whole if file_digest(path) != path.name]
+    torn = [path for path in whole if file_sha256(path) != path.name]
     for path in torn:
         path.unlink()
     return torn

@@ -13,7 +13,17 @@ from fedserver.checkpoint import RunFolder, read_progress, read_state, read_stud
 from fedserver.enrol import Federation
 from fedserver.lifecycle import revoked_words, warnings
 from fedserver.queue import hold_of, waiting
-from fedserver.state import Run, RunState, Site, SiteState, list_certificates, list_rosters, list_runs, list_sites
+from fedserver.state import (
+    ACTIVE,
+    Run,
+    RunState,
+    Site,
+    SiteState,
+    list_certificates,
+    list_rosters,
+    list_runs,
+    list_sites,
+)
 from shared_models.alarms import alarm_words, last_turned_down
 from shared_models.errors import FederationError
 from shared_models.identity import fingerprint_words
@@ -206,7 +216,7 @@ def _run(federation: Federation, run: Run, place: int | None) -> dict[str, Any]:
         finished_rounds, rounds = read_state(folder).round, read_study(folder).rounds.count
     except FederationError as e:  # one damaged folder hides no other run
         told = str(e)
-    hold = hold_of(folder) if run.state in ("queued", "running") else None
+    hold = hold_of(folder) if run.state in ACTIVE else None
     return {
         "id": run.id,
         "study": run.study_name,

@@ -12,6 +12,7 @@ from fedserver.publish.lineage import BEGAN, run_with
 from fedserver.queue import unhold
 from fedserver.registry import list_releases, manifest_of
 from fedserver.state import (
+    ACTIVE,
     UNFINISHED,
     Run,
     add_run,
@@ -55,7 +56,7 @@ def submit(federation: Federation, study: Study, name: str | None, new: bool, we
     if same and not new:
         going_on = same[-1]
         unhold(RunFolder(federation.runs / going_on.id))
-        if going_on.state not in ("queued", "running"):
+        if going_on.state not in ACTIVE:
             change_run(federation.state, going_on.id, now, "queued")
         return Submitted(going_on.id, RunFolder(federation.runs / going_on.id), study.rounds.count)
     run_id = checked_name(name) if name else _numbered(federation, study)

@@ -17,10 +17,10 @@ from fedserver.registry import Entry, list_releases, retire_release
 from fedserver.state import Run, add_run, find_run, find_site, list_runs
 from fedserver.submit import checked_name
 from shared_models.errors import StateInvalid
-from shared_models.files import canonical_json, read_lines, sync_folder, write_atomic, write_json
+from shared_models.files import canonical_json, file_sha256, read_lines, sync_folder, write_atomic, write_json
 from shared_models.parse import plain
 from shared_models.strategy import remembers
-from shared_models.weights import NO_WEIGHTS, file_sha256
+from shared_models.weights import NO_WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)

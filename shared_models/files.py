@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import threading
@@ -54,6 +55,12 @@ def sync_folder(folder: Path) -> None:
 def write_atomic(path: Path, content: bytes) -> None:
     with replacing(path) as file:
         file.write(content)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical_json(value: object) -> bytes:

@@ -14,8 +14,9 @@ import torch
 
 from shared_models import nets
 from shared_models.errors import StudyInvalid
+from shared_models.files import file_sha256
 from shared_models.study import Study
-from shared_models.weights import Array, Arrays, file_sha256, load
+from shared_models.weights import Array, Arrays, load
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NAMES = (  # torchvision's DenseNet -> MONAI's

@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 from shared_models.authority import read_authority, read_files
 from shared_models.dates import date_text
 from shared_models.errors import EnrolmentFailed, StateInvalid, TransferFailed
+from shared_models.files import file_sha256
 from shared_models.identity import load_credential, read_certificate, split_address
 
 BLOCK_BYTES = 1 << 20
@@ -59,7 +60,7 @@ class Blobs:
             size_bytes: what the signed order says; not a byte more is written.
             timeout_s: for all of it, retries included.
         """
-        if into.is_file() and into.stat().st_size == size_bytes and file_digest(into) == digest:
+        if into.is_file() and into.stat().st_size == size_bytes and file_sha256(into) == digest:
             return into
         into.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         part = into.with_name(f".{into.name}.{digest[:16]}.part")
@@ -147,12 +148,6 @@ def connect(address: str, context: ssl.SSLContext, timeout_s: float = SOCKET_TIM
         headers["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
     connection.set_tunnel(host, port, headers)
     return connection
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_start(path: Path, size_bytes: int) -> "hashlib._Hash":
@@ -264,7 +259,7 @@ def _send(blobs: Blobs, digest: str, path: Path, remaining_s: float, go_on: Call
                 if time.monotonic() > until:
                     raise _Passing("time was up")
         response = connection.getresponse()
-        if response.status == 422 and file_digest(path) != digest:
+        if response.status == 422 and file_sha256(path) != digest:
             raise TransferFailed(f"{path} is not the file of that digest (any more). Write it again, then send it.")
         if response.status == 422:
             raise _Passing("what was kept of an earlier try was damaged")

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared_models.errors import WeightsInvalid
-from shared_models.files import canonical_json, replacing
+from shared_models.files import canonical_json, file_sha256, replacing
 
 Array: TypeAlias = NDArray[Any]
 Arrays: TypeAlias = Mapping[str, Array]
@@ -284,8 +284,3 @@ def save(path: Path, schema: Schema, arrays: Iterator[tuple[str, Array]], synced
 def save_arrays(path: Path, arrays: Arrays, synced: bool = True) -> str:
     """`save` of arrays that are in memory anyway."""
     return save(path, schema_of(arrays), iter(sorted(arrays.items())), synced)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,10 +23,10 @@ from fedserver.checkpoint import (
 )
 from fedserver.optimizers import optimizer_of
 from shared_models.errors import StateInvalid
-from shared_models.files import append_json, read_json, read_lines, write_json
+from shared_models.files import append_json, file_sha256, read_json, read_lines, write_json
 from shared_models.study import Strategy, Study, canonical, sha256
 from shared_models.update import Total
-from shared_models.weights import Arrays, InMemory, file_sha256, load, schema_of
+from shared_models.weights import Arrays, InMemory, load, schema_of
 
 STUDIES = {
     "fedavg": Study(name="toy"),

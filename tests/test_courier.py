@@ -10,8 +10,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedserver.courier import Beside, Inline
 from shared_models.envelope import signed
 from shared_models.errors import UpdateRejected, WeightsInvalid
+from shared_models.files import file_sha256
 from shared_models.study import Study, canonical, sha256
-from shared_models.weights import Arrays, file_sha256, one, save_arrays
+from shared_models.weights import Arrays, one, save_arrays
 from shared_models.wire import (
     PROTOCOL,
     BlobRef,

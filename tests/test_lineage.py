@@ -17,10 +17,11 @@ from fedserver.publish.lineage import BEGAN, earlier, run_with
 from fedserver.report import facts, write_report
 from fedserver.submit import Submitted, submit
 from shared_models import nets
+from shared_models.files import file_sha256
 from shared_models.protect.accounting import Spend, epsilon
 from shared_models.protect.privacy import Privacy, Protect
 from shared_models.study import Transfer, canonical, sha256
-from shared_models.weights import file_sha256, save_arrays
+from shared_models.weights import save_arrays
 from simulations.phantoms import PhantomPlan, phantom
 from tests.test_spending import DELTA, PRIVATE, TINY, answered, order, run_of, site_at, with_budget
 from tests.test_spending import spent as spends_of

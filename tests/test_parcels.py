@@ -18,11 +18,12 @@ from fedclient.parcels import answered
 from fedclient.site import Site
 from fedclient.work import Learned
 from shared_models.errors import OrderRefused, TransferFailed, WeightsInvalid
+from shared_models.files import file_sha256
 from shared_models.protect.privacy import Privacy, Protect
 from shared_models.scores import Score
 from shared_models.study import Evaluate, Rounds, Strategy, Study, Train, canonical, sha256
 from shared_models.transfer import Blobs, site_context
-from shared_models.weights import Arrays, file_sha256, load, save_arrays
+from shared_models.weights import Arrays, load, save_arrays
 from shared_models.wire import BlobRef, Order, Split
 from tests.edge import Edge, joined_site, running_edge
 from tests.toys import WEIGHTS, ToyLearner

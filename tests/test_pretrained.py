@@ -13,12 +13,13 @@ from fedclient.training.depth import rates_of
 from fedclient.training.trainer import fit
 from shared_models import nets
 from shared_models.errors import OrderRefused, StudyInvalid
+from shared_models.files import file_sha256
 from shared_models.model_table import ENCODERS
 from shared_models.pretrained import adopt, first_weights
 from shared_models.size import size_in_words
 from shared_models.study import Model, Preprocess, Study, Task, Train, Transfer
 from shared_models.tasks.chosen import functions_of
-from shared_models.weights import Arrays, Spec, file_sha256, schema_of
+from shared_models.weights import Arrays, Spec, schema_of
 
 STUDY = Study(
     name="t",

@@ -11,6 +11,7 @@ from fedclient.egress import _distribution_of
 from fedclient.training.learner import ImageLearner, to_train_on
 from shared_models import nets
 from shared_models.errors import StudyInvalid, UpdateRejected
+from shared_models.files import file_sha256
 from shared_models.metrics import counts
 from shared_models.parse import parse
 from shared_models.pretrained import first_weights
@@ -19,7 +20,7 @@ from shared_models.scores import doubted_scores, merge, row_of, total
 from shared_models.study import Evaluate, Model, Preprocess, Rounds, Study, Task, Train, Transfer, load_study
 from shared_models.tasks.functions import CaseAnswer
 from shared_models.tasks.reconstruction import absolute_error, functions_of, hidden
-from shared_models.weights import file_sha256, save_arrays
+from shared_models.weights import save_arrays
 from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, node_configs, simulate
 from tests.test_unlabelled import site_at, without_labels

@@ -31,7 +31,7 @@ from fedserver.withdrawal import begin_from, copy_until, retrain, withdraw
 from shared_models.audit import LINE, AuditLog
 from shared_models.audit_files import LOG, earlier_logs, first_line
 from shared_models.errors import ReleaseInvalid, StateInvalid
-from shared_models.files import canonical_json, locked, read_json, read_lines, write_atomic, write_json
+from shared_models.files import canonical_json, file_sha256, locked, read_json, read_lines, write_atomic, write_json
 from shared_models.identity import (
     identity_public_key,
     issue_signer,
@@ -62,7 +62,6 @@ from shared_models.provenance import (
 from shared_models.release import MANIFEST, Manifest, Trust, open_release, read_approvals, seal
 from shared_models.standing import read_standings
 from shared_models.study import Model, Study, Transfer, canonical, sha256
-from shared_models.weights import file_sha256
 from simulations.release import research_release
 from tests.edge import running_edge
 from tests.hospitals import Hospitals

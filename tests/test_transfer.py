@@ -14,8 +14,9 @@ import pytest
 from fedclient.enrol import Joined
 from shared_models import transfer
 from shared_models.errors import EnrolmentFailed, OrderRefused, StateInvalid, TransferFailed
+from shared_models.files import file_sha256
 from shared_models.identity import Credential, issue_site, load_credential, request_certificate, save_credential
-from shared_models.transfer import Blobs, file_digest, site_context
+from shared_models.transfer import Blobs, site_context
 from tests.edge import Edge, joined_site, running_edge, site_blobs
 
 BLOB = os.urandom(2_999_999) + b"."  # its last byte is known, so that a test can change it
@@ -322,4 +323,4 @@ def test_the_context_is_not_in_the_repr(north: Joined) -> None:
 
 def test_a_file_has_the_digest_of_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(BLOB)
-    assert file_digest(tmp_path / "x") == DIGEST
+    assert file_sha256(tmp_path / "x") == DIGEST

@@ -11,12 +11,12 @@ from safetensors.numpy import load as library_load
 from safetensors.numpy import save as library_save
 
 from shared_models.errors import WeightsInvalid
+from shared_models.files import file_sha256
 from shared_models.weights import (
     BLOCK,
     Arrays,
     Spec,
     difference,
-    file_sha256,
     load,
     open_tensors,
     save,

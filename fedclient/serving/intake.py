@@ -39,7 +39,7 @@ from fedclient.serving.handed import Before, Handed
 from fedclient.serving.jobs import INCOMPLETE, Job, Jobs, Overloaded, Room
 from fedclient.serving.lacking import Lacking
 from shared_models.errors import ImageUnreadable
-from shared_models.files import private_folder
+from shared_models.files import file_sha256, private_folder
 
 KEYWORDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality")
 MOST_FILES = 20_000  # of a series
@@ -48,6 +48,7 @@ SPLIT, REPLACED = "SERIES_SPLIT", "SERIES_REPLACED"
 COUNT = "NumberOfSeriesRelatedInstances"
 LATELY_S, LATELY_QUIET = 60.0, 6  # a connection that is open is waited for; or so many times `quiet_s`, if longer
 LEFT_S = 3600.0  # after the last byte of a file in quarantine
+DIGITS = 32  # of the digests that name series, objects and what these hold
 UID = re.compile(r"[0-9](?:[0-9.]{0,62}[0-9])?")
 _TAGS = [tag for keyword in KEYWORDS if (tag := tag_for_keyword(keyword)) is not None]
 _COUNT_TAG = [tag for tag in (tag_for_keyword(COUNT),) if tag is not None]
@@ -138,7 +139,7 @@ class Intake:
         if said["Modality"] in OBJECTS:
             raise ImageUnreadable("DICOM: no image; the model looks at images.", "MODALITY_MISMATCH")
         key, name = _named(said["StudyInstanceUID"], said["SeriesInstanceUID"]), f"{_named(said['SOPInstanceUID'])}.dcm"
-        digest = _digest(file)
+        digest = file_sha256(file)[:DIGITS]
         with self._lock:
             try:
                 self._put(file, key, name, via, session, size_bytes).digests[name] = digest
@@ -241,7 +242,7 @@ class Intake:
         found, folder = self._open[key], self.series / key
         for path in folder.iterdir():  # of a process before this one
             if path.name not in found.digests:
-                found.digests[path.name] = _digest(path)
+                found.digests[path.name] = file_sha256(path)[:DIGITS]
         newest = self.jobs.find(found.before.jobs[-1]) if found.before.jobs else None
         if newest is None or newest.partial is not None or newest.returned == "failed":
             return False
@@ -345,10 +346,5 @@ def _short(folder: Path) -> tuple[str, str] | None:
     return INCOMPLETE, f"{len(names)} of the {int(said)} objects came that the series has by its headers."
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-
-
 def _named(*uids: str) -> str:
-    return hashlib.sha256("/".join(uids).encode()).hexdigest()[:32]
+    return hashlib.sha256("/".join(uids).encode()).hexdigest()[:DIGITS]

@@ -24,7 +24,7 @@ from fedclient.training.windows import logits
 from shared_models import nets
 from shared_models.control import without_control
 from shared_models.errors import ExplanationFailed, StateInvalid, StudyInvalid
-from shared_models.files import write_atomic, write_json
+from shared_models.files import file_sha256, write_atomic, write_json
 from shared_models.parse import parse_json
 from shared_models.plan import Plan
 from shared_models.planned import planned
@@ -32,7 +32,7 @@ from shared_models.preprocess import preprocess
 from shared_models.seeds import rng
 from shared_models.study import Study, from_json, load_study
 from shared_models.tasks.chosen import functions_of
-from shared_models.weights import file_sha256, load
+from shared_models.weights import load
 
 TITLES: dict[Method, str] = {"grad-cam": "Grad-CAM", "occlusion": "occlusion", "smooth-grad": "SmoothGrad"}
 SCORE = {

@@ -14,12 +14,12 @@ from fedserver.report import facts
 from shared_models.calibration import carried
 from shared_models.control import without_control
 from shared_models.errors import StateInvalid
-from shared_models.files import canonical_json, read_json
+from shared_models.files import canonical_json, file_sha256, read_json
 from shared_models.identity import Credential
 from shared_models.provenance import APPROVED, CARDS, ENVIRONMENT, PLAN, sha256_of
 from shared_models.release import CALIBRATION, FINGERPRINT, Origin, Parent, check_version
 from shared_models.study import Study
-from shared_models.weights import file_sha256, load
+from shared_models.weights import load
 
 REFERENCE = "reference.json"  # in the run's folder: what its sites' patients are like, where the study asks for it
 RELEASED = ("segmentation", "classification", "prognosis")  # tasks whose answers prediction gives

@@ -24,11 +24,11 @@ from fedclient.kept import kept_path
 from fedclient.site import Site, open_site
 from fedclient.work import Holding, Learned
 from shared_models.envelope import signed
-from shared_models.files import read_json, write_json
+from shared_models.files import file_sha256, read_json, write_json
 from shared_models.identity import load_secret, new_identity_key
 from shared_models.scores import Score
 from shared_models.study import Study
-from shared_models.transfer import Blobs, file_digest, site_context
+from shared_models.transfer import Blobs, site_context
 from shared_models.weights import Arrays, load, save_arrays
 from shared_models.wire import PROTOCOL, BlobRef, Reply, SignedReply, Split, read_order, read_reply, write_reply
 
@@ -146,7 +146,7 @@ def tensors(spoil: Callable[[dict[str, Any], int], None]) -> Lie:
 
 
 def _sent(site: Site, path: Path) -> BlobRef:
-    blob = BlobRef(file_digest(path), path.stat().st_size)
+    blob = BlobRef(file_sha256(path), path.stat().st_size)
     Blobs(site.coordinator, site_context(site.folder / "keys")).send(path, blob.sha256, 60.0)
     return blob
 
