@@ -24,7 +24,7 @@ from shared_models.identity import load_secret
 from shared_models.parse import STRICT, parse, plain, read_toml
 
 if TYPE_CHECKING:
-    from fedclient.data.cases import Listing  # with the image readers, which half of the commands can do without
+    from fedclient.data.cases import Listing, Split  # with the image readers, which half of the commands need not
 
 DATA_FILE = "data.toml"
 UNIT = "\x1f"  # ASCII's unit separator, between the sites of a simulated node: a manifest's names may hold commas
@@ -134,7 +134,7 @@ class Site:
         folder: where the node keeps its own: cache, finished work, blobs.
         manifest_sites: the rows of the manifest that are this site's; none named are all of a manifest of one site.
         salt: secret of the site that case keys and splits are derived with.
-        apart, pooled, chosen: of a simulation; see `Where.name`, `Where.pooled` and `Where.chosen`.
+        apart, pooled, chosen, dealt: of a simulation; see `Where`, where `apart` is `name`.
         hidden: of a simulation; keys of training cases that take part as if nobody had labelled them.
         processes: that prepare images side by side.
         quota_bytes: the most that the cache may take up.
@@ -160,6 +160,7 @@ class Site:
     apart: str = ""
     pooled: tuple[Where, ...] = ()
     chosen: frozenset[str] | None = None
+    dealt: Mapping[str, "Split"] = field(default_factory=dict)
     processes: int = 1
     policy: Policy = field(default_factory=Policy)
     go_on: Callable[[], None] = _always
@@ -178,7 +179,10 @@ class Site:
 
     @property
     def where(self) -> Where:
-        return Where(self.data, self.manifest_sites, self.layout, self.structures, self.apart, self.pooled, self.chosen)
+        return Where(
+            self.data, self.manifest_sites, self.layout, self.structures, self.apart, self.pooled, self.chosen,
+            self.dealt,
+        )  # fmt: skip
 
 
 def read_site_file(folder: Path) -> SiteFile:
@@ -289,6 +293,7 @@ def open_site(node_config: Mapping[str, object]) -> Site:
         apart=where.name,
         pooled=tuple(_where(each) for each in json.loads(str(node_config.get("pooled", "[]")))),
         chosen=_chosen(node_config),
+        dealt=_dealt(node_config),
         simulated_sums=Path(str(node_config["sums"])) if "sums" in node_config else None,
         hidden=_hidden(node_config),
     )
@@ -299,6 +304,14 @@ def _chosen(node_config: Mapping[str, object]) -> frozenset[str] | None:
     if not node_config.get("chosen"):
         return None
     return frozenset(read_json(Path(str(node_config["chosen"])))["sites"][node_config["part"]])
+
+
+def _dealt(node_config: Mapping[str, object]) -> Mapping[str, "Split"]:
+    """Key of a case -> its split, as the simulation has written them."""
+    if not node_config.get("dealt"):
+        return {}
+    dealt: Mapping[str, Split] = read_json(Path(str(node_config["dealt"])))["splits"]
+    return dealt
 
 
 def _hidden(node_config: Mapping[str, object]) -> frozenset[str]:

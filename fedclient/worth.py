@@ -186,6 +186,36 @@ def worst_tenth(scores: Sequence[AnyScores]) -> float | None:
     return float(np.mean([np.quantile(each.top[each.bottom > 0], 0.1) for each in of_cases]))
 
 
+def joined(parts: Sequence[AnyScores]) -> AnyScores:
+    """The same of the cases of all parts, each scored by a model of its own: pairs across parts do not count.
+
+    Raises:
+        ValueError: scores of two kinds of measure.
+    """
+    scans = [each for each in parts if isinstance(each, FrocScores)]
+    cases = [each for each in parts if isinstance(each, CaseScores)]
+    if len(scans) == len(parts):
+        return FrocScores(
+            np.concatenate([each.hits for each in scans]),
+            np.concatenate([each.false for each in scans]),
+            np.concatenate([each.lesions for each in scans]),
+        )
+    if len(cases) < len(parts) or len({each.top.ndim for each in cases}) > 1:
+        raise ValueError("scores of several measures cannot be joined")
+    together = np.concatenate if cases[0].top.ndim == 1 else _along_the_diagonal
+    return CaseScores(together([each.top for each in cases]), together([each.bottom for each in cases]))
+
+
+def _along_the_diagonal(squares: Sequence[Floats]) -> Floats:
+    whole = np.zeros((sum(map(len, squares)),) * 2)
+    start = 0
+    for square in squares:
+        end = start + len(square)
+        whole[start:end, start:end] = square
+        start = end
+    return whole
+
+
 def part_of(scores: AnyScores, cases: NDArray[np.intp]) -> AnyScores:
     """The same of some of the cases."""
     if isinstance(scores, FrocScores):

@@ -118,7 +118,13 @@ def compare(
         float, typer.Option(help="Share of each site's training patients whose labels are used.")
     ] = 1.0,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions, from each study's seed on.")] = 1,
-    leave_one_out: Annotated[bool, typer.Option(help="Train each setting without each site in turn too.")] = False,
+    folds: Annotated[
+        int,
+        typer.Option(min=1, help="Cross-validation: patients are dealt out anew, and each seed tests in another fold."),
+    ] = 1,
+    leave_one_out: Annotated[
+        bool, typer.Option(help="Train each setting without each site in turn too, and test on all patients there.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for results; what is done there is not done again.")] = Path(
         "runs/compare"
     ),
@@ -145,6 +151,7 @@ def compare(
         options=SiteOptions([], layout, sites, partition, shift, test_labels, labelled),
         seeds=seeds,
         leave_one_out=leave_one_out,
+        folds=folds,
         out=out,
     )
     how = compare_run.machine_of(workers, threads, device)

@@ -36,10 +36,26 @@ from simulations.settings import Changes, changed
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A study to compare settings on; `study` has the changes that are for all, `nodes` are its sites."""
+    """A study to compare settings on; `study` has the changes that are for all, `nodes` are its sites.
+
+    Attributes:
+        folds: what the nodes are told in each fold of their patients; seed after seed takes the next. None without.
+    """
 
     study: Study
     nodes: Mapping[str, NodeConfig]
+    folds: Sequence[Mapping[str, NodeConfig]] = ()
+
+    def fold(self, seed: int) -> int:
+        return (seed - self.study.seed) % max(1, len(self.folds))
+
+    def at(self, seed: int) -> Mapping[str, NodeConfig]:
+        """What the nodes are told in a run of this seed."""
+        return self.folds[self.fold(seed)] if self.folds else self.nodes
+
+    def configs(self, site: str) -> list[NodeConfig]:
+        """What one site's node is told, fold by fold."""
+        return [each[site] for each in self.folds or (self.nodes,)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +78,20 @@ def planned_runs(
     found: list[Trained] = []
     for seed in range(asked.study.seed, asked.study.seed + seeds):
         study, folder = replace(asked.study, seed=seed), out / asked.study.name / f"seed-{seed}"
+        nodes, fold = asked.at(seed), asked.fold(seed)
 
         def add(
-            job: Job, *model: Any, folder: Path = folder, seed: int = seed, config: NodeConfig | None = None
+            job: Job,
+            *model: Any,
+            folder: Path = folder,
+            seed: int = seed,
+            config: NodeConfig | None = None,
+            fold: int = fold,
         ) -> None:
             kind, setting, trained = model
-            found.append(Trained(job, folder, Model(kind, setting, seed, trained, folder / job.name, config)))
+            found.append(Trained(job, folder, Model(kind, setting, seed, trained, folder / job.name, config, fold)))
 
-        for job in jobs(study, asked.nodes, compare=True)[1:]:
+        for job in jobs(study, nodes, compare=True)[1:]:
             (site, config), *_ = job.nodes.items()
             if job.name == "pooled":
                 add(job, "pooled", "", "", config=config)
@@ -77,9 +99,9 @@ def planned_runs(
                 add(job, "local", "", site, config=config)
         for name, changes in settings.items():
             mine = changed(study, name, changes)
-            add(federation(_run_name(name), mine, asked.nodes), "federated", name, "")
+            add(federation(_run_name(name), mine, nodes), "federated", name, "")
             if leave_one_out:
-                without = zip(asked.nodes, left_out_jobs(mine, asked.nodes), strict=True)
+                without = zip(nodes, left_out_jobs(mine, nodes), strict=True)
                 for number, (site, job) in enumerate(without, start=1):
                     add(replace(job, name=f"{_run_name(name)}-without-{number:02d}"), "left out", name, site)
     return found
@@ -113,8 +135,9 @@ def compare(
     if len(runs) < len(asked):
         raise StateInvalid("fedsim compare: two of the studies have one name. Rename one.")
     for each in asked:
-        for site, config in each.nodes.items():
-            check_cases(each.study, site, config)
+        for site in each.nodes:
+            for config in each.configs(site):
+                check_cases(each.study, site, config)
     todo = [run for of in runs.values() for run in of]
     devices = devices_of(how)
 
@@ -164,7 +187,7 @@ def scored(
     asked: Sequence[Asked], runs: Mapping[str, Sequence[Trained]], how: Machine, devices: Sequence[str]
 ) -> dict[str, dict[str, Told]]:
     """Study -> site -> what its process tells of all models there."""
-    work: list[tuple[str, str, NodeConfig, list[Model]]] = []
+    work: list[tuple[str, str, list[NodeConfig], list[Model]]] = []
     for each in asked:
         models = [run.model for run in runs[each.study.name]]
         own = [
@@ -172,17 +195,19 @@ def scored(
             for run in runs[each.study.name]
             if run.model.kind == "federated" and run.job.study.personal.any
         ]
-        for number, (site, config) in enumerate(each.nodes.items()):
-            at = {**config, "device": devices[number % len(devices)]}
+        for number, site in enumerate(each.nodes):
+            at: list[NodeConfig] = [
+                {**config, "device": devices[number % len(devices)]} for config in each.configs(site)
+            ]
             work.append((each.study.name, site, at, models + own))
     found: dict[str, dict[str, Told]] = {each.study.name: {} for each in asked}
     if how.workers == 0:
-        for study, site, config, models in work:
-            found[study][site] = score_site(site, config, models)
+        for study, site, configs, models in work:
+            found[study][site] = score_site(site, configs, models)
         return found
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(how.workers, len(work)), spawn, initializer=_leave_ctrl_c_to_the_caller) as pool:
-        futures = [(study, site, pool.submit(score_site, site, config, models)) for study, site, config, models in work]
+        futures = [(of, site, pool.submit(score_site, site, configs, models)) for of, site, configs, models in work]
         for study, site, future in futures:
             found[study][site] = future.result()
     return found

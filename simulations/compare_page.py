@@ -18,6 +18,8 @@ from simulations.compare import tidy
 from simulations.compare_figures import figures_of
 from simulations.compare_tables import (
     HEADINGS,
+    UNSEEN,
+    UNSEEN_WORDS,
     WORDS,
     Line,
     Summary,
@@ -25,7 +27,10 @@ from simulations.compare_tables import (
     is_partial,
     latex,
     markdown,
+    repeats_text,
     summary,
+    unseen,
+    unseen_cells,
     verdict_of,
 )
 
@@ -86,9 +91,14 @@ def numbers(study: Mapping[str, Any]) -> dict[str, Any]:
         "reference": found.reference.name,
         "chosen": None if found.chosen is None else plain(found.chosen),
         "test": found.test,
+        "unseen": [
+            {"site": of.site, "setting": of.setting,
+             **{k: _finite(getattr(of, k).mean) for k in ("without", "others", "margin")}, "best": _finite(of.best)}
+            for of in unseen(study)
+        ],
         "harmed": harmed(study),
         "untold": untold(study),
-    }
+    }  # fmt: skip
 
 
 def harmed(study: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -120,7 +130,15 @@ def _page(results: Mapping[str, Any], pages: Sequence[Mapping[str, Any]]) -> str
     text: str = (
         environment("simulations")
         .get_template("compare.html")
-        .render(studies=pages, settings=changes, seeds=results["seeds"], headings=HEADINGS, captions=CAPTIONS)
+        .render(
+            studies=pages,
+            settings=changes,
+            repeats=repeats_text(results),
+            headings=HEADINGS,
+            unseen=UNSEEN,
+            unseen_words=UNSEEN_WORDS,
+            captions=CAPTIONS,
+        )
     )
     return text
 
@@ -133,6 +151,7 @@ def _study_page(name: str, study: Mapping[str, Any], found: Summary, figures: Ma
         "verdict": verdict_of(found, NAMES[study["measure"]]),
         "lines": [cells_of(line) for line in found.lines],
         "test": found.test,
+        "unseen": [unseen_cells(of) for of in unseen(study)],
         "shown": shown.name,
         "worth": [
             {"site": site, **_row(study, site, shown.kind, shown.setting), "own": value_text(own_score(study, site)),

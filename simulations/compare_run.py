@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from shared_models.study import load_study
 from simulations.compare import Asked, compare
 from simulations.compare_page import write_all
 from simulations.compare_tables import markdown
+from simulations.folds import folded
 from simulations.run import Machine, Say, machine
 from simulations.settings import changed, settings_named
 from simulations.site_options import SiteOptions, sites_of
@@ -31,6 +33,7 @@ class Request:
     options: SiteOptions = field(default_factory=SiteOptions)
     seeds: int = 1
     leave_one_out: bool = False
+    folds: int = 1
 
 
 def machine_of(workers: int | None, threads: int | None, device: str) -> Machine:
@@ -53,6 +56,13 @@ def carry_out_request(asked: Request, how: Machine, cache: Path, say: Say, round
     settings, for_all = settings_named(asked.strategies, asked.files, asked.sets)
     if not settings:
         raise StudyInvalid("--strategies: names no setting. Name one or more, for example fedavg,fedprox.")
+    if asked.folds > 1 and asked.seeds % asked.folds:
+        raise StudyInvalid(
+            f"--folds {asked.folds}: each seed tests in another fold, so that --seeds must be a multiple of the folds; "
+            f"it is {asked.seeds}. Say --seeds {ceil(asked.seeds / asked.folds) * asked.folds}."
+        )
+    if asked.folds > 1 and asked.options.labelled < 1:
+        raise StudyInvalid("--folds and --labelled: both deal with who trains. Leave one out.")
     studies = [changed(load_study(name), "--set", for_all) for name in asked.studies]
     whose = data_of(asked.data, [study.name for study in studies])
     todo = []
@@ -64,8 +74,10 @@ def carry_out_request(asked: Request, how: Machine, cache: Path, say: Say, round
                 f"study {study.name!r}: its data are one site, and nothing can be compared. Give more --data, or make "
                 f"up sites with --partition iid --sites 3."
             )
-        todo.append(Asked(study, nodes))
+        folder = (asked.out / study.name).resolve()
+        todo.append(Asked(study, nodes, folded(study, nodes, asked.folds, folder) if asked.folds > 1 else ()))
     results = compare(todo, settings, asked.seeds, asked.out, how, say, rounds, asked.leave_one_out)
+    results["folds"] = asked.folds
     results |= {key: getattr(asked.options, key) for key in ("partition", "shift", "test_labels", "labelled")}
     results["files"] = write_all(results, asked.out)
     return results

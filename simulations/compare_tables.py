@@ -6,6 +6,7 @@ from math import isfinite, nan, sqrt
 from statistics import fmean
 from typing import Any
 
+from fedclient.data.cases import ALL
 from fedserver.comparison import PARTIAL, ModelRow, Spread, spread, spread_text
 from shared_models.figure_text import DASH, value_text
 from shared_models.scores import NAMES
@@ -158,6 +159,59 @@ def holm(of: Mapping[Key, float]) -> dict[Key, float]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """How models do at a site that none of them was trained at, on all of its patients.
+
+    Attributes:
+        without: the federation of all the others.
+        others: the mean of the models that the others trained alone.
+        best: of these the highest mean over seeds.
+        margin: `without` less `others`, seed by seed.
+    """
+
+    site: str
+    setting: str
+    without: Spread
+    others: Spread
+    best: float
+    margin: Spread
+
+
+def unseen(study: Mapping[str, Any]) -> list[Unseen]:
+    """Setting by setting, site by site, where sites were left out."""
+    cells, seeds = values(study), sorted({row["seed"] for row in study["rows"]})
+    settings = dict.fromkeys(row["setting"] for row in study["rows"] if row["kind"] == "left out")
+    found = []
+    for setting in settings:
+        for site in study["sites"]:
+            alone = {
+                other: [cells.get(("local", "", ALL, seed, site, other), nan) for seed in seeds]
+                for other in study["sites"]
+                if other != site
+            }
+            alone = {other: of for other, of in alone.items() if any(map(isfinite, of))}  # one without labels has none
+            means = [_mean(of) for of in zip(*alone.values(), strict=True)] or [nan] * len(seeds)
+            without = [cells.get(("left out", setting, ALL, seed, site, site), nan) for seed in seeds]
+            best = max((_mean(of) for of in alone.values()), default=nan)
+            margin = spread(a - b for a, b in zip(without, means, strict=True))
+            found.append(Unseen(site, setting, spread(without), spread(means), best, margin))
+    return found
+
+
+UNSEEN = ("left out", "setting", "the others federated", "each of them alone, mean", "the best of them", "margin")
+UNSEEN_WORDS = (
+    "At a site that none of the models was trained at, on all of its patients: the federation of the others, and the "
+    "models that each of them trained alone."
+)
+
+
+def unseen_cells(of: Unseen) -> tuple[str, ...]:
+    """The figures of a line as text, in the order of `UNSEEN`."""
+    margin = f"{of.margin.mean:+.4f}" if isfinite(of.margin.mean) else DASH
+    return of.site, of.setting, spread_text(of.without), spread_text(of.others), value_text(of.best), margin
+
+
 HEADINGS = ("model", "validation", "test, mean over sites", "worst site", "over reference", "p", "p (Holm)")
 
 
@@ -192,11 +246,23 @@ def markdown(results: Mapping[str, Any]) -> str:
     for name, study in results["studies"].items():
         found, measure = summary(study), NAMES[study["measure"]]
         rows = [HEADINGS, *(cells_of(line) for line in found.lines)]
-        head, *body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
-        ruler = "|---" + "|---:" * (len(HEADINGS) - 1) + "|"
-        title = f"**{name}**: {measure}, mean ± standard deviation over {results['seeds']} seed(s)."
-        parts.append("\n".join([title, "", head, ruler, *body, "", verdict_of(found, measure), "", found.test, ""]))
+        title = f"**{name}**: {measure}, mean ± standard deviation over {repeats_text(results)}."
+        parts.append("\n".join([title, "", *_lines(rows, 1), "", verdict_of(found, measure), "", found.test, ""]))
+        if strangers := unseen(study):
+            parts.append("\n".join([UNSEEN_WORDS, "", *_lines([UNSEEN, *map(unseen_cells, strangers)], 2), ""]))
     return "\n".join(parts)
+
+
+def repeats_text(results: Mapping[str, Any]) -> str:
+    """How often everything was trained, and whether on the same patients."""
+    seeds, folds = f"{results['seeds']} seed(s)", results.get("folds", 1)
+    return seeds if folds == 1 else f"{seeds}, each with the patients of another of {folds} folds for test"
+
+
+def _lines(rows: Sequence[Sequence[str]], names: int) -> list[str]:
+    """A table in Markdown; the first columns are `names`, to the left."""
+    head, *body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    return [head, "|---" * names + "|---:" * (len(rows[0]) - names) + "|", *body]
 
 
 def latex(results: Mapping[str, Any]) -> str:

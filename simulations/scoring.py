@@ -4,15 +4,16 @@ Scores of single cases, and whose they are, end with the process; see fedclient/
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedclient.comparing import Kind, compared
+from fedclient.data.cases import ALL
 from fedclient.gate.run import usable_cases
 from fedclient.site import Site, open_site
-from fedclient.worth import AnyScores
+from fedclient.worth import AnyScores, joined
 from fedserver.checkpoint import RunFolder, read_state, trained_study
 from shared_models.control import without_control
 from shared_models.scores import row_of
@@ -29,6 +30,7 @@ class Model:
     Attributes:
         setting: of the federation; empty for the baselines, which are shared.
         trained: the site that trained alone, or was left out; else empty.
+        fold: in which it was trained, of the folds that patients were dealt out to.
         run: its run folder.
         config: of the one node that trained it, a site or all pooled, where layers may have stayed.
     """
@@ -39,6 +41,7 @@ class Model:
     trained: str
     run: Path
     config: NodeConfig | None = None
+    fold: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,35 +60,53 @@ class Told:
     subgroups: list[dict[str, Any]]
 
 
-def score_site(name: str, config: NodeConfig, models: Sequence[Model]) -> Told:
+def score_site(name: str, configs: Sequence[NodeConfig], models: Sequence[Model]) -> Told:
     """Scores each model on the site's validation and test patients, and compares them with its own.
 
-    A model that left this site out is tested here alone; one that left another out, not at all.
+    A model that left this site out is tested here alone; one that left another out, not at all. What it and the
+    models of other sites alone have never seen are all patients of this site, and they are scored on all (`ALL`).
+
+    Args:
+        configs: of the site, one for each fold.
     """
     from fedclient.training.scoring import score_cases  # imports torch
 
-    site = open_site({**config, "site": name})
-    cases = {case.key: case for case in usable_cases(site)}
+    sites = [open_site({**config, "site": name}) for config in configs]
+    cases = {case.key: case for case in usable_cases(sites[0])}
+    leaves_out = any(model.kind == "left out" for model in models)
     rows: list[dict[str, Any]] = []
-    found: dict[tuple[Kind, str], list[AnyScores]] = defaultdict(list)
-    order: list[str] = []
+    found: dict[tuple[Kind, str], dict[int, AnyScores]] = defaultdict(dict)
+    keys: dict[int, list[str]] = {}
     for model in models:
         if model.kind == "left out" and model.trained != name:
             continue
+        site = sites[model.fold]
         study, weights = _weights_at(model, site)
         if weights is None:
             continue
-        for split in ("test",) if model.kind == "left out" else ("val", "test"):
-            scores, of_cases, keys = score_cases(site, study, weights, split)
+        stranger = model.kind == "left out" or (model.kind == "local" and model.trained != name)
+        splits = ("test",) if model.kind == "left out" else ("val", "test")
+        for split in (*splits, ALL) if stranger and leaves_out else splits:
+            scores, of_cases, keys_here = score_cases(site, study, weights, split)
             rows += [
                 {"kind": model.kind, "setting": model.setting, "seed": model.seed, "trained": model.trained,
                  "split": split, "label": label, "row": row_of(score)}
                 for label, score in scores.items()
             ]  # fmt: skip
             if split == "test" and (model.kind != "local" or model.trained == name):
-                found[model.kind, model.setting].append(of_cases)
-                order = keys
-    return Told(rows, *compared(name, found, [cases[key] for key in order]))
+                found[model.kind, model.setting][model.seed] = of_cases
+                keys[model.fold] = keys_here
+    over = {key: _whole(of, len(sites), min(model.seed for model in models)) for key, of in found.items()}
+    return Told(rows, *compared(name, over, [cases[key] for fold in sorted(keys) for key in keys[fold]]))
+
+
+def _whole(of: Mapping[int, AnyScores], folds: int, first: int) -> list[AnyScores]:
+    """Scores of each seed on the same cases: those of as many seeds as there are folds are put together."""
+    if folds == 1:
+        return list(of.values())
+    begun = sorted({(seed - first) // folds * folds + first for seed in of})
+    runs = [range(seed, seed + folds) for seed in begun]
+    return [joined([of[seed] for seed in run]) for run in runs if all(seed in of for seed in run)]
 
 
 def _weights_at(model: Model, site: Site) -> tuple[Study, Arrays | None]:

@@ -26,6 +26,7 @@ from shared_models.files import canonical_json
 from shared_models.study import COLOURS
 
 Split = Literal["train", "val", "test"]
+ALL = "all"  # in place of a split: every case of a site, for a model that has seen none of them
 DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)([^\r\n]+)", re.MULTILINE | re.IGNORECASE)
 APART_MM = 1e-2  # of channels that are said to lie on one grid
 CONTRASTS = {  # of brain MR: one picture under the names that challenges have for it -> BraTS's oldest

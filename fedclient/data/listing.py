@@ -63,6 +63,10 @@ def list_cases(where: Where, salt: str) -> Listing:
     Raises:
         ManifestInvalid: no known layout or several, or a table or folder that does not describe the data.
     """
+    if where.dealt:
+        whole = list_cases(replace(where, dealt={}), salt)
+        dealt = tuple(replace(case, split=where.dealt.get(case.key, case.split)) for case in whole.cases)
+        return replace(whole, cases=dealt)
     if where.chosen is not None:
         whole = list_cases(replace(where, chosen=None), salt)
         return replace(whole, cases=tuple(case for case in whole.cases if case.key in where.chosen))

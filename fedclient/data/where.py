@@ -6,8 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISLNK, S_ISREG
+from typing import TYPE_CHECKING
 
 from shared_models.errors import ImageUnreadable, ManifestInvalid
+
+if TYPE_CHECKING:
+    from fedclient.data.cases import Split  # reads images: not where a site is only named
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,7 @@ class Where:
         name: of one of several simulated sites, so that their patients of the same name stay apart; else empty.
         pooled: the sites that a simulation puts together; then the rest says nothing.
         chosen: keys of the cases that are a made-up site of a simulation; None are all.
+        dealt: key of a case -> its split, where a simulation deals patients out anew; the others keep theirs.
     """
 
     folder: Path
@@ -30,6 +35,7 @@ class Where:
     name: str = ""
     pooled: tuple["Where", ...] = ()
     chosen: frozenset[str] | None = None
+    dealt: Mapping[str, "Split"] = field(default_factory=dict)
 
 
 def inside(root: Path, named: str) -> Path:

@@ -10,7 +10,7 @@ from math import ceil
 import torch
 from numpy.random import Generator
 
-from fedclient.data.cases import Case
+from fedclient.data.cases import ALL, Case
 from fedclient.data.dataset import Batch, DataSet, prepare
 from fedclient.data.manifest import Progress
 from fedclient.data.truths import has_truth
@@ -198,13 +198,13 @@ def settle(site: Site, study: Study, seed: int) -> None:
 
 
 def data_set(site: Site, study: Study, split: str) -> DataSet:
-    """The prepared cases of one split that have a label.
+    """The prepared cases of one split that have a label, or of all splits (`ALL`).
 
     Raises:
         OrderRefused: the site has none for training, or they do not fit into its cache.
     """
     labelled, unlabelled = sorted_by_label(site, study)
-    cases = [case for case in labelled if case.split == split]
+    cases = [case for case in labelled if split in (case.split, ALL)]
     if not cases and split == "train":
         raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Run `fedclient check`.")
     return _prepared(site, study, cases, split, len(labelled) + len(unlabelled))
