@@ -19,7 +19,7 @@ from shared_models.database import check, create, writing
 from shared_models.errors import OrderRefused, StateInvalid
 from shared_models.files import canonical_json
 from shared_models.parse import STRICT, RunId, Sha256, parse, parse_json, plain
-from shared_models.protect.accounting import Spend, epsilon, epsilon_bound, steps_within
+from shared_models.protect.accounting import Spend, epsilon, epsilon_beside, steps_within
 
 VERSION = 1
 _SCHEMA = f"{SCHEMA}PRAGMA user_version = {VERSION};"
@@ -237,9 +237,7 @@ def _allow(account: Account, asked: Reservation, more_steps: int) -> None:
             f"{where}: delta {budget.delta:g} for {asked.patients} patients allows to publish one of them. Set one "
             f"well below {1 / asked.patients:.1g} with `fedclient budget`.",
         )
-    if epsilon_bound([*account.spends, spend], budget.delta) <= budget.epsilon:
-        return  # the quicker figure is never below the exact one
-    after = epsilon([*account.spends, spend], budget.delta)
+    after = epsilon_beside(budget.epsilon, [*account.spends, spend], budget.delta)
     if after > budget.epsilon:
         fits = steps_within(budget.epsilon, account.spends, spend, budget.delta)
         raise OrderRefused(
@@ -254,8 +252,8 @@ def _allow(account: Account, asked: Reservation, more_steps: int) -> None:
 
 def _allow_study(before: Sequence[Spend], asked: Spend, most: float, budget: Budget) -> None:
     """Raises OrderRefused where a study would spend more than the site allows to one."""
-    together = [*before, asked]
-    if epsilon_bound(together, budget.delta) > most and (after := epsilon(together, budget.delta)) > most:
+    after = epsilon_beside(most, [*before, asked], budget.delta)
+    if after > most:
         raise OrderRefused(
             "DP_EPSILON_HIGH",
             f"data set {budget.data_set!r}: the study would spend epsilon {after:.3g} at delta {budget.delta:g} in all "

@@ -44,6 +44,7 @@ DAY_S = 86400.0
 MOST_HISTORY_BYTES = MOST_EPOCHS * MOST_BYTES
 SUCCESSOR = "identity.next"  # in `keys`: of a key that the coordinator may know already
 LOCK = ".renewal.lock"  # in the site's folder
+ROSTER_LOCK = ".roster.lock"  # likewise; taken within the other
 SITE_KEYS = ("keys/tls.pem", "keys/node.key", "keys/identity.key")
 MADE_LATER = ("keys/tls.next", f"keys/{SUCCESSOR}", "secrets/superexec", "secrets/case-keys", "secrets/task")
 MEND = "This node renews it while it runs; by hand: `fedclient renew`."
@@ -160,13 +161,16 @@ def fetch_roster(site: Path, address: str) -> SignedRoster:
         since = 0 if known is None else known.roster.epoch
         content = ask(address, context, "GET", f"/roster/{since}", most=MOST_HISTORY_BYTES)
         history = parse_json(History, content, f"roster of the coordinator at {address}", StateInvalid)
-        try:
-            newest = follow(known, history, authority)
-        except StateInvalid as error:
-            complain(site, certificate_of(site).name, "roster-refused", str(error))
-            raise
-        if known is None or newest.roster.epoch > known.roster.epoch:
-            write_atomic(site / ROSTER, write_signed(newest))
+        with locked(site / ROSTER_LOCK):
+            if read_roster(site) != known:  # an answer to another process was quicker: what came is of the past
+                continue
+            try:
+                newest = follow(known, history, authority)
+            except StateInvalid as error:
+                complain(site, certificate_of(site).name, "roster-refused", str(error))
+                raise
+            if known is None or newest.roster.epoch > known.roster.epoch:
+                write_atomic(site / ROSTER, write_signed(newest))
         if newest.roster.epoch >= history.newest or (known is not None and newest.roster.epoch == known.roster.epoch):
             return newest
 

@@ -1,5 +1,6 @@
 """What differentially private training costs: golden figures, the cross-check, and from epsilon back to noise."""
 
+import tracemalloc
 from math import exp
 from statistics import NormalDist
 
@@ -9,7 +10,14 @@ from hypothesis import strategies as st
 
 from shared_models.errors import StudyInvalid
 from shared_models.parse import parse
-from shared_models.protect.accounting import Spend, epsilon, epsilon_bound, noise_for, steps_within
+from shared_models.protect.accounting import (
+    Spend,
+    epsilon,
+    epsilon_beside,
+    epsilon_bound,
+    noise_for,
+    steps_within,
+)
 
 # noise, sample rate, steps, delta; epsilon of dp-accounting's PLD and RDP and of Opacus 1.6 (security.md, section 4)
 GOLDEN = [
@@ -46,6 +54,21 @@ def test_more_steps_cost_more_and_more_noise_costs_less(noise, rate, steps):
     cost = epsilon_bound([Spend(noise, rate, steps)], 1e-5)
     assert epsilon_bound([Spend(noise, rate, steps + 1)], 1e-5) >= cost
     assert epsilon_bound([Spend(noise * 1.1, rate, steps)], 1e-5) <= cost
+
+
+@pytest.mark.parametrize("limit", [0.9, 1.1, 3.0])  # times the exact figure: refused, nearly refused, by the bound
+def test_a_figure_beside_a_limit_is_above_it_where_the_exact_one_is(limit):
+    spends = [Spend(1.1, 0.05, 400)]
+    exact = epsilon(spends, 1e-5)
+    assert (epsilon_beside(limit * exact, spends, 1e-5) > limit * exact) == (limit < 1)
+
+
+def test_what_is_far_above_a_limit_is_known_without_the_memory_of_the_exact_figure():
+    tracemalloc.start()
+    assert epsilon_beside(8.0, [Spend(0.3, 0.5, 10**9)], 1e-5) > 1000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6
 
 
 def test_noise_for_an_epsilon_meets_it_and_a_hundredth_less_does_not():

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -440,6 +441,29 @@ def test_each_change_makes_an_epoch_that_sites_follow_and_a_rollback_is_refused(
         with pytest.raises(StateInvalid, match="at epoch 7, this site has seen 8"):
             fetch_roster(home(north), north.address)
         assert (home(north) / "roster.json").read_bytes() == kept
+
+
+def test_an_answer_that_comes_late_does_not_put_the_roster_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_edge(tmp_path / "federation") as edge:
+        north, _ = (joined_site(edge, tmp_path, name) for name in ("north", "south"))
+        asked: list[int] = []
+        real = renewals.ask
+
+        def slow(*given: Any, **named: Any) -> Any:
+            content = real(*given, **named)
+            asked.append(1)
+            if len(asked) == 1:  # while this answer is on its way, another process of the site hears the next epoch
+                revoke(edge.federation, "south", "test")
+                assert fetch_roster(home(north), north.address).roster.epoch == 3
+            return content
+
+        monkeypatch.setattr(renewals, "ask", slow)
+        assert fetch_roster(home(north), north.address).roster.epoch == 3
+        known = read_roster(home(north))
+        assert known is not None
+        assert known.roster.epoch == 3
 
 
 def renew_by_hand(edge: Edge, site: Joined, number: int) -> None:
