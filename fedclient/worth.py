@@ -40,11 +40,13 @@ class FrocScores:
     Attributes:
         hits, false: float64[n, bins]: lesions by the bin of their best mark, and false marks by theirs.
         lesions: float64[n].
+        part: intp[n]: which of several detectors was on a scan, whose marks have no threshold in common; None is one.
     """
 
     hits: Floats
     false: Floats
     lesions: Floats
+    part: NDArray[np.intp] | None = None
 
 
 AnyScores: TypeAlias = CaseScores | FrocScores
@@ -97,16 +99,34 @@ def ranked_scores(risks: Floats, before: NDArray[np.bool_]) -> CaseScores:
 def measure(scores: AnyScores, counts: Floats) -> Floats:
     """float64[B]: the measure where the cases count as each row of float64[B, n] says; NaN without any."""
     if isinstance(scores, FrocScores):
-        seen = scores.hits.any(axis=0) | scores.false.any(axis=0)  # few of the bins hold anything
-        hits, false = counts @ scores.hits[:, seen], counts @ scores.false[:, seen]
-        lesions, scans = counts @ scores.lesions, counts.sum(axis=1)
-        return np.array([cpm(*froc(h, f, n, m)) for h, f, n, m in zip(hits, false, lesions, scans, strict=True)])
+        return _cpm(scores, counts)
     with np.errstate(invalid="ignore", divide="ignore"):
         if scores.top.ndim == 1:
             found: Floats = (counts @ scores.top) / (counts @ scores.bottom)
         else:
             found = ((counts @ scores.top) * counts).sum(axis=1) / ((counts @ scores.bottom) * counts).sum(axis=1)
     return found
+
+
+def _cpm(scores: FrocScores, counts: Floats) -> Floats:
+    """float64[B]: CPM of each part, weighted by its lesions; NaN without any."""
+    total, weight = np.zeros(len(counts)), np.zeros(len(counts))
+    parts = _parts(scores)
+    for part in np.unique(parts):
+        mine = parts == part
+        hits, false, times = scores.hits[mine], scores.false[mine], counts[:, mine]
+        seen = hits.any(axis=0) | false.any(axis=0)  # few of the bins hold anything
+        lesions, scans = times @ scores.lesions[mine], times.sum(axis=1)
+        rows = zip(times @ hits[:, seen], times @ false[:, seen], lesions, scans, strict=True)
+        found = np.array([cpm(*froc(h, f, n, m)) for h, f, n, m in rows])
+        total += np.where(lesions > 0, found * lesions, 0.0)
+        weight += lesions
+    with np.errstate(invalid="ignore"):
+        return total / weight
+
+
+def _parts(scores: FrocScores) -> NDArray[np.intp]:
+    return np.zeros(len(scores.lesions), np.intp) if scores.part is None else scores.part
 
 
 def difference(
@@ -187,7 +207,7 @@ def worst_tenth(scores: Sequence[AnyScores]) -> float | None:
 
 
 def joined(parts: Sequence[AnyScores]) -> AnyScores:
-    """The same of the cases of all parts, each scored by a model of its own: pairs across parts do not count.
+    """The same of the cases of all parts, each scored by a model of its own, which is not compared with another's.
 
     Raises:
         ValueError: scores of two kinds of measure.
@@ -199,6 +219,7 @@ def joined(parts: Sequence[AnyScores]) -> AnyScores:
             np.concatenate([each.hits for each in scans]),
             np.concatenate([each.false for each in scans]),
             np.concatenate([each.lesions for each in scans]),
+            np.repeat(np.arange(len(scans)), [len(each.lesions) for each in scans]),
         )
     if len(cases) < len(parts) or len({each.top.ndim for each in cases}) > 1:
         raise ValueError("scores of several measures cannot be joined")
@@ -219,7 +240,7 @@ def _along_the_diagonal(squares: Sequence[Floats]) -> Floats:
 def part_of(scores: AnyScores, cases: NDArray[np.intp]) -> AnyScores:
     """The same of some of the cases."""
     if isinstance(scores, FrocScores):
-        return FrocScores(scores.hits[cases], scores.false[cases], scores.lesions[cases])
+        return FrocScores(scores.hits[cases], scores.false[cases], scores.lesions[cases], _parts(scores)[cases])
     if scores.top.ndim == 1:
         return CaseScores(scores.top[cases], scores.bottom[cases])
     return CaseScores(scores.top[np.ix_(cases, cases)], scores.bottom[np.ix_(cases, cases)])

@@ -29,6 +29,7 @@ class Page:
         rows: one for each model: `name`, `here`, `everywhere`, `calibration`, and what `texts` has.
         groups: of patients, likewise, with `group`.
         others: the other sites by name, where they may be named; none at a hospital.
+        repeats: how often everything was trained, where it is more than a number of seeds.
         simulated: there are pooled models and means of all sites, which no hospital has.
     """
 
@@ -41,6 +42,7 @@ class Page:
     rows: Sequence[Mapping[str, Any]]
     groups: Sequence[Mapping[str, Any]]
     others: Sequence[Mapping[str, Any]] = ()
+    repeats: str = ""
     simulated: bool = False
 
 
@@ -84,6 +86,8 @@ def sentence(row: Mapping[str, Any], shown: str) -> str:
             return f"No: with {shown} this hospital's patients are worse off ({figures}). Keep your own model."
         case "too few patients":
             return f"It cannot be told: too few test patients ({row['patients']}) for an interval."
+        case "":
+            return f"It cannot be told: there is no model trained here alone to compare {shown} with."
     return f"No clear difference with {shown} ({figures})."
 
 

@@ -40,11 +40,13 @@ class Asked:
 
     Attributes:
         folds: what the nodes are told in each fold of their patients; seed after seed takes the next. None without.
+        known: see `score_site`.
     """
 
     study: Study
     nodes: Mapping[str, NodeConfig]
     folds: Sequence[Mapping[str, NodeConfig]] = ()
+    known: frozenset[str] | None = frozenset()
 
     def fold(self, seed: int) -> int:
         return (seed - self.study.seed) % max(1, len(self.folds))
@@ -187,7 +189,7 @@ def scored(
     asked: Sequence[Asked], runs: Mapping[str, Sequence[Trained]], how: Machine, devices: Sequence[str]
 ) -> dict[str, dict[str, Told]]:
     """Study -> site -> what its process tells of all models there."""
-    work: list[tuple[str, str, list[NodeConfig], list[Model]]] = []
+    work: list[tuple[Asked, str, list[NodeConfig], list[Model]]] = []
     for each in asked:
         models = [run.model for run in runs[each.study.name]]
         own = [
@@ -199,17 +201,19 @@ def scored(
             at: list[NodeConfig] = [
                 {**config, "device": devices[number % len(devices)]} for config in each.configs(site)
             ]
-            work.append((each.study.name, site, at, models + own))
+            work.append((each, site, at, models + own))
     found: dict[str, dict[str, Told]] = {each.study.name: {} for each in asked}
     if how.workers == 0:
-        for study, site, configs, models in work:
-            found[study][site] = score_site(site, configs, models)
+        for of, site, configs, models in work:
+            found[of.study.name][site] = score_site(site, configs, models, of.known)
         return found
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(how.workers, len(work)), spawn, initializer=_leave_ctrl_c_to_the_caller) as pool:
-        futures = [(of, site, pool.submit(score_site, site, configs, models)) for of, site, configs, models in work]
-        for study, site, future in futures:
-            found[study][site] = future.result()
+        futures = [
+            (of, site, pool.submit(score_site, site, configs, models, of.known)) for of, site, configs, models in work
+        ]
+        for of, site, future in futures:
+            found[of.study.name][site] = future.result()
     return found
 
 
@@ -244,6 +248,7 @@ def _of_study(asked: Asked, runs: Sequence[Trained], told: Mapping[str, Told]) -
         "label": asked.study.task.answers[0],
         "publish_sites": asked.study.evaluate.publish_sites,
         "sites": list(asked.nodes),
+        "folds": max(1, len(asked.folds)),
         "partial": sorted({run.model.setting for run in federations if run.job.study.personal.keep}),
         "rows": rows,
         "costs": costs,

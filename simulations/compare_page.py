@@ -19,7 +19,6 @@ from simulations.compare_figures import figures_of
 from simulations.compare_tables import (
     HEADINGS,
     UNSEEN,
-    UNSEEN_WORDS,
     WORDS,
     Line,
     Summary,
@@ -31,6 +30,7 @@ from simulations.compare_tables import (
     summary,
     unseen,
     unseen_cells,
+    unseen_words,
     verdict_of,
 )
 
@@ -60,7 +60,7 @@ def write_all(results: Mapping[str, Any], out: Path) -> dict[str, str]:
         pages.append(_study_page(name, study, found, figures))
         for site in study["sites"]:
             page = out / "sites" / name / f"{site}.html"
-            write_atomic(page, site_page(site, study, found, results["seeds"]).encode())
+            write_atomic(page, site_page(site, study, found, results["seeds"], repeats_text(results)).encode())
     for kind, path, text in (
         ("table", out / "table.md", markdown(results)),
         ("latex", out / "table.tex", latex(results)),
@@ -92,7 +92,7 @@ def numbers(study: Mapping[str, Any]) -> dict[str, Any]:
         "chosen": None if found.chosen is None else plain(found.chosen),
         "test": found.test,
         "unseen": [
-            {"site": of.site, "setting": of.setting,
+            {"site": of.site, "setting": of.setting, "partial": of.partial,
              **{k: _finite(getattr(of, k).mean) for k in ("without", "others", "margin")}, "best": _finite(of.best)}
             for of in unseen(study)
         ],
@@ -112,11 +112,11 @@ def harmed(study: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def untold(study: Mapping[str, Any]) -> list[str]:
-    """Sites with too few test patients to tell whether some model harms them."""
+    """Sites where nobody can tell whether some model harms them: too few test patients, or no model of its own."""
     return [
         site
         for site, lines in study["worth"].items()
-        if any(line.get("verdict") == "too few patients" and _usable(study, line) for line in lines)
+        if any(line.get("verdict") in (None, "too few patients") and _usable(study, line) for line in lines)
     ]
 
 
@@ -136,7 +136,6 @@ def _page(results: Mapping[str, Any], pages: Sequence[Mapping[str, Any]]) -> str
             repeats=repeats_text(results),
             headings=HEADINGS,
             unseen=UNSEEN,
-            unseen_words=UNSEEN_WORDS,
             captions=CAPTIONS,
         )
     )
@@ -152,6 +151,7 @@ def _study_page(name: str, study: Mapping[str, Any], found: Summary, figures: Ma
         "lines": [cells_of(line) for line in found.lines],
         "test": found.test,
         "unseen": [unseen_cells(of) for of in unseen(study)],
+        "unseen_words": unseen_words(study),
         "shown": shown.name,
         "worth": [
             {"site": site, **_row(study, site, shown.kind, shown.setting), "own": value_text(own_score(study, site)),
@@ -170,7 +170,7 @@ def _study_page(name: str, study: Mapping[str, Any], found: Summary, figures: Ma
     }  # fmt: skip
 
 
-def site_page(site: str, study: Mapping[str, Any], found: Summary, seeds: int) -> str:
+def site_page(site: str, study: Mapping[str, Any], found: Summary, seeds: int, repeats: str = "") -> str:
     """The page of one site: itself and the aggregate; the others by name only where the study publishes sites."""
     shown = found.chosen or found.reference
     row = _row(study, site, shown.kind, shown.setting)
@@ -205,7 +205,10 @@ def site_page(site: str, study: Mapping[str, Any], found: Summary, seeds: int) -
         for other in study["sites"]
     ]
     published = others if study["publish_sites"] else []
-    page = Page(site, study["title"], study["measure"], seeds, row, shown.name, rows, groups, published, simulated=True)
+    each = seeds // study.get("folds", 1)  # runs that a patient is tested in
+    page = Page(
+        site, study["title"], study["measure"], each, row, shown.name, rows, groups, published, repeats, simulated=True
+    )
     return worth_page(page)
 
 

@@ -12,7 +12,7 @@ from shared_models.study import load_study
 from simulations.compare import Asked, compare
 from simulations.compare_page import write_all
 from simulations.compare_tables import markdown
-from simulations.folds import folded
+from simulations.folds import at_several, folded
 from simulations.run import Machine, Say, machine
 from simulations.settings import changed, settings_named
 from simulations.site_options import SiteOptions, sites_of
@@ -61,8 +61,11 @@ def carry_out_request(asked: Request, how: Machine, cache: Path, say: Say, round
             f"--folds {asked.folds}: each seed tests in another fold, so that --seeds must be a multiple of the folds; "
             f"it is {asked.seeds}. Say --seeds {ceil(asked.seeds / asked.folds) * asked.folds}."
         )
-    if asked.folds > 1 and asked.options.labelled < 1:
-        raise StudyInvalid("--folds and --labelled: both deal with who trains. Leave one out.")
+    if asked.folds > 1 and (asked.options.labelled < 1 or asked.options.test_labels == "truth"):
+        raise StudyInvalid(
+            "--folds deals all patients out anew, and --labelled and --test-labels truth choose some of one split. "
+            "Leave one out."
+        )
     studies = [changed(load_study(name), "--set", for_all) for name in asked.studies]
     whose = data_of(asked.data, [study.name for study in studies])
     todo = []
@@ -75,7 +78,9 @@ def carry_out_request(asked: Request, how: Machine, cache: Path, say: Say, round
                 f"up sites with --partition iid --sites 3."
             )
         folder = (asked.out / study.name).resolve()
-        todo.append(Asked(study, nodes, folded(study, nodes, asked.folds, folder) if asked.folds > 1 else ()))
+        folds = folded(study, nodes, asked.folds, folder) if asked.folds > 1 else ()
+        truth = asked.options.test_labels == "truth"  # which test patients alone have
+        todo.append(Asked(study, nodes, folds, None if truth else at_several(nodes)))
     results = compare(todo, settings, asked.seeds, asked.out, how, say, rounds, asked.leave_one_out)
     results["folds"] = asked.folds
     results |= {key: getattr(asked.options, key) for key in ("partition", "shift", "test_labels", "labelled")}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, nan, sqrt
+from math import inf, isfinite, nan, sqrt
 from statistics import fmean
 from typing import Any
 
@@ -23,6 +23,11 @@ WORDS = {
 TEST = (
     "Two-sided paired t-test over seeds on the mean over sites of the test score, against {}; n = {}; adjusted "
     "for the number of settings after Holm (1979)."
+)
+TEST_OF_FOLDS = (
+    "Two-sided paired t-test over folds on the mean over sites of the test score, against {}; n = {}, with the "
+    "variance of Nadeau and Bengio (2003), as folds share patients to train on; adjusted for the number of settings "
+    "after Holm (1979)."
 )
 Key = tuple[str, str]  # kind, setting
 
@@ -71,12 +76,14 @@ class Summary:
     Attributes:
         reference: what the others are tested against.
         chosen: the line with the highest validation score; None where no site validates.
+        by_fold: the test score of the setting that each fold's own validation chooses; None without folds.
     """
 
     lines: tuple[Line, ...]
     reference: Line
     chosen: Line | None
     test: str
+    by_fold: Spread | None = None
 
 
 def summary(study: Mapping[str, Any]) -> Summary:
@@ -101,10 +108,35 @@ def summary(study: Mapping[str, Any]) -> Summary:
     federated = federated or [line for line in lines if line.kind == "federated"]
     plain = [line for name in ("fedavg", "study") for line in federated if line.setting == name]
     reference = (plain or federated)[0]
-    lines = _tested(lines, reference)
+    folds = study.get("folds", 1)
+    lines = _tested(lines, reference, folds)
     candidates = [line for line in whole_of(lines) if isfinite(line.validation.mean)]
     chosen = max(candidates, key=lambda line: line.validation.mean, default=None)
-    return Summary(tuple(lines), reference, chosen, TEST.format(reference.name, len(seeds)))
+    pairs = len(_by_fold(reference.test_by_seed, folds))
+    words = (TEST if folds == 1 else TEST_OF_FOLDS).format(reference.name, pairs)
+    if missing := sum(not isfinite(value) for value in reference.test_by_seed):
+        words += f" {missing} of {len(seeds)} seeds count nowhere: a site had no score in them."
+    by_fold = None
+    if folds > 1 and chosen is not None:
+        validated = {
+            (line.kind, line.setting): [_mean(at((line.kind, line.setting), "val", seed)) for seed in seeds]
+            for line in candidates
+        }
+        best = [max(candidates, key=lambda x: _low(validated[x.kind, x.setting][n])) for n in range(len(seeds))]
+        by_fold = spread(line.test_by_seed[n] for n, line in enumerate(best))
+    return Summary(tuple(lines), reference, chosen, words, by_fold)
+
+
+def _low(value: float) -> float:
+    return value if isfinite(value) else -inf
+
+
+def _by_fold(values: Sequence[float], folds: int) -> list[float]:
+    """What counts as one observation of a test: a seed, or the mean of all seeds of a fold; what is unknown is none."""
+    if folds == 1:
+        return [value for value in values if isfinite(value)]
+    parts = [[value for value in values[fold::folds] if isfinite(value)] for fold in range(folds)]
+    return [fmean(part) for part in parts if part]
 
 
 def whole_of(lines: Sequence[Line]) -> list[Line]:
@@ -126,19 +158,18 @@ def _mean(of: Sequence[float]) -> float:
     return fmean(of) if of else nan
 
 
-def _tested(lines: Sequence[Line], reference: Line) -> list[Line]:
-    from scipy.stats import ttest_rel  # half a second
+def _tested(lines: Sequence[Line], reference: Line, folds: int) -> list[Line]:
+    from scipy.stats import t as student  # half a second
 
     found: dict[Key, tuple[float, float, float]] = {}
     for line in whole_of(lines):
         if line == reference:
             continue
-        pairs = [p for p in zip(line.test_by_seed, reference.test_by_seed, strict=True) if all(map(isfinite, p))]
-        gains = spread(a - b for a, b in pairs)
-        p = nan
-        if len(pairs) > 1 and gains.deviation > 0:
-            p = float(ttest_rel([a for a, _ in pairs], [b for _, b in pairs]).pvalue)
-        found[line.kind, line.setting] = gains.mean, gains.deviation / sqrt(len(pairs)) if len(pairs) > 1 else nan, p
+        gains = _by_fold([a - b for a, b in zip(line.test_by_seed, reference.test_by_seed, strict=True)], folds)
+        mean, deviation, n = spread(gains).mean, spread(gains).deviation, len(gains)
+        error = deviation * sqrt(1 / n + (1 / (folds - 1) if folds > 1 else 0)) if n > 1 else nan
+        p = float(2 * student.sf(abs(mean) / error, n - 1)) if n > 1 and error > 0 else nan
+        found[line.kind, line.setting] = mean, error, p
     adjusted = holm({key: p for key, (_, _, p) in found.items()})
     keys = [(x.kind, x.setting) for x in lines]
     return [
@@ -168,10 +199,12 @@ class Unseen:
         others: the mean of the models that the others trained alone.
         best: of these the highest mean over seeds.
         margin: `without` less `others`, seed by seed.
+        partial: layers stay at the sites, and `without` is scored with those that they began with.
     """
 
     site: str
     setting: str
+    partial: bool
     without: Spread
     others: Spread
     best: float
@@ -180,36 +213,54 @@ class Unseen:
 
 def unseen(study: Mapping[str, Any]) -> list[Unseen]:
     """Setting by setting, site by site, where sites were left out."""
-    cells, seeds = values(study), sorted({row["seed"] for row in study["rows"]})
+    cells, seeds, split = values(study), sorted({row["seed"] for row in study["rows"]}), unseen_split(study)
     settings = dict.fromkeys(row["setting"] for row in study["rows"] if row["kind"] == "left out")
     found = []
     for setting in settings:
         for site in study["sites"]:
             alone = {
-                other: [cells.get(("local", "", ALL, seed, site, other), nan) for seed in seeds]
+                other: [cells.get(("local", "", split, seed, site, other), nan) for seed in seeds]
                 for other in study["sites"]
                 if other != site
             }
             alone = {other: of for other, of in alone.items() if any(map(isfinite, of))}  # one without labels has none
             means = [_mean(of) for of in zip(*alone.values(), strict=True)] or [nan] * len(seeds)
-            without = [cells.get(("left out", setting, ALL, seed, site, site), nan) for seed in seeds]
+            without = [cells.get(("left out", setting, split, seed, site, site), nan) for seed in seeds]
             best = max((_mean(of) for of in alone.values()), default=nan)
             margin = spread(a - b for a, b in zip(without, means, strict=True))
-            found.append(Unseen(site, setting, spread(without), spread(means), best, margin))
+            partial = is_partial(study, "left out", setting)
+            found.append(Unseen(site, setting, partial, spread(without), spread(means), best, margin))
     return found
+
+
+def unseen_split(study: Mapping[str, Any]) -> str:
+    """All patients of a site, or its test patients where these alone have the labels that count."""
+    return ALL if any(row["split"] == ALL for row in study["rows"]) else "test"
 
 
 UNSEEN = ("left out", "setting", "the others federated", "each of them alone, mean", "the best of them", "margin")
 UNSEEN_WORDS = (
-    "At a site that none of the models was trained at, on all of its patients: the federation of the others, and the "
-    "models that each of them trained alone."
+    "At a site that none of the models was trained at, on {}: the federation of the others, and the models that each "
+    "of them trained alone."
 )
+
+
+def unseen_words(study: Mapping[str, Any]) -> str:
+    who = "all of its patients" if unseen_split(study) == ALL else "its test patients"
+    return UNSEEN_WORDS.format(who)
 
 
 def unseen_cells(of: Unseen) -> tuple[str, ...]:
     """The figures of a line as text, in the order of `UNSEEN`."""
     margin = f"{of.margin.mean:+.4f}" if isfinite(of.margin.mean) else DASH
-    return of.site, of.setting, spread_text(of.without), spread_text(of.others), value_text(of.best), margin
+    return (
+        of.site,
+        of.setting + PARTIAL * of.partial,
+        spread_text(of.without),
+        spread_text(of.others),
+        value_text(of.best),
+        margin,
+    )
 
 
 HEADINGS = ("model", "validation", "test, mean over sites", "worst site", "over reference", "p", "p (Holm)")
@@ -233,10 +284,16 @@ def verdict_of(found: Summary, measure: str) -> str:
     if found.chosen is None:
         return "No setting can be chosen: a site has no validation patients, and test patients are not for choosing."
     line = found.chosen
+    anew = (
+        f" Chosen anew in each fold by its own validation patients, whom other folds test on: test {measure} "
+        f"{spread_text(found.by_fold)}."
+        if found.by_fold is not None
+        else ""
+    )
     return (
         f"Chosen on validation among all settings: {line.name} (validation {measure} "
         f"{value_text(line.validation.mean)}). Its test {measure}: {spread_text(line.test)}, worst site "
-        f"{spread_text(line.worst)}."
+        f"{spread_text(line.worst)}.{anew}"
     )
 
 
@@ -249,7 +306,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         title = f"**{name}**: {measure}, mean ± standard deviation over {repeats_text(results)}."
         parts.append("\n".join([title, "", *_lines(rows, 1), "", verdict_of(found, measure), "", found.test, ""]))
         if strangers := unseen(study):
-            parts.append("\n".join([UNSEEN_WORDS, "", *_lines([UNSEEN, *map(unseen_cells, strangers)], 2), ""]))
+            parts.append("\n".join([unseen_words(study), "", *_lines([UNSEEN, *map(unseen_cells, strangers)], 2), ""]))
     return "\n".join(parts)
 
 
@@ -283,7 +340,9 @@ def latex(results: Mapping[str, Any]) -> str:
                     *lines,
                     r"\bottomrule",
                     r"\end{tabular}",
-                    r"\caption{" + _tex(f"{name}: {measure}, mean ± standard deviation. {found.test}") + "}",
+                    r"\caption{"
+                    + _tex(f"{name}: {measure}, mean ± standard deviation over {repeats_text(results)}. {found.test}")
+                    + "}",
                     r"\end{table}",
                     "",
                 ]

@@ -189,7 +189,7 @@ def people_of(
         numbers[who] = []
         for case in mine if labelled else ():
             if has_truth(case, study.task):
-                numbers[who].append(_statistic(case, study))
+                numbers[who].append(statistic(case, study))
             done += 1
             if progress is not None:
                 progress(done, sum(map(len, cases.values())))
@@ -199,7 +199,7 @@ def people_of(
     ]
 
 
-def _statistic(case: Case, study: Study) -> str | float:
+def statistic(case: Case, study: Study) -> str | float:
     """Of one case: its classes; whether the event came; how many lesions; or the labelled share of its voxels."""
     task = study.task
     if task.kind == "classification":

@@ -456,6 +456,7 @@ def as_numbers(comparison: Comparison) -> dict[str, Any]:
         "federated": means(comparison.federated),
         "personalised": means(comparison.personalised),
         "left_out": means(comparison.left_out),
+        "partial": comparison.partial,
         "details": {
             "local": {trained: rows(of) for trained, of in comparison.local.items()},
             "pooled": rows(comparison.pooled),

@@ -15,13 +15,14 @@ from typing import Any
 from fedclient.data.listing import list_cases
 from fedclient.data.truths import has_truth
 from fedclient.site import open_site
-from fedserver.comparison import spread, spread_text
+from fedserver.comparison import PARTIAL, spread, spread_text
 from shared_models.errors import ManifestInvalid, StudyInvalid
 from shared_models.figure_text import DASH
 from shared_models.files import write_atomic, write_json
 from shared_models.study import Study, load_study
 from simulations.compare import Asked, compare
 from simulations.compare_page import write_all
+from simulations.compare_tables import is_partial
 from simulations.engine import NodeConfig
 from simulations.run import Machine, Say
 from simulations.settings import Changes, changed, settings_named
@@ -229,9 +230,11 @@ def table(study: Mapping[str, Any], measure: str) -> list[dict[str, Any]]:
     of_labels: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     for line in study["rows"]:
         if line["split"] == "test" and line["kind"] != "left out":
-            model = {"pooled": "pooled", "local": f"{line['trained']} alone", "federated": line["setting"]}.get(
-                line["kind"], f"{line['setting']}, each site's own"
-            )
+            model = {
+                "pooled": "pooled",
+                "local": f"{line['trained']} alone",
+                "federated": line["setting"] + PARTIAL * is_partial(study, "federated", line["setting"]),
+            }.get(line["kind"], f"{line['setting']}, each site's own")
             of_labels.setdefault((model, line["seed"], line["site"]), []).append(line["row"])
     seeds = sorted({seed for _, seed, _ in of_labels})
     rows = []

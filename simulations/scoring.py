@@ -5,14 +5,14 @@ Scores of single cases, and whose they are, end with the process; see fedclient/
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedclient.comparing import Kind, compared
 from fedclient.data.cases import ALL
 from fedclient.gate.run import usable_cases
-from fedclient.site import Site, open_site
+from fedclient.site import Once, Site, open_site
 from fedclient.worth import AnyScores, joined
 from fedserver.checkpoint import RunFolder, read_state, trained_study
 from shared_models.control import without_control
@@ -60,7 +60,9 @@ class Told:
     subgroups: list[dict[str, Any]]
 
 
-def score_site(name: str, configs: Sequence[NodeConfig], models: Sequence[Model]) -> Told:
+def score_site(
+    name: str, configs: Sequence[NodeConfig], models: Sequence[Model], known: frozenset[str] | None = frozenset()
+) -> Told:
     """Scores each model on the site's validation and test patients, and compares them with its own.
 
     A model that left this site out is tested here alone; one that left another out, not at all. What it and the
@@ -68,12 +70,14 @@ def score_site(name: str, configs: Sequence[NodeConfig], models: Sequence[Model]
 
     Args:
         configs: of the site, one for each fold.
+        known: patients whom other sites have too, who do not count among all; None has only the test patients count.
     """
     from fedclient.training.scoring import score_cases  # imports torch
 
     sites = [open_site({**config, "site": name}) for config in configs]
     cases = {case.key: case for case in usable_cases(sites[0])}
-    leaves_out = any(model.kind == "left out" for model in models)
+    everybody = known is not None and any(model.kind == "left out" for model in models)
+    new = frozenset(case.key for case in cases.values() if case.patient not in (known or ()))
     rows: list[dict[str, Any]] = []
     found: dict[tuple[Kind, str], dict[int, AnyScores]] = defaultdict(dict)
     keys: dict[int, list[str]] = {}
@@ -86,8 +90,9 @@ def score_site(name: str, configs: Sequence[NodeConfig], models: Sequence[Model]
             continue
         stranger = model.kind == "left out" or (model.kind == "local" and model.trained != name)
         splits = ("test",) if model.kind == "left out" else ("val", "test")
-        for split in (*splits, ALL) if stranger and leaves_out else splits:
-            scores, of_cases, keys_here = score_cases(site, study, weights, split)
+        for split in (*splits, ALL) if stranger and everybody else splits:
+            at = replace(site, hidden=frozenset(), chosen=new, once=Once()) if split == ALL else site
+            scores, of_cases, keys_here = score_cases(at, study, weights, split)
             rows += [
                 {"kind": model.kind, "setting": model.setting, "seed": model.seed, "trained": model.trained,
                  "split": split, "label": label, "row": row_of(score)}
@@ -97,7 +102,8 @@ def score_site(name: str, configs: Sequence[NodeConfig], models: Sequence[Model]
                 found[model.kind, model.setting][model.seed] = of_cases
                 keys[model.fold] = keys_here
     over = {key: _whole(of, len(sites), min(model.seed for model in models)) for key, of in found.items()}
-    return Told(rows, *compared(name, over, [cases[key] for fold in sorted(keys) for key in keys[fold]]))
+    told = {key: of for key, of in over.items() if of}
+    return Told(rows, *compared(name, told, [cases[key] for fold in sorted(keys) for key in keys[fold]]))
 
 
 def _whole(of: Mapping[int, AnyScores], folds: int, first: int) -> list[AnyScores]:

@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fedserver.checkpoint import RunFolder, read_progress
+from fedserver.comparison import PARTIAL
 from shared_models.figure_text import value_text
 
 Say = Callable[[str], None]
@@ -90,10 +91,12 @@ def results_table(results: Mapping[str, Any]) -> Table:
         models[f"only {trained}"] = {s: _mean([r["local"][trained][s] for r in seeds]) for s in sites}
     if seeds[0]["pooled"]:
         models["pooled"] = {s: _mean([r["pooled"][s] for r in seeds]) for s in sites}
-    models["federated"] = {s: _mean([r["federated"][s] for r in seeds]) for s in sites}
+    models["federated" + PARTIAL * bool(seeds[0].get("partial"))] = {
+        s: _mean([r["federated"][s] for r in seeds]) for s in sites
+    }
     for key, name in (("personalised", "each site's own"), ("left_out", "the others alone")):
         if seeds[0].get(key):
-            models[name] = {s: _mean([r[key][s] for r in seeds]) for s in sites}
+            models[name] = {s: _mean([r[key].get(s) for r in seeds]) for s in sites}  # one may have no own model
     return score_table(models, sites, f"Test {results['measure']}, {results['study']}, mean of {len(seeds)} seed(s)")
 
 

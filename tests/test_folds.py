@@ -3,7 +3,8 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from shutil import copytree
+from statistics import fmean, stdev
 
 import numpy as np
 import pytest
@@ -13,15 +14,16 @@ from fedclient.data.cases import ALL
 from fedclient.data.listing import list_cases
 from fedclient.data.truths import has_truth
 from fedclient.site import open_site
-from fedclient.worth import CaseScores, FrocScores, joined, mean_scores, measure, ranked_scores
+from fedclient.worth import CaseScores, FrocScores, joined, mean_scores, measure, part_of, ranked_scores
+from fedclient.worth_page import sentence, texts
 from shared_models.errors import StudyInvalid
 from shared_models.files import read_json
 from shared_models.study import Model, Preprocess, Rounds, Study, Train
 from simulations.compare import Asked, compare, planned_runs
 from simulations.compare_page import write_all
 from simulations.compare_run import Request, carry_out_request
-from simulations.compare_tables import unseen
-from simulations.folds import deal, folded
+from simulations.compare_tables import summary, unseen
+from simulations.folds import at_several, deal, folded
 from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, node_configs
 from simulations.site_options import SiteOptions
@@ -54,7 +56,7 @@ def _settings_of_torch():
 @pytest.mark.parametrize(("people", "folds"), [(10, 3), (20, 3), (52, 5), (3, 3), (4, 2)])
 def test_over_all_folds_each_patient_is_tested_once_and_in_each_some_train_and_some_validate(people, folds):
     names = [f"p{n}" for n in range(people)]
-    dealt = [deal(names, fold, folds) for fold in range(folds)]
+    dealt = [deal([names], fold, folds) for fold in range(folds)]
     assert all(set(of) == set(names) for of in dealt)
     assert Counter(who for of in dealt for who, split in of.items() if split == "test") == Counter(names)
     sizes = [Counter(of.values()) for of in dealt]
@@ -108,6 +110,7 @@ def test_too_few_patients_for_the_folds_are_told_with_the_site(tmp_path, drawn):
     [
         ({"folds": 2, "seeds": 3}, "--seeds must be a multiple of the folds; it is 3. Say --seeds 4"),
         ({"folds": 2, "seeds": 2, "options": SiteOptions(labelled=0.5)}, "Leave one out"),
+        ({"folds": 2, "seeds": 2, "options": SiteOptions(test_labels="truth")}, "Leave one out"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_drawn(tmp_path, asked, words):
@@ -175,3 +178,69 @@ def test_joined_scores_are_those_of_all_cases_without_pairs_across_models():
     assert whole.lesions.tolist() == [2.0] * 4
     with pytest.raises(ValueError, match="several measures"):
         joined([scans[0], CaseScores(np.zeros(1), np.ones(1))])
+
+
+def test_classes_are_dealt_out_to_all_folds_and_one_model_at_a_time_is_looked_at():
+    strata = [[f"no{n}" for n in range(7)], [f"yes{n}" for n in range(3)]]
+    for fold in range(3):
+        tested = {who for who, split in deal(strata, fold, 3).items() if split == "test"}
+        assert len(tested & {*strata[1]}) == 1
+        assert len(tested & {*strata[0]}) in (2, 3)
+    sizes = [Counter(deal(strata, fold, 3).values())["test"] for fold in range(3)]
+    assert sorted(sizes) == [3, 3, 4]
+
+
+def test_detectors_of_two_folds_share_no_threshold():
+    def found_all(best: int, worst: int) -> FrocScores:
+        hits, false = np.zeros((2, 10)), np.zeros((2, 10))
+        hits[:, best], false[:, worst] = 1, 3
+        return FrocScores(hits, false, np.ones(2))
+
+    sure, shy = found_all(9, 8), found_all(5, 4)
+    once = np.ones((1, 2))
+    alone = [measure(each, once)[0] for each in (sure, shy)]
+    assert measure(joined([sure, shy]), np.ones((1, 4)))[0] == pytest.approx(fmean(alone))
+    first = part_of(joined([sure, shy]), np.array([2, 3]))
+    assert measure(first, once)[0] == pytest.approx(alone[1])
+
+
+def test_a_patient_at_two_sites_is_dealt_to_none_and_is_no_stranger_to_either(tmp_path, drawn):
+    where = tmp_path / "shared"
+    copytree(drawn, where)
+    head, *rows = (where / "manifest.csv").read_text().splitlines()
+    site = head.split(",").index("site")
+    (one, *_) = [row.split(",") for row in rows if row.split(",")[site] == "north" and ",train" in row]
+    one[site] = "south"
+    (where / "manifest.csv").write_text("\n".join([head, *rows, ",".join(one)]) + "\n")
+    nodes = node_configs(tmp_path / "out", [where], HOW, None)
+    assert len(at_several(nodes)) == 1
+    with pytest.raises(StudyInvalid, match="1 patients are at several sites"):
+        folded(STUDY, nodes, 2, tmp_path / "out")
+    asked = Asked(STUDY, nodes, (), at_several(nodes))
+    results = compare([asked], {"fedavg": {}}, 1, tmp_path / "out", HOW, lambda _: None, lambda *_: None, True)
+    cases = {(r["kind"], r["trained"]): r["row"]["cases"] for r in results["studies"]["tiny"]["rows"]
+             if (r["site"], r["split"]) == ("north", ALL)}  # fmt: skip
+    assert cases == {("left out", "north"): 3, ("local", "south"): 3, ("local", "west"): 3}
+
+
+def test_repeats_of_the_same_folds_are_no_more_evidence():
+    def study(repeats: int) -> dict[str, object]:
+        rows = [
+            {"kind": "federated", "setting": setting, "split": split, "seed": seed, "site": "a", "trained": "",
+             "label": "lung", "row": {"measure": "dice", "dice": 0.8 + gain * (setting == "x")}}
+            for seed, gain in enumerate([0.03, 0.02, -0.01] * repeats) for setting in ("fedavg", "x")
+            for split in ("val", "test")
+        ]  # fmt: skip
+        return {"rows": rows, "sites": ["a"], "label": "lung", "measure": "dice", "folds": 3}
+
+    once, often = (summary(study(repeats)) for repeats in (1, 5))
+    (line,), (again,) = ([x for x in found.lines if x.setting == "x"] for found in (once, often))
+    assert (again.p, again.error, again.margin) == pytest.approx((line.p, line.error, line.margin))
+    assert line.error == pytest.approx(stdev([0.03, 0.02, -0.01]) * (1 / 3 + 1 / 2) ** 0.5)
+    assert "n = 3" in often.test
+    assert once.by_fold is not None
+    assert once.by_fold.mean == pytest.approx(fmean([0.83, 0.82, 0.8])), "each fold's choice"
+
+
+def test_a_site_without_a_model_of_its_own_is_not_told_that_there_is_no_difference():
+    assert "It cannot be told: there is no model trained here alone" in sentence(texts({}), "fedavg")

@@ -449,10 +449,9 @@ def test_an_answer_that_comes_late_does_not_put_the_roster_back(
     with running_edge(tmp_path / "federation") as edge:
         north, _ = (joined_site(edge, tmp_path, name) for name in ("north", "south"))
         asked: list[int] = []
-        real = renewals.ask
 
         def slow(*given: Any, **named: Any) -> Any:
-            content = real(*given, **named)
+            content = put(*given, **named)
             asked.append(1)
             if len(asked) == 1:  # while this answer is on its way, another process of the site hears the next epoch
                 revoke(edge.federation, "south", "test")
