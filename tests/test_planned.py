@@ -35,7 +35,7 @@ from shared_models.plan import sha256 as plan_sha256
 from shared_models.planned import PURPOSE, constraints, planned, statement
 from shared_models.preprocess import preprocess
 from shared_models.protect.counted_plan import plan_counts
-from shared_models.study import Evaluate, Model, Planning, Preprocess, Rounds, Study, Train, canonical, sha256
+from shared_models.study import Evaluate, Model, Planning, Preprocess, Rounds, Strategy, Study, Train, canonical, sha256
 from shared_models.update import Expected, Update, admit
 from shared_models.weights import NO_WEIGHTS, InMemory, load, schema_of
 from shared_models.wire import Order, Proof, Reply, read_order, read_reply, write_order, write_reply
@@ -143,6 +143,15 @@ def test_statistics_come_before_weights_and_every_later_order_carries_the_plan(t
     assert {o.plan_sha256 for o in later} == {state.plan_sha256}
     assert {o.plan for o in later} == {canonical_json(plain(plan)).decode()}
     assert {o.study_sha256 for o in orders(grid)} == {sha256(STUDY)}
+
+
+def test_fednova_counts_the_steps_of_the_batches_that_the_plan_sets(tmp_path, data, plan):
+    assert (STUDY.train.batch_size, plan.batch_size) == (16, 3)
+    learner = ToyLearner(examples=dict.fromkeys(SITES, 9))  # tells 3 steps
+    study = replace(STUDY, train=Train(optimizer="sgd"), strategy=Strategy(normalise_steps=True))
+    state, run, _ = play(tmp_path, data, study, learner=learner)
+    assert state.round == 2
+    assert [set(line["sites"]) for line in read_lines(run.metrics)[:2]] == [set(SITES)] * 2
 
 
 def test_a_run_that_was_killed_goes_on_with_the_plan_that_it_has(tmp_path, data, plan):
