@@ -304,6 +304,11 @@ class Study:
                 f'"{self.modality}"; use "percentile"'
             )
         self._check_patches(self.preprocess.fit == "patches", "which is not chosen")
+        if self.task.kind == "reconstruction" and max(self.preprocess.size) <= self.task.mask_size:
+            raise ValueError(
+                f"task.mask_size is {self.task.mask_size}, and preprocess.size {list(self.preprocess.size)} is one "
+                f"square of it: hidden, nothing is left to restore it from. Use a smaller mask_size, or a larger size"
+            )
         self._check_size()
 
     @property
