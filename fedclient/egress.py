@@ -140,7 +140,7 @@ def _distribution_of(score: Score) -> float:
         curve = (score.cell_cases, score.cell_positives, score.cell_micro)
         told = [(score.cases, (score.positive, score.negative, *curve))]
     elif isinstance(score, SurvivalCounts):
-        told = [(score.cases, (score.predicted_micro, score.at_risk, score.came))]
+        told = [(score.told_cases, (score.predicted_micro, score.at_risk, score.came))]
     elif isinstance(score, DetectionCounts):
         told = [(score.told_scans, (score.hits, score.false))]
     elif isinstance(score, RestoredCounts):

@@ -19,6 +19,7 @@ class Fold:
     """The updates of one round so far; `add` changes it.
 
     Attributes:
+        study: as its sites train it, with the plan in it where they have made one.
         into: a running sum in memory, or a spool on disk.
         steps: (site, round) -> (weight, length of its steps), where a study divides by it.
     """

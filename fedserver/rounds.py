@@ -132,7 +132,8 @@ def one_round(setting: Setting, table: Table, state: State, schema: Schema) -> S
     study, number = table.study, state.round + 1
     if study.protect.secure_aggregation is not None:
         return secure_round(setting, table, state, schema)
-    updates, lines, late_rounds = fold(study, number, schema, setting.folder.spool), dict[str, Any](), dict[str, int]()
+    updates = fold(_trained(study, table.plan), number, schema, setting.folder.spool)
+    lines, late_rounds = dict[str, Any](), dict[str, int]()
     score = bool(study.evaluate.every) and state.round > 0 and state.round % study.evaluate.every == 0
     order = order_of("train", table, state, number, "val" if score else None)
     digests = (state.study_sha256, state.weights_sha256)

@@ -162,7 +162,7 @@ def begin_from(run: RunFolder, sites: Sequence[str], planned_by: Mapping[str, Se
     site, first = min(counted.items(), key=lambda item: item[1])
     if first == 1:
         return 0, f"{site} was counted from round 1 on, so it begins from the start"
-    if remembers(study):
+    if remembers(study) or study.protect.compression != "none":  # which leaves something over for the next round
         return (
             0,
             f"{site} was first counted in round {first}, but sites remember what they did in this run: from the start",

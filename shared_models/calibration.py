@@ -6,6 +6,7 @@ are on the card, have called.
 """
 
 from collections.abc import Mapping
+from math import prod, sqrt
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from shared_models.errors import ReleaseInvalid
 from shared_models.study import Study
 
 KEY = "temperature"
+ALIKE = 1.05  # ratio of what is fitted to p and to 1 - p, which round into unlike bins: up to 1.0012 was measured
 
 
 def carried(study: Study, fitted: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     """What calibration.json says of what a run has fitted; None where that is nothing, or nothing that can be applied.
 
     Of more than two labels of which one is true, each temperature is of that label against all others, and no division
-    of the logits of a softmax is that.
+    of the logits of a softmax is that. Two are one question, asked from both sides, and have one temperature.
 
     Args:
         fitted: label -> `temperature` and more, as metrics.jsonl has it.
@@ -31,8 +33,10 @@ def carried(study: Study, fitted: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     if task.kind != "classification" or (task.exclusive and task.outputs > 2):
         return None
     found = {label: fitted[label][KEY] for label in task.answers if _sound(fitted.get(label, {}).get(KEY))}
-    if task.exclusive and len(set(found.values())) != 1:  # two labels are one question, asked from both sides
-        return None
+    if task.exclusive and found:
+        if len(found) < 2 or max(found.values()) > ALIKE * min(found.values()):
+            return None
+        found = dict.fromkeys(found, round(sqrt(prod(found.values())), 6))
     return {KEY: found} if found else None
 
 
@@ -45,7 +49,7 @@ def temperatures_of(study: Study, calibration: Mapping[str, Any] | None) -> NDAr
     """One for each output of the network, 1 where the release has none for it; None where it has none at all.
 
     Raises:
-        ReleaseInvalid: one that is no number above 0, or of no label of the study.
+        ReleaseInvalid: one that is no number above 0, or of no label of the study; or several of one softmax.
     """
     if not calibration:
         return None
@@ -58,6 +62,10 @@ def temperatures_of(study: Study, calibration: Mapping[str, Any] | None) -> NDAr
         found = [found[0]] * task.outputs  # a prognosis has one event and many intervals
     if not all(isinstance(value, float | int) and np.isfinite(value) and value > 0 for value in found):
         raise ReleaseInvalid("calibration.json: a temperature is not above 0. Do not use the release.",
+                             "calibration.json")  # fmt: skip
+    if task.exclusive and len(set(found)) > 1:
+        raise ReleaseInvalid("calibration.json: divides the logits of a softmax by more than one temperature, after "
+                             "which its probabilities mean nothing. Do not use the release.",
                              "calibration.json")  # fmt: skip
     return np.array(found, np.float32)
 

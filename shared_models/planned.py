@@ -3,6 +3,7 @@
 from typing import Any
 
 from shared_models.files import canonical_json
+from shared_models.model_table import OF_MODEL
 from shared_models.parse import parse, plain
 from shared_models.plan import Constraints, Plan
 from shared_models.study import Study
@@ -33,11 +34,13 @@ def planned(study: Study, plan: Plan) -> Study:
         StudyInvalid: a plan that does not fit the study or itself; it may come from another machine.
     """
     table: dict[str, Any] = plain(study)
+    read = {key: value for key, value in table["model"].items() if "dynunet" in OF_MODEL.get(key, ("dynunet",))}
     table["plan"] = "given"
     table["train"]["batch_size"] = plan.batch_size
-    table["model"] |= {
+    table["model"] = read | {
         "name": "dynunet",
         "norm": "instance",
+        "supervised": min(study.model.supervised, len(plan.features) - 2),
         "levels": [
             {"features": features, "stride": stride, "kernel": kernel}
             for features, stride, kernel in zip(plan.features, plan.strides, plan.kernels, strict=False)

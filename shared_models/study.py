@@ -250,8 +250,9 @@ class Study:
             that there is; `red`, `green` and `blue` are the colours of one picture, which is else read as grey.
         modality: `photo` is a picture in visible light (dermoscopy, fundus, endoscopy).
         plan: `given` by the tables of this file, or `federated`: derived from counts of all sites before round 1
-            (shared_models/plan.py). Then preprocess, model but for spatial_dims and dropout, and batch_size are the
-            plan's, and what this file says of them is not used.
+            (shared_models/plan.py). Then preprocess, model but for spatial_dims, dropout and supervised, and batch_size
+            are the plan's, and what this file says of them is not used; a plan of few levels has no more supervised
+            than it can.
     """
 
     __pydantic_config__ = STRICT
@@ -287,6 +288,7 @@ class Study:
         check_stages(self)
         check_unlabelled(self)
         if self.plan == "federated":
+            self._check_patches(self.modality not in ("xray", "photo"), "a plan makes none of pictures without spacing")
             return  # the tables below are the plan's to set
         if self.table_only or self.of_bags:
             return  # there is no image to preprocess
@@ -301,9 +303,12 @@ class Study:
                 f'preprocess.intensity = "{self.preprocess.intensity}" is for modality = "ct", which is '
                 f'"{self.modality}"; use "percentile"'
             )
-        for key, given in (("train.foreground", self.train.foreground), ("evaluate.overlap", self.evaluate.overlap)):
-            if given is not None and self.preprocess.fit != "patches":
-                raise ValueError(f'{key} is {given}; it is for preprocess.fit = "patches", which is not chosen')
+        self._check_patches(self.preprocess.fit == "patches", "which is not chosen")
+        if self.task.kind == "reconstruction" and max(self.preprocess.size) <= self.task.mask_size:
+            raise ValueError(
+                f"task.mask_size is {self.task.mask_size}, and preprocess.size {list(self.preprocess.size)} is one "
+                f"square of it: hidden, nothing is left to restore it from. Use a smaller mask_size, or a larger size"
+            )
         self._check_size()
 
     @property
@@ -355,6 +360,11 @@ class Study:
             raise ValueError(f'augment and channels are for images; model.name = "{name}" sees none')
         if self.of_bags and (self.protect.privacy is not None or self.unlabelled.method != "none"):
             raise ValueError(f'model.name = "{name}" sees no images, which [protect.privacy] and [unlabelled] are for')
+
+    def _check_patches(self, drawn: bool, why_not: str) -> None:
+        for key, given in (("train.foreground", self.train.foreground), ("evaluate.overlap", self.evaluate.overlap)):
+            if given is not None and not drawn:
+                raise ValueError(f'{key} is {given}; it is for preprocess.fit = "patches", {why_not}')
 
     def _check_size(self) -> None:
         size, divisors, model = self.preprocess.size, self.model.divisors, self.model

@@ -32,6 +32,7 @@ class SurvivalCounts:
         square_micro: at the end of each interval the weighted sum of (survived - predicted)^2, in millionths.
         predicted_micro: sum of the predicted survival there; withheld with the next two for want of cases.
         at_risk, came: cases that were followed through each interval or had the event in it, and those that had it.
+        told_cases: cases behind these three; sites of earlier versions tell them of all their cases and do not say so.
 
     Raises:
         ValueError: counts that no cases can give; they may come from another machine.
@@ -47,6 +48,7 @@ class SurvivalCounts:
     predicted_micro: Counts = ()
     at_risk: Counts = ()
     came: Counts = ()
+    told_cases: Count = 0
 
     def __post_init__(self) -> None:
         if self.events > self.cases or 2 * self.pairs > self.cases * max(0, self.cases - 1):
@@ -58,10 +60,14 @@ class SurvivalCounts:
         lengths = {len(self.predicted_micro), len(self.at_risk), len(self.came)}
         if len(lengths) > 1 or not lengths <= {0, len(self.square_micro)}:
             raise ValueError("the curves have other intervals than the squares")
-        if any(c > r or r > self.cases for c, r in zip(self.came, self.at_risk, strict=True)):
-            raise ValueError(f"{self.cases} cases cannot have more events than were at risk")
-        if sum(self.came) > self.events or any(p > self.cases * MICRO for p in self.predicted_micro):
-            raise ValueError(f"the curves hold more than {self.cases} cases")
+        if self.predicted_micro and not self.told_cases:
+            object.__setattr__(self, "told_cases", self.cases)
+        if self.told_cases > (self.cases if self.predicted_micro else 0):
+            raise ValueError(f"the curves are of {self.told_cases} cases, which is more than there are or are told")
+        if any(c > r or r > self.told_cases for c, r in zip(self.came, self.at_risk, strict=True)):
+            raise ValueError(f"{self.told_cases} cases cannot have more events than were at risk")
+        if sum(self.came) > self.events or any(p > self.told_cases * MICRO for p in self.predicted_micro):
+            raise ValueError(f"the curves hold more than {self.told_cases} cases")
 
     @property
     def value(self) -> float:
@@ -73,7 +79,7 @@ NO_SURVIVAL = SurvivalCounts()
 
 
 def merge(a: SurvivalCounts, b: SurvivalCounts) -> SurvivalCounts:
-    """Counts of both; curves that one side withholds leave the other's standing alone.
+    """Counts of both; curves that one side withholds leave the other's standing alone, with its own cases.
 
     Raises:
         ValueError: of unlike intervals.
@@ -87,6 +93,7 @@ def merge(a: SurvivalCounts, b: SurvivalCounts) -> SurvivalCounts:
         predicted_micro=_sum(a.predicted_micro, b.predicted_micro),
         at_risk=_sum(a.at_risk, b.at_risk),
         came=_sum(a.came, b.came),
+        told_cases=a.told_cases + b.told_cases,
     )
 
 
@@ -116,6 +123,7 @@ def survival_counts(
         predicted_micro=_ints(np.rint(survival * MICRO).sum(axis=0)) if kept else (),
         at_risk=_ints((came | followed).sum(axis=0)) if kept else (),
         came=_ints(came.sum(axis=0)) if kept else (),
+        told_cases=len(time) if kept else 0,
     )
 
 
@@ -181,7 +189,7 @@ def as_row(of: SurvivalCounts) -> dict[str, Any]:
         "events": of.events,
         "pairs": of.pairs,
         "curve": {
-            "predicted": [round(p / MICRO / of.cases, 6) for p in of.predicted_micro] if of.cases else [],
+            "predicted": [round(p / MICRO / of.told_cases, 6) for p in of.predicted_micro if of.told_cases],
             "observed": [round(s, 6) for s in observed(of)],
         },
     }

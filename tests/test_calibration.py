@@ -5,13 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from fedclient.predict.model import load_model
+from fedserver.calibration import calibration
 from fedserver.checkpoint import create_run, finish_round, read_state
 from fedserver.optimizers import optimizer_of
 from fedserver.publish.card import Words, calibration_words, card
 from fedserver.publish.of_run import Maker, recipe_of
 from shared_models.calibration import carried, temperatures_of, tempered
+from shared_models.class_counts import class_counts
 from shared_models.errors import ReleaseInvalid
 from shared_models.files import append_json, canonical_json
 from shared_models.identity import issue_signer, new_authority
@@ -48,6 +51,30 @@ def test_of_labels_of_which_one_is_true_two_have_one_temperature_and_more_have_n
     assert carried(one_of(*LABELS), same) == {"temperature": {"cyst": 2.0, "solid": 2.0}}
     assert carried(one_of(*LABELS), FITTED) is None
     assert carried(one_of(*LABELS, "fat"), same) is None
+    assert carried(one_of(*LABELS), {"cyst": {"temperature": 2.0}}) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_temperature_of_two_labels_of_a_softmax_is_carried_though_they_round_into_unlike_bins(seed):
+    chance, study = np.random.default_rng(seed), one_of(*LABELS)
+    solid = chance.random(400) < 0.4
+    logits = 6 * (2.0 * solid - 1 + chance.normal(0, 1.5, 400))
+    chances = torch.softmax(torch.tensor(np.stack([-logits, logits], axis=1) / 2, dtype=torch.float32), dim=1).numpy()
+    told = {
+        label: class_counts(chances[:, n].astype(float), solid == n, chances[:, n] > 0.5)
+        for n, label in enumerate(LABELS)
+    }
+    fitted = calibration(study, told, told)["calibration"]
+    assert fitted["cyst"]["temperature"] != fitted["solid"]["temperature"]
+    by = temperatures_of(study, carried(study, fitted))
+    assert by is not None
+    np.testing.assert_allclose(by, fitted["cyst"]["temperature"], rtol=1e-3)
+
+
+def test_a_softmax_is_not_divided_label_by_label():
+    for lone in ({"cyst": 2.0}, {"cyst": 2.0, "solid": 2.5}):
+        with pytest.raises(ReleaseInvalid, match="more than one temperature"):
+            temperatures_of(one_of(*LABELS), {"temperature": lone})
 
 
 def test_logits_are_divided_label_by_label():

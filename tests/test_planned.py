@@ -29,13 +29,13 @@ from shared_models.envelope import signed
 from shared_models.errors import OrderRefused, RoundPaused, StateInvalid, StudyInvalid, SumAborted, UpdateRejected
 from shared_models.files import canonical_json, read_lines
 from shared_models.identity import stated
-from shared_models.parse import parse_json, plain
+from shared_models.parse import parse, parse_json, plain
 from shared_models.plan import Plan, derive, total
 from shared_models.plan import sha256 as plan_sha256
 from shared_models.planned import PURPOSE, constraints, planned, statement
 from shared_models.preprocess import preprocess
 from shared_models.protect.counted_plan import plan_counts
-from shared_models.study import Evaluate, Model, Planning, Preprocess, Rounds, Study, Train, canonical, sha256
+from shared_models.study import Evaluate, Model, Planning, Preprocess, Rounds, Strategy, Study, Train, canonical, sha256
 from shared_models.update import Expected, Update, admit
 from shared_models.weights import NO_WEIGHTS, InMemory, load, schema_of
 from shared_models.wire import Order, Proof, Reply, read_order, read_reply, write_order, write_reply
@@ -143,6 +143,15 @@ def test_statistics_come_before_weights_and_every_later_order_carries_the_plan(t
     assert {o.plan_sha256 for o in later} == {state.plan_sha256}
     assert {o.plan for o in later} == {canonical_json(plain(plan)).decode()}
     assert {o.study_sha256 for o in orders(grid)} == {sha256(STUDY)}
+
+
+def test_fednova_counts_the_steps_of_the_batches_that_the_plan_sets(tmp_path, data, plan):
+    assert (STUDY.train.batch_size, plan.batch_size) == (16, 3)
+    learner = ToyLearner(examples=dict.fromkeys(SITES, 9))  # tells 3 steps
+    study = replace(STUDY, train=Train(optimizer="sgd"), strategy=Strategy(normalise_steps=True))
+    state, run, _ = play(tmp_path, data, study, learner=learner)
+    assert state.round == 2
+    assert [set(line["sites"]) for line in read_lines(run.metrics)[:2]] == [set(SITES)] * 2
 
 
 def test_a_run_that_was_killed_goes_on_with_the_plan_that_it_has(tmp_path, data, plan):
@@ -386,6 +395,36 @@ def test_a_planned_study_has_the_plans_preprocessing_network_and_batch(plan):
     ]
     assert (study.model.name, study.model.norm, study.train.batch_size) == ("dynunet", "instance", plan.batch_size)
     assert (study.seed, study.rounds, study.task) == (STUDY.seed, STUDY.rounds, STUDY.task)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        Model(features=(16, 16, 32, 64, 128, 16)),
+        Model(name="resnet18", width=32, norm="instance"),
+        Model(name="vgg16", norm="none", head="full"),
+    ],
+    ids=lambda model: model.name,
+)
+def test_what_the_file_says_of_another_network_is_not_used(plan, written):
+    assert planned(replace(STUDY, model=written), plan) == planned(STUDY, plan)
+
+
+def test_a_plan_of_few_levels_has_no_more_of_them_supervised_than_it_can(plan):
+    made = planned(STUDY, plan).model
+    assert len(made.levels) == 3
+    five = (*made.levels, made.levels[-1], made.levels[-1])
+    for supervised, found in ((3, 1), (1, 1), (0, 0)):
+        written = Model("dynunet", levels=five, supervised=supervised)
+        assert planned(replace(STUDY, model=written), plan).model.supervised == found
+
+
+@pytest.mark.parametrize("modality", ["xray", "photo"])
+def test_what_is_for_patches_is_refused_before_anybody_has_counted_where_a_plan_makes_none(modality):
+    for told in ({"train": {"foreground": 0.5}}, {"evaluate": {"overlap": 0.25}}):
+        with pytest.raises(StudyInvalid, match="a plan makes none of pictures without spacing"):
+            parse(Study, {"name": "s", "plan": "federated", "modality": modality, **told}, "study.toml")
+        assert parse(Study, {"name": "s", "plan": "federated", **told}, "study.toml").plan == "federated"
 
 
 def test_the_network_of_a_plan_maps_its_patch_to_a_logit_for_each_label_and_lists_each_tensor_once(plan):

@@ -150,9 +150,27 @@ def test_observed_survival_is_the_life_table_of_all_sites():
 def test_curves_of_few_cases_are_withheld_and_pairs_are_not():
     found = survival_counts(*drawn(1, 10), ENDS, 11)
     assert (found.at_risk, found.came, found.predicted_micro) == ((), (), ())
-    assert found.pairs > 0
+    assert (found.pairs > 0, found.told_cases) == (True, 0)
     assert math.isnan(NO_SURVIVAL.value)
     assert as_row(NO_SURVIVAL)["c_index"] is None
+
+
+def test_a_site_that_withholds_its_curves_lowers_nobody_elses():
+    survival = np.array([0.9, 0.8, 0.7])
+    told, shut = (
+        survival_counts(np.tile(survival, (cases, 1)), *drawn(2, cases)[1:], ENDS, smallest_count=10)
+        for cases in (40, 9)
+    )  # fmt: skip
+    whole = merge(told, shut)
+    assert (whole.cases, whole.told_cases) == (49, 40)
+    assert as_row(whole)["curve"] == as_row(told)["curve"]
+    assert as_row(whole)["curve"]["predicted"] == survival.tolist()
+
+
+def test_curves_of_earlier_versions_are_of_all_their_cases():
+    sound = survival_counts(*drawn(1, 10), ENDS)
+    earlier = {name: value for name, value in asdict(sound).items() if name != "told_cases"}
+    assert parse_json(SurvivalCounts, json.dumps(earlier), "here") == sound
 
 
 def test_the_answer_of_a_case_is_a_product_of_what_its_hazards_leave():
@@ -168,6 +186,7 @@ def test_the_answer_of_a_case_is_a_product_of_what_its_hazards_leave():
     [
         {"events": 11}, {"pairs": 46}, {"wins": 1000}, {"square_micro": [10**9] * 3}, {"came": [9, 9, 9]},
         {"at_risk": [11, 1, 1]}, {"at_risk": [1]}, {"predicted_micro": [10**8] * 3}, {"cases": -1}, {"measure": "dice"},
+        {"told_cases": 11}, {"told_cases": 1}, {"predicted_micro": [], "at_risk": [], "came": []},
     ],
 )  # fmt: skip
 def test_counts_that_no_cases_can_give_are_refused(change):

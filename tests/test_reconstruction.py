@@ -71,6 +71,22 @@ def test_squares_at_the_end_of_an_edge_may_be_cut_and_volumes_have_cubes():
     assert set(np.unique(truth[:, 2])) == {0, 1}
 
 
+def test_of_a_small_grid_of_squares_one_stays_visible_and_the_image_can_be_scored():
+    """Four squares, of which 0.8 rounded up are all."""
+    task = replace(TASK, mask_share=0.8, mask_size=16)
+    _, truth = hidden(images(20), task, np.random.default_rng(0))
+    assert (truth[:, 1] > 0).mean(axis=(1, 2)).tolist() == [0.75] * 20
+    cases = (CaseAnswer(truth[n : n + 1, :1], truth[n : n + 1]) for n in range(20))
+    assert functions_of(task).scores(cases, 0.5, 1)["image"].value == 1.0
+
+
+@pytest.mark.parametrize(("size", "mask_size"), [((32, 32), 32), ((32, 32), 64), ((32, 16), 32)])
+def test_an_image_of_a_single_square_is_refused(size, mask_size):
+    with pytest.raises(ValueError, match=rf"task.mask_size is {mask_size}, and preprocess.size .* is one square of it"):
+        replace(STUDY, task=replace(TASK, mask_size=mask_size), preprocess=Preprocess(size=size))
+    assert replace(STUDY, task=replace(TASK, mask_size=mask_size), preprocess=Preprocess(size=(2 * mask_size, 32)))
+
+
 def test_the_error_counts_only_where_the_image_was_hidden():
     image = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
     where = torch.tensor([[[[0.0, 1.0], [1.0, 0.0]]]])

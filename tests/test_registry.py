@@ -548,8 +548,13 @@ def like_lung(hospitals: Hospitals, to: Path, study: Study, plan: Plan | None = 
     return RunFolder(to)
 
 
-def test_a_run_whose_sites_remember_it_begins_from_the_start(hospitals, tmp_path):
-    study = replace(STUDY, train=replace(STUDY.train, moon_mu=1.0))
+@pytest.mark.parametrize(
+    "change",
+    [{"train": replace(STUDY.train, moon_mu=1.0)}, {"protect": Protect(compression="int8")}],
+    ids=["another model", "what compression left over"],
+)
+def test_a_run_whose_sites_remember_it_begins_from_the_start(hospitals, tmp_path, change):
+    study = replace(STUDY, **change)
     number, why = begin_from(like_lung(hospitals, tmp_path / "run", study), ["east"], {})
     assert number == 0
     assert "remember" in why

@@ -157,7 +157,8 @@ def test_classes_and_survival_add_up_and_what_all_withhold_stays_withheld():
     one = SurvivalCounts(cases=4, events=2, wins=5, pairs=4, square_micro=(10, 20), predicted_micro=(3, 4),
                          at_risk=(4, 2), came=(1, 1))  # fmt: skip
     two = SurvivalCounts(cases=2, events=1, wins=1, pairs=1, square_micro=(1, 2))
-    for pair in ([one, two], [two, two]):
+    doomed = SurvivalCounts(cases=3, square_micro=(3, 3), predicted_micro=(0, 0), at_risk=(0, 0), came=(0, 0))
+    for pair in ([one, two], [two, two], [doomed, two]):
         parts = [counts_of(lives, True, True, (), {lives.task.answers[0]: score}, {}) for score in pair]
         made = told_in(lives, True, True, summed(lives, parts))
         assert made.scores[lives.task.answers[0]] == together(pair)

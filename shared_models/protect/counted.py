@@ -168,7 +168,7 @@ def _score(task: Task, sums: Mapping[tuple[str, Place], int]) -> Score:
     if task.kind == "classification":
         return ClassCounts(**_withheld(ClassCounts, whole), specificity=task.specificity)
     if task.kind == "prognosis":
-        return SurvivalCounts(**_withheld(SurvivalCounts, whole))
+        return SurvivalCounts(**(whole if whole["told_cases"] else _withheld(SurvivalCounts, whole)))
     if task.kind == "reconstruction":
         return RestoredCounts(**whole)
     if task.kind == "detection":  # scans without any mark have told their histograms too

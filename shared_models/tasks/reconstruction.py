@@ -29,13 +29,14 @@ def hidden(
     """Images float32[B, C, *size] with squares of `mask_size` hidden, and the truth float32[B, C + 1, *size].
 
     The truth is the image, and 1 where it was hidden. Of each image a share of `mask_share` of the squares is, rounded
-    up; those at the end of an edge may be cut.
+    up, but never all of them; those at the end of an edge may be cut.
     """
     whole = images.astype(np.float32)
     size = whole.shape[2:]
     cells = [-(-edge // task.mask_size) for edge in size]
     count = int(np.prod(cells))
-    chosen = chance.random((len(whole), count)).argsort(axis=1) < np.ceil(task.mask_share * count)
+    most = min(count - 1, int(np.ceil(task.mask_share * count)))
+    chosen = chance.random((len(whole), count)).argsort(axis=1) < most
     where: NDArray[np.float32] = chosen.reshape(-1, 1, *cells).astype(np.float32)
     for axis, edge in enumerate(size, start=2):
         where = np.repeat(where, task.mask_size, axis=axis).take(range(edge), axis=axis)
