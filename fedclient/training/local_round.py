@@ -95,10 +95,13 @@ def train_round(start: Start, batches: Iterable[Batch], loss_of: Loss, further: 
     if study.personal.head_epochs:
         only = sorted({n for n, _ in net.named_parameters()} - nets.head_names(net))
     pulls = [*_pulls(start), *further]  # MOON's first: it looks at what the network has just seen
-    fitted = fit(
-        net, batches, loss_of, train, device, pulls=pulls, correct=correct, only=only, beside=beside,
-        rates=start.rates, moments=moments,
-    )  # fmt: skip
+    if only is not None and start.rates is not None and not any(start.rates[name] for name in only):
+        fitted = Fitted(sum(1 for _ in batches), ())  # the head is trained already, and steps are told by the batches
+    else:
+        fitted = fit(
+            net, batches, loss_of, train, device, pulls=pulls, correct=correct, only=only, beside=beside,
+            rates=start.rates, moments=moments,
+        )  # fmt: skip
     trained = nets.arrays_of(net)
     sent: dict[str, Array] = {name: received[name] if name in start.stay else trained[name] for name in received}
     kept = filed({name: trained[name] for name in start.stay}, LOCAL)
