@@ -22,7 +22,6 @@ from shared_models.tasks.functions import Loss
 
 log = logging.getLogger("fedclient")
 Cast: TypeAlias = Callable[[], AbstractContextManager[Any]]
-Scale: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(slots=True)
@@ -69,21 +68,19 @@ def gradients(
     pulls: Sequence[Pull] = (),
     parts: int = 1,
     cast: Cast,
-    scale: Scale = lambda loss: loss,
 ) -> Tensor:
     """Adds the gradient of the loss of a batch to what the parameters of `net` have; returns the loss.
 
     Args:
         pulls: added to the loss: means over the batch, or functions of the weights alone.
         parts: one after the other; 1 is the batch at once.
-        scale: done to the loss before it is carried back.
     """
     if parts == 1:
         with cast():
             loss = loss_of(net(images).float(), truth)
             for pull in pulls:
                 loss = loss + pull(net)
-        scale(loss).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
     pieces = images.tensor_split(parts)
     states, answers = [], []
@@ -95,7 +92,7 @@ def gradients(
     sizes = [len(answer) for answer in answers]
     with cast():
         loss = loss_of(whole, truth)
-    scale(loss).backward()  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]
     assert whole.grad is not None
     told = loss.detach()
     for piece, state, slope, size in zip(pieces, states, torch.split(whole.grad, sizes), sizes, strict=True):
@@ -103,7 +100,7 @@ def gradients(
             answer = net(piece).float()
             share = size / len(whole)
             pulled = [pull(net) * share for pull in pulls]
-        pulling = [scale(pull) for pull in pulled if pull.requires_grad]
+        pulling = [pull for pull in pulled if pull.requires_grad]
         torch.autograd.backward([answer, *pulling], [slope, *(None for _ in pulling)])
         told = told + sum(pull.detach() for pull in pulled)
     return told

@@ -96,16 +96,12 @@ def stepper(
     named = {name: p for name, p in net.named_parameters() if only is None or name in only}
     parameters = [p for p in named.values() if p.requires_grad]
     optimizer = optimizer_of(named, train, rates, moments)
-    scaler = torch.amp.GradScaler(device.type, enabled=_half(train, device) is torch.float16)
     most, numbers = [float(group["lr"]) for group in optimizer.param_groups], count(1)
     room = Room()
 
     def attempt(images: Tensor, masks: Tensor, parts: int) -> Tensor:
         forget()
-        return gradients(
-            net, images, masks, loss_of, pulls=pulls, parts=parts,
-            cast=lambda: autocast(train, device), scale=scaler.scale,
-        )  # fmt: skip
+        return gradients(net, images, masks, loss_of, pulls=pulls, parts=parts, cast=lambda: autocast(train, device))
 
     def forget() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -118,8 +114,6 @@ def stepper(
         if train.sharpness_rho:
             with _at_the_worst_near(parameters, train.sharpness_rho):
                 slopes(images, masks)
-        if train.clip_gradient is not None or correct is not None:
-            scaler.unscale_(optimizer)
         if train.clip_gradient is not None:
             nn.utils.clip_grad_norm_(parameters, train.clip_gradient)
         if correct is not None:
@@ -128,8 +122,7 @@ def stepper(
             share = course(next(numbers))
             for group, rate in zip(optimizer.param_groups, most, strict=True):
                 group["lr"] = rate * share
-        scaler.step(optimizer)
-        scaler.update()
+        optimizer.step()
         return loss
 
     return step
@@ -175,15 +168,12 @@ def scheduled(train: Train, round_number: int, rounds: int) -> Train:
 
 
 def autocast(train: Train, device: torch.device) -> AbstractContextManager[Any]:
-    """Half precision where the study allows and the device has it; float32 elsewhere."""
-    half = _half(train, device)
-    return nullcontext() if half is None else torch.autocast(device.type, half)
-
-
-def _half(train: Train, device: torch.device) -> torch.dtype | None:
+    """bf16 where the study allows and the GPU computes in it; float32 elsewhere."""
     if train.precision == "float32" or device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return nullcontext()
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def freeze(net: nn.Module, rates: Mapping[str, float] | None) -> None:
