@@ -22,7 +22,17 @@ from fedclient.gate.facts import needs_of
 from fedclient.gate.run import check
 from fedclient.site import Data, Site, SiteFile, open_site, site_toml
 from fedclient.training.learner import ImageLearner, sorted_by_label, to_train_on
-from fedclient.training.unlabelled import again, agreement, follow, mixed, nothing, pseudo_labels, worth
+from fedclient.training.trainer import fit
+from fedclient.training.unlabelled import (
+    again,
+    agreement,
+    consistency,
+    follow,
+    mixed,
+    nothing,
+    pseudo_labels,
+    worth,
+)
 from fedclient.training.worklist import greedy
 from shared_models import nets
 from shared_models.errors import StudyInvalid
@@ -38,6 +48,8 @@ from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, carry_out, federation, jobs, node_configs, simulate
 from simulations.sources import pooled
 from simulations.vois import RegionPlan, regions
+from tests.test_micro import Narrow
+from tests.test_trainer import toy_batches
 
 AUGMENT = Augment(rotate_deg=10, shift=0.1, gamma=0.2, noise=0.05)
 STUDY = Study(
@@ -293,6 +305,26 @@ def test_a_classification_learns_from_images_without_classes(method, tmp_path):
 
 def keys_of(site: Site, study: Study) -> list[str]:
     return [case.key for case in sorted_by_label(site, study)[0] if case.split == "train"]
+
+
+@pytest.mark.parametrize("method", ["mean_teacher", "pseudo"])
+def test_where_memory_runs_out_as_much_is_learned_of_unlabelled_cases_in_parts(method, data, tmp_path):
+    """One batch of them a step, and one step of the teacher, whatever part of it fits in at once."""
+    site = replace(site_at(data, tmp_path, "north"), hidden=frozenset(keys(data, tmp_path, "north")[1:]))
+    study = replace(STUDY, unlabelled=Unlabelled(method=method, ramp_rounds=0, mix=True))
+    _, unlabelled = to_train_on(site, study)
+    train = replace(study.train, optimizer="sgd", learning_rate=0.5)
+
+    def after(most: int) -> dict[str, np.ndarray]:
+        net = Narrow(nets.network(study), most)
+        chance, task = np.random.default_rng(0), functions_of(study.task)
+        look, pull = consistency(net, unlabelled, study, task, chance, 10.0)
+        fit(net, toy_batches(3, edge=32), task.loss, train, torch.device("cpu"), pulls=[pull], beside=[look])
+        return dict(nets.arrays_of(net.net))
+
+    whole, parts, start = after(4), after(1), nets.initial_weights(study)
+    far = max(float(np.abs(whole[n] - start[n]).max()) for n in whole)
+    assert max(float(np.abs(whole[n] - parts[n]).max()) for n in whole) < 1e-4 * far
 
 
 def test_the_gate_lets_unlabelled_cases_in_where_a_study_learns_from_them(data, tmp_path):

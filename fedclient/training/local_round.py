@@ -24,7 +24,7 @@ from fedclient.training.personal import (
     moving,
     part,
 )
-from fedclient.training.trainer import Fitted, Step, fit
+from fedclient.training.trainer import Fitted, Watch, fit
 from shared_models import nets
 from shared_models.control import control_of, without_control
 from shared_models.control import filed as filed_control
@@ -71,12 +71,23 @@ class Trained:
     variance: float | None
 
 
-def train_round(start: Start, batches: Iterable[Batch], loss_of: Loss, further: Sequence[Pull] = ()) -> Trained:
-    """Trains `start.net` in place on every batch, once, in all the ways that the study combines, and `further` ones."""
+def train_round(
+    start: Start,
+    batches: Iterable[Batch],
+    loss_of: Loss,
+    further: Sequence[Pull] = (),
+    watches: Sequence[Watch] = (),
+) -> Trained:
+    """Trains `start.net` in place on every batch, once, in all the ways that the study combines.
+
+    Args:
+        further: pulls beside those of the study's drift.
+        watches: called for each batch before it is trained on.
+    """
     study, train, net, device, memory = start.study, start.train, start.net, start.device, start.memory
     received, control, own = without_control(start.tensors), control_of(start.tensors), _second(start)
     share = torch.tensor(_share(start), dtype=torch.float64)
-    beside: list[Step] = []
+    beside: list[Watch] = [*watches]
     moments, of_own = (
         Moments(part(memory, prefix)) if train.moments == "kept" else None for prefix in (MOMENTS, MOMENTS_OF_OWN)
     )

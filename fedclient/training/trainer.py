@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedclient.data.dataset import Batch
 from fedclient.training.drift import Correction, Pull, proximal
-from fedclient.training.micro import Room, gradients
+from fedclient.training.micro import Room, gradients, splits
 from fedclient.training.moments import Moments
 from shared_models.study import Train
 from shared_models.tasks.functions import Loss
@@ -32,6 +32,7 @@ class Fitted:
 
 
 Step: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # images, masks -> loss; changes the network that it was made for
+Watch: TypeAlias = Callable[[Tensor, Tensor], object]  # the same of a batch, before `net` learns from it
 Course: TypeAlias = Callable[[int], float]  # number of a step, from 1 -> share of the learning rate
 
 
@@ -48,7 +49,7 @@ def fit(
     rates: Mapping[str, float] | None = None,
     moments: Moments | None = None,
     course: Course | None = None,
-    beside: Sequence[Step] = (),
+    beside: Sequence[Watch] = (),
 ) -> Fitted:
     """Trains `net` in place on every batch, once, with FedProx's pull where `train` has one.
 
@@ -97,7 +98,7 @@ def stepper(
     parameters = [p for p in named.values() if p.requires_grad]
     optimizer = optimizer_of(named, train, rates, moments)
     most, numbers = [float(group["lr"]) for group in optimizer.param_groups], count(1)
-    room = Room()
+    room = Room(splits=splits(net))
 
     def attempt(images: Tensor, masks: Tensor, parts: int) -> Tensor:
         forget()
