@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -406,6 +407,23 @@ def test_where_nothing_is_labelled_the_list_begins_with_the_unsurest():
     order, _ = greedy(np.array([0.2, 0.9, 0.3]), np.array([[0.0], [1.0], [2.0]]), np.zeros((0, 1)), 2)
     assert order[0] == 1
     assert len(order) == 2
+
+
+def test_the_list_of_many_cases_needs_no_memory_for_each_pair_of_them():
+    """Of 600 with 64 features the differences of all pairs would be 200 MB."""
+    features = np.random.default_rng(0).normal(size=(600, 64))
+    tracemalloc.start()
+    try:
+        order, distances = greedy(np.ones(600), features, features[:1], 3)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2e6
+    apart = np.linalg.norm(features[:, None] - features[None], axis=2)
+    first = int(apart[:, 0].argmax())
+    assert order[0] == first
+    whole = np.concatenate([apart, apart[:, :1]], axis=1)
+    assert distances[0] == pytest.approx(apart[first, 0] / whole[whole > 0].mean())
 
 
 def test_a_hospital_lists_its_unlabelled_training_cases_by_the_weights_it_was_sent(data, tmp_path):
