@@ -140,10 +140,10 @@ def test_a_group_of_patients_keeps_its_pairs():
 
 
 def test_groups_are_told_from_eleven_patients_on_and_ages_come_in_bands():
-    ages = ["39"] * 11 + ["41"] * 10 + ["080Y"] * 12 + ["?"]
+    ages = ["39"] * 11 + ["41"] * 10 + ["080Y"] * 12 + ["?"] + ["nan"] * 11 + ["inf"] * 11 + ["-1"] * 11
     cases = [Case(f"k{n}", f"p{n}", (), None, "test", facts={"Age": age, "sex": "F"}) for n, age in enumerate(ages)]
     found = {name: len(places) for name, places in subgroups(cases)}
-    assert found == {"sex F": 34, "age under 40": 11, "age 65 or more": 12}
+    assert found == {"sex F": 67, "age under 40": 11, "age 65 or more": 12}
 
 
 def test_a_score_has_an_interval_over_patients():
