@@ -29,6 +29,7 @@ class Page:
         rows: one for each model: `name`, `here`, `everywhere`, `calibration`, and what `texts` has.
         groups: of patients, likewise, with `group`.
         others: the other sites by name, where they may be named; none at a hospital.
+        label: what was scored; not told where it is empty.
         simulated: there are pooled models and means of all sites, which no hospital has.
     """
 
@@ -41,6 +42,7 @@ class Page:
     rows: Sequence[Mapping[str, Any]]
     groups: Sequence[Mapping[str, Any]]
     others: Sequence[Mapping[str, Any]] = ()
+    label: str = ""
     simulated: bool = False
 
 
