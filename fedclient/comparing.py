@@ -4,6 +4,7 @@ Scores of single cases, and whose they are, stay in the process that calls; see 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from typing import Any, Literal
 
 import numpy as np
@@ -73,6 +74,8 @@ def _group(column: str, value: str) -> str:
     try:
         years = float(value.rstrip("Yy"))
     except ValueError:
+        return ""
+    if not 0 <= years < inf:  # pandas writes nan where it knows none
         return ""
     young, old = AGE_BANDS
     return f"under {young}" if years < young else f"{young} to {old - 1}" if years < old else f"{old} or more"

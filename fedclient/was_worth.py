@@ -104,10 +104,11 @@ def judge(site: Site, asked: Asked, run: str, weights: Path | None, told: Told) 
         first = first_weights(alone, weights)[0]
         mine = train_alone(site, alone, first, alone_folder(folder, alone), ImageLearner(), told)
         models = usable_models(left, alone, mine)
-        rows, scores, order = {}, dict[tuple[Kind, str], list[AnyScores]](), list[str]()
+        rows, scores, order, label = {}, dict[tuple[Kind, str], list[AnyScores]](), list[str](), ""
         for kind, (study, tensors) in models.items():
             counts, of_cases, order = score_cases(site, study, tensors, "test")
-            rows[kind] = row_of(counts[study.task.answers[0]])
+            label = next(iter(counts))  # the first that this site can tell
+            rows[kind] = row_of(counts[label])
             scores[kind, ""] = [of_cases]
         if not order:
             raise StateInvalid(f"{site.data}: no labelled case for test, so nothing can be told. Keep some aside.")
@@ -118,6 +119,7 @@ def judge(site: Site, asked: Asked, run: str, weights: Path | None, told: Told) 
             "study_sha256": asked.sha256,
             "run": left.run,
             "measure": measure_of(left.study.task),
+            "label": label,
             "models": {kind: {**rows[kind], **_told(worth, kind)} for kind in models},
             "groups": groups,
         }
@@ -166,12 +168,14 @@ def page_of(name: str, study: Study, found: Mapping[str, Any]) -> Page:
     ]
     groups = [{**texts(each), "group": each["group"], "name": NAMED[each["kind"]]} for each in found["groups"]]
     row = texts(found["models"][shown])
-    return Page(name, study.title or study.name, found["measure"], 1, row, NAMED[shown], rows, groups)
+    title = study.title or study.name
+    return Page(name, title, found["measure"], 1, row, NAMED[shown], rows, groups, label=found["label"])
 
 
 def in_words(found: Mapping[str, Any]) -> str:
     """For the terminal."""
-    lines = [f"{found['study']}, run {found['run']}: {NAMES[found['measure']]} on this hospital's test patients."]
+    what = f"{NAMES[found['measure']]} of {found['label']}"
+    lines = [f"{found['study']}, run {found['run']}: {what} on this hospital's test patients."]
     for kind, of in found["models"].items():
         told = texts(of)
         less = f"{told['value']} ({told['interval']})  {told['verdict']}" if kind != "local" else ""

@@ -25,8 +25,8 @@ FEWEST_DEFINED = 0.9  # share of the resamples that must have a value
 class CaseScores:
     """One model on a site's cases, in the form in which a resample of them can be scored at once.
 
-    With w how often each of n cases counts the measure is w·top / w·bottom (a mean over cases: float64[n]), or
-    w·top·w / w·bottom·w (over pairs of cases, as AUROC and C-index are: float64[n, n]).
+    With w how often each of n cases counts the measure is w·top / w·bottom (a mean over cases, or a ratio of sums:
+    float64[n]), or w·top·w / w·bottom·w (over pairs of cases, as AUROC and C-index are: float64[n, n]).
     """
 
     top: Floats
@@ -203,7 +203,8 @@ def worst_tenth(scores: Sequence[AnyScores]) -> float | None:
     of_cases = [each for each in scores if isinstance(each, CaseScores) and each.top.ndim == 1 and each.bottom.any()]
     if not scores or len(of_cases) < len(scores):
         return None
-    return float(np.mean([np.quantile(each.top[each.bottom > 0], 0.1) for each in of_cases]))
+    known = [(each.top[each.bottom > 0], each.bottom[each.bottom > 0]) for each in of_cases]
+    return float(np.mean([np.quantile(top / bottom, 0.1) for top, bottom in known]))
 
 
 def joined(parts: Sequence[AnyScores]) -> AnyScores:

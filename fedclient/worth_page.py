@@ -30,6 +30,7 @@ class Page:
         groups: of patients, likewise, with `group`.
         others: the other sites by name, where they may be named; none at a hospital.
         repeats: how often everything was trained, where it is more than a number of seeds.
+        label: what was scored; not told where it is empty.
         simulated: there are pooled models and means of all sites, which no hospital has.
     """
 
@@ -43,6 +44,7 @@ class Page:
     groups: Sequence[Mapping[str, Any]]
     others: Sequence[Mapping[str, Any]] = ()
     repeats: str = ""
+    label: str = ""
     simulated: bool = False
 
 

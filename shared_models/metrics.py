@@ -6,7 +6,7 @@ the counts.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import sqrt
 from typing import Annotated, Any, Literal
@@ -116,6 +116,14 @@ def counts(scores: Iterable[float | None], smallest_count: int = 1, surface: Sur
         histogram=histogram if known.size >= smallest_count else (),
         surface=surface,
     )
+
+
+def withheld(of: DiceCounts, smallest_count: int) -> DiceCounts:
+    """`of`, with its histograms only where they are of `smallest_count` cases or more."""
+    surface = of.surface
+    if surface is not None and surface.cases < smallest_count:
+        surface = replace(surface, distance=())
+    return replace(of, histogram=of.histogram if of.cases >= smallest_count else (), surface=surface)
 
 
 def as_row(part: DiceCounts) -> dict[str, Any]:

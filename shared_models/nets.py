@@ -4,12 +4,14 @@ No batch statistics but where norm layers stay at their site: they leak what a b
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from math import gcd, log
 from typing import Any
 
 import numpy as np
 import torch
+from monai.networks.layers.simplelayers import SkipConnection
 from monai.networks.nets.basic_unet import BasicUNet
 from monai.networks.nets.densenet import DenseNet121
 from monai.networks.nets.dynunet import DynUNet
@@ -270,22 +272,32 @@ def _hardly_anything(net: nn.Module, labels: int) -> None:
 
 def blocks(net: nn.Module) -> list[tuple[str, ...]]:
     """The parameters of a network by block, from the image to the answer; what holds only norms and biases belongs to
-    the block before it."""
-    found: dict[str, list[str]] = {}
-    flat: dict[str, bool] = {}
-    for name, parameter in net.named_parameters():
-        parts = name.split(".")
-        deep = len(parts) > 2 and (parts[1].isdigit() or parts[0] == "features")
-        block = ".".join(parts[:2]) if deep else parts[0]
-        found.setdefault(block, []).append(name)
-        flat[block] = flat.get(block, True) and parameter.ndim < 2
+    the block before it, and so do the heads of supervised levels, which are made after the head."""
+    left = {id(parameter): name for name, parameter in net.named_parameters()}
     joined: list[tuple[str, ...]] = []
-    for block, names in found.items():
-        if flat[block] and joined:
-            joined[-1] += tuple(names)
-        else:
-            joined.append(tuple(names))
+    for part in _parts(net):
+        found = {name: p for p in part.parameters() if (name := left.pop(id(p), ""))}
+        beside = all(p.ndim < 2 or name.startswith(SUPERVISED) for name, p in found.items())
+        if beside and joined:
+            joined[-1] += tuple(found)
+        elif found:
+            joined.append(tuple(found))
+    assert not left, f"in no block: {list(left.values())}"
     return joined
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Convolutions, norms, residual blocks and the like, in the order of the forward pass."""
+    children = list(module.children())
+    if isinstance(module, SegResNet):  # has its layers registered before its samplings, and runs them in turns
+        ups = chain(*zip(module.up_samples, module.up_layers, strict=True))
+        children = [module.convInit, module.down_layers, *ups, module.conv_final]
+    for child in children:
+        # not what inherits from them, as MONAI's convolutions with their norms do
+        if type(child) in (nn.Sequential, nn.ModuleList, SkipConnection):
+            yield from _parts(child)
+        else:
+            yield child
 
 
 def _tensors(net: nn.Module) -> dict[str, Tensor]:

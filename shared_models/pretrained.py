@@ -98,7 +98,9 @@ def read_tensors(file: Path) -> dict[str, Array]:
     held = held.get("state_dict", held) if isinstance(held, Mapping) else held
     if not isinstance(held, Mapping) or not all(isinstance(t, torch.Tensor) for t in held.values()):
         raise StudyInvalid(f"{file}: is no state_dict. Save `net.state_dict()`.")
-    return {str(name).removeprefix("module."): t.numpy() for name, t in held.items()}
+    # NumPy has no bf16
+    numbers = {name: t.float() if t.is_floating_point() else t for name, t in held.items()}
+    return {str(name).removeprefix("module."): t.detach().numpy() for name, t in numbers.items()}
 
 
 def adopt(found: Mapping[str, Array], initial: Arrays) -> Adoption:

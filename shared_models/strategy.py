@@ -199,3 +199,5 @@ def check_strategy(study: "Study") -> None:
             'model.norm = "batch" needs personal.keep = ["norm"] (FedBN): batch statistics must not leave a site. '
             'Or use "group" or "instance"'
         )
+    if study.plan == "given" and study.model.norm == "none" and "norm" in study.personal.keep:
+        raise ValueError('personal.keep = ["norm"] with model.norm = "none": there is no norm layer that could stay')

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
+from fedclient.training.depth import rates_of
 from shared_models import nets
 from shared_models.errors import StudyInvalid
 from shared_models.model_table import Level
 from shared_models.parse import parse
-from shared_models.study import Model, Preprocess, Study, Task
+from shared_models.study import Model, Preprocess, Study, Task, Transfer
 from shared_models.tasks.chosen import functions_of
 from shared_models.tasks.detection import centre_loss
 from shared_models.tasks.segmentation import dice_bce
@@ -52,6 +53,16 @@ def test_a_network_can_be_copied_between_steps():
 
 def test_the_head_is_that_of_the_answer():
     assert all(name.startswith("output_block.") for name in nets.head_names(nets.network(study(2))))
+
+
+def test_rounds_of_the_head_alone_train_the_layer_that_answers():
+    net = nets.network(study(2))
+    rates = rates_of(net, Transfer("0" * 64, head_rounds=1, rate_decay=0.5), 1)
+    assert rates is not None
+    trained = {name for name, rate in rates.items() if rate}
+    assert nets.head_names(net) <= trained
+    assert all(rates[name] == 1 for name in trained)
+    assert {name.partition(".")[0] for name in trained} == {"output_block", "deep_supervision_heads"}
 
 
 def test_weights_go_in_as_they_came_out():

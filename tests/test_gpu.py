@@ -134,8 +134,8 @@ def test_memory_of_the_gpu_that_runs_out_is_met_by_parts_of_the_batch():
     again = nets.network(STUDY).to(GPU)
     made = Room.__init__
 
-    def seen(self: Room, *given: int) -> None:
-        made(self, *given)
+    def seen(self: Room, **given: bool) -> None:
+        made(self, **given)
         rooms.append(self)
 
     with pytest.MonkeyPatch.context() as patched:

@@ -16,7 +16,7 @@ from fedclient.training.trainer import autocast, fit
 from fedclient.training.windows import logits
 from shared_models.errors import OrderRefused
 from shared_models.nets import arrays_of, network
-from shared_models.study import Model, Preprocess, Train
+from shared_models.study import Model, Personal, Preprocess, Train
 from shared_models.tasks.segmentation import bce, dice_bce
 from tests.test_trainer import CPU, PLAIN, STUDY, toy_batches
 
@@ -122,6 +122,16 @@ def test_a_single_example_that_does_not_fit_is_refused_with_the_keys_to_raise():
     with pytest.raises(OrderRefused, match=r"\[limits\] in site\.toml") as refused:
         after(0)
     assert refused.value.code == "OUT_OF_MEMORY"
+
+
+def test_a_batch_with_batch_norm_is_not_cut_for_its_parts_would_be_normalised_by_themselves(caplog):
+    model, size = replace(STUDY.model, norm="batch"), Preprocess(size=(32, 32))
+    batch = replace(STUDY, model=model, preprocess=size, personal=Personal(keep=("norm",)))
+    assert after(6, study=batch, edge=32)[1].steps == 2, "as long as memory lasts"
+    with pytest.raises(OrderRefused, match=r'over a batch of 6, and with norm = "batch" it cannot be cut') as refused:
+        after(5, study=batch, edge=32)
+    assert refused.value.code == "OUT_OF_MEMORY"
+    assert not caplog.messages, "nobody is told that it goes on"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from shared_models import nets
 from shared_models.errors import WeightsInvalid
+from shared_models.model_table import NORMLESS
 from shared_models.nets import arrays_of, initial_weights, load_arrays, network, schema, unet
-from shared_models.study import Model, Preprocess, Study, Task, Train, load_study, ready_studies
+from shared_models.study import Level, Model, Preprocess, Study, Task, Train, load_study, ready_studies
 from shared_models.weights import Arrays, schema_of, schema_sha256
 
 TINY = Study(name="tiny", model=Model(features=(4, 4, 8, 8, 8, 4), groups=2), preprocess=Preprocess(size=(32, 32)))
@@ -178,3 +180,47 @@ def test_runs_that_begin_at_once_begin_from_the_weights_of_their_own_seeds():
     with ThreadPoolExecutor(12) as pool:
         at_once = list(pool.map(initial_weights, of))
     assert all(same(one, other) for one, other in zip(alone, at_once, strict=True))
+
+
+LEVELS = (Level(8, (1, 1), (3, 3)), *(Level(8, (2, 2), (3, 3)) for _ in range(3)))
+FEATURES = {"residual-unet": (8,) * 5, "segresnet": (8,), "mlp": (8, 4), "attention-mil": (8, 8, 8)}
+
+
+def made(name: str) -> nn.Module:
+    """A network of each kind without memory, its lower levels supervised where it has any."""
+    levels = {"levels": LEVELS, "supervised": 2} if name == "dynunet" else {}
+    norm = "none" if name in NORMLESS else "group"
+    model = Model(name=name, norm=norm, features=FEATURES.get(name, Model().features), **levels)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        return nets.MAKERS[name](model, 8, 2)
+
+
+@pytest.mark.parametrize("name", nets.MAKERS)
+def test_blocks_hold_each_parameter_once_and_end_with_the_head_alone(name):
+    net = made(name)
+    listed = nets.blocks(net)
+    names = [name for block in listed for name in block]
+    assert sorted(names) == sorted(n for n, _ in net.named_parameters())
+    assert {name for name in listed[-1] if not name.startswith(nets.SUPERVISED)} == nets.head_names(net)
+    assert not any(name.startswith(nets.SUPERVISED) for block in listed[:-1] for name in block)
+
+
+@pytest.mark.parametrize("name", nets.MAKERS)
+def test_blocks_come_in_the_order_in_which_an_image_runs_through_them(name):
+    net, run = made(name).eval(), list[str]()
+    for at, module in net.named_modules():
+        if list(module.parameters(recurse=False)):
+            module.register_forward_hook(lambda *_, at=at: run.append(at))
+    net(torch.empty({"mlp": (2, 8), "attention-mil": (2, 1, 7, 8)}.get(name, (2, 8, 64, 64)), device="meta"))
+    first = [min(run.index(name.rpartition(".")[0]) for name in block if not name.startswith(nets.SUPERVISED))
+             for block in nets.blocks(net)]  # fmt: skip
+    assert first == sorted(first)
+
+
+def test_each_residual_block_counts_by_itself_however_deep_it_is_nested():
+    """Five levels: five units down, then a convolution and a unit on each of four ways up."""
+    assert len(nets.blocks(made("residual-unet"))) == 5 + 4 * 2
+    assert (
+        len(nets.blocks(made("segresnet"))) == 1 + (1 + 3 + 3 + 5) + 3 * 2 + 1
+    )  # blocks down 1, 2, 2, 4, halved between
+    assert len(nets.blocks(made("efficientnet-b0"))) == 1 + 16 + 1 + 1

@@ -209,6 +209,18 @@ def test_the_head_of_fedrep_keeps_moments_of_its_own(north, weights):
     assert "moments/step/final_conv.weight" not in memory
 
 
+def test_fedrep_trains_the_head_alone_where_all_the_rest_is_frozen(north, weights):
+    study = replace(personal(keep=("head",), head_epochs=1), transfer=Transfer(sha256="0" * 64, head_rounds=1))
+    learned, memory = LEARNER.learn_on(north, study, 1, weights, {})
+    own = own_weights(weights, memory)
+    assert own is not None
+    assert moved(weights, own) == nets.head_names(nets.network(study))
+    assert not moved(weights, learned.weights)
+    assert learned.steps == LEARNER.learn(north, STUDY, 1, weights).steps, "as many as its examples make"
+    later, _ = LEARNER.learn_on(north, study, 2, weights, memory)
+    assert moved(weights, later.weights) == set(weights) - nets.head_names(nets.network(study))
+
+
 @pytest.mark.parametrize(
     "words", [{"ditto_lambda": 0.1}, {"apfl_alpha": 0.5, "apfl_adaptive": True}, {"fine_tune_steps": 1}]
 )

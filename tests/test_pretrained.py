@@ -143,6 +143,17 @@ def test_a_file_in_torchvisions_layout_loads_with_nothing_missing(tmp_path, kind
     assert schema_of(weights) == schema_of(initial)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_file_of_another_precision_loads_as_float32(tmp_path, dtype):
+    net = nets.MAKERS["resnet18"](STUDY.model, 1, 1).to(dtype)
+    file = tmp_path / "weights.pth"
+    torch.save(dict(net.named_parameters()), file)
+    weights, words = first_weights(pinned(file), file)
+    assert words.startswith("pretrained weights: 62 of 62 tensors loaded")
+    assert {array.dtype for array in weights.values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(weights["fc.weight"], net.fc.weight.detach().float().numpy())  # type: ignore[union-attr, operator]
+
+
 def test_one_picture_in_any_number_of_channels_is_answered_alike():
     rng = np.random.default_rng(0)
     rgb = rng.normal(size=(4, 3, 3, 3)).astype(np.float32)

@@ -158,6 +158,11 @@ def test_what_is_wrong_is_told_with_file_key_what_was_found_and_what_is_allowed(
         ('name = "s"\nmodality = "xray"', '"window" is for modality = "ct", which is "xray"; use "percentile"'),
         ('name = "s"\n[model]\nnorm = "instance"\n[preprocess]\nsize = [16, 16]', "leaves one value at the bottom"),
         ('name = "s"\n[model]\ngroups = 1\nspatial_dims = 3', "2 numbers, model.spatial_dims is 3"),
+        (
+            'name = "s"\n[task]\nkind = "classification"\nlabels = ["a"]\nloss = "bce"\n[model]\nname = "vgg11"\n'
+            'norm = "none"\n[personal]\nkeep = ["norm"]',
+            r'personal.keep = \["norm"\] with model.norm = "none": there is no norm layer that could stay',
+        ),
         (f"name = {'[' * 100_000}", "not TOML"),
     ],
 )

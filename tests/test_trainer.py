@@ -1,6 +1,7 @@
 """The local loop: FedProx's pull, equal seeds and equal weights, a loss that falls."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -230,6 +231,15 @@ def test_on_a_cpu_every_precision_is_float32():
     for precision in ("auto", "float32"):
         with autocast(replace(PLAIN, precision=precision), CPU):
             assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_that_only_emulates_bf16_computes_in_float32(native, monkeypatch):
+    """As one of before 2020 does: PyTorch calls bf16 supported there, and it is slower than float32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype: nullcontext(dtype))
+    with autocast(PLAIN, torch.device("cuda")) as dtype:
+        assert dtype == (torch.bfloat16 if native else None)
 
 
 def test_the_batches_that_are_given_are_left_as_they_are():

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,17 @@ from fedclient.gate.facts import needs_of
 from fedclient.gate.run import check
 from fedclient.site import Data, Site, SiteFile, open_site, site_toml
 from fedclient.training.learner import ImageLearner, sorted_by_label, to_train_on
-from fedclient.training.unlabelled import again, agreement, follow, mixed, nothing, pseudo_labels, worth
+from fedclient.training.trainer import fit
+from fedclient.training.unlabelled import (
+    again,
+    agreement,
+    consistency,
+    follow,
+    mixed,
+    nothing,
+    pseudo_labels,
+    worth,
+)
 from fedclient.training.worklist import greedy
 from shared_models import nets
 from shared_models.errors import StudyInvalid
@@ -38,6 +49,8 @@ from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, carry_out, federation, jobs, node_configs, simulate
 from simulations.sources import pooled
 from simulations.vois import RegionPlan, regions
+from tests.test_micro import Narrow
+from tests.test_trainer import toy_batches
 
 AUGMENT = Augment(rotate_deg=10, shift=0.1, gamma=0.2, noise=0.05)
 STUDY = Study(
@@ -295,6 +308,26 @@ def keys_of(site: Site, study: Study) -> list[str]:
     return [case.key for case in sorted_by_label(site, study)[0] if case.split == "train"]
 
 
+@pytest.mark.parametrize("method", ["mean_teacher", "pseudo"])
+def test_where_memory_runs_out_as_much_is_learned_of_unlabelled_cases_in_parts(method, data, tmp_path):
+    """One batch of them a step, and one step of the teacher, whatever part of it fits in at once."""
+    site = replace(site_at(data, tmp_path, "north"), hidden=frozenset(keys(data, tmp_path, "north")[1:]))
+    study = replace(STUDY, unlabelled=Unlabelled(method=method, ramp_rounds=0, mix=True))
+    _, unlabelled = to_train_on(site, study)
+    train = replace(study.train, optimizer="sgd", learning_rate=0.5)
+
+    def after(most: int) -> dict[str, np.ndarray]:
+        net = Narrow(nets.network(study), most)
+        chance, task = np.random.default_rng(0), functions_of(study.task)
+        look, pull = consistency(net, unlabelled, study, task, chance, 10.0)
+        fit(net, toy_batches(3, edge=32), task.loss, train, torch.device("cpu"), pulls=[pull], beside=[look])
+        return dict(nets.arrays_of(net.net))
+
+    whole, parts, start = after(4), after(1), nets.initial_weights(study)
+    far = max(float(np.abs(whole[n] - start[n]).max()) for n in whole)
+    assert max(float(np.abs(whole[n] - parts[n]).max()) for n in whole) < 1e-4 * far
+
+
 def test_the_gate_lets_unlabelled_cases_in_where_a_study_learns_from_them(data, tmp_path):
     site = site_at(without_labels(data, tmp_path / "bare"), tmp_path / "work", "south")
     plain = needs_of(replace(STUDY, unlabelled=Unlabelled()))
@@ -374,6 +407,23 @@ def test_where_nothing_is_labelled_the_list_begins_with_the_unsurest():
     order, _ = greedy(np.array([0.2, 0.9, 0.3]), np.array([[0.0], [1.0], [2.0]]), np.zeros((0, 1)), 2)
     assert order[0] == 1
     assert len(order) == 2
+
+
+def test_the_list_of_many_cases_needs_no_memory_for_each_pair_of_them():
+    """Of 600 with 64 features the differences of all pairs would be 200 MB."""
+    features = np.random.default_rng(0).normal(size=(600, 64))
+    tracemalloc.start()
+    try:
+        order, distances = greedy(np.ones(600), features, features[:1], 3)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2e6
+    apart = np.linalg.norm(features[:, None] - features[None], axis=2)
+    first = int(apart[:, 0].argmax())
+    assert order[0] == first
+    whole = np.concatenate([apart, apart[:, :1]], axis=1)
+    assert distances[0] == pytest.approx(apart[first, 0] / whole[whole > 0].mean())
 
 
 def test_a_hospital_lists_its_unlabelled_training_cases_by_the_weights_it_was_sent(data, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedclient import egress
+from fedclient import egress, was_worth
 from fedclient.alone import plain_study, train_alone
 from fedclient.cli import app
 from fedclient.client import client_app
@@ -25,7 +25,7 @@ from fedserver.checkpoint import RunFolder, read_state
 from shared_models.errors import OrderRefused, StateInvalid
 from shared_models.files import read_json
 from shared_models.nets import initial_weights
-from shared_models.study import Model, Personal, Preprocess, Rounds, Study, Train, sha256
+from shared_models.study import Model, Personal, Preprocess, Rounds, Study, Task, Train, sha256
 from shared_models.weights import Arrays, load
 from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, carry_out, jobs, node_configs
@@ -227,7 +227,7 @@ def test_a_harmed_hospital_and_a_harmed_group_are_flagged_in_words_and_on_the_pa
     harmed = {"value": -0.05, "low": -0.08, "high": -0.02, "patients": 20, "verdict": "harmed", "worst_tenth": 0.5}
     own = {"measure": "dice", "dice": 0.9, "here": {"low": 0.85, "high": 0.95}, "worst_tenth": 0.6}
     found = {
-        "study": "tiny", "run": "tiny-1", "measure": "dice", "answer": "No: worse off.",
+        "study": "tiny", "run": "tiny-1", "measure": "dice", "label": "lung", "answer": "No: worse off.",
         "models": {"local": own, "federated": {**own, "dice": 0.85, **harmed}},
         "groups": [{"kind": "federated", "group": "sex F", **harmed}],
     }  # fmt: skip
@@ -235,6 +235,17 @@ def test_a_harmed_hospital_and_a_harmed_group_are_flagged_in_words_and_on_the_pa
     assert page.count('class="flag"') == 3, "the answer, the model and the group"
     assert "Keep your own model." in page
     assert "Harmed groups of patients: sex F by the federation's." in in_words(found)
+
+
+def test_a_site_that_labels_a_part_is_judged_by_what_it_can_tell(hospitals, monkeypatch):
+    study = replace(STUDY, task=Task(labels=("lung", "nodule")), personal=Personal())
+    left = Left("tiny-1", study, initial_weights(study), None)
+    monkeypatch.setattr(was_worth, "left_of", lambda *_: left)  # as if a run of that study were finished
+    here = replace(hospitals.site("valley-clinic"), labelled=("nodule",))
+    found, page = was_worth.judge(here, find_asked(here, "tiny"), "", None, lambda *_: None)
+    assert found["label"] == "nodule"
+    assert {of["cases"] + of["empty"] for of in found["models"].values()} == {6}
+    assert "Figures are Dice of nodule on this hospital" in page.read_text()
 
 
 def test_of_another_plan_the_hospital_s_own_model_is_another(tmp_path):

@@ -8,8 +8,19 @@ from hypothesis import strategies as st
 from fedclient.comparing import subgroups, told
 from fedclient.data.cases import Case
 from fedclient.training.case_scores import scored
-from fedclient.worth import CaseScores, difference, interval, mean_scores, measure, part_of, ranked_scores, worst_tenth
+from fedclient.worth import (
+    AnyScores,
+    CaseScores,
+    difference,
+    interval,
+    mean_scores,
+    measure,
+    part_of,
+    ranked_scores,
+    worst_tenth,
+)
 from shared_models.class_counts import class_counts
+from shared_models.metrics import DiceCounts
 from shared_models.survival_counts import pairs_of
 from shared_models.task_table import Task
 from shared_models.tasks.chosen import functions_of
@@ -50,6 +61,40 @@ def test_counts_that_leave_and_scores_that_stay_are_of_the_same_cases():
     assert counts["lung"] == functions_of(task).scores(chest([1.0, 2 / 3]), 0.5, 1)["lung"]
     assert isinstance(cases, CaseScores)
     np.testing.assert_allclose(cases.top, [1.0, 2 / 3], atol=1e-6)
+
+
+@pytest.mark.parametrize("smallest", [1, 3, 4])
+def test_histograms_of_cases_scored_one_by_one_leave_where_they_would_of_all(smallest):
+    task, cases = Task(labels=("lung",)), [1.0, 2 / 3, 0.5]
+    counts, _ = scored(task, functions_of(task), iter(chest(cases)), 0.5, smallest)
+    assert counts == functions_of(task).scores(chest(cases), 0.5, smallest)
+    (lung,) = counts.values()
+    assert isinstance(lung, DiceCounts)
+    assert sum(lung.histogram) == (3 if smallest <= 3 else 0)
+
+
+def test_surfaces_of_cases_scored_one_by_one_are_those_of_all():
+    task = Task(labels=("lung",), tolerance_mm=1.0)
+    cases = [case._replace(spacing_mm=(1.0, 1.0)) for case in chest([1.0, 0.5])]
+    for smallest in (1, 3):
+        whole = functions_of(task).scores(cases, 0.5, smallest)
+        assert scored(task, functions_of(task), iter(cases), 0.5, smallest)[0] == whole
+
+
+def test_of_what_is_restored_a_resample_is_scored_as_all_cases_are():
+    """Off by 1 of 10 and by 1 of 1: 2 of 11 are left of the error, and not the mean of a tenth and all."""
+    task = Task(kind="reconstruction", labels=("image",), loss="masked_l1")
+    where = np.array([[[[0.0, 1.0]]]])
+    answers = [CaseAnswer(np.full((1, 1, 1, 2), far - 1.0), np.concatenate([np.array([[[[0.0, far]]]]), where], axis=1))
+               for far in (10.0, 1.0)]  # fmt: skip
+    counts, cases = scored(task, functions_of(task), iter(answers), 0.5, 1)
+    assert measure(cases, np.ones((1, 2)))[0] == pytest.approx(counts["image"].value) == pytest.approx(9 / 11)
+    assert worth_of_each(cases) == pytest.approx([0.9, 0.0])
+    assert worst_tenth([cases]) == pytest.approx(0.09)
+
+
+def worth_of_each(cases: AnyScores) -> list[float]:
+    return [float(measure(cases, row[None])[0]) for row in np.eye(2)]
 
 
 def test_the_c_index_of_all_cases_is_that_of_the_counts():
@@ -140,10 +185,10 @@ def test_a_group_of_patients_keeps_its_pairs():
 
 
 def test_groups_are_told_from_eleven_patients_on_and_ages_come_in_bands():
-    ages = ["39"] * 11 + ["41"] * 10 + ["080Y"] * 12 + ["?"]
+    ages = ["39"] * 11 + ["41"] * 10 + ["080Y"] * 12 + ["?"] + ["nan"] * 11 + ["inf"] * 11 + ["-1"] * 11
     cases = [Case(f"k{n}", f"p{n}", (), None, "test", facts={"Age": age, "sex": "F"}) for n, age in enumerate(ages)]
     found = {name: len(places) for name, places in subgroups(cases)}
-    assert found == {"sex F": 34, "age under 40": 11, "age 65 or more": 12}
+    assert found == {"sex F": 67, "age under 40": 11, "age 65 or more": 12}
 
 
 def test_a_score_has_an_interval_over_patients():

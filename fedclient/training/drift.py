@@ -5,7 +5,8 @@ Each is a function of a network that is made once for a round; any of them go to
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -14,8 +15,25 @@ from torch.nn import functional as F
 
 from shared_models.weights import Array, Arrays
 
-Pull: TypeAlias = Callable[[nn.Module], Tensor]  # what is added to the loss of the batch that the network has just seen
 Correction: TypeAlias = Callable[[nn.Module], None]  # changes the gradients in place
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Part `number`, from 0, of a batch that is cut into `of`; `share` of its examples are in it."""
+
+    number: int = 0
+    of: int = 1
+    share: float = 1.0
+
+
+WHOLE = Part()
+
+
+class Pull(Protocol):
+    """What is added to the loss of the batch that the network has just seen: of its parts, what adds up to that."""
+
+    def __call__(self, net: nn.Module, part: Part = WHOLE, /) -> Tensor: ...
 
 
 def proximal(net: nn.Module, mu: float, towards: Sequence[Tensor] | None = None) -> Pull:
@@ -25,12 +43,12 @@ def proximal(net: nn.Module, mu: float, towards: Sequence[Tensor] | None = None)
         towards: the parameters that it pulls to; those that `net` has now, unless they are given.
     """
     if mu == 0:
-        return lambda _: torch.zeros((), device=next(net.parameters()).device)
+        return lambda _, part=WHOLE: torch.zeros((), device=next(net.parameters()).device)
     received = [p.detach().clone() for p in (net.parameters() if towards is None else towards)]
 
-    def pull(trained: nn.Module) -> Tensor:
+    def pull(trained: nn.Module, part: Part = WHOLE) -> Tensor:
         squares = [((p - r) ** 2).sum() for p, r in zip(trained.parameters(), received, strict=True)]
-        return 0.5 * mu * torch.stack(squares).sum()
+        return part.share * 0.5 * mu * torch.stack(squares).sum()
 
     return pull
 
@@ -54,13 +72,13 @@ def contrast(
         layer.register_forward_hook(lambda _, __, out, who=who: seen.__setitem__(who, out.flatten(2).mean(2).float()))
     previous.eval()
 
-    def pull(_: nn.Module) -> Tensor:
+    def pull(_: nn.Module, part: Part = WHOLE) -> Tensor:
         with torch.no_grad():
             received(seen["images"])
             previous(seen["images"])
         near = F.cosine_similarity(seen["now"], seen["global"]) / temperature
         far = F.cosine_similarity(seen["now"], seen["last"]) / temperature
-        return mu * F.softplus(far - near).mean()  # -log(e^near / (e^near + e^far))
+        return part.share * mu * F.softplus(far - near).mean()  # -log(e^near / (e^near + e^far))
 
     return pull
 

@@ -85,11 +85,12 @@ class ImageLearner:
         batches = drawn(site, cases, study, device, rng(*words, "batches"), epochs, steps)
         rates = rates_of(net, study.transfer, round_number)
         start = Start(study, train, device, net, weights, memory, stay, rates)
-        task, further = functions_of(study.task, site.labelled), []
+        task, further, watches = functions_of(study.task, site.labelled), [], []
         if len(unlabelled):
             weight = study.unlabelled.weight * study.unlabelled.ramp(round_number)
-            further.append(consistency(net, unlabelled, study, task, rng(*words, "unlabelled"), weight))
-        done = train_round(start, batches, task.loss if len(labelled) else nothing, further)
+            look, pull = consistency(net, unlabelled, study, task, rng(*words, "unlabelled"), weight)
+            further, watches = [pull], [look]
+        done = train_round(start, batches, task.loss if len(labelled) else nothing, further, watches)
         fitted = done.fitted
         examples = worth(len(labelled), len(unlabelled), study, round_number)
         learned = Learned(done.tensors, examples, fitted.steps, fitted.losses, str(device), done.variance)

@@ -24,7 +24,7 @@ from fedclient.training.personal import (
     moving,
     part,
 )
-from fedclient.training.trainer import Fitted, Step, fit
+from fedclient.training.trainer import Fitted, Watch, fit
 from shared_models import nets
 from shared_models.control import control_of, without_control
 from shared_models.control import filed as filed_control
@@ -71,12 +71,23 @@ class Trained:
     variance: float | None
 
 
-def train_round(start: Start, batches: Iterable[Batch], loss_of: Loss, further: Sequence[Pull] = ()) -> Trained:
-    """Trains `start.net` in place on every batch, once, in all the ways that the study combines, and `further` ones."""
+def train_round(
+    start: Start,
+    batches: Iterable[Batch],
+    loss_of: Loss,
+    further: Sequence[Pull] = (),
+    watches: Sequence[Watch] = (),
+) -> Trained:
+    """Trains `start.net` in place on every batch, once, in all the ways that the study combines.
+
+    Args:
+        further: pulls beside those of the study's drift.
+        watches: called for each batch before it is trained on.
+    """
     study, train, net, device, memory = start.study, start.train, start.net, start.device, start.memory
     received, control, own = without_control(start.tensors), control_of(start.tensors), _second(start)
     share = torch.tensor(_share(start), dtype=torch.float64)
-    beside: list[Step] = []
+    beside: list[Watch] = [*watches]
     moments, of_own = (
         Moments(part(memory, prefix)) if train.moments == "kept" else None for prefix in (MOMENTS, MOMENTS_OF_OWN)
     )
@@ -95,10 +106,13 @@ def train_round(start: Start, batches: Iterable[Batch], loss_of: Loss, further: 
     if study.personal.head_epochs:
         only = sorted({n for n, _ in net.named_parameters()} - nets.head_names(net))
     pulls = [*_pulls(start), *further]  # MOON's first: it looks at what the network has just seen
-    fitted = fit(
-        net, batches, loss_of, train, device, pulls=pulls, correct=correct, only=only, beside=beside,
-        rates=start.rates, moments=moments,
-    )  # fmt: skip
+    if only is not None and start.rates is not None and not any(start.rates[name] for name in only):
+        fitted = Fitted(sum(1 for _ in batches), ())  # the head is trained already, and steps are told by the batches
+    else:
+        fitted = fit(
+            net, batches, loss_of, train, device, pulls=pulls, correct=correct, only=only, beside=beside,
+            rates=start.rates, moments=moments,
+        )  # fmt: skip
     trained = nets.arrays_of(net)
     sent: dict[str, Array] = {name: received[name] if name in start.stay else trained[name] for name in received}
     kept = filed({name: trained[name] for name in start.stay}, LOCAL)

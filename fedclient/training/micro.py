@@ -3,7 +3,8 @@
 A loss need not be a mean over examples (Dice over a batch, ignored voxels, pairs of patients). So the parts are first
 run forward without their gradients, the loss and its slope by the answers are taken of the whole batch, and then each
 part is run again and carries its share of that slope back (Gao et al. 2021, section 3.2). The network must treat
-examples by themselves, as with GroupNorm and InstanceNorm; what dropout draws for a part is drawn alike both times.
+examples by themselves, as with GroupNorm and InstanceNorm; with BatchNorm it would learn something else, and memory
+that runs out ends the round. What dropout draws for a part is drawn alike both times.
 """
 
 import logging
@@ -16,20 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from fedclient.training.device import free_memory, is_out_of_memory
-from fedclient.training.drift import Pull
+from fedclient.training.drift import Part, Pull
 from shared_models.errors import OrderRefused
 from shared_models.tasks.functions import Loss
 
 log = logging.getLogger("fedclient")
 Cast: TypeAlias = Callable[[], AbstractContextManager[Any]]
-Scale: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(slots=True)
 class Room:
-    """Into how many parts a batch is cut; grows when memory runs out, and stays so for the round."""
+    """Into how many parts a batch is cut; grows when memory runs out, and stays so for the round.
+
+    Attributes:
+        splits: whether it may be cut; see `splits`.
+    """
 
     parts: int = 1
+    splits: bool = True
 
     def within(self, size: int, attempt: Callable[[int], Tensor], forget: Callable[[], None]) -> Tensor:
         """The answer of `attempt` for as few parts as memory allows.
@@ -39,7 +44,7 @@ class Room:
             forget: undoes what an attempt that failed has left.
 
         Raises:
-            OrderRefused: `OUT_OF_MEMORY`: not even one example fits in.
+            OrderRefused: `OUT_OF_MEMORY`: not even one example fits in, or a batch does not that must stay whole.
         """
         while True:
             try:
@@ -50,14 +55,25 @@ class Room:
             # not in the handler: the error holds the frames of the attempt, and they hold its tensors
             forget()
             free_memory()
+            remedy = "End other programs, raise memory_gib or gpu_memory_share under [limits] in site.toml, or ask for"
             if self.parts >= size:
                 raise OrderRefused(
                     "OUT_OF_MEMORY",
-                    "memory ran out over a single example. End other programs, raise memory_gib or gpu_memory_share "
-                    "under [limits] in site.toml, or ask for a study with smaller patches.",
+                    f"memory ran out over a single example. {remedy} a study with smaller patches.",
+                )
+            if not self.splits:
+                raise OrderRefused(
+                    "OUT_OF_MEMORY",
+                    f'memory ran out over a batch of {size}, and with norm = "batch" it cannot be cut into parts: each '
+                    f"would be normalised by itself. {remedy} a study with smaller batches, or another norm.",
                 )
             self.parts = min(size, 2 * self.parts)
             log.warning("memory ran out; a batch of %d goes on in %d parts, with the same result", size, self.parts)
+
+
+def splits(net: nn.Module) -> bool:
+    """Whether a batch may be cut: not where a norm takes its statistics of the whole of it."""
+    return not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
 
 
 def gradients(
@@ -69,21 +85,19 @@ def gradients(
     pulls: Sequence[Pull] = (),
     parts: int = 1,
     cast: Cast,
-    scale: Scale = lambda loss: loss,
 ) -> Tensor:
     """Adds the gradient of the loss of a batch to what the parameters of `net` have; returns the loss.
 
     Args:
-        pulls: added to the loss: means over the batch, or functions of the weights alone.
+        pulls: added to the loss.
         parts: one after the other; 1 is the batch at once.
-        scale: done to the loss before it is carried back.
     """
     if parts == 1:
         with cast():
             loss = loss_of(net(images).float(), truth)
             for pull in pulls:
                 loss = loss + pull(net)
-        scale(loss).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
     pieces = images.tensor_split(parts)
     states, answers = [], []
@@ -95,15 +109,15 @@ def gradients(
     sizes = [len(answer) for answer in answers]
     with cast():
         loss = loss_of(whole, truth)
-    scale(loss).backward()  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]
     assert whole.grad is not None
     told = loss.detach()
-    for piece, state, slope, size in zip(pieces, states, torch.split(whole.grad, sizes), sizes, strict=True):
+    slopes = torch.split(whole.grad, sizes)
+    for number, (piece, state, slope) in enumerate(zip(pieces, states, slopes, strict=True)):
         with _drawing_again(state, images.device), cast():
             answer = net(piece).float()
-            share = size / len(whole)
-            pulled = [pull(net) * share for pull in pulls]
-        pulling = [scale(pull) for pull in pulled if pull.requires_grad]
+            pulled = [pull(net, Part(number, parts, len(piece) / len(images))) for pull in pulls]
+        pulling = [pull for pull in pulled if pull.requires_grad]
         torch.autograd.backward([answer, *pulling], [slope, *(None for _ in pulling)])
         told = told + sum(pull.detach() for pull in pulled)
     return told

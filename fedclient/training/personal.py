@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedclient.training.drift import proximal
-from fedclient.training.micro import Room, gradients
+from fedclient.training.micro import Room, gradients, splits
 from fedclient.training.moments import Moments
 from fedclient.training.trainer import Step, autocast, freeze, optimizer_of, stepper
 from shared_models import nets
@@ -87,7 +87,8 @@ def mixing(
     freeze(own, rates)
     mixed = copy.deepcopy(own)
     triples = list(zip(mixed.parameters(), own.parameters(), net.parameters(), strict=True))
-    optimizer, room = optimizer_of(dict(own.named_parameters()), train, rates, moments), Room()
+    optimizer = optimizer_of(dict(own.named_parameters()), train, rates, moments)
+    room = Room(splits=splits(mixed))
 
     def attempt(images: Tensor, masks: Tensor, parts: int) -> Tensor:
         return gradients(mixed, images, masks, loss_of, parts=parts, cast=lambda: autocast(train, device))

@@ -17,7 +17,7 @@ from shared_models.weights import Arrays
 def score_cases(
     site: Site, study: Study, weights: Arrays, split: str
 ) -> tuple[Mapping[str, Score], AnyScores, list[str]]:
-    """Counts by answer, the first answer's scores case by case, and the keys of the cases."""
+    """Counts by answer that the site can tell, the scores of the first of them case by case, and the cases' keys."""
     device = device_of(site)
     settle(site, study, 0)
     net = nets.network(study)

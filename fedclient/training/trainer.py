@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedclient.data.dataset import Batch
 from fedclient.training.drift import Correction, Pull, proximal
-from fedclient.training.micro import Room, gradients
+from fedclient.training.micro import Room, gradients, splits
 from fedclient.training.moments import Moments
 from shared_models.study import Train
 from shared_models.tasks.functions import Loss
@@ -32,6 +32,7 @@ class Fitted:
 
 
 Step: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # images, masks -> loss; changes the network that it was made for
+Watch: TypeAlias = Callable[[Tensor, Tensor], object]  # the same of a batch, before `net` learns from it
 Course: TypeAlias = Callable[[int], float]  # number of a step, from 1 -> share of the learning rate
 
 
@@ -48,7 +49,7 @@ def fit(
     rates: Mapping[str, float] | None = None,
     moments: Moments | None = None,
     course: Course | None = None,
-    beside: Sequence[Step] = (),
+    beside: Sequence[Watch] = (),
 ) -> Fitted:
     """Trains `net` in place on every batch, once, with FedProx's pull where `train` has one.
 
@@ -96,16 +97,12 @@ def stepper(
     named = {name: p for name, p in net.named_parameters() if only is None or name in only}
     parameters = [p for p in named.values() if p.requires_grad]
     optimizer = optimizer_of(named, train, rates, moments)
-    scaler = torch.amp.GradScaler(device.type, enabled=_half(train, device) is torch.float16)
     most, numbers = [float(group["lr"]) for group in optimizer.param_groups], count(1)
-    room = Room()
+    room = Room(splits=splits(net))
 
     def attempt(images: Tensor, masks: Tensor, parts: int) -> Tensor:
         forget()
-        return gradients(
-            net, images, masks, loss_of, pulls=pulls, parts=parts,
-            cast=lambda: autocast(train, device), scale=scaler.scale,
-        )  # fmt: skip
+        return gradients(net, images, masks, loss_of, pulls=pulls, parts=parts, cast=lambda: autocast(train, device))
 
     def forget() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -118,8 +115,6 @@ def stepper(
         if train.sharpness_rho:
             with _at_the_worst_near(parameters, train.sharpness_rho):
                 slopes(images, masks)
-        if train.clip_gradient is not None or correct is not None:
-            scaler.unscale_(optimizer)
         if train.clip_gradient is not None:
             nn.utils.clip_grad_norm_(parameters, train.clip_gradient)
         if correct is not None:
@@ -128,8 +123,7 @@ def stepper(
             share = course(next(numbers))
             for group, rate in zip(optimizer.param_groups, most, strict=True):
                 group["lr"] = rate * share
-        scaler.step(optimizer)
-        scaler.update()
+        optimizer.step()
         return loss
 
     return step
@@ -175,15 +169,12 @@ def scheduled(train: Train, round_number: int, rounds: int) -> Train:
 
 
 def autocast(train: Train, device: torch.device) -> AbstractContextManager[Any]:
-    """Half precision where the study allows and the device has it; float32 elsewhere."""
-    half = _half(train, device)
-    return nullcontext() if half is None else torch.autocast(device.type, half)
-
-
-def _half(train: Train, device: torch.device) -> torch.dtype | None:
+    """bf16 where the study allows and the GPU computes in it; float32 elsewhere."""
     if train.precision == "float32" or device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return nullcontext()
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def freeze(net: nn.Module, rates: Mapping[str, float] | None) -> None:

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from fedclient.data.augment import Draw, changed, draw
 from fedclient.data.dataset import DataSet
-from fedclient.training.drift import Pull
-from fedclient.training.trainer import on_device
+from fedclient.training.drift import WHOLE, Part, Pull
+from fedclient.training.micro import Room
+from fedclient.training.trainer import Watch, autocast, on_device
 from shared_models.study import Augment, Study
 from shared_models.tasks.functions import TaskFunctions
 
@@ -42,12 +43,14 @@ class Views:
 
 def consistency(
     net: nn.Module, cases: DataSet, study: Study, task: TaskFunctions, chance: Generator, weight: float
-) -> Pull:
-    """The loss of the next batch of unlabelled cases, times `weight`; made anew for each round.
+) -> tuple[Watch, Pull]:
+    """What draws the next batch of unlabelled cases, to be called once a step, and its loss times `weight`.
+
+    Both are made anew for each round.
 
     Args:
         net: as the round begins; the teacher of `mean_teacher` begins with its weights.
-        chance: of batches and views; the pull's own until the round ends.
+        chance: of batches and views; theirs alone until the round ends.
     """
     table = study.unlabelled
     drawing, viewing = chance.spawn(2)
@@ -58,16 +61,28 @@ def consistency(
     teacher = copy.deepcopy(net).eval().requires_grad_(False) if table.method == "mean_teacher" else None
     loss_of = agreement if table.method == "mean_teacher" else pseudo_labels(table.threshold, study.task.exclusive)
 
-    def pull(trained: nn.Module) -> Tensor:
+    room, drawn_last = Room(), list[Views]()
+
+    def look(images: Tensor, masks: Tensor) -> None:
         first, _ = next(batches)
         if teacher is not None:
-            follow(teacher, trained, table.decay)
-        chances = answered(trained if teacher is None else teacher, first, task.chances)
-        second = again(first, chances, study.augment, table.mix, viewing)
-        logits = trained(second.images).float()
-        return weight * loss_of(logits, task.chances(logits), second.wanted, second.valid)
+            follow(teacher, net, table.decay)
+        with autocast(study.train, device):
+            chances = answered(net if teacher is None else teacher, first, task.chances, room)
+            drawn_last[:] = [again(first, chances, study.augment, table.mix, viewing)]
 
-    return pull
+    def pull(trained: nn.Module, part: Part = WHOLE) -> Tensor:
+        (second,) = drawn_last
+        images, wanted, valid = (
+            each.tensor_split(part.of)[part.number] for each in (second.images, second.wanted, second.valid)
+        )
+        if not len(images):  # fewer of them than of the labelled ones
+            return torch.zeros((), device=device)
+        logits = trained(images).float()
+        share = valid.sum() / second.valid.sum().clamp(min=1)  # of the mean over all parts
+        return weight * loss_of(logits, task.chances(logits), wanted, valid) * share
+
+    return look, pull
 
 
 def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
@@ -79,12 +94,16 @@ def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
             statistic.copy_(now)
 
 
-def answered(net: nn.Module, images: Tensor, chances: Callable[[Tensor], Tensor]) -> Tensor:
+def answered(net: nn.Module, images: Tensor, chances: Callable[[Tensor], Tensor], room: Room) -> Tensor:
     """Probabilities of a network that is left as it was; no dropout, no gradient."""
     learning = net.training
     net.eval()
     with torch.no_grad():
-        found = chances(net(images).float())
+        found = room.within(
+            len(images),
+            lambda parts: torch.cat([chances(net(piece).float()) for piece in images.tensor_split(parts)]),
+            lambda: None,
+        )
     net.train(learning)
     return found
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
 from fedclient.data.cases import Case, read_case
@@ -84,10 +85,14 @@ def greedy(
     Args:
         entropies: float64[n]; features: float64[n, d]; known: float64[m, d], of labelled cases.
     """
-    both = np.concatenate([features, known])
-    apart = np.linalg.norm(features[:, None] - both[None], axis=2)
-    scale = float(apart[apart > 0].mean()) if (apart > 0).any() else 1.0
-    near = apart[:, len(features) :].min(axis=1, initial=np.inf) / scale
+    both, near = np.concatenate([features, known]), np.full(len(features), np.inf)
+    total, pairs = 0.0, 0
+    for place, feature in enumerate(features):
+        apart = cdist(feature[None], both)[0]
+        total, pairs = total + float(apart.sum()), pairs + int((apart > 0).sum())
+        near[place] = apart[len(features) :].min(initial=np.inf)
+    scale = total / pairs if pairs else 1.0
+    near /= scale
     order: list[int] = []
     distances: list[float] = []
     for _ in range(min(most, len(features))):
@@ -97,7 +102,7 @@ def greedy(
         chosen = int(worth.argmax())
         order.append(chosen)
         distances.append(float(near[chosen]) if np.isfinite(near[chosen]) else 1.0)
-        near = np.minimum(near, apart[:, chosen] / scale)
+        near = np.minimum(near, cdist(features, features[chosen : chosen + 1])[:, 0] / scale)
     return order, distances
 
 
