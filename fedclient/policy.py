@@ -39,7 +39,8 @@ class Policy:
             it says, a site takes part in none of fewer than three sites or of a threshold of two thirds or less.
         partners: names of the sites with which this one sums. Others may be in a secure sum and count for nothing: it
             needs as many of these as a sum needs sites, above two thirds of them to its end, and a threshold that all
-            others together do not reach. None named are all that the federation's roster has.
+            others together do not reach. One whose identity key changes is no partner until it is confirmed
+            (`fedclient partners`). None named are all that the federation's roster has.
     """
 
     __pydantic_config__ = STRICT

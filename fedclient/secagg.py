@@ -58,19 +58,18 @@ class Member:
         roster: as the federation's authority signed it, verified.
         least_cohort: the site's own rule; an order can ask for more, never for less.
         partners: whom the site trusts to be hospitals, where it names them; nobody else counts towards any rule, so
-            that sites which a coordinator has made up fill no cohort, outvote nobody and open no update. None named
-            are all.
+            that sites which a coordinator has made up fill no cohort, outvote nobody and open no update. None: all do.
     """
 
     name: str
     identity_key: bytes = field(repr=False)
     roster: Roster
     least_cohort: int = LEAST_SITES
-    partners: frozenset[str] = frozenset()
+    partners: frozenset[str] | None = None
 
     def counted(self, sites: Iterable[str]) -> set[str]:
         """Those of `sites` that count here: this one, and its partners."""
-        return {site for site in sites if not self.partners or site == self.name or site in self.partners}
+        return {site for site in sites if self.partners is None or site == self.name or site in self.partners}
 
     @property
     def least(self) -> int:
@@ -347,11 +346,12 @@ def _most(member: Member, context: Context) -> int:
 def _check_partners(member: Member, context: Context, sites: Iterable[str], needed: int) -> None:
     """Raises OrderRefused, `PARTNERS_FEW`, unless so many of `sites` are those that this site has named."""
     there = member.counted(sites)
-    if member.partners and len(there) < needed:
+    if member.partners is not None and len(there) < needed:
         raise OrderRefused(
             "PARTNERS_FEW",
             f"secure sum of round {context.round}: {len(there)} of its sites are partners of this one or itself, "
-            f"{needed} are needed. They are named under [policy] partners in site.toml.",
+            f"{needed} are needed. They are named under [policy] partners in site.toml; `fedclient partners` says "
+            f"which of them count.",
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedclient.egress import check_tensors
 from fedclient.kept import finished, keep, kept_path
+from fedclient.partners import counted
 from fedclient.renewal import fetch_roster, read_roster
 from fedclient.secagg import Held, Member, check_context
 from fedclient.site import Site
@@ -148,7 +149,9 @@ def _member(site: Site, roster: Roster) -> Member:
     key = load_secret(site.sums / "keys" / "identity.key")
     if not site.deployed:
         return Member(site.name, key, roster)
-    return Member(site.name, key, roster, site.policy.least_cohort, frozenset(site.policy.partners))
+    named = site.policy.partners
+    partners = counted(site.folder, site.name, named, roster) if named else None
+    return Member(site.name, key, roster, site.policy.least_cohort, partners)
 
 
 def _kept(order: Order, kept: Path) -> tuple[Reply, OnDisk]:

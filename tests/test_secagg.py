@@ -299,6 +299,12 @@ def test_sites_that_a_coordinator_has_made_up_fill_no_cohort():
     assert with_partners(9, "site-01", "site-02", threshold=8).run().sites == tuple(names(9))
 
 
+def test_of_partners_none_of_whom_counts_any_more_none_does():
+    made = federation(5)
+    made.parties["site-00"].member = replace(made.parties["site-00"].member, partners=frozenset())
+    assert refusal_of(made) == "PARTNERS_FEW"
+
+
 def opened_by(made: Federation, strangers: list[str]) -> bool:
     """Whether these sites alone can put together the secret of site-00's own mask, from what it has dealt them."""
     places = {made.context.place(s): s for s in strangers}
