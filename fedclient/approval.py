@@ -1,4 +1,5 @@
-"""`fedclient policy, studies, show, approve, refuse, withdraw, sent` and `audit`: what the person who decides types."""
+"""`fedclient policy, partners, studies, show, approve, refuse, withdraw, sent` and `audit`: what the person who decides
+types."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,6 +61,55 @@ def policy(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     for words in in_words(allowed):
         console.print(escape(words), highlight=False)
     console.print(escape(f"Set under [policy] in {site / 'site.toml'}; it counts from the next order on."))
+
+
+@guarded
+def partners(
+    confirm: Annotated[
+        str, typer.Option(metavar="NAME", help="Take this partner's key of now for its own; with --words.")
+    ] = "",
+    words: Annotated[str, typer.Option(help="The eight words of its key, as that hospital reads them to you.")] = "",
+    site: Folder = Path("site"),
+    as_json: AsJson = False,
+) -> None:
+    """Lists those with whom this site sums, with words of their identity keys to compare by telephone."""
+    from fedclient import partners as known
+    from fedclient.renewal import read_roster
+    from fedclient.site import read_site_file
+    from shared_models.errors import StateInvalid
+    from shared_models.identity import identity_public_key, load_secret
+
+    file, signed = read_site_file(site), read_roster(site)
+    roster = None if signed is None else signed.roster
+    if confirm:
+        found = {each.name: each for each in known.partners_of(site, file.policy.partners, roster)}
+        if confirm not in found:
+            raise StateInvalid(f"partner {confirm!r}: is not named under [policy] partners in {site / 'site.toml'}.")
+        known.confirm(site, file.name, found[confirm], words)
+    listed = known.partners_of(site, file.policy.partners, roster)
+    own = known.key_words(identity_public_key(load_secret(site / "keys" / "identity.key")).hex())
+    if as_json:
+        told = [
+            {"name": each.name, "counts": each.counts, "changed": each.changed, "seen": each.seen,
+             "listed": each.listed, "words": known.key_words(each.listed) if each.listed else None}
+            for each in listed
+        ]  # fmt: skip
+        print_json({"site": file.name, "words": own, "partners": told})
+        return
+    console.print(escape(f"{file.name} (here): {own}"), highlight=False)
+    for each in listed:
+        state = "counts" if each.counts else "its key is another one" if each.changed else "not seen here yet"
+        console.print(escape(f"{each.name}: {state}{_words(each.listed)}"), highlight=False)
+    if not listed:
+        console.print("No partners are named: in a secure sum all sites of the roster count.")
+    if changed := known.changed_words(listed):
+        console.print(escape(changed), highlight=False)
+
+
+def _words(key: str) -> str:
+    from fedclient.partners import key_words
+
+    return f"; {key_words(key)}" if key else ""
 
 
 @guarded

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedclient.approval import approve, audit, policy, refuse, sent, show, studies, withdraw
+from fedclient.approval import approve, audit, partners, policy, refuse, sent, show, studies, withdraw
 from fedclient.explain_command import explain, worklist
 from fedclient.gate.commands import card, check, waive
 from fedclient.operate import doctor, logs, page, status
@@ -138,7 +138,8 @@ def renew(
     )
     if identity:
         console.print(
-            "What this site signs is signed with a new key: its audit log begins anew, and names the old one."
+            "What this site signs is signed with a new key: its audit log begins anew, and names the old one. "
+            "Hospitals that name it as a partner sum with it again once they have its words: `fedclient partners`."
         )
 
 
@@ -148,7 +149,9 @@ app.command()(card)
 app.command()(explain)
 app.command()(worklist)
 app.command()(worth)
-for command in (policy, studies, show, approve, refuse, withdraw, sent, verify, predict, serve_model, drift, score):
+for command in (
+    policy, partners, studies, show, approve, refuse, withdraw, sent, verify, predict, serve_model, drift, score,
+):  # fmt: skip
     app.command()(command)
 app.add_typer(audit, name="audit")
 

@@ -169,7 +169,7 @@ def decide(
             )
         _write(site, digest, decision)
     if verdict != "approved":
-        for kept in (site.folder / "runs").glob(f"*/*-{digest[:16]}.*"):
+        for kept in (site.folder / "runs").glob(f"*/*-{digest[:16]}*"):  # so ended an older version's names
             kept.unlink(missing_ok=True)
     return decision
 

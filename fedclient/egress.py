@@ -69,7 +69,7 @@ def release(reply: Reply, order: Order, site: Site) -> Reply:
         OrderRefused: `EGRESS`: the reply holds what no reply of its kind may, or is no answer to `order`.
     """
     hear(order, site)
-    _check(reply, order, site)
+    check_reply(reply, order, site)
     reply = replace(reply, head=own_head(order, site))
     content = dump(reply)
     _note(site.folder, site.name, KINDS[reply.kind], content, order, code=reply.refusal)
@@ -110,7 +110,12 @@ def check_tensors(sent: Arrays, weights: Arrays, study: Study) -> None:
         raise OrderRefused("EGRESS", f"a delta is not of the weights' shape and stays here: {problem}.")
 
 
-def _check(reply: Reply, order: Order, site: Site) -> None:
+def check_reply(reply: Reply, order: Order, site: Site) -> None:
+    """Raises OrderRefused, `EGRESS`, where the reply holds what no reply of its kind may, or is no answer to `order`.
+
+    Also asked before a delta leaves, which comes before its reply.
+    """
+
     def refuse(what: str) -> None:
         raise OrderRefused("EGRESS", f"run {order.run}, round {order.round}: {what}, so the reply stays here.")
 

@@ -190,7 +190,7 @@ def _costs(site: Site, asked: Asked) -> Iterator[str]:
 
 def measured_s(site: Site, digest: str) -> float | None:
     """Seconds of the last round of a study that was finished here, or None."""
-    kept = sorted((site.folder / "runs").glob(f"*/*-{digest[:16]}.json"), key=lambda path: path.stat().st_mtime)
+    kept = sorted((site.folder / "runs").glob(f"*/*-{digest}.json"), key=lambda path: path.stat().st_mtime)
     replies = [reply for reply in map(read_json, kept) if reply["kind"] == "update"]
     return float(replies[-1]["seconds"]) if replies else None
 

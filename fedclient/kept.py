@@ -20,7 +20,7 @@ FORGOTTEN_S = 14 * 86400.0  # a run that has not asked for so long will not ask 
 
 def kept_path(order: Order, folder: Path) -> Path:
     """Where the answer to this very order stands: the same study, round and weights."""
-    what = f"round-{order.round:04d}-{order.base_sha256[:16]}-{order.study_sha256[:16]}.json"
+    what = f"round-{order.round:04d}-{order.base_sha256}-{order.study_sha256}.json"
     return folder / "runs" / order.run / what
 
 
@@ -38,11 +38,18 @@ def keep(reply: Reply, delta: Arrays, kept: Path) -> Reply:
     return reply
 
 
-def finished(kept: Path) -> Reply | None:
+def finished(order: Order, kept: Path) -> Reply | None:
     """The reply of work that is done already, if its delta is as it was written: that file is not synced."""
-    if not kept.exists():
+    reply, delta = reply_of(order, kept), kept.with_suffix(".safetensors")
+    if reply is None or reply.blob is None or not delta.exists() or file_sha256(delta) != reply.blob.sha256:
         return None
-    reply, delta = parse_json(Reply, kept.read_bytes(), str(kept)), kept.with_suffix(".safetensors")
-    if reply.blob is None or not delta.exists() or file_sha256(delta) != reply.blob.sha256:
+    return reply
+
+
+def reply_of(order: Order, kept: Path) -> Reply | None:
+    """The reply that is kept, if it is about the run, round, study and weights of `order`."""
+    reply = parse_json(Reply, kept.read_bytes(), str(kept)) if kept.exists() else None
+    about = (order.run, order.round, order.study_sha256, order.base_sha256)
+    if reply is None or (reply.run, reply.round, reply.study_sha256, reply.base_sha256) != about:
         return None
     return reply

@@ -9,6 +9,7 @@ round. So an order that comes again, an update that came too late and a process 
 """
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from fedclient.site import Site
@@ -21,7 +22,12 @@ MOST_UNCOUNTED = 3  # rounds that were trained and not counted, whose update may
 
 
 def memory_folder(site: Site, run: str, study_sha256: str) -> Path:
-    return site.folder / "states" / f"{run}-{study_sha256[:16]}" / site.name
+    """Made of the whole digest: a coordinator finds two studies that share its first 64 bits."""
+    folder = site.folder / "states" / f"{run}-{study_sha256}"
+    if not folder.exists():
+        with suppress(FileNotFoundError):
+            folder.with_name(f"{run}-{study_sha256[:16]}").rename(folder)  # of a run that an older version began
+    return folder / site.name
 
 
 def recall(folder: Path, counted: int) -> dict[str, Array]:

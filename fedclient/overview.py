@@ -11,6 +11,7 @@ from fedclient.consent import undecided
 from fedclient.data.quota import cache_bytes
 from fedclient.ledger import open_ledger
 from fedclient.node import NodeFiles
+from fedclient.partners import changed_words, partners_of
 from fedclient.renewal import certificate_of, check_keys, expiry_warning, read_roster
 from fedclient.site import SiteFile, read_site_file
 from fedclient.welcome import refused_words
@@ -35,7 +36,8 @@ def overview(folder: Path, book: Book | None = None, counted: Callable[[Path], i
     file, running = read_site_file(folder), read_status(folder)
     check_keys(folder)
     now, roster = time.time(), read_roster(folder)
-    warned = [words for words in (refused_words(folder), expiry_warning(folder, now)) if words]
+    changed = changed_words(partners_of(folder, file.policy.partners, None if roster is None else roster.roster))
+    warned = [words for words in (refused_words(folder), expiry_warning(folder, now), changed) if words]
     book = book or Book(folder)
     book.look()
     alarms, spent = alarms_in(book.alarms), list[dict[str, Any]]()

@@ -10,14 +10,13 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from fedclient.egress import check_tensors, release_tensors
-from fedclient.kept import finished, keep, kept_path
+from fedclient.egress import check_reply, check_tensors, release_tensors
+from fedclient.kept import finished, keep, kept_path, reply_of
 from fedclient.site import Site
 from fedclient.summing import is_summed, summed
 from fedclient.work import Gate, Learner, carry_out, no_gate, study_of
 from shared_models.errors import OrderRefused
 from shared_models.files import write_atomic
-from shared_models.parse import parse_json
 from shared_models.transfer import Blobs, site_context
 from shared_models.weights import Arrays, mapped
 from shared_models.wire import Order, Reply, dump
@@ -27,7 +26,8 @@ def answered(order: Order, site: Site, learner: Learner, timeout_s: float = 3600
     """Carries out an order whose tensors travel as blobs, or answers it from finished work.
 
     Raises:
-        OrderRefused: the order names no weights, names others than its digest says, or the gate refuses it.
+        OrderRefused: the order names no weights, names others than its digest says, or the gate refuses it; or the
+            reply may not leave.
         TransferFailed: the weights did not come or the delta could not be sent within `timeout_s`.
     """
     blobs = _blobs(site.coordinator, site.folder / "keys", _changed(site.folder / "keys"))
@@ -38,6 +38,7 @@ def answered(order: Order, site: Site, learner: Learner, timeout_s: float = 3600
         sent = kept.with_suffix(".safetensors")
         reply = _finished(order, kept) or _worked(order, _fetched(order, site, blobs, timeout_s), site, learner, gate)
     if reply.blob is not None and sent is not None:
+        check_reply(reply, order, site)
         site.go_on()  # consent may have ended while the last step was under way
         release_tensors(reply.blob, order, site, "masked vector" if reply.kind == "masked" else "tensors")
         blobs.send(sent, reply.blob.sha256, timeout_s, site.go_on)
@@ -61,9 +62,9 @@ def _finished(order: Order, kept: Path) -> Reply | None:
     if order.kind not in ("statistics", "train"):
         return None
     if order.kind == "statistics":
-        reply = parse_json(Reply, kept.read_bytes(), str(kept)) if kept.exists() else None
+        reply = reply_of(order, kept)
     else:
-        reply = finished(kept)
+        reply = finished(order, kept)
     return None if reply is None else replace(reply, attempt=order.attempt)
 
 

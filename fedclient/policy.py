@@ -38,8 +38,9 @@ class Policy:
         least_threshold: share of a secure sum's sites that must stay to its end, where a study has such sums; whatever
             it says, a site takes part in none of fewer than three sites or of a threshold of two thirds or less.
         partners: names of the sites with which this one sums. Others may be in a secure sum and count for nothing: it
-            needs as many of these as a sum needs sites, and above two thirds of them to its end. None named are all
-            that the federation's roster has.
+            needs as many of these as a sum needs sites, above two thirds of them to its end, and a threshold that all
+            others together do not reach. One whose identity key changes is no partner until it is confirmed
+            (`fedclient partners`). None named are all that the federation's roster has.
     """
 
     __pydantic_config__ = STRICT

@@ -15,6 +15,8 @@ from fedclient.ask import MOST_BYTES, TurnedAway, ask
 from fedclient.authorities import is_orphaned, refresh
 from fedclient.enrol import ROSTER, store_certificate
 from fedclient.own_log import complain
+from fedclient.partners import counted
+from fedclient.site import read_site_file
 from fedclient.welcome import note_refusal
 from shared_models.authority import read_files
 from shared_models.dates import date_text
@@ -197,7 +199,8 @@ class Keeper:
                 return
 
     def look(self) -> None:
-        """Fetches the list of issuing keys, renews the certificate if that is due and fetches the roster.
+        """Fetches the list of issuing keys, renews the certificate if that is due and fetches the roster, and
+        looks whether a partner's key is another one.
 
         A trouble is logged and tried again.
         """
@@ -210,7 +213,9 @@ class Keeper:
             words = expiry_warning(self.site, self.clock())
             if words is not None:
                 self._say("expiry", words)
-            fetch_roster(self.site, self.address)
+            signed, named = fetch_roster(self.site, self.address), read_site_file(self.site).policy.partners
+            if named:
+                counted(self.site, self.name, named, signed.roster)
         except TurnedAway as refused:
             if refused.status == 403:
                 note_refusal(self.site, refused.words)

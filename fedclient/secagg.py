@@ -58,18 +58,18 @@ class Member:
         roster: as the federation's authority signed it, verified.
         least_cohort: the site's own rule; an order can ask for more, never for less.
         partners: whom the site trusts to be hospitals, where it names them; nobody else counts towards any rule, so
-            that sites which a coordinator has made up fill no cohort and outvote nobody. None named are all.
+            that sites which a coordinator has made up fill no cohort, outvote nobody and open no update. None: all do.
     """
 
     name: str
     identity_key: bytes = field(repr=False)
     roster: Roster
     least_cohort: int = LEAST_SITES
-    partners: frozenset[str] = frozenset()
+    partners: frozenset[str] | None = None
 
     def counted(self, sites: Iterable[str]) -> set[str]:
         """Those of `sites` that count here: this one, and its partners."""
-        return {site for site in sites if not self.partners or site == self.name or site in self.partners}
+        return {site for site in sites if self.partners is None or site == self.name or site in self.partners}
 
     @property
     def least(self) -> int:
@@ -181,6 +181,7 @@ def check_context(member: Member, context: Context, held: Held) -> None:
             "THRESHOLD_SMALL",
             f"{where}: a threshold of {context.threshold} for {n} sites; above two thirds and up to all is allowed.",
         )
+    _check_strangers(member, context, context.cohort)
     _check_roster(context, member)
     if strangers := [site for site in context.cohort if site not in member.roster.sites]:
         raise OrderRefused("NOT_ON_ROSTER", f"{where}: {strangers[0]!r} is not on the roster of the federation.")
@@ -223,6 +224,7 @@ def share(
     if len(adverts) < context.fewest:
         raise OrderRefused("COHORT_SMALL", f"{where}: {len(adverts)} sites take part, {context.fewest} are needed.")
     _check_partners(member, context, adverts, member.least)
+    _check_strangers(member, context, adverts)
     places = [context.place(site) for site in sorted(adverts)]
     own_mask = split(bytes.fromhex(state.secret), context.threshold, places, random_bytes)
     pair_key = split(bytes.fromhex(state.mask), context.threshold, places, random_bytes)
@@ -344,11 +346,31 @@ def _most(member: Member, context: Context) -> int:
 def _check_partners(member: Member, context: Context, sites: Iterable[str], needed: int) -> None:
     """Raises OrderRefused, `PARTNERS_FEW`, unless so many of `sites` are those that this site has named."""
     there = member.counted(sites)
-    if member.partners and len(there) < needed:
+    if member.partners is not None and len(there) < needed:
         raise OrderRefused(
             "PARTNERS_FEW",
             f"secure sum of round {context.round}: {len(there)} of its sites are partners of this one or itself, "
-            f"{needed} are needed. They are named under [policy] partners in site.toml.",
+            f"{needed} are needed. They are named under [policy] partners in site.toml; `fedclient partners` says "
+            f"which of them count.",
+        )
+
+
+def _check_strangers(member: Member, context: Context, sites: Iterable[str]) -> None:
+    """Raises OrderRefused, `STRANGERS_MANY`, unless the threshold is out of reach of those who may collude.
+
+    They are everybody whom this site has not named, and of its partners as many as `least_threshold` does without. With
+    c of them among n sites no two sums come of one update while 2 * threshold > n + c (Bonawitz et al. 2017, section
+    6.2, against a coordinator that lies), whatever rules the partners have; so neither do c alone hold enough shares.
+    """
+    listed = set(sites)
+    partners = member.counted(listed)
+    if 2 * (len(listed) - context.threshold) >= least_threshold(len(partners)):
+        raise OrderRefused(
+            "STRANGERS_MANY",
+            f"secure sum of round {context.round}: {len(listed) - len(partners)} of its {len(listed)} sites are no "
+            f"partners of this one, and could open its update with a threshold of {context.threshold}. Name those that "
+            f"are hospitals under [policy] partners in site.toml, or ask for a study with a larger "
+            f"protect.secure_aggregation.threshold.",
         )
 
 

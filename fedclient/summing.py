@@ -14,6 +14,7 @@ from typing import Any
 
 from fedclient.egress import check_tensors
 from fedclient.kept import finished, keep, kept_path
+from fedclient.partners import counted
 from fedclient.renewal import fetch_roster, read_roster
 from fedclient.secagg import Held, Member, check_context
 from fedclient.site import Site
@@ -66,7 +67,7 @@ def summed(
     kept = kept_path(order, site.sums)
     if order.kind in STEPS:
         return _step(order, site, study_of(order), kept)
-    if finished(kept) is None:
+    if finished(order, kept) is None:
         received = weights()
         done = carry_out(order, received, site, learner, gate)
         if done.reply.kind == "update":
@@ -102,7 +103,7 @@ def _step(order: Order, site: Site, study: Study, kept: Path) -> tuple[Reply, Pa
             reply = _answer(order, site, "sealed", sealed=sums.share(asked))
         elif order.kind == "mask":
             vector = said.with_suffix(".vector")
-            reply = _answer(order, site, "masked", blob=_masked(asked, study, kept, sums, vector))
+            reply = _answer(order, site, "masked", blob=_masked(order, asked, study, kept, sums, vector))
         elif order.kind == "confirm":
             reply = _answer(order, site, "confirmation", confirmation=sums.confirm(asked))
         else:
@@ -148,15 +149,17 @@ def _member(site: Site, roster: Roster) -> Member:
     key = load_secret(site.sums / "keys" / "identity.key")
     if not site.deployed:
         return Member(site.name, key, roster)
-    return Member(site.name, key, roster, site.policy.least_cohort, frozenset(site.policy.partners))
+    named = site.policy.partners
+    partners = counted(site.folder, site.name, named, roster) if named else None
+    return Member(site.name, key, roster, site.policy.least_cohort, partners)
 
 
-def _kept(order_round: int, kept: Path) -> tuple[Reply, OnDisk]:
+def _kept(order: Order, kept: Path) -> tuple[Reply, OnDisk]:
     """What the site holds for the sum; refused where the order is about something that it has not done."""
-    reply = finished(kept)
+    reply = finished(order, kept)
     if reply is None:
-        raise OrderRefused("NO_UPDATE", f"secure sum of round {order_round}: this site has nothing for it.")
-    return reply, open_tensors(kept.with_suffix(".safetensors"), f"update of round {order_round}")
+        raise OrderRefused("NO_UPDATE", f"secure sum of round {order.round}: this site has nothing for it.")
+    return reply, open_tensors(kept.with_suffix(".safetensors"), f"update of round {order.round}")
 
 
 def _layout(study: Study, reply: Reply, delta: OnDisk) -> Layout:
@@ -169,7 +172,7 @@ def _advertise(order: Order, study: Study, kept: Path, sums: Sums) -> Any:
     first = 0 if study.plan == "federated" and order.plan is None else 1
     if not first <= order.round <= study.rounds.count:
         raise OrderRefused("ROUND_RANGE", f"round {order.round}: the study has {study.rounds.count}.")
-    reply, delta = _kept(order.round, kept)
+    reply, delta = _kept(order, kept)
     trained, layout = reply.kind == "update", _layout(study, reply, delta)
     held = Held(order.base_sha256, layout.sha256, order.study_sha256)
     check_context(sums.member, context, held)
@@ -204,9 +207,9 @@ def _same_order(order: Order, sums: Sums, context_id: str) -> None:
         )
 
 
-def _masked(inbox: Any, study: Study, kept: Path, sums: Sums, vector: Path) -> BlobRef:
+def _masked(order: Order, inbox: Any, study: Study, kept: Path, sums: Sums, vector: Path) -> BlobRef:
     """Writes the masked vector; not synced: what a power cut spoils is a site that was lost."""
-    reply, delta = _kept(0, kept)
+    reply, delta = _kept(order, kept)
     trained, layout = reply.kind == "update", _layout(study, reply, delta)
     if reply.fingerprint is not None:
         counts = plan_counts(reply.fingerprint)

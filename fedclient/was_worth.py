@@ -58,8 +58,8 @@ def left_of(site: Site, asked: Asked, run: str = "") -> Left:
     """
     if asked.decision is None or asked.decision.verdict == "refused":
         raise StateInvalid(f"study {asked.study.name!r}: this site has not taken part in it ({asked.state}).")
-    known = sorted(site.folder.glob(f"states/*-{asked.sha256[:16]}/{site.name}/final.safetensors"), key=_time)
-    runs = {path.parent.parent.name.removesuffix(f"-{asked.sha256[:16]}"): path for path in known}
+    known = sorted(site.folder.glob(f"states/*-{asked.sha256[:16]}*/{site.name}/final.safetensors"), key=_time)
+    runs = {path.parent.parent.name.rsplit("-", 1)[0]: path for path in known}
     if run and run not in runs:
         raise StateInvalid(f"run {run!r}: has left nothing here. Known: {', '.join(runs) or 'none'}.")
     if not runs:

@@ -240,7 +240,9 @@ class SecureSum:
         tail = read_tail(self._vector, self.layout, self.context.ring_bits, self.context.canary)
         if tail.sites != len(self._added) or not 0 < tail.counts["weight"] <= self.context.whole:
             raise SumAborted(
-                "SUM_MASK_RESIDUE", f"{self._where}: masks were left in it, so a site has lied. Try the round again."
+                "SUM_MASK_RESIDUE",
+                f"{self._where}: masks were left in it, so one of {', '.join(self._survivors.sites)} has sent another "
+                f"vector than agreed. Which one, a sum does not show.",
             )
         return SecureTotal(self.context, self.layout, self._vector, self._survivors.sites, tail.counts)
 

@@ -10,11 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 import simulations.cli
+from fedclient.app import app as installed
 from shared_models import nets
+from shared_models.envelope import signed
 from shared_models.errors import StudyInvalid
 from shared_models.protect.privacy import Privacy, Protect
 from shared_models.protect.secure import SecureAggregation
 from shared_models.study import Evaluate, Model, Study, canonical, load_study
+from shared_models.wire import read_order, read_reply, write_reply
 from simulations.attacks import claim, curious, imprint, inversion, membership, report
 from simulations.attacks import run as attacks
 from simulations.attacks.finding import Finding, Row, judged, psnr
@@ -334,7 +337,6 @@ def test_a_transcript_of_a_secure_sum_holds_the_mean_and_no_update():
     assert curious.alike(one, made.read_as_plain("site-0")["w"].ravel()) < 0.12
     assert curious.alike(one, curious.half_unmasked(made, "site-0")) < 0.12
     assert curious.alike(one, made.without_masks(deltas["site-0"])["w"].ravel()) > 0.999
-    assert curious.numbers_in(made) == 0
 
 
 def test_a_secure_sum_is_in_the_ring_and_to_the_threshold_of_its_study():
@@ -356,7 +358,25 @@ def test_a_secured_study_is_listened_to_in_its_own_ring(nodes, tmp_path):
     found = curious.attack(SECURED, nodes, tmp_path)
     assert not found.missed
     assert "in a ring of 24 bits, 3 of 3 sites needed to its end" in found.setting
+    real = [r for r in found.rows if r.against == "secure sum, a round of the study"]
+    assert [r.value for r in real[:2]] == ["no number", 0.0]
+    assert row(found, "nothing: one count planted").value == "cases"
+    assert row(found, "nothing: each update of the secure round").value == 3.0
     assert found.verdict.endswith("the mean and sums over all sites, and of one site nothing.")
+
+
+def test_a_secure_round_in_which_a_site_tells_a_count_is_not_said_to_tell_nothing(nodes, tmp_path, monkeypatch):
+    def telling(message: Any, context: Any) -> Any:
+        asked, reply = read_order(message), installed(message, context)
+        if asked.kind != "train" or context.node_config["site"] != "east" or "sums" not in context.node_config:
+            return reply
+        said = replace(read_reply(reply, "a reply"), train_cases=4)
+        return write_reply(signed(said, asked, None), message)
+
+    monkeypatch.setattr(curious, "installed", telling)
+    found = curious.attack(SECURED, nodes, tmp_path)
+    assert [(r.against, r.value) for r in found.missed] == [("secure sum, a round of the study", "cases")]
+    assert "is not shown: told of one site of cases under" in found.verdict
 
 
 @pytest.mark.parametrize("control", [False, True])

@@ -419,6 +419,7 @@ def test_consent_withdrawn_while_the_update_is_sent_ends_that_and_nothing_is_cou
     assert set(line["sites"]) == {"north", "west"}
     assert line["left_out"]["south"]["reason"] == "STUDY_WITHDRAWN"
     assert not list(hospitals.edge.blobs.glob(f"in/south/{found[0]}*"))
+    assert not list((hospitals.sites["south"] / "runs").rglob("round-*"))
 
 
 def test_the_statistics_of_a_plan_wait_for_approval_too(edge, hospitals):

@@ -13,13 +13,17 @@ import pytest
 
 import fedclient.kept as kept_work
 import fedclient.parcels as parcels
+from fedclient.kept import kept_path
 from fedclient.ledger import open_ledger
+from fedclient.memory import memory_folder, recall, remember
 from fedclient.parcels import answered
 from fedclient.site import Site
 from fedclient.work import Learned
 from shared_models.errors import OrderRefused, TransferFailed, WeightsInvalid
 from shared_models.files import file_sha256
+from shared_models.metrics import counts
 from shared_models.protect.privacy import Privacy, Protect
+from shared_models.protect.secure import SecureAggregation
 from shared_models.scores import Score
 from shared_models.study import Evaluate, Rounds, Strategy, Study, Train, canonical, sha256
 from shared_models.transfer import Blobs, site_context
@@ -220,6 +224,49 @@ def test_finished_work_is_no_answer_to_another_order(edge, north, learner):
     answered(order(publish(edge, {n: a + 1 for n, a in WEIGHTS.items()})), north, learner)
     answered(order(blob, run="toy-2"), north, learner)
     assert learner.did == ["learn 1"] * 4
+
+
+def test_work_of_a_secure_study_never_leaves_bare_under_a_study_whose_digest_begins_alike(edge, north, learner):
+    blob = publish(edge)
+    secure = replace(
+        STUDY, rounds=Rounds(quorum=3, deadline_s=900.0), protect=Protect(secure_aggregation=SecureAggregation())
+    )
+    summed = order(blob, study=canonical(secure).decode(), study_sha256=sha256(secure))
+    alike = replace(summed, study_sha256=summed.study_sha256[:16] + "0" * 48)  # a coordinator finds one in 2^32 tries
+    assert kept_path(alike, north.folder) != kept_path(summed, north.folder)
+    assert memory_folder(north, "toy-1", alike.study_sha256) != memory_folder(north, "toy-1", summed.study_sha256)
+    assert answered(summed, north, learner).kind == "ready"
+    kept, bare = kept_path(summed, north.folder), kept_path(order(blob), north.folder)
+    digest = file_sha256(kept.with_suffix(".safetensors"))
+    for suffix in (".json", ".safetensors"):  # whatever finds them under the other's name
+        kept.with_suffix(suffix).rename(bare.with_suffix(suffix))
+    reply = answered(order(blob), north, replace(learner, moves={"north": 2.0}))
+    assert reply.study_sha256 == sha256(STUDY)
+    assert learner.did == ["learn 1", "learn 1"]
+    assert reply.blob is not None
+    assert arrived(edge) == [reply.blob.sha256] != [digest]
+
+
+def test_no_delta_leaves_whose_reply_may_not(edge, north, learner):
+    class Telling(Counting):
+        def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
+            return {"lung": counts([0.5] * 20, site.smallest_count)}
+
+    asked, telling = order(publish(edge), evaluate="val"), Telling()
+    answered(asked, north, telling)
+    shutil.rmtree(edge.blobs / "in" / "north")
+    stricter = replace(north, smallest_count=100)  # the hospital has changed its mind since
+    with pytest.raises(OrderRefused, match="a distribution of fewer than 100 cases"):
+        answered(asked, stricter, telling)
+    assert telling.did == ["learn 1"]
+    assert arrived(edge) == []
+
+
+def test_what_a_run_that_an_older_version_began_has_left_is_gone_on_with(north):
+    old = north.folder / "states" / f"toy-1-{sha256(STUDY)[:16]}" / "north"
+    remember(old, 3, 2, WEIGHTS)
+    assert recall(memory_folder(north, "toy-1", sha256(STUDY)), 3).keys() == WEIGHTS.keys()
+    assert not old.exists()
 
 
 def test_work_of_earlier_rounds_and_their_weights_are_removed(edge, north, learner):

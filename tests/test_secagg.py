@@ -1,6 +1,7 @@
 """Secure sums: exact whatever sites are lost, nothing below the threshold, and every lie ends in its own refusal."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedclient import secagg
+from fedclient.secagg import Advertised, Masked
 from shared_models.errors import OrderRefused, SumAborted, UpdateRejected
 from shared_models.protect.context import least_threshold
-from shared_models.protect.masking import public_key
+from shared_models.protect.masking import commitment, public_key
 from shared_models.protect.messages import Advert, Adverts, Confirmations, Survivors, write
 from shared_models.protect.ring import encode, packed, unpacked
+from shared_models.protect.shamir import combine
 from shared_models.weights import InMemory
 from tests.sums import Federation, federation, names, plain_mean
 
@@ -284,32 +287,91 @@ def test_fewer_than_three_sites_or_than_the_site_wants_are_refused():
     assert refusal_of(made) == "COHORT_SMALL"
 
 
-def with_partners(sites: int, *partners: str) -> Federation:
+def with_partners(sites: int, *partners: str, **changes: Any) -> Federation:
     """A federation in which site-00 alone names with whom it sums."""
-    made = federation(sites)
+    made = federation(sites, **changes)
     made.parties["site-00"].member = replace(made.parties["site-00"].member, partners=frozenset(partners))
     return made
 
 
 def test_sites_that_a_coordinator_has_made_up_fill_no_cohort():
-    assert refusal_of(with_partners(9, "site-01", "elsewhere")) == "PARTNERS_FEW"
-    assert with_partners(9, "site-01", "site-02").run().sites == tuple(names(9))
+    assert refusal_of(with_partners(9, "site-01", "elsewhere", threshold=8)) == "PARTNERS_FEW"
+    assert with_partners(9, "site-01", "site-02", threshold=8).run().sites == tuple(names(9))
+
+
+def test_of_partners_none_of_whom_counts_any_more_none_does():
+    made = federation(5)
+    made.parties["site-00"].member = replace(made.parties["site-00"].member, partners=frozenset())
+    assert refusal_of(made) == "PARTNERS_FEW"
+
+
+def opened_by(made: Federation, strangers: list[str]) -> bool:
+    """Whether these sites alone can put together the secret of site-00's own mask, from what it has dealt them."""
+    places = {made.context.place(s): s for s in strangers}
+    states = {place: made.parties[site].state for place, site in places.items()}
+    shares = {
+        place: bytes.fromhex(state.shares["site-00"].own_mask)
+        for place, state in states.items()
+        if isinstance(state, Masked)
+    }
+    known = made.server._adverts["site-00"].commitment
+    return commitment(combine(shares), made.context.digest, "site-00").hex() == known
+
+
+def test_seven_made_up_sites_of_ten_open_no_update_of_a_site_that_names_its_partners():
+    made_up = names(10)[3:]
+    trusting = federation(10)  # a threshold of seven
+    trusting.lost_at = dict.fromkeys(names(10), 4)
+    with pytest.raises(SumAborted):
+        trusting.run()
+    assert opened_by(trusting, made_up)
+    made = with_partners(10, "site-01", "site-02")
+    assert refusal_of(made) == "STRANGERS_MANY"
+    assert made.parties["site-00"].state is None  # refused before it had made a key
+
+
+def test_no_secret_is_shared_out_once_partners_are_named_after_the_keys_were_made():
+    made = federation(10)
+    made.lost_at = dict.fromkeys(names(10), 2)
+    with pytest.raises(SumAborted):
+        made.run()
+    chosen = with_partners(10, "site-01", "site-02").parties["site-00"].member
+    adverts = Adverts(made.context.id, tuple(made.server._adverts.values()))
+    state = made.parties["site-00"].state
+    assert isinstance(state, Advertised)
+    with pytest.raises(OrderRefused, match="7 of its 10 sites are no partners") as refused:
+        secagg.share(state, chosen, adverts)
+    assert refused.value.code == "STRANGERS_MANY"
+
+
+@pytest.mark.parametrize(("partners", "threshold", "code"), [
+    (9, 7, None),  # one stranger and two dishonest partners are three, which seven of ten bear
+    (8, 7, "STRANGERS_MANY"),  # two and two are four
+    (8, 8, None),
+    (4, 8, "STRANGERS_MANY"),  # six and one
+    (4, 9, None),
+    (3, 9, None),
+])  # fmt: skip
+def test_a_threshold_bears_all_strangers_and_a_third_of_the_partners(partners, threshold, code):
+    made = with_partners(10, *names(10)[1:partners], threshold=threshold)
+    assert code is None or refusal_of(made) == code
+    assert code is not None or made.run().sites == tuple(names(10))
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 3.5])
 def test_partners_that_are_lost_before_the_survivors_are_told_end_the_sum_though_others_are_left(step):
-    made = with_partners(9, "site-01", "site-02")  # seven are needed, three of them these
+    made = with_partners(9, "site-01", "site-02", threshold=8)  # three of the eight are these
     made.lost_at = {"site-02": step}
     assert refusal_of(made) == "PARTNERS_FEW"
-    made = with_partners(9, "site-01", "site-02", "site-03")  # of these four, three
+    made = with_partners(9, "site-01", "site-02", "site-03", threshold=8)  # of these four, three
     made.lost_at = {"site-02": step}
     assert "site-02" not in made.run().sites
 
 
 def test_no_share_is_given_out_before_two_thirds_of_the_partners_mean_the_same_sum():
-    """Five made-up sites of nine sign whatever is wanted, so that two halves of the others could be told two sums."""
-    made = with_partners(9, "site-01", "site-02", "site-03")
-    made.lost_at = {"site-01": 4, "site-02": 4}  # seven confirm, two of the four partners among them
+    """A made-up site signs whatever is wanted, and so helps to tell two halves of the others two sums."""
+    made = with_partners(10, *names(9)[1:])
+    made.lost_at = dict.fromkeys(names(4)[1:], 4)  # seven confirm, six of the nine partners among them
     assert refusal_of(made) == "PARTNERS_FEW"
 
 

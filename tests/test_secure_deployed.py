@@ -1,5 +1,6 @@
 """Secure rounds over the real gateway: blobs, audit logs, policies, and the roster that hospitals fetch themselves."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,16 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from fedclient import own_log
 from fedclient.alike import alike
+from fedclient.cli import app
 from fedclient.consent import Asked, Decision, alike_here, decide, find_asked
 from fedclient.egress import sent
 from fedclient.explain import explained
+from fedclient.overview import overview
 from fedclient.own_log import log_of
 from fedclient.policy import Policy
+from fedclient.renewal import Keeper, renew
 from fedclient.site import Site
 from fedserver.lifecycle import revoke
+from shared_models.alarms import events
 from shared_models.errors import RoundPaused, StateInvalid
 from shared_models.files import read_lines
 from shared_models.protect.privacy import Protect
@@ -90,6 +96,37 @@ def test_a_site_sums_with_the_partners_that_its_own_file_names_and_is_left_out_w
     assert state.cohort == NAMES
     left = next(iter(read_lines(run.metrics)))["left_out"]
     assert left == {"choosy": {"state": "refused", "reason": "PARTNERS_FEW"}}
+
+
+def test_a_partner_with_another_key_is_a_stranger_until_a_person_has_compared_its_words_by_telephone(hospitals, edge):
+    choosy = hospitals.join("choosy", replace(INSIDE, partners=("a", "b")))
+    Keeper(choosy, "choosy", edge.address).look()  # first sees them, as a running node does every minute
+    renew(hospitals.sites["b"], "b", edge.address)
+    Keeper(choosy, "choosy", edge.address).look()
+    assert json.loads(call("partners", "--json", at=choosy))["partners"][1]["counts"], "a certificate is no identity"
+    renew(hospitals.sites["b"], "b", edge.address, identity=True)
+    all_of_them = replace(STUDY, rounds=replace(STUDY.rounds, quorum=5), evaluate=Evaluate(every=0))
+    with pytest.raises(RoundPaused, match="choosy: PARTNERS_FEW"):
+        secure(hospitals, all_of_them)
+    assert [line["facts"]["partner"] for line in events(choosy / "audit.jsonl", ("partner-seen",))] == ["a", "b"]
+    (changed,) = events(choosy / "audit.jsonl", ("partner-changed",))
+    assert "b: has another identity key" in changed["facts"]["why"]
+    (warned,) = (words for words in overview(choosy)["warnings"] if "identity key" in words)
+    assert "`fedclient partners --confirm b --words WORDS`" in warned
+    words = json.loads(call("partners", "--json", at=hospitals.sites["b"]))["words"]  # what b reads to choosy
+    others = json.loads(call("partners", "--json", at=hospitals.sites["a"]))["words"]
+    assert "these are not the words of its key" in call("partners", "--confirm", "b", "--words", others, at=choosy)
+    assert "is not named" in call("partners", "--confirm", "c", "--words", words, at=choosy)
+    assert not json.loads(call("partners", "--json", at=choosy))["partners"][1]["counts"]
+    assert f"b: counts; {words}" in call("partners", "--confirm", "b", "--words", words, at=choosy)
+    assert not [words for words in overview(choosy)["warnings"] if "identity key" in words]
+    state, _ = secure(hospitals, all_of_them)
+    assert state.cohort == ("a", "b", "c", "choosy", "d")
+
+
+def call(*words: str, at: Path) -> str:
+    done = CliRunner().invoke(app, [*words, "--site", str(at)])
+    return done.output
 
 
 def test_a_coordinator_that_shows_an_older_roster_gets_no_keys(hospitals):

@@ -432,7 +432,7 @@ def test_a_site_that_masks_something_else_spoils_the_sum_which_is_thrown_away(qu
         return vector + np.uint8(1) if site == "c" else vector
 
     monkeypatch.setattr(courier.Inline, "vector", lying)
-    with pytest.raises(SumAborted, match=r"masks were left in it.*another seed") as aborted:
+    with pytest.raises(SumAborted, match=r"one of a, b, c, d, e has sent.*another seed on a roster without") as aborted:
         play(quick_folder)
     assert aborted.value.code == "SUM_MASK_RESIDUE"
     assert read_state(RunFolder(quick_folder / "toy")).round == 0

@@ -1,13 +1,13 @@
 """A curious coordinator that keeps every byte of a run: what it reads of one site, and what a secure sum leaves.
 
-One round of the study by the real client and server code, every reply recorded as it arrives. Then the same updates
-through a secure sum by the real code of both sides: every masked vector and every message is kept, and what the shares
-that are revealed in the end give away is taken off again.
+One round of the study by the real client and server code, every reply recorded as it arrives; of a study with secure
+sums one without them and one as it is. Then the updates of the one without go through a secure sum by the real code of
+both sides: every masked vector and every message is kept, and what the shares that are revealed in the end give away
+is taken off again.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from shared_models import nets
 from shared_models.errors import StudyInvalid
 from shared_models.protect.masking import self_mask_key
 from shared_models.protect.prg import Masks
-from shared_models.protect.ring import signed
+from shared_models.protect.ring import signed, unpacked
 from shared_models.protect.shamir import combine
 from shared_models.scores import row_of
 from shared_models.study import Study
-from shared_models.weights import Arrays, save_arrays
-from shared_models.wire import Reply, read_reply, tensors_of
+from shared_models.weights import Arrays, load, save_arrays
+from shared_models.wire import VECTOR, Reply, read_order, read_reply, tensors_of
 from simulations.attacks.finding import Finding, Row, judged
 from simulations.attacks.people import as_sent, secured
 from simulations.attacks.sums import Transcript, mean_of, secure_sum
@@ -38,29 +38,53 @@ KEPT = "updates of single sites that are found in the folder"
 
 
 class Listening:
-    """The installed client; keeps every reply that it gives."""
+    """The installed client; keeps every reply that it gives, and what a site had for a secure sum, which no reply has.
+
+    Attributes:
+        summed: site -> the update that it added to a sum.
+    """
 
     def __init__(self) -> None:
         self.heard: list[Any] = []
+        self.summed: dict[str, dict[str, NDArray[Any]]] = {}
 
     def __call__(self, message: Any, context: Any) -> Any:
         reply = installed(message, context)
         self.heard.append(reply)
+        if read_order(message).kind == "train" and "sums" in context.node_config:
+            [kept] = Path(context.node_config["sums"]).glob("runs/*/round-*.safetensors")
+            self.summed[context.node_config["site"]] = load(kept)
         return reply
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a coordinator got of one round.
+
+    Attributes:
+        deltas: site -> its update, whether it was sent or not.
+        vectors: site -> uint8[bytes], its masked vector; of a round without secure sums none.
+    """
+
+    run: RunFolder
+    replies: Mapping[str, list[Reply]]
+    deltas: Mapping[str, dict[str, NDArray[Any]]]
+    vectors: Mapping[str, NDArray[np.uint8]]
+
+
 def attack(study: Study, nodes: Mapping[str, NodeConfig], folder: Path) -> Finding:
-    """Listens to one round, then to a secure sum of its updates.
+    """Listens to a round without secure sums, to a secure sum of its updates, and to a round as the study has it.
 
     Raises:
         StudyInvalid: fewer than three sites.
     """
     if len(nodes) < FEWEST:
         raise StudyInvalid(f"study {study.name!r}: a secure sum needs {FEWEST} sites, there are {len(nodes)}.")
-    run, replies, deltas = listened(study, nodes, folder)
+    bare_round = listened(as_sent(study), nodes, folder, "listened")
+    run, replies, deltas = bare_round.run, bare_round.replies, bare_round.deltas
     private = study.protect.privacy is not None
     told = readable(replies)
-    flat = {site: np.concatenate([delta[n].ravel() for n in sorted(delta)]) for site, delta in deltas.items()}
+    flat = {site: _flat(delta) for site, delta in deltas.items()}
     clip = 1.01 * max(float(np.abs(values).max()) for values in flat.values())
     counts = {site: {"cases": max(of.examples for of in replies[site])} for site in deltas}
     transcript = secure_sum(deltas, clip, counts=counts, table=study.protect.secure_aggregation)
@@ -72,9 +96,7 @@ def attack(study: Study, nodes: Mapping[str, NodeConfig], folder: Path) -> Findi
     off = float(np.abs(_flat(mean_of(transcript)) - mean).max())
     step = len(flat) / transcript.context.scale  # each site rounds by half an element at most
     kept = on_disk(run.path, deltas)
-    for site, delta in deltas.items():
-        save_arrays(folder / "kept" / f"{site}.safetensors", delta)
-    findable = on_disk(folder / "kept", deltas)
+    findable = on_disk(_each_in_a_file(folder / "kept", deltas), deltas)
     likeness = "likeness of what is read to one site's update (correlation)"
     rows = (
         judged("nothing: the same vector without its masks", likeness, bare, above=0.999, control=True),
@@ -85,16 +107,16 @@ def attack(study: Study, nodes: Mapping[str, NodeConfig], folder: Path) -> Findi
         Row("nothing", f"{KEPT} of the run", float(kept), "below 1", kept == 0, study=not secured(study)),
         judged(SECURE, likeness, masked, below=chance, study=secured(study)),
         judged(f"{SECURE}, its revealed shares used", likeness, halfway, below=chance, study=secured(study)),
-        Row(SECURE, "numbers of one site in its messages", float(numbers_in(transcript)), "below 1",
-            numbers_in(transcript) == 0, study=secured(study)),
+        *(secure_rows(study, nodes, folder, chance) if secured(study) else ()),
         Row(SECURE, "told of all sites together", ", ".join(sorted(transcript.total.counts))),
         judged(SECURE, "largest difference of the sum from the plain mean", off, below=max(1e-6, step)),
     )  # fmt: skip
     return Finding(
         "curious",
         "A curious coordinator",
-        f"One round of the study with {len(nodes)} sites by the real client and server code, all replies kept; then a "
-        f"secure sum of the same updates ({len(mean):,} weights in a ring of {transcript.context.ring_bits} bits, "
+        f"One round of the study{' with its secure sums, and one without them,' * secured(study)} with {len(nodes)} "
+        f"sites by the real client and server code, all replies kept; then a secure sum of the same updates "
+        f"({len(mean):,} weights in a ring of {transcript.context.ring_bits} bits, "
         f"{transcript.context.threshold} of {len(nodes)} sites needed to its end), all vectors and messages kept.",
         rows,
         _verdict(study, rows, told),
@@ -118,29 +140,52 @@ def _verdict(study: Study, rows: Sequence[Row], told: Sequence[str]) -> str:
     return f"Of this study's rounds the coordinator reads {what}{also}. {would}"
 
 
-def listened(
-    study: Study, nodes: Mapping[str, NodeConfig], folder: Path
-) -> tuple[RunFolder, dict[str, list[Reply]], dict[str, dict[str, NDArray[Any]]]]:
-    """One round of the study: its folder, what each site said, and what it sent."""
+def secure_rows(study: Study, nodes: Mapping[str, NodeConfig], folder: Path, chance: float) -> tuple[Row, ...]:
+    """What is read of one site in a round of secure sums as the study has it; and that it would be found if told."""
+    heard = listened(study, nodes, folder, "listened-secure")
+    told = readable(heard.replies)
+    site, said = min(heard.replies.items())
+    planted = readable({**heard.replies, site: [*said[:-1], replace(said[-1], train_cases=3)]})
+    kept, round_of_it = on_disk(heard.run.path, heard.deltas), f"{SECURE}, a round of the study"
+    findable = on_disk(_each_in_a_file(folder / "kept-secure", heard.deltas), heard.deltas)
+    bits = 32 if study.protect.secure_aggregation is None else study.protect.secure_aggregation.ring_bits
+    flat = {site: _flat(delta) for site, delta in heard.deltas.items()}
+    read = max(alike(of, signed(unpacked(heard.vectors[s], bits)[: of.size], bits)) for s, of in flat.items())
+    return (
+        Row("nothing: one count planted in a reply of the secure round", "told of one site",
+            ", ".join(planted) or "no number", "cases", "cases" in planted, control=True),
+        Row("nothing: each update of the secure round in a file of its own", KEPT, float(findable),
+            f"{len(heard.deltas)}", findable == len(heard.deltas), control=True),
+        Row(round_of_it, "told of one site", ", ".join(told) or "no number", "no number", not told, study=True),
+        Row(round_of_it, f"{KEPT} of the run", float(kept), "below 1", kept == 0, study=True),
+        judged(round_of_it, "likeness of a vector to the update in it (correlation)", read, below=chance, study=True),
+    )  # fmt: skip
+
+
+def listened(study: Study, nodes: Mapping[str, NodeConfig], folder: Path, name: str) -> Heard:
+    """One round of the study, and its scores, in `folder` / `name`."""
     short = replace(
-        as_sent(study),
+        study,
         train=replace(study.train, local_steps=STEPS),
         rounds=replace(study.rounds, count=1, quorum=len(nodes), cohort=1.0),
     )
-    run = create_run(folder / "listened", "round", short, nets.initial_weights(short))
+    run = create_run(folder / name, "round", short, nets.initial_weights(short))
     listening: Any = Listening()
     run_local(run.path, {site: {**config, "work": str(folder)} for site, config in nodes.items()}, app=listening)
-    replies, deltas = dict[str, list[Reply]](), dict[str, dict[str, NDArray[Any]]]()
+    replies, deltas = dict[str, list[Reply]](), dict(listening.summed)
+    vectors = dict[str, NDArray[np.uint8]]()
     for message in listening.heard:
         reply = read_reply(message, "a reply")
         replies.setdefault(reply.site, []).append(reply)
         tensors = tensors_of(message, "a reply")
-        if tensors:
+        if tensors and VECTOR in tensors:
+            vectors.setdefault(reply.site, tensors[VECTOR])  # of the round; the scores' comes later
+        elif tensors:
             deltas[reply.site] = {n: a for n, a in tensors.items() if a.dtype.kind == "f"}
     if len(deltas) < len(nodes):
         refused = sorted({f"{r.site}: {r.refusal}" for of in replies.values() for r in of if r.refusal})
         raise StudyInvalid(f"study {study.name!r}: not every site trained ({', '.join(refused) or 'see above'}).")
-    return run, replies, deltas
+    return Heard(run, replies, deltas, vectors)
 
 
 def readable(replies: Mapping[str, list[Reply]]) -> list[str]:
@@ -176,22 +221,13 @@ def half_unmasked(transcript: Transcript, site: str) -> NDArray[np.float64]:
     return signed(elements, context.ring_bits).astype(np.float64)
 
 
-def numbers_in(transcript: Transcript) -> int:
-    """How many numbers stand in the messages of a secure sum that are no keys, shares or signatures."""
-
-    def count(value: Any) -> int:
-        if isinstance(value, dict):
-            return sum(map(count, value.values()))
-        if isinstance(value, list):
-            return sum(map(count, value))
-        return isinstance(value, int | float)
-
-    return sum(count(json.loads(message)) for message in transcript.messages)
-
-
 def on_disk(folder: Path, deltas: Mapping[str, Arrays]) -> int:
-    """Of how many sites the update lies in some file of a folder, by a stretch of the bytes of its largest element."""
-    files = [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()]
+    """Of how many sites the update lies in some file of a folder, by a stretch of the bytes of its largest element.
+
+    Simulated sites keep their own in `members`, which the coordinator does not see.
+    """
+    seen = (path for path in sorted(folder.rglob("*")) if "members" not in path.relative_to(folder).parts)
+    files = [path.read_bytes() for path in seen if path.is_file()]
     found = 0
     for delta in deltas.values():
         values = max((array.ravel() for array in delta.values()), key=lambda each: float(np.abs(each).max()))
@@ -199,6 +235,12 @@ def on_disk(folder: Path, deltas: Mapping[str, Arrays]) -> int:
         stretch = values[at : at + 8].astype("<f4").tobytes()
         found += any(stretch in content for content in files)
     return found
+
+
+def _each_in_a_file(folder: Path, deltas: Mapping[str, Arrays]) -> Path:
+    for site, delta in deltas.items():
+        save_arrays(folder / f"{site}.safetensors", delta)
+    return folder
 
 
 def _flat(tensors: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
