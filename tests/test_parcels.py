@@ -15,7 +15,7 @@ import fedclient.kept as kept_work
 import fedclient.parcels as parcels
 from fedclient.ledger import open_ledger
 from fedclient.parcels import answered
-from fedclient.site import Site
+from fedclient.site import PrivacyPolicy, Site
 from fedclient.work import Learned
 from shared_models.errors import OrderRefused, TransferFailed, WeightsInvalid
 from shared_models.files import file_sha256
@@ -84,7 +84,7 @@ def order(blob: BlobRef | None, kind: Any = "train", round_number: int = 1, **ch
     return replace(made, **change)
 
 
-def final(blob: BlobRef) -> Order:
+def final(blob: BlobRef | None) -> Order:
     return order(blob, "evaluate", STUDY.rounds.count, evaluate="test")
 
 
@@ -129,6 +129,16 @@ def test_a_delta_that_the_coordinator_has_let_go_of_is_sent_again(edge, north, l
     assert first.blob is not None
     assert arrived(edge) == [first.blob.sha256]
     assert learner.did == ["learn 1"]
+
+
+def test_a_hospital_that_has_come_to_require_privacy_sends_no_kept_update_without_noise(edge, north, learner):
+    asked = order(publish(edge))
+    answered(asked, north, learner)
+    shutil.rmtree(edge.blobs / "in" / "north")
+    with pytest.raises(OrderRefused) as refused:
+        answered(replace(asked, attempt=2), replace(north, privacy=PrivacyPolicy(required=True)), learner)
+    assert refused.value.code == "DP_REQUIRED"
+    assert arrived(edge) == []
 
 
 def test_a_private_round_that_is_asked_for_again_is_spent_once_and_trained_anew_it_is_spent_again(edge, north, learner):
@@ -266,10 +276,9 @@ def test_hello_needs_no_weights(edge, north, learner):
 # Doubted
 
 
-@pytest.mark.parametrize("kind", ["train", "evaluate"])
-def test_an_order_whose_blob_is_not_the_weights_that_it_names_is_refused(edge, north, learner, kind):
+def test_an_order_whose_blob_is_not_the_weights_that_it_names_is_refused(edge, north, learner):
     blob = publish(edge)
-    for wrong in (order(None, kind), order(blob, kind, base_sha256="c" * 64)):
+    for wrong in (order(None), order(blob, base_sha256="c" * 64), final(None), replace(final(blob), blob=None)):
         with pytest.raises(OrderRefused, match="not the weights it names") as refused:
             answered(wrong, north, learner)
         assert refused.value.code == "WEIGHTS_MISMATCH"
