@@ -128,7 +128,7 @@ def approve(
 
 @guarded
 def refuse(study: StudyName, reason: Reason = "", site: Folder = Path("site")) -> None:
-    """Keeps this site out of a study; the coordinator hears that, the other sites do not."""
+    """Keeps this site out of a study, or withdraws it; the coordinator hears that, the other sites do not."""
     _decide(site, study, "refused", reason)
 
 
@@ -147,7 +147,7 @@ def _decide(
     asked = find_asked(here, study)
     decision = decide(here, asked.sha256, verdict, reason, days, also_alike)
     until = f" until {date_text(decision.until_s)}" if decision.until_s else ""
-    console.print(f"{asked.study.name} ({asked.sha256[:12]}) is {verdict}{until}.", highlight=False)
+    console.print(f"{asked.study.name} ({asked.sha256[:12]}) is {decision.verdict}{until}.", highlight=False)
 
 
 @guarded

@@ -146,6 +146,8 @@ def decide(
 ) -> Decision:
     """A person's decision; work under way on a study that is not approved ends at its next step.
 
+    A study that was approved once is withdrawn and never refused: what it has told stays told (`fedclient.alike`).
+
     Args:
         also_alike: approves a study although it reads the same as another one, and secure sums hide less for that.
 
@@ -160,8 +162,11 @@ def decide(
         )
     now_s = time.time()
     until = now_s + (days or site.policy.approval_days) * DAY_S if verdict == "approved" else None
-    decision = Decision(verdict, getpass.getuser(), round(now_s, 3), until, reason)
     with locked(site.folder / "studies" / ".lock"):
+        before = read_decision(site.folder, digest)
+        if verdict == "refused" and before is not None and before.verdict != "refused":
+            verdict = "withdrawn"
+        decision = Decision(verdict, getpass.getuser(), round(now_s, 3), until, reason)
         if verdict == "approved" and not also_alike and (others := alike_here(site, digest, asked.study)):
             raise StateInvalid(
                 f"study {asked.study.name!r} needs one more word. {' '.join(other.why for other in others)} Where the "

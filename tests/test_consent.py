@@ -192,17 +192,29 @@ def test_any_change_of_a_study_asks_anew(edge, hospitals):
     assert [a.state for a in list_asked(site)] == ["approved", "pending"]
 
 
-@pytest.mark.parametrize(("verdict", "code"), [("refused", "STUDY_REFUSED"), ("withdrawn", "STUDY_WITHDRAWN")])
-def test_a_decision_against_a_study_holds_whatever_the_policy_says(edge, hospitals, verdict, code):
+@pytest.mark.parametrize("verdict", ["refused", "withdrawn"])
+def test_a_decision_against_a_study_holds_whatever_the_policy_says(edge, hospitals, verdict):
     hospitals.join("north", INSIDE)
     site = hospitals.site("north")
     going_on = admitted(order(edge), site)
     going_on.go_on()
     decide(site, sha256(STUDY), verdict)
-    assert refused(order(edge), site).code == code
+    assert refused(order(edge), site).code == "STUDY_WITHDRAWN"
     with pytest.raises(OrderRefused) as found:
         going_on.go_on()
-    assert found.value.code == code
+    assert found.value.code == "STUDY_WITHDRAWN"
+
+
+def test_a_study_that_nobody_has_approved_is_refused_and_one_that_somebody_has_is_withdrawn(edge, hospitals):
+    hospitals.join("north")
+    site = hospitals.site("north")
+    refused(order(edge), site)
+    assert decide(site, sha256(STUDY), "refused").verdict == "refused"
+    assert refused(order(edge), site).code == "STUDY_REFUSED"
+    assert decide(site, sha256(STUDY), "approved").verdict == "approved"
+    for _ in range(2):
+        assert decide(site, sha256(STUDY), "refused").verdict == "withdrawn"
+    assert refused(order(edge), site).code == "STUDY_WITHDRAWN"
 
 
 def test_an_approval_runs_out(edge, hospitals):
