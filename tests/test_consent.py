@@ -270,6 +270,24 @@ def test_a_coordinator_that_sends_ever_new_studies_fills_no_disk(edge, hospitals
     assert codes == ["APPROVAL_PENDING", "APPROVAL_PENDING", "TOO_MANY_STUDIES"]
 
 
+def test_where_the_policy_decides_ever_new_studies_fill_no_disk_either(edge, hospitals, monkeypatch):
+    monkeypatch.setattr("fedclient.consent.MOST_A_DAY", 2)
+    monkeypatch.setattr("fedclient.consent.MOST_PENDING", 1)
+    hospitals.join("north", INSIDE)
+    site, now = hospitals.site("north"), 1_782_907_200.0
+    asked = [order(edge, replace(STUDY, seed=seed)) for seed in range(4)]
+    for of in asked[:2]:
+        admitted(of, site, lambda: now)
+    error = refused(asked[2], site, now + 60.0)
+    assert error.code == "APPROVAL_PENDING"
+    assert "the policy has approved 2 studies within a day" in str(error)
+    assert refused(asked[3], site, now + 60.0).code == "TOO_MANY_STUDIES"
+    admitted(asked[0], site, lambda: now + 60.0)  # what is approved goes on
+    decide(site, asked[2].study_sha256, "approved")
+    assert admitted(asked[2], site).name == "north"
+    assert admitted(asked[3], site, lambda: now + 86400.0).name == "north"  # a new day
+
+
 @pytest.mark.parametrize("words", ["other", "abc", "ffff"])
 def test_a_study_that_has_not_come_is_told_with_those_that_have(edge, hospitals, words):
     hospitals.join("north")
