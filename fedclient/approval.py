@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from shared_models.cli import guarded, print_json
 from shared_models.dates import date_text
-from shared_models.parse import plain
+from shared_models.parse import plain, printable
 
 if TYPE_CHECKING:
     from fedclient.consent import Verdict
@@ -106,7 +106,7 @@ def show(study: StudyName, site: Folder = Path("site"), as_json: AsJson = False)
     for heading, lines in told.items():
         console.print(f"[bold]{HEADINGS[heading]}[/]")
         for line in lines:
-            console.print(escape(f"  {line}"), highlight=False)
+            console.print(escape(f"  {printable(line)}"), highlight=False)
 
 
 @guarded

@@ -20,7 +20,7 @@ from fedserver.app import proof
 from fedserver.checkpoint import RunFolder, read_progress
 from fedserver.show import waits_for
 from shared_models import transfer
-from shared_models.errors import OrderRefused, RoundPaused, StateInvalid
+from shared_models.errors import OrderRefused, RoundPaused, StateInvalid, StudyInvalid
 from shared_models.files import read_lines
 from shared_models.study import SIGNED, Evaluate, Model, Rounds, Study, canonical, load_study, sha256, statement
 from shared_models.weights import Arrays
@@ -166,6 +166,30 @@ def test_a_study_that_is_refused_is_written_down_at_the_site(edge, hospitals):
     lines = read_lines(hospitals.sites["north"] / "audit.jsonl")
     codes = {line["facts"]["code"] for line in lines if line["event"] == "order-refused"}
     assert codes == {"STUDY_UNSIGNED"}
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "Lung\x1b[1A\x1b[2K",
+        "Lung\nPrivacy: epsilon 0.1.",
+        "Lung\u202e.1.0 nolispe",
+        "Lu\u200bng",
+        "Lung\u2028",
+        "\u3164",
+    ],
+)
+def test_a_title_that_would_change_what_the_approver_reads_is_no_study(edge, hospitals, title):
+    hospitals.join("north", INSIDE)
+    with pytest.raises(StudyInvalid, match=r"`title` is .*; allowed: visible characters on one line"):
+        admitted(order(edge, replace(STUDY, title=title)), hospitals.site("north"))
+    assert not (hospitals.sites["north"] / "studies").exists()
+
+
+def test_a_title_may_be_in_any_language(edge, hospitals):
+    hospitals.join("north", INSIDE)
+    titled = replace(STUDY, title="Œdème : tumeur cérébrale / 肺　結節 / опухоль, \u00a7 5")
+    assert admitted(order(edge, titled), hospitals.site("north")).name == "north"
 
 
 # The decision
