@@ -27,8 +27,7 @@ def answered(order: Order, site: Site, learner: Learner, timeout_s: float = 3600
     """Carries out an order whose tensors travel as blobs, or answers it from finished work.
 
     Raises:
-        OrderRefused: the order asks for more than the study or the site's rules of today allow, names no weights or
-            others than its digest says, or the gate refuses it.
+        OrderRefused: the order names no weights, names others than its digest says, or the gate refuses it.
         TransferFailed: the weights did not come or the delta could not be sent within `timeout_s`.
     """
     check_asked(order, study_of(order), site)  # of finished work and the steps of a sum too: rules may have changed
