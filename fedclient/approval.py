@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from shared_models.cli import guarded, print_json
 from shared_models.dates import date_text
-from shared_models.parse import plain
+from shared_models.parse import plain, printable
 
 if TYPE_CHECKING:
     from fedclient.consent import Verdict
@@ -156,7 +156,7 @@ def show(study: StudyName, site: Folder = Path("site"), as_json: AsJson = False)
     for heading, lines in told.items():
         console.print(f"[bold]{HEADINGS[heading]}[/]")
         for line in lines:
-            console.print(escape(f"  {line}"), highlight=False)
+            console.print(escape(f"  {printable(line)}"), highlight=False)
 
 
 @guarded
@@ -178,7 +178,7 @@ def approve(
 
 @guarded
 def refuse(study: StudyName, reason: Reason = "", site: Folder = Path("site")) -> None:
-    """Keeps this site out of a study; the coordinator hears that, the other sites do not."""
+    """Keeps this site out of a study, or withdraws it; the coordinator hears that, the other sites do not."""
     _decide(site, study, "refused", reason)
 
 
@@ -197,7 +197,7 @@ def _decide(
     asked = find_asked(here, study)
     decision = decide(here, asked.sha256, verdict, reason, days, also_alike)
     until = f" until {date_text(decision.until_s)}" if decision.until_s else ""
-    console.print(f"{asked.study.name} ({asked.sha256[:12]}) is {verdict}{until}.", highlight=False)
+    console.print(f"{asked.study.name} ({asked.sha256[:12]}) is {decision.verdict}{until}.", highlight=False)
 
 
 @guarded

@@ -6,6 +6,7 @@ import ssl
 from contextlib import closing
 
 from shared_models.errors import EnrolmentFailed
+from shared_models.parse import printable
 from shared_models.transfer import connect
 
 TIMEOUT_S = 45.0  # the coordinator waits up to 20 s for its SuperLink
@@ -52,5 +53,4 @@ def ask(
         told = str(json.loads(content)["detail"])
     except (ValueError, KeyError, TypeError):
         told = response.reason
-    told = "".join(c for c in told[:500] if c.isprintable())  # from a peer not yet known, and bound for a terminal
-    raise TurnedAway(where, response.status, told)
+    raise TurnedAway(where, response.status, printable(told[:500]))  # of a peer not yet known, bound for a terminal

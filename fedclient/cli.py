@@ -77,7 +77,7 @@ def join(
     if as_json:
         print_json({**asdict(joined), "keys": str(joined.keys), "settings": str(site / "site.toml"), "data": laid_out})
         return
-    console.print(f"[bold]{joined.site}[/] has joined [bold]{joined.federation}[/] at {joined.address}.")
+    console.print(f"[bold]{joined.site}[/] has joined [bold]{escape(joined.federation)}[/] at {joined.address}.")
     console.print(f"Coordinator, to be compared by telephone: [bold]{joined.authority_words}[/]")
     console.print(f"This site's certificate:                 [bold]{joined.certificate_words}[/]")
     console.print(f"Data: {escape(laid_out)}")
@@ -102,7 +102,7 @@ def rejoin(
     if as_json:
         print_json({**asdict(joined), "keys": str(joined.keys)})
         return
-    console.print(f"[bold]{joined.site}[/] has joined [bold]{joined.federation}[/] again, with new keys.")
+    console.print(f"[bold]{joined.site}[/] has joined [bold]{escape(joined.federation)}[/] again, with new keys.")
     console.print(f"Coordinator, to be compared by telephone: [bold]{joined.authority_words}[/]")
     console.print(f"This site's certificate:                 [bold]{joined.certificate_words}[/]")
     console.print("A node that runs takes them up within a minute; otherwise `fedclient start`.")

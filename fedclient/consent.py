@@ -18,7 +18,7 @@ from pydantic import Field
 
 from fedclient.alike import Alike, alike
 from fedclient.own_log import log_of
-from fedclient.policy import objections
+from fedclient.policy import MOST_A_DAY, objections
 from fedclient.records import check_own_log
 from fedclient.site import Site
 from fedclient.work import check_signed, study_of
@@ -31,7 +31,7 @@ from shared_models.wire import Order
 
 Verdict = Literal["approved", "refused", "withdrawn"]
 MOST_PENDING = 200  # studies that nobody has decided on; a coordinator that sends more fills no disk
-DAY_S = 86400.0
+DAY_S = 86400.0  # in which the policy decides on MOST_A_DAY new studies
 POLICY = "policy"  # who decided, where nobody was asked
 
 
@@ -132,8 +132,20 @@ def _ask(order: Order, study: Study, site: Site, now_s: float) -> None:
         over = decision is not None and decision.by == POLICY and _is_over(decision, now_s)
         decides = site.policy.approval == "inside-policy" and (decision is None or over)
         if decides and not alike_here(site, order.study_sha256, study):
+            if decision is None and _decided_by_policy(site.folder, now_s - DAY_S) >= MOST_A_DAY:
+                raise OrderRefused(
+                    "APPROVAL_PENDING",
+                    f"study {order.study_sha256[:12]}: the policy has approved {MOST_A_DAY} studies within a day, "
+                    f"which is the most. A person can decide now (`fedclient studies`), the policy does a day later.",
+                )
             until = now_s + site.policy.approval_days * DAY_S
             _write(site, order.study_sha256, Decision("approved", POLICY, now_s, until))
+
+
+def _decided_by_policy(folder: Path, since_s: float) -> int:
+    """How many studies nobody but the policy has decided on since then."""
+    decisions = (read_decision(folder, path.parent.name) for path in (folder / "studies").glob("*/decision.json"))
+    return sum(d is not None and d.by == POLICY and d.at_s > since_s for d in decisions)
 
 
 def alike_here(site: Site, digest: str, study: Study) -> list[Alike]:
@@ -145,6 +157,8 @@ def decide(
     site: Site, digest: str, verdict: Verdict, reason: str = "", days: int | None = None, also_alike: bool = False
 ) -> Decision:
     """A person's decision; work under way on a study that is not approved ends at its next step.
+
+    A study that was approved once is withdrawn and never refused: what it has told stays told (`fedclient.alike`).
 
     Args:
         also_alike: approves a study although it reads the same as another one, and secure sums hide less for that.
@@ -160,8 +174,11 @@ def decide(
         )
     now_s = time.time()
     until = now_s + (days or site.policy.approval_days) * DAY_S if verdict == "approved" else None
-    decision = Decision(verdict, getpass.getuser(), round(now_s, 3), until, reason)
     with locked(site.folder / "studies" / ".lock"):
+        before = read_decision(site.folder, digest)
+        if verdict == "refused" and before is not None and before.verdict != "refused":
+            verdict = "withdrawn"
+        decision = Decision(verdict, getpass.getuser(), round(now_s, 3), until, reason)
         if verdict == "approved" and not also_alike and (others := alike_here(site, digest, asked.study)):
             raise StateInvalid(
                 f"study {asked.study.name!r} needs one more word. {' '.join(other.why for other in others)} Where the "

@@ -21,6 +21,7 @@ from shared_models.detection_counts import DetectionCounts
 from shared_models.envelope import signed
 from shared_models.errors import FederationError, OrderRefused
 from shared_models.identity import load_secret
+from shared_models.plan import released
 from shared_models.protect.stages import on_the_wire
 from shared_models.restored_counts import RestoredCounts
 from shared_models.scores import Score
@@ -66,7 +67,7 @@ def release(reply: Reply, order: Order, site: Site) -> Reply:
     """`reply` with the head of this site's audit log, once it has passed the list and is written down.
 
     Raises:
-        OrderRefused: `EGRESS`: the reply holds what no reply of its kind may, or is no answer to `order`.
+        OrderRefused: `EGRESS`: the reply holds what no reply of its kind may, or is no answer to `order`; `FEW_CASES`.
     """
     hear(order, site)
     check_reply(reply, order, site)
@@ -136,6 +137,8 @@ def check_reply(reply: Reply, order: Order, site: Site) -> None:
         refuse(f"a distribution of fewer than {site.smallest_count} cases")
     if reply.profile is not None and reply.profile.cases < site.smallest_count:
         refuse(f"a profile of fewer than {site.smallest_count} cases")
+    if reply.fingerprint is not None:  # perhaps counted before the policy wanted more of them
+        released(reply.fingerprint, site.smallest_count)
 
 
 def _distribution_of(score: Score) -> float:

@@ -14,7 +14,7 @@ from fedclient.egress import check_reply, check_tensors, release_tensors
 from fedclient.kept import finished, keep, kept_path, reply_of
 from fedclient.site import Site
 from fedclient.summing import is_summed, summed
-from fedclient.work import Gate, Learner, carry_out, no_gate, study_of
+from fedclient.work import Gate, Learner, carry_out, check_asked, no_gate, study_of
 from shared_models.errors import OrderRefused
 from shared_models.files import write_atomic
 from shared_models.transfer import Blobs, site_context
@@ -30,6 +30,7 @@ def answered(order: Order, site: Site, learner: Learner, timeout_s: float = 3600
             reply may not leave.
         TransferFailed: the weights did not come or the delta could not be sent within `timeout_s`.
     """
+    check_asked(order, study_of(order), site)  # of finished work and the steps of a sum too: rules may have changed
     blobs = _blobs(site.coordinator, site.folder / "keys", _changed(site.folder / "keys"))
     if is_summed(order):
         reply, sent = summed(order, site, lambda: _fetched(order, site, blobs, timeout_s), learner, gate)

@@ -14,6 +14,7 @@ from shared_models.protect.ring import MOST_SITES
 from shared_models.study import Study
 
 ANY = "any"
+MOST_A_DAY = 200  # new studies that are taken part in without asking
 Protection: TypeAlias = Literal["secure-sum", "differential-privacy"]
 Word = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
 Words = Annotated[tuple[Word, ...], Field(min_length=1, max_length=32)]
@@ -27,7 +28,7 @@ class Policy:
     Attributes:
         smallest_count: a distribution leaves only of so many cases (CMS and PCORnet: 11).
         approval: `ask` leaves each new study to a person (`fedclient approve`); `inside-policy` takes part in every
-            study that the other keys allow.
+            study that the other keys allow, `MOST_A_DAY` new ones a day; beyond these it leaves them to a person too.
         approval_days: after so many days a study is asked for anew.
         tasks, models: kinds of `[task]` and names of `[model]` that a study may have; `any` allows all.
         most_rounds: of one study.
@@ -124,7 +125,9 @@ def in_words(policy: Policy) -> list[str]:
     """The policy as sentences, one for each key."""
     asked = {
         "ask": "Each study waits for a person here: `fedclient approve`.",
-        "inside-policy": "A study that keeps to all of the following is taken part in without asking.",
+        "inside-policy": (
+            f"A study that keeps to all of the following is taken part in without asking, {MOST_A_DAY} new ones a day."
+        ),
     }
     hours = ", ".join(policy.hours)
     return [

@@ -67,8 +67,8 @@ def reserved(order: Order, study: Study, site: Site, patients: int) -> Spending:
     """Reserves what a training order of a private study spends.
 
     Raises:
-        OrderRefused: `DP_BUDGET_MISSING`, `DP_BUDGET_EXHAUSTED`, `DP_DELTA_LARGE`, `DP_EPSILON_HIGH`, `NO_CASES`,
-            `ROUND_RANGE` or `LEDGER_ROLLBACK`; nothing was spent.
+        OrderRefused: `DP_BUDGET_MISSING`, `DP_BUDGET_EXHAUSTED`, `DP_DELTA_LARGE`, `DP_EPSILON_HIGH`, `NO_CASES` or
+            `LEDGER_ROLLBACK`; nothing was spent.
     """
     asked = _asked(order, study, patients)
     ledger = _ledger(order, study, site)
@@ -79,8 +79,6 @@ def _asked(order: Order, study: Study, patients: int) -> Reservation:
     privacy, steps = study.protect.privacy, study.train.local_steps
     assert privacy is not None, "of a private study"
     assert steps is not None, "check_private has seen to it"
-    if not 1 <= order.round <= study.rounds.count:
-        raise OrderRefused("ROUND_RANGE", f"round {order.round}: the study has {study.rounds.count}.")
     if not patients:
         raise OrderRefused("NO_CASES", "no case with a label for training. Run `fedclient check`.")
     return Reservation(DATA_SET, order.run, order.study_sha256, patients, privacy.spend(steps))

@@ -165,6 +165,32 @@ def check_signed(proof: Proof | None, site: Site, purpose: str, content: bytes, 
         )
 
 
+def check_asked(order: Order, study: Study, site: Site) -> None:
+    """Holds an order against the study that was approved here and the privacy that the site requires.
+
+    Raises:
+        OrderRefused: `DP_REQUIRED`, `DP_UNNOISED`, `ROUND_RANGE` or `SCORES_NOT_IN_STUDY`.
+    """
+    check_order(order, study, site)
+    if order.kind not in ("train", "evaluate"):
+        return
+    every, last = study.evaluate.every, study.rounds.count
+    if not 1 <= order.round <= last:
+        raise OrderRefused("ROUND_RANGE", f"round {order.round}: the study has {last}.")
+    if order.kind == "evaluate":
+        in_study = order.evaluate == "test" and every > 0 and order.round == last
+    else:  # the weights that round n begins with are those of round n - 1
+        scored = every > 0 and order.round > 1 and (order.round - 1) % every == 0
+        in_study = order.evaluate is None or (order.evaluate == "val" and scored)
+    if not in_study:
+        raise OrderRefused(
+            "SCORES_NOT_IN_STUDY",
+            f"round {order.round}: {order.kind!r} asks for scores on {order.evaluate!r}. The study has evaluate.every "
+            f"= {every}: validation after each so many rounds (0: never), the test after round {last}. Nothing was "
+            f"read. Ask the coordinator why.",
+        )
+
+
 def no_gate(order: Order, site: Site, study: Study) -> None:
     """For learners without images."""
 
@@ -176,12 +202,12 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         gate: asked before images are touched; refuses by raising.
 
     Raises:
-        OrderRefused: the order does not hold together, the gate refuses it, or training left numbers that are not
-            finite.
+        OrderRefused: the order does not hold together or asks for more than the study, the gate refuses it, or
+            training left numbers that are not finite.
     """
     began = time.monotonic()
     study = study_of(order)
-    check_order(order, study, site)
+    check_asked(order, study, site)
     private = study.protect.privacy is not None
     reply = Reply(
         kind="hello",

@@ -28,6 +28,7 @@ from shared_models.identity import (
     verify,
 )
 from shared_models.invite import RENEWAL, SUCCESSION, JoinAnswer, RenewRequest, read_message, statement, write_message
+from shared_models.parse import printable
 
 MOST_REASON = 500
 HEARD_S = 600.0  # a node fetches the authority's list every minute; one that was off, before it connects
@@ -42,7 +43,7 @@ def revoke(federation: Federation, site: str, reason: str, now_s: float | None =
     Raises:
         StateInvalid: a site that is not known, or a reason that is none.
     """
-    words = "".join(c if c.isprintable() else " " for c in reason).strip()
+    words = printable(reason).strip()
     if not words or len(words) > MOST_REASON:
         raise StateInvalid(f"reason: 1 to {MOST_REASON} characters, for those who ask later. Give one with --reason.")
     at = time.time() if now_s is None else now_s

@@ -26,7 +26,7 @@ from fedserver.publish.proofs import answers_extract, audit_extract, newest_rost
 from shared_models.errors import ReleaseInvalid, StateInvalid
 from shared_models.files import locked, read_json, sync_folder, write_json
 from shared_models.identity import identity_public_key
-from shared_models.parse import STRICT, parse, parse_json, plain
+from shared_models.parse import STRICT, parse, parse_json, plain, printable
 from shared_models.provenance import ANSWERS, AUDIT, ROSTER, check_provenance
 from shared_models.release import (
     SUFFIX,
@@ -268,7 +268,7 @@ def retire_release(federation: Federation, which: str, reason: str, told: str | 
     Args:
         told: to hospitals, by the list of releases; the reason itself where nothing is said.
     """
-    words = "".join(c if c.isprintable() else " " for c in reason).strip()
+    words = printable(reason).strip()
     if not words or len(words) > 500:
         raise StateInvalid("reason: 1 to 500 characters, for those who ask later. Give one with --reason.")
     with _alone(federation):

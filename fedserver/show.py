@@ -24,6 +24,7 @@ from fedserver.checkpoint import RunFolder, read_progress
 from fedserver.comparison import ALL, points_text, spread_of, spread_text
 from shared_models.dates import date_text
 from shared_models.figure_text import duration_text, value_text
+from shared_models.parse import printable
 from shared_models.scores import NAMES, value_in
 
 PHASES = {
@@ -208,7 +209,7 @@ def _plain_lines(console: Console) -> Tell:
     standing: tuple[Any, Any] = (None, None)
 
     def say(words: str) -> None:
-        console.print(Text(plain(words)), soft_wrap=True)
+        console.print(Text(printable(words)), soft_wrap=True)
 
     def tell(view: View) -> None:
         nonlocal before, standing
@@ -267,7 +268,7 @@ def frame(view: View, quiet_s: float = 0.0) -> RenderableType:
     """The live view: one bar over rounds, and a row per site with its state, reason and last validation score."""
     progress = view.progress
     if not progress:
-        return Text(plain(view.ended or "waiting for the run to begin"))
+        return Text(printable(view.ended or "waiting for the run to begin"))
     rounds, number = int(progress["rounds"]), int(progress["round"])
     phase = progress["phase"]
     done = rounds if phase in ("evaluate", "finished") else number - 1
@@ -279,13 +280,13 @@ def frame(view: View, quiet_s: float = 0.0) -> RenderableType:
     if quiet_s > QUIET_S and view.ended is None:
         left += f", no news for {duration_text(quiet_s)}"
     bar = ProgressBar(total=rounds, completed=done, width=30)
-    head.add_row(Text(f"round {number} of {rounds}"), bar, Text(plain(words)), Text(left, style="dim"))
+    head.add_row(Text(f"round {number} of {rounds}"), bar, Text(printable(words)), Text(left, style="dim"))
     table = Table(box=SIMPLE, pad_edge=False)
     for column in ("site", "state", "why", "validation"):
         table.add_column(column, overflow="fold")
     for site, seat in sorted(progress["sites"].items()):
-        state = Text(plain(state_of(seat)), style=COLOURS.get(state_of(seat), "red"))
-        row = [Text(plain(words)) for words in (site, _why(seat)[2:-1], view.scores.get(site, ""))]
+        state = Text(printable(state_of(seat)), style=COLOURS.get(state_of(seat), "red"))
+        row = [Text(printable(words)) for words in (site, _why(seat)[2:-1], view.scores.get(site, ""))]
         table.add_row(row[0], state, row[1], row[2])
     return Group(head, table)
 
@@ -300,7 +301,10 @@ def run_table(found: Mapping[str, Any]) -> Table:
     """
     label, compared = found["labels"][0], found["comparison"]
     table = Table(
-        box=SIMPLE, title=Text(plain(f"Test {found['measure']['name']}: {label}")), title_justify="left", pad_edge=False
+        box=SIMPLE,
+        title=Text(printable(f"Test {found['measure']['name']}: {label}")),
+        title_justify="left",
+        pad_edge=False,
     )
     table.add_column("site")
     if compared:
@@ -315,7 +319,7 @@ def run_table(found: Mapping[str, Any]) -> Table:
         table.add_row(_site(site, mark), value_text(row["value"]), deviation, str(row["cases"]))
     for site, seat in sorted(found["not_tested"].items()):
         table.add_row(
-            _site(site, False), value_text(None), Text(plain(f"{seat['state']} {seat['reason']}".strip())), ""
+            _site(site, False), value_text(None), Text(printable(f"{seat['state']} {seat['reason']}".strip())), ""
         )
     table.add_section()
     if found.get("secure") and (whole := test.get("all_cases")):
@@ -348,7 +352,7 @@ def _fill_compared(table: Table, compared: Mapping[str, Any]) -> None:
 
 
 def _site(name: str, worst: bool) -> Text:
-    return Text.assemble(plain(name), ("  worst", "bold red") if worst else "")
+    return Text.assemble(printable(name), ("  worst", "bold red") if worst else "")
 
 
 def status_table(facts: Mapping[str, Any]) -> RenderableType:
@@ -364,7 +368,10 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
         progress, waits = progress_of(run), standing(run, facts)
         state = "paused" if progress.get("phase") == "paused" else run["state"]
         where = "?" if run["rounds"] is None else f"{progress.get('round', run['finished_rounds'])} of {run['rounds']}"
-        row = [*(plain(words) for words in (run["id"], run["study"], state, where)), "\n".join(map(plain, waits))]
+        row = [
+            *(printable(words) for words in (run["id"], run["study"], state, where)),
+            "\n".join(map(printable, waits)),
+        ]
         runs.add_row(*map(Text, row))
     sites = Table(box=SIMPLE, title=Text("Sites"), title_justify="left", pad_edge=False)
     for column in ("site", "state", "online", "certificate ends", "why"):
@@ -375,7 +382,7 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
         why = why_not_online(site)
         ends = site.get("certificate_expires_at")
         until = "" if ends is None or site["state"] != "active" else date_text(ends)
-        row = [plain(words) for words in (site["name"], site["state"], here, until, "" if online else why)]
+        row = [printable(words) for words in (site["name"], site["state"], here, until, "" if online else why)]
         sites.add_row(*map(Text, row))
     troubles = [*facts.get("alarms", []), *facts.get("troubles", [])]
     if last := facts.get("last_refused"):
@@ -384,7 +391,7 @@ def status_table(facts: Mapping[str, Any]) -> RenderableType:
     if facts.get("served") is False and (facts["runs"] or facts["sites"]):
         troubles.append("Nothing serves this federation: start `fedserver serve`, and runs go on by themselves.")
     return Group(
-        *(Text(plain(words), style="yellow") for words in troubles),
+        *(Text(printable(words), style="yellow") for words in troubles),
         runs if facts["runs"] else Text("No run yet: `fedserver run STUDY` starts one.\n"),
         sites if facts["sites"] else Text("No site yet: `fedserver invite SITE` invites one."),
     )
@@ -419,8 +426,3 @@ def why_not_online(site: Mapping[str, Any]) -> str:
 
 def _is_busy(facts: Mapping[str, Any]) -> bool:
     return any(run["state"] == "running" for run in facts["runs"])
-
-
-def plain(text: str) -> str:
-    """`text` without what a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in text)

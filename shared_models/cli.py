@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from shared_models.errors import FederationError
+from shared_models.parse import printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,7 +40,8 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _complain(message: str) -> None:
-    text = Text.assemble(("error:", "bold red"), " ", message)  # not mark-up: brackets in it are only brackets
+    shown = "\n".join(map(printable, message.split("\n")))  # some of it may be from a peer
+    text = Text.assemble(("error:", "bold red"), " ", shown)  # not mark-up: brackets in it are only brackets
     Console(stderr=True, soft_wrap=True).print(text, highlight=False)
 
 

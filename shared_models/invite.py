@@ -10,7 +10,7 @@ from typing import TypeVar
 from shared_models.errors import EnrolmentFailed
 from shared_models.files import canonical_json
 from shared_models.identity import check_site_name, split_address
-from shared_models.parse import STRICT, parse, plain
+from shared_models.parse import STRICT, Line, parse, plain
 
 T = TypeVar("T")
 PREFIX = "fl1."
@@ -87,7 +87,7 @@ class JoinAnswer:
     """
 
     __pydantic_config__ = STRICT
-    federation: str
+    federation: Line
     site: str
     certificate: str
 

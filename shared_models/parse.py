@@ -23,6 +23,14 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+# A character of text that people write and others read: no control or direction mark, line break or invisible one
+SHOWN = r"[^\p{C}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]"
+Line = Annotated[str, Field(max_length=200, pattern=f"^{SHOWN}*$")]
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey or not show."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}  # building one costs a millisecond, messages come by the thousand
@@ -107,6 +115,8 @@ def _complaint(kind: type[object], found: Mapping[str, Any], where: str) -> str:
     if found["type"] == "json_invalid":
         return f"{where}: is no JSON."  # its text may hold secrets and is not repeated
     says = str(found["msg"]).removeprefix("Value error, ").removeprefix("Input should be ").rstrip(".")
+    if found["type"] == "string_pattern_mismatch" and SHOWN in found["ctx"]["pattern"]:
+        says = "visible characters on one line"
     if found["type"] == "value_error":
         return f"{where}: {f'`{key}`: ' if key else ''}{says}."
     shown = repr(found["input"])

@@ -15,7 +15,7 @@ from shared_models.dates import day
 from shared_models.errors import ReleaseInvalid, ReleaseRetired
 from shared_models.files import canonical_json
 from shared_models.identity import Credential, sign, stated
-from shared_models.parse import STRICT, Sha256, parse_json, plain
+from shared_models.parse import STRICT, Sha256, parse_json, plain, printable
 from shared_models.release_facts import Pem, Signature64
 
 PURPOSE = "release-status"
@@ -103,7 +103,7 @@ def retired(standings: Standings, digest: str) -> None:
     """Raises ReleaseRetired where a list says that the release with this digest was retired."""
     known = standings.releases.get(digest)
     if known is not None and known.stage == "retired":
-        why = f" ({known.words})" if known.words else ""
+        why = f" ({printable(known.words)})" if known.words else ""
         raise ReleaseRetired(
             f"release {known.label}: {standings.federation!r} has retired it on {day(known.since)}{why}. Predict "
             "nothing more with it; ask the coordinator for its successor."
@@ -137,7 +137,7 @@ def warned(standings: Standings, digest: str, made_at: float, now_s: float) -> l
     elif known.stage == "candidate":
         warnings.append(f"a candidate on {day(standings.made_at)}: its federation had not approved it")
     if known is not None and known.words:
-        warnings.append(f"{known.words}, as the list of {day(standings.made_at)} says")
+        warnings.append(f"{printable(known.words)}, as the list of {day(standings.made_at)} says")
     if now_s > standings.good_until:
         warnings.append(
             f"the list of releases was good until {day(standings.good_until)}: whether this one was retired since is "

@@ -18,7 +18,7 @@ from shared_models.files import canonical_json
 from shared_models.model_table import BAGWISE, ENCODERS, PIXELWISE, SMALLEST_EDGE
 from shared_models.model_table import Level as Level
 from shared_models.model_table import Model as Model
-from shared_models.parse import STRICT, parse, parse_json, plain, read_toml
+from shared_models.parse import STRICT, Line, parse, parse_json, plain, read_toml
 from shared_models.protect.privacy import Protect, check_private
 from shared_models.protect.secure import check_secure
 from shared_models.protect.stages import check_stages
@@ -257,7 +257,7 @@ class Study:
 
     __pydantic_config__ = STRICT
     name: Name
-    title: Annotated[str, Field(max_length=200)] = ""
+    title: Line = ""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     modality: Literal["ct", "xray", "mr", "photo"] = "ct"
     channels: Annotated[

@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared_models.parse import STRICT
+from shared_models.parse import SHOWN, STRICT
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
-Column = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f]+$")]
+Column = Annotated[str, Field(max_length=80, pattern=f"^{SHOWN}+$")]
 
 LOSSES = {
     "segmentation": ("bce", "dice_bce", "ce", "dice_ce", "focal", "tversky"),
@@ -89,7 +89,7 @@ class Task:
     tolerance_mm: Positive | None = None
     class_weights: Annotated[tuple[Positive, ...], Field(max_length=32)] = ()
     column: Column = "label"
-    none: Annotated[str, Field(max_length=80)] = "none"
+    none: Annotated[str, Field(max_length=80, pattern=f"^{SHOWN}*$")] = "none"
     specificity: Annotated[float, Field(gt=0, lt=1)] = 0.9
     intervals_days: Annotated[tuple[Positive, ...], Field(max_length=64)] = ()
     time_column: Column = "time"

@@ -257,6 +257,8 @@ def test_a_message_with_brackets_is_printed_as_it_is():
     for words in ("features [4, 4] of [model]", "[/] [bold]x[/bold] \\[y] \\", "[link=http://x]y"):
         done = CliRunner().invoke(app, [words])
         assert (done.exit_code, done.stderr) == (1, f"error: {words}\n")
+    done = CliRunner().invoke(app, ["study 'a\x1b[2K\u202eb'\nno line more"])
+    assert done.stderr == "error: study 'a [2K b'\nno line more\n"
 
 
 def test_an_error_that_nobody_can_mend_is_traced_and_not_hidden():

@@ -20,7 +20,7 @@ from fedserver.app import proof
 from fedserver.checkpoint import RunFolder, read_progress
 from fedserver.show import waits_for
 from shared_models import transfer
-from shared_models.errors import OrderRefused, RoundPaused, StateInvalid
+from shared_models.errors import OrderRefused, RoundPaused, StateInvalid, StudyInvalid
 from shared_models.files import read_lines
 from shared_models.study import SIGNED, Evaluate, Model, Rounds, Study, canonical, load_study, sha256, statement
 from shared_models.weights import Arrays
@@ -168,6 +168,30 @@ def test_a_study_that_is_refused_is_written_down_at_the_site(edge, hospitals):
     assert codes == {"STUDY_UNSIGNED"}
 
 
+@pytest.mark.parametrize(
+    "title",
+    [
+        "Lung\x1b[1A\x1b[2K",
+        "Lung\nPrivacy: epsilon 0.1.",
+        "Lung\u202e.1.0 nolispe",
+        "Lu\u200bng",
+        "Lung\u2028",
+        "\u3164",
+    ],
+)
+def test_a_title_that_would_change_what_the_approver_reads_is_no_study(edge, hospitals, title):
+    hospitals.join("north", INSIDE)
+    with pytest.raises(StudyInvalid, match=r"`title` is .*; allowed: visible characters on one line"):
+        admitted(order(edge, replace(STUDY, title=title)), hospitals.site("north"))
+    assert not (hospitals.sites["north"] / "studies").exists()
+
+
+def test_a_title_may_be_in_any_language(edge, hospitals):
+    hospitals.join("north", INSIDE)
+    titled = replace(STUDY, title="Œdème : tumeur cérébrale / 肺　結節 / опухоль, \u00a7 5")
+    assert admitted(order(edge, titled), hospitals.site("north")).name == "north"
+
+
 # The decision
 
 
@@ -192,17 +216,29 @@ def test_any_change_of_a_study_asks_anew(edge, hospitals):
     assert [a.state for a in list_asked(site)] == ["approved", "pending"]
 
 
-@pytest.mark.parametrize(("verdict", "code"), [("refused", "STUDY_REFUSED"), ("withdrawn", "STUDY_WITHDRAWN")])
-def test_a_decision_against_a_study_holds_whatever_the_policy_says(edge, hospitals, verdict, code):
+@pytest.mark.parametrize("verdict", ["refused", "withdrawn"])
+def test_a_decision_against_a_study_holds_whatever_the_policy_says(edge, hospitals, verdict):
     hospitals.join("north", INSIDE)
     site = hospitals.site("north")
     going_on = admitted(order(edge), site)
     going_on.go_on()
     decide(site, sha256(STUDY), verdict)
-    assert refused(order(edge), site).code == code
+    assert refused(order(edge), site).code == "STUDY_WITHDRAWN"
     with pytest.raises(OrderRefused) as found:
         going_on.go_on()
-    assert found.value.code == code
+    assert found.value.code == "STUDY_WITHDRAWN"
+
+
+def test_a_study_that_nobody_has_approved_is_refused_and_one_that_somebody_has_is_withdrawn(edge, hospitals):
+    hospitals.join("north")
+    site = hospitals.site("north")
+    refused(order(edge), site)
+    assert decide(site, sha256(STUDY), "refused").verdict == "refused"
+    assert refused(order(edge), site).code == "STUDY_REFUSED"
+    assert decide(site, sha256(STUDY), "approved").verdict == "approved"
+    for _ in range(2):
+        assert decide(site, sha256(STUDY), "refused").verdict == "withdrawn"
+    assert refused(order(edge), site).code == "STUDY_WITHDRAWN"
 
 
 def test_an_approval_runs_out(edge, hospitals):
@@ -256,6 +292,24 @@ def test_a_coordinator_that_sends_ever_new_studies_fills_no_disk(edge, hospitals
     site = hospitals.site("north")
     codes = [refused(order(edge, replace(STUDY, seed=seed)), site).code for seed in range(3)]
     assert codes == ["APPROVAL_PENDING", "APPROVAL_PENDING", "TOO_MANY_STUDIES"]
+
+
+def test_where_the_policy_decides_ever_new_studies_fill_no_disk_either(edge, hospitals, monkeypatch):
+    monkeypatch.setattr("fedclient.consent.MOST_A_DAY", 2)
+    monkeypatch.setattr("fedclient.consent.MOST_PENDING", 1)
+    hospitals.join("north", INSIDE)
+    site, now = hospitals.site("north"), 1_782_907_200.0
+    asked = [order(edge, replace(STUDY, seed=seed)) for seed in range(4)]
+    for of in asked[:2]:
+        admitted(of, site, lambda: now)
+    error = refused(asked[2], site, now + 60.0)
+    assert error.code == "APPROVAL_PENDING"
+    assert "the policy has approved 2 studies within a day" in str(error)
+    assert refused(asked[3], site, now + 60.0).code == "TOO_MANY_STUDIES"
+    admitted(asked[0], site, lambda: now + 60.0)  # what is approved goes on
+    decide(site, asked[2].study_sha256, "approved")
+    assert admitted(asked[2], site).name == "north"
+    assert admitted(asked[3], site, lambda: now + 86400.0).name == "north"  # a new day
 
 
 @pytest.mark.parametrize("words", ["other", "abc", "ffff"])

@@ -28,6 +28,7 @@ from shared_models.files import read_lines
 from shared_models.identity import identity_public_key
 from shared_models.metrics import DiceCounts, counts
 from shared_models.nets import initial_weights
+from shared_models.plan import fingerprint_of
 from shared_models.study import Evaluate, Model, Preprocess, Rounds, Study, Train, canonical, sha256
 from shared_models.transfer import Blobs
 from shared_models.wire import BlobRef, Order, Reply, dump
@@ -102,6 +103,16 @@ def test_what_is_on_the_list_leaves_with_a_line_that_says_so(north, change):
     content = dump(leaving)
     assert (line["bytes"], line["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
     assert (line["run"], line["round"], line["study"]) == ("toy", 1, sha256(STUDY))
+
+
+def test_counts_of_fewer_cases_than_the_policy_wants_by_now_stay(north):
+    ones = np.ones((2, 2, 1), np.float32)
+    told = Reply("statistics", "north", "toy", 1, 1, sha256(STUDY), "b" * 64)
+    told = replace(told, fingerprint=fingerprint_of(ones[None], ones.astype(np.uint8), (1, 1, 1), ct=True))
+    with pytest.raises(OrderRefused) as refused:
+        release(told, ORDER, north)
+    assert refused.value.code == "FEW_CASES"
+    assert release(told, ORDER, replace(north, smallest_count=1)).fingerprint
 
 
 @pytest.mark.parametrize(

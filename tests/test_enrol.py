@@ -256,6 +256,12 @@ def test_a_hospital_joins_over_the_network(tmp_path: Path) -> None:
     assert not list((tmp_path / "third").iterdir()), "a failed join leaves nothing behind"
 
 
+def test_a_coordinator_whose_name_would_change_what_is_compared_by_telephone_is_not_joined() -> None:
+    answer = {"federation": "Lungs\x1b[2B\x1b[2K", "site": "north", "certificate": "x"}
+    with pytest.raises(EnrolmentFailed, match="visible characters on one line"):
+        read_message(JoinAnswer, json.dumps(answer).encode(), "coordinator at localhost:1")
+
+
 def test_a_coordinator_with_another_ca_is_not_joined_and_the_invite_stays_good(tmp_path: Path) -> None:
     with running_edge(tmp_path / "federation") as edge:
         word = invite(edge.federation, "north")

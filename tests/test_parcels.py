@@ -17,7 +17,7 @@ from fedclient.kept import kept_path
 from fedclient.ledger import open_ledger
 from fedclient.memory import memory_folder, recall, remember
 from fedclient.parcels import answered
-from fedclient.site import Site
+from fedclient.site import PrivacyPolicy, Site
 from fedclient.work import Learned
 from shared_models.errors import OrderRefused, TransferFailed, WeightsInvalid
 from shared_models.files import file_sha256
@@ -88,6 +88,10 @@ def order(blob: BlobRef | None, kind: Any = "train", round_number: int = 1, **ch
     return replace(made, **change)
 
 
+def final(blob: BlobRef | None) -> Order:
+    return order(blob, "evaluate", STUDY.rounds.count, evaluate="test")
+
+
 def files(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.rglob("*") if p.is_file())
 
@@ -114,11 +118,11 @@ def test_the_delta_arrives_under_the_digest_that_the_reply_names(edge, north, le
 
 
 def test_an_order_that_comes_again_is_answered_without_training(edge, north, learner):
-    asked = order(publish(edge), evaluate="val")
+    asked = order(publish(edge), round_number=2, evaluate="val")
     first = answered(asked, north, learner)
     again = answered(replace(asked, attempt=2), north, learner)
     assert again == replace(first, attempt=2)
-    assert learner.did == ["score val", "learn 1"]
+    assert learner.did == ["score val", "learn 2"]
 
 
 def test_a_delta_that_the_coordinator_has_let_go_of_is_sent_again(edge, north, learner):
@@ -129,6 +133,16 @@ def test_a_delta_that_the_coordinator_has_let_go_of_is_sent_again(edge, north, l
     assert first.blob is not None
     assert arrived(edge) == [first.blob.sha256]
     assert learner.did == ["learn 1"]
+
+
+def test_a_hospital_that_has_come_to_require_privacy_sends_no_kept_update_without_noise(edge, north, learner):
+    asked = order(publish(edge))
+    answered(asked, north, learner)
+    shutil.rmtree(edge.blobs / "in" / "north")
+    with pytest.raises(OrderRefused) as refused:
+        answered(replace(asked, attempt=2), replace(north, privacy=PrivacyPolicy(required=True)), learner)
+    assert refused.value.code == "DP_REQUIRED"
+    assert arrived(edge) == []
 
 
 def test_a_private_round_that_is_asked_for_again_is_spent_once_and_trained_anew_it_is_spent_again(edge, north, learner):
@@ -293,7 +307,7 @@ def test_an_evaluation_keeps_and_sends_nothing_and_leaves_finished_work(edge, no
     answered(order(blob), north, learner)
     kept = files(north.folder / "runs")
     for _ in range(2):
-        reply = answered(order(blob, "evaluate", evaluate="test"), north, learner)
+        reply = answered(final(blob), north, learner)
         assert (reply.kind, reply.blob) == ("evaluation", None)
     assert files(north.folder / "runs") == kept
     assert learner.did == ["learn 1", "score test", "score test"]
@@ -309,10 +323,9 @@ def test_hello_needs_no_weights(edge, north, learner):
 # Doubted
 
 
-@pytest.mark.parametrize("kind", ["train", "evaluate"])
-def test_an_order_whose_blob_is_not_the_weights_that_it_names_is_refused(edge, north, learner, kind):
+def test_an_order_whose_blob_is_not_the_weights_that_it_names_is_refused(edge, north, learner):
     blob = publish(edge)
-    for wrong in (order(None, kind), order(blob, kind, base_sha256="c" * 64)):
+    for wrong in (order(None), order(blob, base_sha256="c" * 64), final(None), replace(final(blob), blob=None)):
         with pytest.raises(OrderRefused, match="not the weights it names") as refused:
             answered(wrong, north, learner)
         assert refused.value.code == "WEIGHTS_MISMATCH"
@@ -361,7 +374,7 @@ def test_weights_that_were_spoilt_on_this_disk_are_fetched_again(edge, north, le
     answered(order(blob), north, learner)
     fetched = north.folder / "blobs" / blob.sha256
     fetched.write_bytes(fetched.read_bytes()[:-1] + b"\xff")
-    reply = answered(order(blob, "evaluate", evaluate="val"), north, learner)
+    reply = answered(final(blob), north, learner)
     assert reply.kind == "evaluation"
     assert file_sha256(fetched) == blob.sha256
 

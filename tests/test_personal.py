@@ -273,7 +273,7 @@ def order(study: Study, number: int, counted: int, kind: Any = "train") -> Order
 
 
 def test_an_order_that_comes_again_does_not_advance_a_site_twice(data, tmp_path, weights):
-    study = personal(ditto_lambda=0.1)
+    study = replace(personal(ditto_lambda=0.1), rounds=Rounds(count=3))
     site = open_site(config(data, tmp_path, "north"))
     first = carry_out(order(study, 1, 0), weights, site, LEARNER)
     folder = memory_folder(site, "toy", sha256(study))
@@ -302,7 +302,7 @@ def test_a_second_model_that_diverged_is_not_remembered(data, tmp_path, weights)
 def test_the_final_own_model_is_kept_at_the_site_and_scored_beside_the_received_weights(data, tmp_path, weights):
     study = personal(fine_tune_steps=30)
     site = open_site(config(data, tmp_path, "north"))
-    asked = order(study, 3, 3, "evaluate")
+    asked = order(study, 2, 2, "evaluate")
     reply = carry_out(asked, weights, site, LEARNER).reply
     kept = load(own_path(memory_folder(site, "toy", sha256(study)), asked.base_sha256))
     assert reply.own_scores == LEARNER.score(site, study, kept, "test")

@@ -296,7 +296,7 @@ def hospital(tmp_path, data, federations) -> Site:
 def test_a_hospital_trains_by_a_plan_that_its_coordinator_signed_for_this_very_run(hospital, plan, federations):
     good = proven(order("train", plan=plan), federations[0])
     assert carry_out_at_site(good, WEIGHTS, hospital, ToyLearner()).reply.plan_sha256 == plan_sha256(plan)
-    score = replace(good, kind="evaluate", evaluate="test")
+    score = replace(good, kind="evaluate", round=2, evaluate="test")
     assert carry_out_at_site(score, WEIGHTS, hospital, ToyLearner()).reply.kind == "evaluation"
 
 
@@ -318,7 +318,7 @@ def test_a_hospital_trains_by_no_plan_that_is_unsigned_or_signed_by_others_or_fo
     assert refused(made) == "PLAN_UNSIGNED"
     with pytest.raises(OrderRefused, match="has not signed"):  # before the data are looked at
         carry_out_at_site(made, WEIGHTS, hospital, ToyLearner(), never)
-    assert refused(replace(made, kind="evaluate", evaluate="test")) == "PLAN_UNSIGNED"
+    assert refused(replace(made, kind="evaluate", round=2, evaluate="test")) == "PLAN_UNSIGNED"
     assert refused(proven(made, theirs)) == "PLAN_SIGNATURE"
     for change in ({"run": "other"}, {"study_sha256": "c" * 64}, {"plan_sha256": "c" * 64}):
         assert refused(proven(made, ours, **change)) == "PLAN_SIGNATURE"

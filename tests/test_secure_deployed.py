@@ -223,6 +223,18 @@ def test_a_twin_without_masks_is_approved_by_no_policy_for_its_updates_can_be_ta
     assert "sees this site's updates to this study by themselves, and can take them off the sums of toy (" in told
 
 
+def test_a_twin_without_masks_is_known_after_a_person_has_refused_what_policy_approved(edge, quick_folder):
+    hospitals = Hospitals(edge, quick_folder / "sites")
+    for name in NAMES:
+        hospitals.join(name, replace(INSIDE, protections=()))
+    one = replace(PLAIN_STUDY, rounds=replace(PLAIN_STUDY.rounds, count=1))
+    hospitals.run(one, app=toy_app(LEARNER), weights=FLOATS, name="twin")
+    for name in NAMES:
+        decide(hospitals.site(name), sha256(one), "refused", "that is enough of it")
+    with pytest.raises(RoundPaused, match="a: awaits approval at the site"):
+        secure(hospitals)
+
+
 def accept(hospitals: Hospitals, study: Study) -> None:
     """A person at each hospital approves a study that is like another one."""
     for name in NAMES:

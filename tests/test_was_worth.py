@@ -13,7 +13,7 @@ from fedclient import egress, was_worth
 from fedclient.alone import plain_study, train_alone
 from fedclient.cli import app
 from fedclient.client import client_app
-from fedclient.consent import decide, find_asked
+from fedclient.consent import Decision, decide, find_asked
 from fedclient.memory import memory_folder
 from fedclient.policy import Policy
 from fedclient.site import Site, open_site
@@ -204,11 +204,12 @@ def test_a_study_of_which_nothing_is_here_is_told_so(hospitals, tmp_path):
         left_of(here, asked, "tiny-9")
     with pytest.raises(StateInvalid, match="no run of it was finished with this site"):
         left_of(replace(here, folder=tmp_path), asked)
-    decide(here, asked.sha256, "withdrawn")
-    assert left_of(here, find_asked(here, "tiny")).run == "tiny-1", "who has left may ask what it was worth"
-    decide(here, asked.sha256, "refused")
+    for verdict in ("withdrawn", "refused"):
+        decide(here, asked.sha256, verdict)
+        assert left_of(here, find_asked(here, "tiny")).run == "tiny-1", "who has left may ask what it was worth"
+    never = replace(asked, decision=Decision("refused", "steward", 0.0), state="refused")
     with pytest.raises(StateInvalid, match="this site has not taken part in it"):
-        left_of(here, find_asked(here, "tiny"))
+        left_of(here, never)
 
 
 def test_a_simulation_keeps_no_copy_of_the_last_weights(tmp_path):

@@ -23,7 +23,7 @@ from shared_models.errors import (
 )
 from shared_models.metrics import counts
 from shared_models.scores import Score
-from shared_models.study import Study, Train, canonical, sha256
+from shared_models.study import Evaluate, Rounds, Study, Train, canonical, sha256
 from shared_models.weights import Arrays
 from shared_models.wire import Order, Reply, Split, dump, pack, read_reply, tensors_of, write_order
 from simulations.engine import identify
@@ -37,6 +37,9 @@ HERE = Site("north", Path("/nowhere"), Path("/nowhere"), (), "cpu", 1, 11, "salt
 def order(kind: str = "train", **change: object) -> Order:
     made = Order(kind, "toy-1", 3, 2, canonical(STUDY).decode(), sha256(STUDY), BASE)  # type: ignore[arg-type]
     return replace(made, **change)  # type: ignore[arg-type]
+
+
+FINAL = order("evaluate", evaluate="test", round=STUDY.rounds.count)
 
 
 def answered(of: Order, learner: Learner | None = None) -> Answer:
@@ -66,12 +69,11 @@ class Noting(ToyLearner):
         return {"lung": counts([0.25] if split == "val" else [0.75])}
 
 
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_the_received_weights_are_scored_where_that_is_asked(split):
-    done = answered(order(evaluate=split), Noting())
+def test_the_received_weights_are_scored_where_that_is_asked():
+    done = answered(order(evaluate="val"), Noting())
     assert done.reply.kind == "update"
-    assert done.reply.scored == split
-    assert done.reply.scores["lung"].value == (0.25 if split == "val" else 0.75)
+    assert done.reply.scored == "val"
+    assert done.reply.scores["lung"].value == 0.25
     assert done.delta
 
 
@@ -81,8 +83,9 @@ def test_an_evaluation_trains_nothing_and_sends_no_tensor():
         def learn(self, site: Site, study: Study, round_number: int, weights: Arrays) -> Learned:
             raise AssertionError("was trained")
 
-    done = answered(order("evaluate", evaluate="test"), Scoring())
+    done = answered(FINAL, Scoring())
     assert (done.reply.kind, done.reply.scored, done.reply.examples) == ("evaluation", "test", 0)
+    assert done.reply.scores["lung"].value == 0.75
     assert done.delta == {}
 
 
@@ -108,8 +111,8 @@ def test_the_order_is_handed_to_the_learner_as_it_came():
 # The gate
 
 
-@pytest.mark.parametrize("kind", ["train", "evaluate", "statistics"])
-def test_an_order_that_the_gate_refuses_touches_no_image(kind):
+@pytest.mark.parametrize("of", [order(evaluate="val"), FINAL, order("statistics")], ids=lambda of: of.kind)
+def test_an_order_that_the_gate_refuses_touches_no_image(of):
     asked: list[object] = []
 
     def closed(of: Order, site: Site, study: Study) -> None:
@@ -124,7 +127,6 @@ def test_an_order_that_the_gate_refuses_touches_no_image(kind):
         def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
             raise AssertionError("was scored")
 
-    of = order(kind, evaluate="test")
     with pytest.raises(OrderRefused, match="Jane_Doe") as refused:
         carry_out(of, WEIGHTS, HERE, Untouched(), closed)
     assert refused.value.code == "DATA_NOT_READY"
@@ -149,6 +151,56 @@ def test_a_study_that_is_not_the_one_named_is_refused_also_after_the_right_one_w
             answered(order(**change))
         assert refused.value.code == "STUDY_MISMATCH"
         assert answered(order()).delta
+
+
+def code(study: Study, kind: str, number: int, split: Split | None) -> str | None:
+    """Of the refusal, which comes before the gate and any image; None of an order that is let through."""
+
+    class Through(Exception):
+        pass
+
+    def gate(of: Order, site: Site, study: Study) -> None:
+        raise Through
+
+    of = order(kind, round=number, evaluate=split, study=canonical(study).decode(), study_sha256=sha256(study))
+    try:
+        carry_out(of, WEIGHTS, HERE, ToyLearner(), gate)
+    except OrderRefused as refused:
+        return refused.code
+    except Through:
+        return None
+    raise AssertionError("the gate was not asked")
+
+
+NOT_IN_STUDY = "SCORES_NOT_IN_STUDY"
+
+
+@pytest.mark.parametrize(
+    ("every", "kind", "number", "split", "refused"),
+    [
+        (3, "train", 1, None, None),
+        (3, "train", 4, "val", None),
+        (3, "train", 7, "val", None),
+        (3, "train", 4, None, None),
+        (3, "evaluate", 8, "test", None),
+        (3, "train", 1, "val", NOT_IN_STUDY),  # of the first weights, whom nobody has trained
+        (3, "train", 5, "val", NOT_IN_STUDY),
+        (3, "train", 4, "test", NOT_IN_STUDY),
+        (3, "evaluate", 8, "val", NOT_IN_STUDY),
+        (3, "evaluate", 8, None, NOT_IN_STUDY),
+        (3, "evaluate", 4, "test", NOT_IN_STUDY),
+        (0, "train", 2, None, None),
+        (0, "train", 2, "val", NOT_IN_STUDY),
+        (0, "train", 1, "test", NOT_IN_STUDY),
+        (0, "evaluate", 8, "test", NOT_IN_STUDY),
+        (3, "train", 0, None, "ROUND_RANGE"),
+        (3, "train", 9, None, "ROUND_RANGE"),
+        (3, "evaluate", 7000, "test", "ROUND_RANGE"),
+        (3, "evaluate", 0, "test", "ROUND_RANGE"),
+    ],
+)
+def test_rounds_and_scores_are_those_of_the_study_and_not_what_the_order_says(every, kind, number, split, refused):
+    assert code(Study(name="toy", rounds=Rounds(count=8), evaluate=Evaluate(every)), kind, number, split) == refused
 
 
 def test_a_study_is_known_by_its_very_bytes():
@@ -212,10 +264,10 @@ def test_the_app_answers_with_facts_and_tensors():
     assert tensors.keys() == WEIGHTS.keys()
 
 
-@pytest.mark.parametrize("kind", ["hello", "evaluate"])
-def test_an_answer_without_tensors_has_none(kind):
-    reply, message = told(ToyLearner(), order(kind))
-    assert reply.kind == {"hello": "hello", "evaluate": "evaluation"}[kind]
+@pytest.mark.parametrize(("of", "kind"), [(order("hello"), "hello"), (FINAL, "evaluation")])
+def test_an_answer_without_tensors_has_none(of, kind):
+    reply, message = told(ToyLearner(), of)
+    assert reply.kind == kind
     assert tensors_of(message, "north") is None
 
 
