@@ -25,6 +25,18 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def settings_of_torch() -> Iterator[None]:
+    """One thread, and what a learner changes for its whole process is put back."""
+    import torch
+
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
 def quick_folder() -> Iterator[Path]:
     """A folder in memory where there is such a place: for tests of many small files that sync, and not of syncing."""
     memory = Path("/dev/shm")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from scipy.stats import ttest_rel
 
 import simulations.compare as comparing
@@ -30,6 +29,8 @@ from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, jobs, node_configs, score
 from tests.toys import nodes
 
+pytestmark = pytest.mark.usefixtures("settings_of_torch")
+
 STUDY = Study(
     name="tiny",
     model=Model(features=(4, 4, 4, 4, 4, 4), norm="batch"),
@@ -39,14 +40,6 @@ STUDY = Study(
     personal=Personal(keep=("norm",)),
 )
 SETTINGS = {"fedavg": {}, "prox+uniform": {"train": {"proximal_mu": 0.1}, "strategy": {"weighting": "uniform"}}}
-
-
-@pytest.fixture(autouse=True)
-def _settings_of_torch():
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def sites_in(folder: Path) -> dict[str, NodeConfig]:

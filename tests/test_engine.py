@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_to_proto
@@ -39,6 +38,8 @@ from simulations.engine import (
 from simulations.phantoms import PhantomPlan, phantom
 from tests.toys import WEIGHTS, ToyLearner, new_run, nodes, toy_app
 
+pytestmark = pytest.mark.usefixtures("settings_of_torch")
+
 STUDY = Study(
     name="tiny",
     model=Model(features=(4, 4, 4, 4, 4, 4), groups=2, dropout=0.1),
@@ -48,14 +49,6 @@ STUDY = Study(
     rounds=Rounds(count=2),
 )
 TOY = Study(name="toy", rounds=Rounds(count=2, quorum=1), evaluate=Evaluate(every=0))
-
-
-@pytest.fixture(autouse=True)
-def _settings_of_torch():
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from statistics import fmean, stdev
 
 import numpy as np
 import pytest
-import torch
 
 from fedclient.data.cases import ALL
 from fedclient.data.listing import list_cases
@@ -29,6 +28,8 @@ from simulations.run import Machine, node_configs
 from simulations.site_options import SiteOptions
 from simulations.sources import pooled
 
+pytestmark = pytest.mark.usefixtures("settings_of_torch")
+
 HOW = Machine(device="cpu")
 STUDY = Study(
     name="tiny",
@@ -43,14 +44,6 @@ STUDY = Study(
 def drawn(tmp_path_factory):
     plan = PhantomPlan(sites=("north", "south", "west"), train=2, val=1, test=1, slices=2, size=32)
     return phantom(tmp_path_factory.mktemp("data"), plan, processes=1)
-
-
-@pytest.fixture(autouse=True)
-def _settings_of_torch():
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.mark.parametrize(("people", "folds"), [(10, 3), (20, 3), (52, 5), (3, 3), (4, 2)])

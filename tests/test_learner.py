@@ -26,6 +26,8 @@ from shared_models.weights import Arrays, schema_of
 from shared_models.wire import Split
 from simulations.phantoms import PhantomPlan, phantom
 
+pytestmark = pytest.mark.usefixtures("settings_of_torch")
+
 STUDY = Study(
     name="tiny",
     model=Model(features=(4, 4, 4, 4, 4, 4), groups=2),
@@ -38,16 +40,6 @@ LEARNER = ImageLearner()
 def scored(site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, DiceCounts]:
     """What the learner tells of a segmentation."""
     return cast(Mapping[str, DiceCounts], LEARNER.score(site, study, weights, split))
-
-
-@pytest.fixture(autouse=True)
-def _settings_of_torch():
-    """What a learner changes for its whole process is put back."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fedclient.memory import memory_folder, own_path, recall, remember
 from fedclient.site import Site, open_site
@@ -25,6 +24,8 @@ from shared_models.wire import Order
 from simulations.engine import NodeConfig, run_local
 from simulations.phantoms import PhantomPlan, phantom
 
+pytestmark = pytest.mark.usefixtures("settings_of_torch")
+
 STUDY = Study(
     name="tiny",
     model=Model(features=(4, 4, 4, 4, 4, 4), groups=2),
@@ -35,15 +36,6 @@ STUDY = Study(
 )
 LEARNER = ImageLearner()
 SITES = ("north", "south")
-
-
-@pytest.fixture(autouse=True)
-def _settings_of_torch():
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.fixture(scope="module")

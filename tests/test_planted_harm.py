@@ -1,12 +1,10 @@
 """Two small hospitals in a federation, one of which draws otherwise: its page flags the harm, the other's does not."""
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scipy.ndimage import binary_dilation
 
 from fedclient.data.images import read_image, read_labels
@@ -16,6 +14,8 @@ from simulations.compare import Asked, compare
 from simulations.compare_page import harmed, write_all
 from simulations.phantoms import PhantomPlan, nifti, phantom
 from simulations.run import Machine, node_configs
+
+pytestmark = pytest.mark.usefixtures("settings_of_torch")
 
 STUDY = Study(
     name="planted",
@@ -29,15 +29,6 @@ STUDY = Study(
 PLAN = PhantomPlan(sites=("north", "south", "west"), train=6, val=0, test=8, slices=2, size=32, shift="image")
 ODD, PIXELS = "west", 3  # who draws lungs so much wider
 SMALL = {"south", "west"}  # each trains on one patient
-
-
-@pytest.fixture(autouse=True)
-def _settings_of_torch() -> Iterator[None]:
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def planted(folder: Path) -> Path:

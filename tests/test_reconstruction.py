@@ -25,6 +25,8 @@ from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, node_configs, simulate
 from tests.test_unlabelled import site_at, without_labels
 
+pytestmark = pytest.mark.usefixtures("settings_of_torch")
+
 TASK = Task(kind="reconstruction", labels=("image",), loss="masked_l1", mask_share=0.5, mask_size=8)
 STUDY = Study(
     name="masked",
@@ -35,13 +37,6 @@ STUDY = Study(
     rounds=Rounds(count=1),
     evaluate=Evaluate(every=0),
 )
-
-
-@pytest.fixture(autouse=True)
-def _settings_of_torch():
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.fixture(scope="module")

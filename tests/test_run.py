@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from shared_models.errors import StudyInvalid
 from shared_models.files import read_json
@@ -16,6 +15,8 @@ from simulations.run import Machine, jobs, left_out_jobs, node_configs, simulate
 from simulations.show import results_table
 from tests.toys import nodes
 
+pytestmark = pytest.mark.usefixtures("settings_of_torch")
+
 STUDY = Study(
     name="tiny",
     model=Model(features=(4, 4, 4, 4, 4, 4), norm="batch"),
@@ -24,14 +25,6 @@ STUDY = Study(
     rounds=Rounds(count=2),
     personal=Personal(keep=("norm",)),
 )
-
-
-@pytest.fixture(autouse=True)
-def _settings_of_torch():
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def sites(count: int) -> dict[str, NodeConfig]:

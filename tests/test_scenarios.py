@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from shared_models.errors import StudyInvalid
@@ -14,13 +13,7 @@ from simulations.fixtures import write_flamby
 from simulations.run import Machine
 from simulations.scenarios import BALANCED, DICE, SCENARIOS, budget, carry_out, in_words, named, table, value_of
 
-
-@pytest.fixture(autouse=True)
-def _settings_of_torch():
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+pytestmark = pytest.mark.usefixtures("settings_of_torch")
 
 
 @pytest.mark.parametrize(

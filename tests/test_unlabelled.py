@@ -52,6 +52,8 @@ from simulations.vois import RegionPlan, regions
 from tests.test_micro import Narrow
 from tests.test_trainer import toy_batches
 
+pytestmark = pytest.mark.usefixtures("settings_of_torch")
+
 AUGMENT = Augment(rotate_deg=10, shift=0.1, gamma=0.2, noise=0.05)
 STUDY = Study(
     name="few",
@@ -64,14 +66,6 @@ STUDY = Study(
     evaluate=Evaluate(every=0),
 )
 LEARNER = ImageLearner()
-
-
-@pytest.fixture(autouse=True)
-def _settings_of_torch():
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.fixture(scope="module")
