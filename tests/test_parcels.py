@@ -266,13 +266,13 @@ def test_no_delta_leaves_whose_reply_may_not(edge, north, learner):
         def score(self, site: Site, study: Study, weights: Arrays, split: Split) -> Mapping[str, Score]:
             return {"lung": counts([0.5] * 20, site.smallest_count)}
 
-    asked, telling = order(publish(edge), evaluate="val"), Telling()
+    asked, telling = order(publish(edge), round_number=2, evaluate="val"), Telling()
     answered(asked, north, telling)
     shutil.rmtree(edge.blobs / "in" / "north")
     stricter = replace(north, smallest_count=100)  # the hospital has changed its mind since
     with pytest.raises(OrderRefused, match="a distribution of fewer than 100 cases"):
         answered(asked, stricter, telling)
-    assert telling.did == ["learn 1"]
+    assert telling.did == ["learn 2"]
     assert arrived(edge) == []
 
 
