@@ -82,11 +82,11 @@ def partners(
     file, signed = read_site_file(site), read_roster(site)
     roster = None if signed is None else signed.roster
     if confirm:
-        found = {each.name: each for each in known.partners_of(site, file.policy.partners, roster)}
+        found = {each.name: each for each in known.partners_of(site, file.name, file.policy.partners, roster)}
         if confirm not in found:
             raise StateInvalid(f"partner {confirm!r}: is not named under [policy] partners in {site / 'site.toml'}.")
         known.confirm(site, file.name, found[confirm], words)
-    listed = known.partners_of(site, file.policy.partners, roster)
+    listed = known.partners_of(site, file.name, file.policy.partners, roster)
     own = known.key_words(identity_public_key(load_secret(site / "keys" / "identity.key")).hex())
     if as_json:
         told = [
@@ -115,9 +115,10 @@ def _words(key: str) -> str:
 @guarded
 def studies(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     """Lists the studies that have come to this site, and what was decided on each."""
-    from fedclient.consent import list_asked
+    from fedclient.consent import list_asked, unread
 
-    listed = list_asked(_here(site))
+    here = _here(site)
+    listed = list_asked(here)
     if as_json:
         print_json(
             [
@@ -136,6 +137,12 @@ def studies(site: Folder = Path("site"), as_json: AsJson = False) -> None:
             why = f": {a.decision.reason}" if a.decision.reason else ""
             words += f"  by {a.decision.by} on {date_text(a.decision.at_s)}{until}{why}"
         console.print(escape(words), highlight=False)
+    for digest in unread(here):
+        console.print(
+            f"{digest[:12]}: was taken by another version of the package, and this one does not read it; "
+            f"`fedclient withdraw {digest[:12]}` ends it.",
+            highlight=False,
+        )
     if any(a.state in ("pending", "expired") for a in listed):
         console.print("Read one with `fedclient show STUDY`; then `fedclient approve STUDY`, or `refuse`.")
 
@@ -191,13 +198,13 @@ def withdraw(study: StudyName, reason: Reason = "", site: Folder = Path("site"))
 def _decide(
     site: Path, study: str, verdict: "Verdict", reason: str, days: int | None = None, also_alike: bool = False
 ) -> None:
-    from fedclient.consent import decide, find_asked
+    from fedclient.consent import decide, find_digest
 
     here = _here(site)
-    asked = find_asked(here, study)
-    decision = decide(here, asked.sha256, verdict, reason, days, also_alike)
+    digest, name = find_digest(here, study)
+    decision = decide(here, digest, verdict, reason, days, also_alike)
     until = f" until {date_text(decision.until_s)}" if decision.until_s else ""
-    console.print(f"{asked.study.name} ({asked.sha256[:12]}) is {decision.verdict}{until}.", highlight=False)
+    console.print(f"{name} ({digest[:12]}) is {decision.verdict}{until}.", highlight=False)
 
 
 @guarded

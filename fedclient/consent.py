@@ -10,6 +10,7 @@ study that reads the same as another one, where one of them has secure sums, no 
 import getpass
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +24,7 @@ from fedclient.records import check_own_log
 from fedclient.site import Site
 from fedclient.work import check_signed, study_of
 from shared_models.dates import date_text
-from shared_models.errors import OrderRefused, StateInvalid
+from shared_models.errors import OrderRefused, StateInvalid, StudyInvalid
 from shared_models.files import canonical_json, locked, write_atomic
 from shared_models.parse import STRICT, parse_json, plain
 from shared_models.study import SIGNED, Study, from_json, statement
@@ -131,7 +132,7 @@ def _ask(order: Order, study: Study, site: Site, now_s: float) -> None:
         decision = read_decision(site.folder, order.study_sha256)
         over = decision is not None and decision.by == POLICY and _is_over(decision, now_s)
         decides = site.policy.approval == "inside-policy" and (decision is None or over)
-        if decides and not alike_here(site, order.study_sha256, study):
+        if decides and not alike_here(site, order.study_sha256, study) and not unread_alike(site, study):
             if decision is None and _decided_by_policy(site.folder, now_s - DAY_S) >= MOST_A_DAY:
                 raise OrderRefused(
                     "APPROVAL_PENDING",
@@ -139,11 +140,12 @@ def _ask(order: Order, study: Study, site: Site, now_s: float) -> None:
                     f"which is the most. A person can decide now (`fedclient studies`), the policy does a day later.",
                 )
             until = now_s + site.policy.approval_days * DAY_S
-            _write(site, order.study_sha256, Decision("approved", POLICY, now_s, until))
+            first = now_s if decision is None else decision.at_s
+            _write(site, order.study_sha256, Decision("approved", POLICY, first, until))
 
 
 def _decided_by_policy(folder: Path, since_s: float) -> int:
-    """How many studies nobody but the policy has decided on since then."""
+    """How many studies nobody but the policy has decided on since then; one that it goes on with is no new one."""
     decisions = (read_decision(folder, path.parent.name) for path in (folder / "studies").glob("*/decision.json"))
     return sum(d is not None and d.by == POLICY and d.at_s > since_s for d in decisions)
 
@@ -166,10 +168,10 @@ def decide(
     Raises:
         StateInvalid: a study outside the policy cannot be approved, nor one that is like another unless `also_alike`.
     """
-    asked = read_asked(site, digest)
-    if verdict == "approved" and (found := list(objections(site.policy, asked.study))):
+    study = read_asked(site, digest).study if verdict == "approved" else None
+    if study is not None and (found := list(objections(site.policy, study))):
         raise StateInvalid(
-            f"study {asked.study.name!r} is outside the policy and would be refused all the same. "
+            f"study {study.name!r} is outside the policy and would be refused all the same. "
             f"{'. '.join(map(str, found))}. Change [policy] in {site.folder / 'site.toml'} first, or refuse the study."
         )
     now_s = time.time()
@@ -179,11 +181,17 @@ def decide(
         if verdict == "refused" and before is not None and before.verdict != "refused":
             verdict = "withdrawn"
         decision = Decision(verdict, getpass.getuser(), round(now_s, 3), until, reason)
-        if verdict == "approved" and not also_alike and (others := alike_here(site, digest, asked.study)):
-            raise StateInvalid(
-                f"study {asked.study.name!r} needs one more word. {' '.join(other.why for other in others)} Where the "
-                f"same sites take part in both, or you accept it: `fedclient approve {digest[:12]} --also-alike`."
-            )
+        if study is not None and not also_alike:
+            whys = [other.why for other in alike_here(site, digest, study)]
+            whys += [
+                f"This site took part in {other[:12]}, which this version does not read; it may read the same here."
+                for other in unread_alike(site, study)
+            ]
+            if whys:
+                raise StateInvalid(
+                    f"study {study.name!r} needs one more word. {' '.join(whys)} Where the same sites take part in "
+                    f"both, or you accept it: `fedclient approve {digest[:12]} --also-alike`."
+                )
         _write(site, digest, decision)
     if verdict != "approved":
         for kept in (site.folder / "runs").glob(f"*/*-{digest[:16]}*"):  # so ended an older version's names
@@ -216,9 +224,41 @@ def read_asked(site: Site, digest: str) -> Asked:
 
 
 def list_asked(site: Site) -> list[Asked]:
-    """Every study that has come to this site, the oldest first."""
-    found = [read_asked(site, path.parent.name) for path in (site.folder / "studies").glob("*/study.json")]
+    """Every study that has come to this site and that this version reads, the oldest first."""
+    found = []
+    for path in (site.folder / "studies").glob("*/study.json"):
+        with suppress(StudyInvalid):  # one that an earlier version took hides no other: see `unread`
+            found.append(read_asked(site, path.parent.name))
     return sorted(found, key=lambda asked: (asked.asked_at_s, asked.sha256))
+
+
+def unread(site: Site) -> list[str]:
+    """Digests of the studies that an earlier version took and this one does not read."""
+    read = {asked.sha256 for asked in list_asked(site)}
+    return sorted({path.parent.name for path in (site.folder / "studies").glob("*/study.json")} - read)
+
+
+def unread_alike(site: Site, study: Study) -> list[str]:
+    """Those of them that were approved once and, for all that is known, are like `study`: see `fedclient.alike`."""
+    if study.protect.privacy is not None:
+        return []
+    found = []
+    for digest in unread(site):
+        decision = read_decision(site.folder, digest)
+        told = decision is not None and decision.verdict != "refused"
+        text = (_folder(site.folder, digest) / "study.json").read_text(encoding="utf-8")
+        if told and (study.protect.secure_aggregation is not None or '"secure_aggregation":{' in text):
+            found.append(digest)
+    return found
+
+
+def find_digest(site: Site, words: str) -> tuple[str, str]:
+    """Digest and name of the study that `words` means (see `find_asked`), or the digest of one that is not read."""
+    unreadable = [digest for digest in unread(site) if len(words) >= 4 and digest.startswith(words)]
+    if len(unreadable) == 1 and not any(asked.sha256.startswith(words) for asked in list_asked(site)):
+        return unreadable[0], "a study that this version does not read"
+    asked = find_asked(site, words)
+    return asked.sha256, asked.study.name
 
 
 def find_asked(site: Site, words: str) -> Asked:

@@ -20,8 +20,10 @@ FORGOTTEN_S = 14 * 86400.0  # a run that has not asked for so long will not ask 
 
 def kept_path(order: Order, folder: Path) -> Path:
     """Where the answer to this very order stands: the same study, round and weights."""
-    what = f"round-{order.round:04d}-{order.base_sha256}-{order.study_sha256}.json"
-    return folder / "runs" / order.run / what
+    run, number = folder / "runs" / order.run, f"round-{order.round:04d}"
+    kept = run / f"{number}-{order.base_sha256}-{order.study_sha256}.json"
+    old = run / f"{number}-{order.base_sha256[:16]}-{order.study_sha256[:16]}.json"  # an earlier version's name
+    return old if old.exists() and not kept.exists() else kept
 
 
 def keep(reply: Reply, delta: Arrays, kept: Path) -> Reply:

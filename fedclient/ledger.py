@@ -245,7 +245,7 @@ def _allow(account: Account, asked: Reservation, more_steps: int) -> None:
             f"{where}: epsilon {account.spent:.3g} of {budget.epsilon:g} is spent, "
             f"{budget.epsilon - account.spent:.3g} is left. Asked are {spend.steps} steps with noise "
             f"{spend.noise_multiplier:g} and sample rate {spend.sample_rate:g}, which would make it {after:.3g}; "
-            f"{fits} such steps would fit. Nothing was spent or trained. More noise or fewer steps are the "
+            f"at least {fits} such steps would fit. Nothing was spent or trained. More noise or fewer steps are the "
             f"coordinator's to choose, the budget is yours.",
         )
 

@@ -36,7 +36,8 @@ def overview(folder: Path, book: Book | None = None, counted: Callable[[Path], i
     file, running = read_site_file(folder), read_status(folder)
     check_keys(folder)
     now, roster = time.time(), read_roster(folder)
-    changed = changed_words(partners_of(folder, file.policy.partners, None if roster is None else roster.roster))
+    partners = partners_of(folder, file.name, file.policy.partners, None if roster is None else roster.roster)
+    changed = changed_words(partners)
     warned = [words for words in (refused_words(folder), expiry_warning(folder, now), changed) if words]
     book = book or Book(folder)
     book.look()

@@ -43,12 +43,12 @@ class Partner:
         return "" not in (self.seen, self.listed) and self.listed != self.seen
 
 
-def partners_of(folder: Path, named: Iterable[str], roster: Roster | None) -> list[Partner]:
-    """Those that the policy of the site in `folder` has named, by name; nothing is kept of what is seen."""
+def partners_of(folder: Path, site: str, named: Iterable[str], roster: Roster | None) -> list[Partner]:
+    """Those that the policy of the site in `folder` has named but itself, by name; nothing is kept of what is seen."""
     path = folder / FILE
     seen: Mapping[str, str] = read_json(path) if path.exists() else {}
     listed: Mapping[str, str] = {} if roster is None else roster.sites
-    return [Partner(name, seen.get(name, ""), listed.get(name, "")) for name in sorted(set(named))]
+    return [Partner(name, seen.get(name, ""), listed.get(name, "")) for name in sorted({*named} - {site})]
 
 
 def counted(folder: Path, site: str, named: Iterable[str], roster: Roster) -> frozenset[str]:
@@ -57,13 +57,14 @@ def counted(folder: Path, site: str, named: Iterable[str], roster: Roster) -> fr
     The site's audit log has both: `partner-seen`, and `partner-changed` once for each change.
     """
     with locked(folder / LOCK):
-        found = partners_of(folder, named, roster)
+        found = partners_of(folder, site, named, roster)
         for new in found:
             if new.listed and not new.seen:
                 _keep(folder, site, "partner-seen", new)
-        found = partners_of(folder, named, roster)
+        found = partners_of(folder, site, named, roster)
         if words := changed_words(found):
-            complain(folder, site, "partner-changed", f"epoch {roster.epoch}: {words}")
+            listed = ", ".join(f"{each.name} {each.listed}" for each in found if each.changed)
+            complain(folder, site, "partner-changed", f"{words} Listed: {listed}.")
     return frozenset(partner.name for partner in found if partner.counts)
 
 

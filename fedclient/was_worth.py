@@ -58,7 +58,9 @@ def left_of(site: Site, asked: Asked, run: str = "") -> Left:
     """
     if asked.decision is None or asked.decision.verdict == "refused":
         raise StateInvalid(f"study {asked.study.name!r}: this site has not taken part in it ({asked.state}).")
-    known = sorted(site.folder.glob(f"states/*-{asked.sha256[:16]}*/{site.name}/final.safetensors"), key=_time)
+    names = (asked.sha256, asked.sha256[:16])  # and as an earlier version has named it
+    found = [path for name in names for path in site.folder.glob(f"states/*-{name}/{site.name}/final.safetensors")]
+    known = sorted(found, key=_time)
     runs = {path.parent.parent.name.rsplit("-", 1)[0]: path for path in known}
     if run and run not in runs:
         raise StateInvalid(f"run {run!r}: has left nothing here. Known: {', '.join(runs) or 'none'}.")

@@ -322,8 +322,9 @@ def _ended(making: Sum, found: SecureSum) -> SecureTotal:
 
     Raises:
         RoundPaused: fewer than the threshold answer; the same run goes on with the same sum.
-        SumAborted: a site has lied in a way that shows only now. The run ends here: the next round would start from the
-            same weights, and no site adds a second update from them, which would differ from this one by little.
+        SumAborted: a site has lied in a way that shows only now. That ends a run, but for a sum of its last scores: the
+            next round would start from the same weights, and no site adds a second update from them, which would differ
+            from this one by little.
     """
     survivors = found.survivors
     if found.step == "confirmations":
@@ -341,6 +342,8 @@ def _ended(making: Sum, found: SecureSum) -> SecureTotal:
         if error.culprits:
             facts = {"code": error.code, "sites": list(error.culprits)}
             note(making.setting, "sum-lied", making.state.run, round=making.number, **facts)
+        if making.order.kind == "evaluate":
+            raise
         without = " on a roster without the site that you suspect"
         if error.culprits:
             without = f" without {' and '.join(error.culprits)} (`fedserver revoke`)"

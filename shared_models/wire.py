@@ -36,7 +36,7 @@ from shared_models.protect.messages import (
 from shared_models.scores import AnyScore
 from shared_models.weights import Array, Arrays
 
-PROTOCOL = 2
+PROTOCOL = 3
 MOST_ENVELOPE = 2048  # bytes
 NO_NONCE = "0" * 32
 Split: TypeAlias = Literal["val", "test"]

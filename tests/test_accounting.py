@@ -63,6 +63,14 @@ def test_a_figure_beside_a_limit_is_above_it_where_the_exact_one_is(limit):
     assert (epsilon_beside(limit * exact, spends, 1e-5) > limit * exact) == (limit < 1)
 
 
+@pytest.mark.parametrize(("noise", "rate", "steps"), [(0.5, 0.001, 100), (0.6, 0.002, 20), (1.0, 0.001, 100)])
+def test_few_steps_at_a_low_rate_are_held_against_a_limit_by_the_exact_figure(noise, rate, steps):
+    spends = [Spend(noise, rate, steps)]
+    exact = epsilon(spends, 1e-4)
+    assert epsilon_bound(spends, 1e-4) > 2 * exact
+    assert epsilon_beside(1.01 * exact, spends, 1e-4) <= 1.01 * exact
+
+
 def test_what_is_far_above_a_limit_is_known_without_the_memory_of_the_exact_figure():
     tracemalloc.start()
     assert epsilon_beside(8.0, [Spend(0.3, 0.5, 10**9)], 1e-5) > 1000

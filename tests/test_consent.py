@@ -11,7 +11,17 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from fedclient.client import client_app
-from fedclient.consent import Decision, admitted, check_decision, decide, find_asked, list_asked, read_decision
+from fedclient.consent import (
+    Decision,
+    admitted,
+    check_decision,
+    decide,
+    find_asked,
+    find_digest,
+    list_asked,
+    read_decision,
+    unread,
+)
 from fedclient.explain import explained
 from fedclient.policy import Policy, in_words, objections
 from fedclient.site import Site
@@ -188,11 +198,46 @@ def test_a_title_that_would_change_what_the_approver_reads_is_no_study(edge, hos
 
 def test_a_title_may_be_in_any_language(edge, hospitals):
     hospitals.join("north", INSIDE)
-    titled = replace(STUDY, title="Œdème : tumeur cérébrale / 肺　結節 / опухоль, \u00a7 5")
+    titled = replace(STUDY, title="Œdème : tumeur cérébrale / 肺　結節 / опухоль / بخش\u200cبندی, \u00a7 5")
     assert admitted(order(edge, titled), hospitals.site("north")).name == "north"
 
 
 # The decision
+
+
+def spoil(site: Site, study: Study) -> None:
+    """As an earlier version has taken it: with a title that is none today."""
+    path = site.folder / "studies" / sha256(study) / "study.json"
+    path.write_text(path.read_text().replace('"title":""', '"title":"Lung\\nof old"'))
+
+
+def test_a_study_that_this_version_does_not_read_hides_no_other_and_can_be_ended(edge, hospitals):
+    hospitals.join("north", INSIDE)
+    site = hospitals.site("north")
+    old, new = replace(STUDY, seed=7), replace(STUDY, seed=8)
+    admitted(order(edge, old), site)
+    spoil(site, old)
+    admitted(order(edge, new), site)
+    assert [asked.sha256 for asked in list_asked(site)] == [sha256(new)]
+    assert unread(site) == [sha256(old)]
+    assert find_digest(site, sha256(old)[:12])[0] == sha256(old)
+    decide(site, sha256(old), "withdrawn")
+    with pytest.raises(OrderRefused, match="was withdrawn by"):
+        check_decision(site, sha256(old), 0.0)
+
+
+def test_a_person_decides_where_an_unread_study_may_tell_what_a_sum_hides(edge, hospitals):
+    hospitals.join("north", INSIDE)
+    site = hospitals.site("north")
+    ready = load_study("lung-ct-secure")
+    old, summed = replace(STUDY, seed=7), replace(STUDY, rounds=ready.rounds, protect=ready.protect)
+    admitted(order(edge, old), site)
+    spoil(site, old)
+    assert refused(order(edge, summed), site).code == "APPROVAL_PENDING"
+    with pytest.raises(StateInvalid, match=f"took part in {sha256(old)[:12]}, which this version does not read"):
+        decide(site, sha256(summed), "approved")
+    decide(site, sha256(summed), "approved", also_alike=True)
+    admitted(order(edge, summed), site)
 
 
 def test_a_study_waits_until_somebody_approves_it(edge, hospitals):

@@ -240,6 +240,18 @@ def test_finished_work_is_no_answer_to_another_order(edge, north, learner):
     assert learner.did == ["learn 1"] * 4
 
 
+def test_work_that_an_older_version_has_finished_is_not_done_again(edge, north, learner):
+    asked = order(publish(edge))
+    answered(asked, north, learner)
+    kept = kept_path(asked, north.folder)
+    for suffix in (".json", ".safetensors"):
+        kept.with_suffix(suffix).rename(
+            kept.with_name(f"round-0001-{asked.base_sha256[:16]}-{asked.study_sha256[:16]}{suffix}")
+        )
+    answered(asked, north, learner)
+    assert learner.did == ["learn 1"]
+
+
 def test_work_of_a_secure_study_never_leaves_bare_under_a_study_whose_digest_begins_alike(edge, north, learner):
     blob = publish(edge)
     secure = replace(

@@ -19,6 +19,7 @@ from fedclient.egress import sent
 from fedclient.explain import explained
 from fedclient.overview import overview
 from fedclient.own_log import log_of
+from fedclient.partners import partners_of
 from fedclient.policy import Policy
 from fedclient.renewal import Keeper, renew
 from fedclient.site import Site
@@ -111,6 +112,9 @@ def test_a_partner_with_another_key_is_a_stranger_until_a_person_has_compared_it
     assert [line["facts"]["partner"] for line in events(choosy / "audit.jsonl", ("partner-seen",))] == ["a", "b"]
     (changed,) = events(choosy / "audit.jsonl", ("partner-changed",))
     assert "b: has another identity key" in changed["facts"]["why"]
+    renew(hospitals.sites["c"], "c", edge.address)  # another epoch, and no other change of b
+    Keeper(choosy, "choosy", edge.address).look()
+    assert len(list(events(choosy / "audit.jsonl", ("partner-changed",)))) == 1
     (warned,) = (words for words in overview(choosy)["warnings"] if "identity key" in words)
     assert "`fedclient partners --confirm b --words WORDS`" in warned
     words = json.loads(call("partners", "--json", at=hospitals.sites["b"]))["words"]  # what b reads to choosy
@@ -122,6 +126,10 @@ def test_a_partner_with_another_key_is_a_stranger_until_a_person_has_compared_it
     assert not [words for words in overview(choosy)["warnings"] if "identity key" in words]
     state, _ = secure(hospitals, all_of_them)
     assert state.cohort == ("a", "b", "c", "choosy", "d")
+
+
+def test_one_list_of_partners_serves_all_hospitals_as_nobody_is_his_own_partner(tmp_path):
+    assert [partner.name for partner in partners_of(tmp_path, "a", ("a", "b"), None)] == ["b"]
 
 
 def call(*words: str, at: Path) -> str:

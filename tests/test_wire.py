@@ -106,7 +106,7 @@ def test_bytes_that_are_no_array_are_refused(data):
 
 @pytest.mark.parametrize("protocol", [PROTOCOL + 1, "1", b"1"])
 def test_another_protocol_version_is_refused_and_says_both(protocol):
-    with pytest.raises(MessageInvalid, match="this side speaks 2"):
+    with pytest.raises(MessageInvalid, match=f"this side speaks {PROTOCOL}"):
         read_order(message(dump(ORDER), protocol))
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from shared_models.parse import STRICT
 
 NOISES = (0.3, 1000.0)  # below, epsilon is in the hundreds and says nothing
-FAR = 2.0  # times a limit: what the bound has above this, the exact figure has above the limit
+HUGE, FAR = 300.0, 20.0  # of the bound: the exact figure would take gigabytes; times a limit: it is above it surely
 CLOSE = 0.001  # relative, of noise that is looked for
 
 
@@ -46,18 +46,19 @@ def epsilon(spends: Iterable[Spend], delta: float) -> float:
 
 
 def epsilon_bound(spends: Iterable[Spend], delta: float) -> float:
-    """The same by Rényi differential privacy: quicker, and up to a tenth too high."""
+    """The same by Rényi differential privacy: quicker, and a tenth too high; many times for few steps at a low rate."""
     return _epsilon(_merged(spends), delta, "rdp")
 
 
 def epsilon_beside(limit: float, spends: Iterable[Spend], delta: float) -> float:
     """Epsilon to hold against a limit: above it exactly where `epsilon` is, unless memory is too short to know that.
 
-    The bound where it keeps the limit or is far above it, whose exact figure could take all memory; else the exact one.
+    The bound where it keeps the limit, or where it is so far above that the exact figure could take all memory; else
+    the exact one.
     """
     all_of_them = tuple(spends)
     bound = epsilon_bound(all_of_them, delta)
-    if bound <= limit or bound > FAR * limit:
+    if bound <= limit or bound > max(HUGE, FAR * limit):
         return bound
     try:
         return epsilon(all_of_them, delta)
