@@ -1,5 +1,6 @@
 """`fedclient doctor, status, logs, page`: what whoever runs a hospital's node types from day to day."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,8 @@ def status(site: Folder = Path("site"), as_json: AsJson = False) -> None:
         where = f", run {last['run']} round {last['round']}" if last["run"] else ""
         print(f"  last refused order: {last['code']}{where}, {date_text(last['time'])}; `fedclient logs` says why")
     for path in facts["finished_work"]:
-        console.print(f"  finished {path}")
+        told = re.sub(r"[0-9a-f]{64}", lambda digest: digest[0][:12], path)
+        console.print(f"  finished {told}", highlight=False)
     if waiting := awaiting(site):
         console.print(f"  waiting for a decision here: {waiting}; see `fedclient studies`")
 
