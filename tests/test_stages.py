@@ -70,6 +70,17 @@ def test_the_error_of_an_element_is_below_one_step_of_its_tensor(protect, bound)
     assert np.abs(dense).max() >= 0.98 * largest  # also where float16 alone would give 0
 
 
+@pytest.mark.parametrize("protect", COMPRESSED[:2])
+@pytest.mark.parametrize("largest", [1.0 - 2.0**-20, 65519.0, 2.0**-126, 1e-45])
+def test_numbers_at_the_ends_of_what_float16_and_float32_hold_stay_finite_and_lose_nothing(protect, largest):
+    delta = {"w": np.array([largest, -largest, 0.0], np.float32)}
+    sent, left = outgoing(protect, delta, {})
+    dense = dense_of(protect, sent, schema_of(delta))["w"]
+    assert np.isfinite(dense).all()
+    assert (np.abs(dense) <= np.abs(delta["w"])).all()
+    np.testing.assert_array_equal(dense + left["residual/w"], delta["w"])
+
+
 def test_top_k_sends_the_largest_changes_of_each_tensor():
     delta = {"w": np.array([[0.1, -3.0, 0.0], [2.0, -0.2, 0.3]], np.float32), "b": np.array([0.001], np.float32)}
     sent, left = outgoing(Protect(compression="top_k", top_k=0.3), delta, {})

@@ -27,7 +27,9 @@ RESIDUAL = "residual/"  # what a site remembers of a tensor, by its name
 VALUES, SCALE, PLACES = "v/", "s/", "i/"  # parts of a compressed tensor, before its name
 SHARE = 0.01  # of a tensor's elements, where top_k is not given
 LEVELS = 127  # of int8, on each side of 0
-LARGEST = 2.0**15  # to which the largest element of a tensor is scaled for fp16
+LARGEST = 2.0**15  # to which, or up to twice that, the largest element of a tensor is scaled for fp16
+MOST = 65504.0  # of fp16
+SMALLEST = 2.0**-126  # scale that float32 holds in full; what is below it stays with the residual
 
 
 def check_stages(study: "Study") -> None:
@@ -120,10 +122,10 @@ def _squeezed(array: Array, protect: "Protect") -> tuple[dict[str, Array], Array
         return {VALUES: values, PLACES: places.astype(np.int32)}, dense.reshape(array.shape)
     largest = float(np.abs(flat).max(initial=0.0))
     if protect.compression == "int8":
-        scale = np.float32(largest / LEVELS) if largest else np.float32(1)
+        scale = np.float32(max(largest / LEVELS, SMALLEST)) if largest else np.float32(1)
         values = np.clip(np.trunc(flat / scale), -LEVELS, LEVELS).astype(np.int8)
     else:
-        scale = np.float32(2.0 ** np.floor(np.log2(largest / LARGEST))) if largest else np.float32(1)
+        scale = np.float32(max(2.0 ** np.floor(np.log2(largest / LARGEST)), SMALLEST)) if largest else np.float32(1)
         values = towards_zero(flat / scale)
     dense = (values.astype(np.float32) * scale).astype(array.dtype)
     return {VALUES: values.reshape(array.shape), SCALE: np.array([scale], np.float32)}, dense.reshape(array.shape)
@@ -131,7 +133,7 @@ def _squeezed(array: Array, protect: "Protect") -> tuple[dict[str, Array], Array
 
 def towards_zero(numbers: Array) -> Array:
     """float16, none of them further from zero than it was."""
-    halves = numbers.astype(np.float16)
+    halves = np.clip(numbers, -MOST, MOST).astype(np.float16)
     longer = np.abs(halves.astype(np.float64)) > np.abs(numbers.astype(np.float64))
     return np.where(longer, np.nextafter(halves, np.float16(0)), halves).astype(np.float16)
 
