@@ -115,10 +115,9 @@ def _words(key: str) -> str:
 @guarded
 def studies(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     """Lists the studies that have come to this site, and what was decided on each."""
-    from fedclient.consent import list_asked, unread
+    from fedclient.consent import all_asked
 
-    here = _here(site)
-    listed = list_asked(here)
+    listed, unread = all_asked(_here(site))
     if as_json:
         print_json(
             [
@@ -137,7 +136,7 @@ def studies(site: Folder = Path("site"), as_json: AsJson = False) -> None:
             why = f": {a.decision.reason}" if a.decision.reason else ""
             words += f"  by {a.decision.by} on {date_text(a.decision.at_s)}{until}{why}"
         console.print(escape(words), highlight=False)
-    for digest in unread(here):
+    for digest in unread:
         console.print(
             f"{digest[:12]}: was taken by another version of the package, and this one does not read it; "
             f"`fedclient withdraw {digest[:12]}` ends it.",

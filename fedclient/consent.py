@@ -10,7 +10,6 @@ study that reads the same as another one, where one of them has secure sums, no 
 import getpass
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -225,25 +224,26 @@ def read_asked(site: Site, digest: str) -> Asked:
 
 def list_asked(site: Site) -> list[Asked]:
     """Every study that has come to this site and that this version reads, the oldest first."""
-    found = []
+    return all_asked(site)[0]
+
+
+def all_asked(site: Site) -> tuple[list[Asked], list[str]]:
+    """As `list_asked`, and the digests of those that an earlier version took and this one does not read."""
+    found, unread = list[Asked](), list[str]()
     for path in (site.folder / "studies").glob("*/study.json"):
-        with suppress(StudyInvalid):  # one that an earlier version took hides no other: see `unread`
+        try:
             found.append(read_asked(site, path.parent.name))
-    return sorted(found, key=lambda asked: (asked.asked_at_s, asked.sha256))
-
-
-def unread(site: Site) -> list[str]:
-    """Digests of the studies that an earlier version took and this one does not read."""
-    read = {asked.sha256 for asked in list_asked(site)}
-    return sorted({path.parent.name for path in (site.folder / "studies").glob("*/study.json")} - read)
+        except StudyInvalid:  # it hides no other
+            unread.append(path.parent.name)
+    return sorted(found, key=lambda asked: (asked.asked_at_s, asked.sha256)), sorted(unread)
 
 
 def unread_alike(site: Site, study: Study) -> list[str]:
-    """Those of them that were approved once and, for all that is known, are like `study`: see `fedclient.alike`."""
+    """Digests that are not read, were approved once and, for all that is known, are like `study`: see `alike`."""
     if study.protect.privacy is not None:
         return []
     found = []
-    for digest in unread(site):
+    for digest in all_asked(site)[1]:
         decision = read_decision(site.folder, digest)
         told = decision is not None and decision.verdict != "refused"
         text = (_folder(site.folder, digest) / "study.json").read_text(encoding="utf-8")
@@ -254,9 +254,10 @@ def unread_alike(site: Site, study: Study) -> list[str]:
 
 def find_digest(site: Site, words: str) -> tuple[str, str]:
     """Digest and name of the study that `words` means (see `find_asked`), or the digest of one that is not read."""
-    unreadable = [digest for digest in unread(site) if len(words) >= 4 and digest.startswith(words)]
-    if len(unreadable) == 1 and not any(asked.sha256.startswith(words) for asked in list_asked(site)):
-        return unreadable[0], "a study that this version does not read"
+    read, unread = all_asked(site)
+    fit = [digest for digest in unread if len(words) >= 4 and digest.startswith(words)]
+    if len(fit) == 1 and not any(asked.sha256.startswith(words) for asked in read):
+        return fit[0], "a study that this version does not read"
     asked = find_asked(site, words)
     return asked.sha256, asked.study.name
 

@@ -79,8 +79,9 @@ def carry_out_request(asked: Request, how: Machine, cache: Path, say: Say, round
             )
         folder = (asked.out / study.name).resolve()
         folds = folded(study, nodes, asked.folds, folder) if asked.folds > 1 else ()
+        known = at_several(nodes) if asked.leave_one_out else frozenset[str]()
         truth = asked.options.test_labels == "truth"  # which test patients alone have
-        todo.append(Asked(study, nodes, folds, None if truth else at_several(nodes)))
+        todo.append(Asked(study, nodes, folds, None if truth else known))
     results = compare(todo, settings, asked.seeds, asked.out, how, say, rounds, asked.leave_one_out)
     results["folds"] = asked.folds
     results |= {key: getattr(asked.options, key) for key in ("partition", "shift", "test_labels", "labelled")}

@@ -78,6 +78,7 @@ def score_site(
     cases = {case.key: case for case in usable_cases(sites[0])}
     everybody = known is not None and any(model.kind == "left out" for model in models)
     new = frozenset(case.key for case in cases.values() if case.patient not in (known or ()))
+    whole = replace(sites[0], hidden=frozenset(), chosen=new, once=Once())  # listed once for all models
     rows: list[dict[str, Any]] = []
     found: dict[tuple[Kind, str], dict[int, AnyScores]] = defaultdict(dict)
     keys: dict[int, list[str]] = {}
@@ -91,8 +92,7 @@ def score_site(
         stranger = model.kind == "left out" or (model.kind == "local" and model.trained != name)
         splits = ("test",) if model.kind == "left out" else ("val", "test")
         for split in (*splits, ALL) if stranger and everybody else splits:
-            at = replace(site, hidden=frozenset(), chosen=new, once=Once()) if split == ALL else site
-            scores, of_cases, keys_here = score_cases(at, study, weights, split)
+            scores, of_cases, keys_here = score_cases(whole if split == ALL else site, study, weights, split)
             rows += [
                 {"kind": model.kind, "setting": model.setting, "seed": model.seed, "trained": model.trained,
                  "split": split, "label": label, "row": row_of(score)}
