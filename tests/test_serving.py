@@ -21,7 +21,7 @@ from unittest.mock import Mock
 import httpx
 import pydicom
 import pytest
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
+from pydicom.uid import UID, CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, SegmentationStorage
 from pynetdicom import AE, build_context
 from uvicorn.server import ServerState
 
@@ -794,6 +794,7 @@ def test_the_receiver_takes_images_of_peers_on_the_list_and_nothing_else(tmp_pat
             assert send(receiver.port, "PACS", series, called="ANOTHER") is None
             assert send(receiver.port, "FAR", series[:1]) == [0x0124]  # the right name from the wrong place
             assert send(receiver.port, "PACS", [SEG_FILE], context=SegmentationStorage) is None
+            assert send(receiver.port, "PACS", series, syntax=DeflatedExplicitVRLittleEndian) is None
             large = pydicom.dcmread(series[0])
             large.add_new(0x00091010, "OB", b"\0" * (1 << 20))
             large.save_as(tmp_path / "large.dcm")
@@ -829,11 +830,11 @@ def test_a_peer_is_known_by_its_address_however_that_is_written_and_its_refusal_
     assert caplog.text.count("a DICOM peer was refused") == (0 if may else 1)
 
 
-def send(port, calling, files, called="FEDIMAGING", context=CTImageStorage, tls=None):
+def send(port, calling, files, called="FEDIMAGING", context=CTImageStorage, tls=None, syntax=ExplicitVRLittleEndian):
     """Status of each file; None where there is no association, or no answer."""
     entity = AE(ae_title=calling)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
-    entity.add_requested_context(context, ExplicitVRLittleEndian)
+    entity.add_requested_context(context, syntax)
     link = entity.associate("127.0.0.1", port, ae_title=called, tls_args=tls and (tls, "localhost"))
     if not link.is_established:
         return None
