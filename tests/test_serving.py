@@ -675,8 +675,11 @@ def test_drift_counts_a_case_that_is_whole_and_comes_for_the_first_time_and_no_o
     assert worker.counted == [True, False, False, False]
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize(("said", "code", "returned"), [(3, "SERIES_INCOMPLETE", "withheld"), (2, None, "waiting")])
-def test_a_series_with_fewer_objects_than_its_headers_say_is_not_returned(tmp_path, series, said, code, returned):
+def test_a_series_with_fewer_objects_than_its_headers_say_is_not_returned(
+    tmp_path, series, said, code, returned, again
+):
     with queue(tmp_path, Told(), done=lambda job: None) as (jobs, room):
         hands = Hands(jobs, room, tmp_path)
         for n, path in enumerate(series[:2]):
@@ -684,6 +687,9 @@ def test_a_series_with_fewer_objects_than_its_headers_say_is_not_returned(tmp_pa
             data.NumberOfSeriesRelatedInstances = said
             data.save_as(tmp_path / f"{n}.dcm")
             hands.give(tmp_path / f"{n}.dcm", "one")
+        hands.intake.closed("one")
+        if again:  # another process
+            hands = Hands(jobs, room, tmp_path)
         whole(hands, "one")
         until(lambda: jobs.all()[0].state == "done")
         assert (jobs.all()[0].partial and jobs.all()[0].partial[0], jobs.all()[0].returned) == (code, returned)
@@ -1376,6 +1382,33 @@ def test_stow_says_of_each_object_whether_it_was_taken(tmp_path, series):
         assert none.json()["00081198"]["Value"] == [{"00081197": {"vr": "US", "Value": [0xA900]}}]
         body, headers = stowed([series[0].read_bytes()])
         assert ask("POST", "/dicom-web/studies/1.2.3", content=body, headers=headers).status_code == 409
+
+
+def test_while_images_that_came_are_put_in_their_places_others_are_answered(tmp_path, series):
+    answered = threading.Event()
+    with queue(tmp_path, Told()) as (jobs, room):
+        intake = Intake(tmp_path / "serve", jobs, room, 0.0)
+        place = intake.place
+
+        def waiting(*args):
+            assert answered.wait(10)
+            return place(*args)
+
+        intake.place = waiting
+        warm = Warm(["true"], 1.0)
+        warm.model = {"name": "m", "version": "1"}
+        app = application(Parts(jobs, intake, room, warm, 1 << 20, None, True, False))
+
+        async def go():
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as client:
+                body, headers = stowed([series[0].read_bytes()])
+                sent = asyncio.create_task(client.post("/dicom-web/studies", content=body, headers=headers))
+                await asyncio.sleep(0.2)
+                assert (await client.get("/api/health")).status_code == 200
+                answered.set()
+                assert (await sent).status_code == 200
+
+        asyncio.run(go())
 
 
 def test_a_partial_result_is_told_as_such_and_no_dicomweb_search_finds_it(tmp_path):

@@ -2,13 +2,14 @@
 
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from fedclient.data.dicom_header import unbroken
@@ -16,7 +17,7 @@ from fedclient.data.result_header import FOUND_BY, found_by, header_json
 from fedclient.serving.back import dicom_results
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
-from fedclient.serving.multipart import parts_of
+from fedclient.serving.multipart import Part, parts_of
 from shared_models.errors import ImageUnreadable
 
 JSON = "application/dicom+json"
@@ -45,24 +46,11 @@ def router(jobs: Jobs, intake: Intake, room: Room, most_bytes: int) -> APIRouter
         """STOW-RS: images of any number of series; each is predicted on once nothing more comes of it."""
         if jobs.full:
             raise Overloaded("as many cases wait as this machine takes. Try again in a minute.")
-        session = f"stow-{secrets.token_hex(8)}"
         kind = request.headers.get("content-type", "")
-        try:
-            parts = await parts_of(
-                request.stream(), kind, "multipart/related", most_bytes, room, lambda number, name: intake.new_file()
-            )
-            stored: list[dict[str, Any]] = []
-            failed: list[dict[str, Any]] = []
-            for part in parts:
-                try:
-                    found = intake.place(part.path, "stow", session, study)
-                    stored.append(_reference(found.sop_class, found.sop_instance))
-                except (ImageUnreadable, Overloaded) as error:
-                    room.give(part.size_bytes)
-                    part.path.unlink(missing_ok=True)
-                    failed.append({"00081197": {"vr": "US", "Value": [_reason(error)]}})
-        finally:
-            intake.closed(session)
+        parts = await parts_of(
+            request.stream(), kind, "multipart/related", most_bytes, room, lambda number, name: intake.new_file()
+        )
+        stored, failed = await run_in_threadpool(_placed, parts, intake, room, study)
         answer: dict[str, Any] = {}
         if stored:
             answer["00081199"] = {"vr": "SQ", "Value": stored}
@@ -121,6 +109,27 @@ def router(jobs: Jobs, intake: Intake, room: Room, most_bytes: int) -> APIRouter
         return StreamingResponse(_body([each.path for each in found], boundary), media_type=kind)
 
     return made
+
+
+def _placed(
+    parts: Sequence[Part], intake: Intake, room: Room, study: str | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What of a body was taken, and what was not, as STOW-RS tells it."""
+    session = f"stow-{secrets.token_hex(8)}"
+    stored: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    try:
+        for part in parts:
+            try:
+                found = intake.place(part.path, "stow", session, study)
+                stored.append(_reference(found.sop_class, found.sop_instance))
+            except (ImageUnreadable, Overloaded) as error:
+                room.give(part.size_bytes)
+                part.path.unlink(missing_ok=True)
+                failed.append({"00081197": {"vr": "US", "Value": [_reason(error)]}})
+    finally:
+        intake.closed(session)
+    return stored, failed
 
 
 def _reference(sop_class: str, sop_instance: str) -> dict[str, Any]:

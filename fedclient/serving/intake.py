@@ -50,8 +50,7 @@ LATELY_S, LATELY_QUIET = 60.0, 6  # a connection that is open is waited for; or 
 LEFT_S = 3600.0  # after the last byte of a file in quarantine
 DIGITS = 32  # of the digests that name series, objects and what these hold
 UID = re.compile(r"[0-9](?:[0-9.]{0,62}[0-9])?")
-_TAGS = [tag for keyword in KEYWORDS if (tag := tag_for_keyword(keyword)) is not None]
-_COUNT_TAG = [tag for tag in (tag_for_keyword(COUNT),) if tag is not None]
+_TAGS = [tag for keyword in (*KEYWORDS, COUNT) if (tag := tag_for_keyword(keyword)) is not None]
 
 log = logging.getLogger("fedclient.serving")
 
@@ -72,6 +71,7 @@ class _Open:
     Attributes:
         left: connections that are open and have begun with another series since.
         digests: of what the objects hold, by their names.
+        stated: how many objects the series has, as a header says it; empty where none does.
         broken: a connection ended out of order that brought of it.
         mending: connections that have brought of it since; one that ends in order has brought what was lacking.
     """
@@ -83,6 +83,7 @@ class _Open:
     left: set[str] = field(default_factory=set)
     files: int = 0
     digests: dict[str, str] = field(default_factory=dict)
+    stated: str = ""
     broken: bool = False
     mending: set[str] = field(default_factory=set)
 
@@ -105,12 +106,17 @@ class Intake:
         self._open: dict[str, _Open] = {}
         self._coming: dict[str, float] = {}  # connection -> when bytes of an object came by it
         for left in self.series.iterdir():
-            files = sum(1 for _ in left.iterdir())
+            files = list(left.iterdir())
             if not files:
                 left.rmdir()
                 continue
+            stated = ""
+            with suppress(ImageUnreadable), unbroken():
+                stated = text(load_head(files[0], _TAGS), COUNT)
             before, broken = self.handed.find(left.name), self.lacking.was_open(left.name)
-            self._open[left.name] = _Open("dicom", clock(), set(), before, files=files, broken=broken)
+            self._open[left.name] = _Open(
+                "dicom", clock(), set(), before, files=len(files), stated=stated, broken=broken
+            )  # fmt: skip
 
     def new_file(self) -> Path:
         """Where an object may be written to until it is placed."""
@@ -130,7 +136,7 @@ class Intake:
         """
         with unbroken():
             data = load_head(file, _TAGS)
-            said = {keyword: text(data, keyword) for keyword in KEYWORDS}
+            said = {keyword: text(data, keyword) for keyword in (*KEYWORDS, COUNT)}
         for keyword in KEYWORDS[:4]:
             if not UID.fullmatch(said[keyword]):
                 raise ImageUnreadable(f"DICOM: {keyword} is missing or no UID.", "DICOM_UNREADABLE")
@@ -142,10 +148,11 @@ class Intake:
         digest = file_sha256(file)[:DIGITS]
         with self._lock:
             try:
-                self._put(file, key, name, via, session, size_bytes).digests[name] = digest
+                found = self._put(file, key, name, via, session, size_bytes)
             except (ImageUnreadable, Overloaded, OSError):
                 self.lacking.refuse(key, name)
                 raise
+            found.digests[name], found.stated = digest, said[COUNT] or found.stated
             self.lacking.came(key, name)
         return Received(said["SOPClassUID"], said["SOPInstanceUID"], said["StudyInstanceUID"])
 
@@ -305,7 +312,7 @@ class Intake:
             return INCOMPLETE, f"{len(refused)} objects of it were turned away. Send them, or the whole series, again."
         if found.broken:
             return INCOMPLETE, "the connection broke off that it came by. Send the whole series again."
-        return _short(folder)
+        return _short(len(list(folder.iterdir())), found.stated)
 
     def _mark(self, jobs: Sequence[str]) -> None:
         for job in jobs:
@@ -335,15 +342,11 @@ class Intake:
             return len(self._open)
 
 
-def _short(folder: Path) -> tuple[str, str] | None:
+def _short(count: int, stated: str) -> tuple[str, str] | None:
     """Code and words, where a series has fewer objects than it says of itself."""
-    names = [path.name for path in folder.iterdir()]
-    said = ""
-    with suppress(ImageUnreadable), unbroken():
-        said = text(load_head(folder / names[0], _COUNT_TAG), COUNT)
-    if not re.fullmatch(r"\d{1,6}", said) or len(names) >= int(said):
+    if not re.fullmatch(r"\d{1,6}", stated) or count >= int(stated):
         return None
-    return INCOMPLETE, f"{len(names)} of the {int(said)} objects came that the series has by its headers."
+    return INCOMPLETE, f"{count} of the {int(stated)} objects came that the series has by its headers."
 
 
 def _named(*uids: str) -> str:
