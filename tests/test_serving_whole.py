@@ -1,12 +1,15 @@
 """What is known to be a part of a series is not returned as the whole, and what was accepted is not lost."""
 
 import gc
+import json
 import shutil
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +20,7 @@ from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStor
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
 
-from fedclient.serving.back import Back, NotTaken, store
+from fedclient.serving.back import Back, NotTaken, store, stow
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Job, Jobs, Overloaded
 from fedclient.serving.lacking import Lacking
@@ -504,3 +507,64 @@ def test_results_are_given_up_a_day_after_they_were_written_however_often_the_se
         until(lambda: len(tries) == 2 or jobs.all()[0].returned == "failed")
         back.stop()
         assert jobs.all()[0].returned == expected
+
+
+@contextmanager
+def web_pacs(status: int, content_type: str, body: str) -> Iterator[Destination]:
+    """A DICOMweb service that answers so whatever it gets."""
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status)
+            self.send_header("content-type", content_type)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield destination(f"http://127.0.0.1:{server.server_port}/dicom-web")
+        finally:
+            server.shutdown()
+
+
+def failed(uid: str = "1.2.3", reason: int = 0x0110) -> str:
+    """A STOW-RS answer by which an object was not stored."""
+    item = {"00081155": {"vr": "UI", "Value": [uid]}, "00081197": {"vr": "US", "Value": [reason]}}
+    return json.dumps({"00081198": {"vr": "SQ", "Value": [item]}})
+
+
+NONE_FAILED = json.dumps({"00081198": {"vr": "SQ"}, "00081199": {"vr": "SQ", "Value": [{}]}})
+XML = '<NativeDicomModel><DicomAttribute tag="00081198" vr="SQ" keyword="FailedSOPSequence"{}</NativeDicomModel>'
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "body", "taken"),
+    [
+        (200, "json", failed(), False),
+        (202, "json", failed(), False),
+        (409, "json", failed(), False),
+        (200, "json", NONE_FAILED, True),
+        (202, "json", NONE_FAILED, True),  # with warnings
+        (200, "json", "", True),
+        (202, "json", "", False),
+        (200, "xml", XML.format('><Item number="1"/></DicomAttribute>'), False),
+        (200, "xml", XML.format("/>"), True),
+        (200, "xml", XML.format("></DicomAttribute>"), True),
+        (500, "json", NONE_FAILED, False),
+    ],
+)
+def test_results_are_taken_by_a_dicomweb_service_where_it_says_of_none_that_it_was_not_stored(
+    status, kind, body, taken
+):
+    with web_pacs(status, f"application/dicom+{kind}", body) as to:
+        if taken:
+            stow(to, [SEG_FILE], "US")
+        else:
+            with pytest.raises(NotTaken):
+                stow(to, [SEG_FILE], "US")

@@ -1,11 +1,13 @@
 """Results on their way back to PACS, where that is switched on: C-STORE or STOW-RS, until they are there."""
 
 import logging
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import httpx
 from pydicom import dcmread
@@ -18,6 +20,8 @@ from shared_models.errors import FederationError
 
 FIRST_S, LONGEST_S, GIVE_UP_S = 5.0, 600.0, 86400.0
 STALL_S = 60.0
+FAILED = "00081198"  # FailedSOPSequence
+FAILED_XML = re.compile(rb"""<[^<>]*\btag=["']00081198["'][^<>]*[^/<>]>\s*<[^/]""")  # as PS3.19 has it, not empty
 
 log = logging.getLogger("fedclient.serving")
 
@@ -164,7 +168,7 @@ def stow(to: Destination, files: Sequence[Path], ae_title: str) -> None:
     """STOW-RS (PS3.18 section 10.5), with the hospital's own CAs and proxies as the environment has them.
 
     Raises:
-        NotTaken: an answer that is no success.
+        NotTaken: an answer that is no success, or names objects that were not stored.
     """
     boundary = "fedimaging-results"
     parts = [
@@ -179,5 +183,19 @@ def stow(to: Destination, files: Sequence[Path], ae_title: str) -> None:
         answer = client.post(
             f"{to.url}/studies", content=b"".join(parts) + f"--{boundary}--\r\n".encode(), headers=headers
         )
-    if answer.status_code != 200:
+    refused = _refused(answer)
+    if answer.status_code != 200 and not (answer.status_code == 202 and refused == []):
         raise NotTaken(f"{to.url}: HTTP status {answer.status_code}")
+    if refused:
+        raise NotTaken(f"{to.url}: {len(refused)} of {len(files)} results were not stored")
+
+
+def _refused(answer: httpx.Response) -> list[Mapping[str, Any]] | None:
+    """What the answer says was not stored (PS3.18 section 10.5.3), an empty item where XML does; None: nothing."""
+    if b"<NativeDicomModel" in answer.content:
+        return [{}] if FAILED_XML.search(answer.content) else []
+    try:
+        said = answer.json()
+        return [dict(each) for each in said.get(FAILED, {}).get("Value", ())]
+    except (ValueError, TypeError, AttributeError):
+        return None
