@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import pydicom
 import pytest
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, SegmentationStorage
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
 
@@ -439,13 +439,13 @@ def test_an_upload_that_stands_still_is_deleted_in_time_and_the_log_says_so(tmp_
 
 
 @contextmanager
-def pacs(*classes: UID) -> Iterator[tuple[Destination, list[UID]]]:
+def pacs(*classes: UID, status: Callable[[], int] = lambda: 0) -> Iterator[tuple[Destination, list[UID]]]:
     """A peer that takes objects of these classes, and the classes of what has come."""
     came: list[UID] = []
 
     def stored(event: Any) -> int:
         came.append(event.request.AffectedSOPClassUID)
-        return 0
+        return status()
 
     entity = AE(ae_title="PACS")
     for each in classes:
@@ -533,10 +533,14 @@ def web_pacs(status: int, content_type: str, body: str) -> Iterator[Destination]
             server.shutdown()
 
 
-def failed(uid: str = "1.2.3", reason: int = 0x0110) -> str:
-    """A STOW-RS answer by which an object was not stored."""
-    item = {"00081155": {"vr": "UI", "Value": [uid]}, "00081197": {"vr": "US", "Value": [reason]}}
-    return json.dumps({"00081198": {"vr": "SQ", "Value": [item]}})
+def failed(*reasons: int) -> str:
+    """A STOW-RS answer by which the segmentation was not stored, and then other objects."""
+    uids = [pydicom.dcmread(SEG_FILE).SOPInstanceUID, "1.2.3"]
+    items = [
+        {"00081155": {"vr": "UI", "Value": [uid]}, "00081197": {"vr": "US", "Value": [reason]}}
+        for uid, reason in zip(uids, reasons, strict=False)
+    ]
+    return json.dumps({"00081198": {"vr": "SQ", "Value": items}})
 
 
 NONE_FAILED = json.dumps({"00081198": {"vr": "SQ"}, "00081199": {"vr": "SQ", "Value": [{}]}})
@@ -546,9 +550,13 @@ XML = '<NativeDicomModel><DicomAttribute tag="00081198" vr="SQ" keyword="FailedS
 @pytest.mark.parametrize(
     ("status", "kind", "body", "taken"),
     [
-        (200, "json", failed(), False),
-        (202, "json", failed(), False),
-        (409, "json", failed(), False),
+        (200, "json", failed(0x0110), False),
+        (202, "json", failed(0x0110), False),
+        (409, "json", failed(0x0110), False),
+        (409, "json", failed(0x0111), True),  # it is there already
+        (202, "json", failed(0x0111), True),
+        (202, "json", failed(0x0111, 0x0110), True),  # the other is none of ours
+        (409, "json", "", False),
         (200, "json", NONE_FAILED, True),
         (202, "json", NONE_FAILED, True),  # with warnings
         (200, "json", "", True),
@@ -568,3 +576,35 @@ def test_results_are_taken_by_a_dicomweb_service_where_it_says_of_none_that_it_w
         else:
             with pytest.raises(NotTaken):
                 stow(to, [SEG_FILE], "US")
+
+
+def test_what_a_dicomweb_service_took_is_known_where_it_refused_another(series):
+    with web_pacs(202, "application/dicom+json", failed(0x0110)) as to, pytest.raises(NotTaken) as refused:
+        stow(to, [SEG_FILE, series[0]], "US")
+    assert refused.value.taken == [series[0]]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+def test_one_result_that_pacs_refuses_keeps_no_other_from_it_and_none_is_sent_twice(tmp_path, series):
+    files = {"seg.dcm": SEG_FILE, "a.dcm": series[0], "b.dcm": series[1]}
+
+    def say(folder: Path) -> dict[str, Any]:
+        (folder / "out" / "image-1").mkdir(parents=True)
+        for name, path in files.items():
+            shutil.copyfile(path, folder / "out" / "image-1" / name)
+        return {"images": [image(*files)], "unread": []}
+
+    statuses = iter([0xA900, 0, 0x0111, 0xA700, 0])
+    with pacs(CTImageStorage, SegmentationStorage, status=lambda: next(statuses)) as (to, came):
+        back = Back(to, lambda: jobs, "US", first_s=0.01)
+        with queue(tmp_path, Told(say), done=back.add) as (jobs, _):
+            back.start()
+            job = put(jobs)
+            until(lambda: jobs.find(job).returned == "sent")
+            back.stop()
+    assert came == [SegmentationStorage, CTImageStorage, CTImageStorage, SegmentationStorage, SegmentationStorage]
+    with queue(tmp_path, Told(), started=False) as (jobs, _):
+        assert jobs.find(job).taken == ("image-1/a.dcm", "image-1/b.dcm")
+    gc.collect()

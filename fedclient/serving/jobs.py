@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -63,6 +63,7 @@ class Job:
         returned: to PACS: `off`, `waiting`, `sent`, `failed`, or `withheld` because it is partial.
         partial: code and words, where it is of a part of its series: `SERIES_SPLIT`, `SERIES_INCOMPLETE`, or
             `SERIES_REPLACED` once a later job has the whole. It is not returned, and no DICOMweb search finds it.
+        taken: those of its results, as its answer names them, that PACS took as it refused others.
         again: objects of its series were handed on before.
         answered_s: when it was done or failed, in seconds since the epoch; it is kept from then on, and waits for PACS.
     """
@@ -76,6 +77,7 @@ class Job:
     error: tuple[str, str] | None = None
     returned: Literal["off", "waiting", "sent", "failed", "withheld"] = "off"
     partial: tuple[str, str] | None = None
+    taken: tuple[str, ...] = ()
     again: bool = False
     answered_s: float = 0.0
 
@@ -248,6 +250,12 @@ class Jobs:
         with self._change:
             if job_id in self._known:
                 self._set(replace(self._known[job_id], returned=returned))
+
+    def mark_taken(self, job_id: str, files: Sequence[str]) -> None:
+        with self._change:
+            if job_id in self._known:
+                job = self._known[job_id]
+                self._set(replace(job, taken=(*job.taken, *files)))
 
     # ---- the thread ----
 
@@ -423,6 +431,7 @@ def _read(path: Path) -> Job | None:
         for key in ("error", "partial"):
             if facts.get(key) is not None:
                 facts[key] = tuple(facts[key])
+        facts["taken"] = tuple(facts.get("taken", ()))
         return Job(**facts)
     except (OSError, ValueError, TypeError, KeyError):
         return None
