@@ -1130,7 +1130,7 @@ def test_whatever_keeps_a_result_from_being_returned_the_next_one_goes(tmp_path,
 
 def test_a_peer_that_hangs_up_between_two_objects_has_not_taken_them(monkeypatch):
     class Association:
-        is_established = True
+        is_established, is_rejected, rejected_contexts = True, False, ()
         accepted_contexts = (build_context(SegmentationStorage, ExplicitVRLittleEndian),)
         sent = 0
 

@@ -16,7 +16,14 @@ from typing import Any
 
 import pydicom
 import pytest
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, SegmentationStorage
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MRImageStorage,
+    SegmentationStorage,
+)
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
 
@@ -448,6 +455,7 @@ def pacs(*classes: UID, status: Callable[[], int] = lambda: 0) -> Iterator[tuple
         return status()
 
     entity = AE(ae_title="PACS")
+    entity.require_called_aet = True
     for each in classes:
         entity.add_supported_context(each)
     server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, stored)])
@@ -469,7 +477,7 @@ def test_a_pacs_that_takes_no_segmentations_gets_the_other_results_and_the_log_s
     assert [record.getMessage() for record in caplog.records] == [
         f"{to}: takes no objects of Segmentation Storage; results of this class are not sent there"
     ]
-    with pacs(MRImageStorage) as (to, came), pytest.raises(NotTaken):
+    with pacs(MRImageStorage) as (to, came), pytest.raises(NotTaken, match="no objects of the classes"):
         store(to, [SEG_FILE, series[0]], "US")
     assert came == []
     gc.collect()
@@ -607,4 +615,41 @@ def test_one_result_that_pacs_refuses_keeps_no_other_from_it_and_none_is_sent_tw
     assert came == [SegmentationStorage, CTImageStorage, CTImageStorage, SegmentationStorage, SegmentationStorage]
     with queue(tmp_path, Told(), started=False) as (jobs, _):
         assert jobs.find(job).taken == ("image-1/a.dcm", "image-1/b.dcm")
+    gc.collect()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+@pytest.mark.parametrize("only", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+def test_a_pacs_that_takes_one_encoding_alone_gets_results_in_it(tmp_path, only):
+    came: list[Path] = []
+
+    def stored(event: Any) -> int:
+        came.append(tmp_path / "came.dcm")
+        came[-1].write_bytes(event.encoded_dataset())
+        return 0
+
+    entity = AE(ae_title="PACS")
+    entity.add_supported_context(SegmentationStorage, only)
+    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, stored)])
+    try:
+        store(destination(f"PACS@127.0.0.1:{server.server_address[1]}"), [SEG_FILE], "US")
+    finally:
+        server.shutdown()
+    sent, here = pydicom.dcmread(came[0]), pydicom.dcmread(SEG_FILE)
+    assert sent.file_meta.TransferSyntaxUID == only
+    assert sent.SegmentSequence == here.SegmentSequence
+    assert sent.PixelData == here.PixelData
+    gc.collect()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+def test_who_does_not_know_the_sender_is_told_apart_from_who_is_not_there():
+    with pacs(SegmentationStorage) as (to, _), pytest.raises(NotTaken, match="Does it know the AE title US"):
+        store(destination(str(to).replace("PACS", "ANOTHER")), [SEG_FILE], "US")
+    with pytest.raises(NotTaken, match="Is it up"):
+        store(to, [SEG_FILE], "US")
     gc.collect()

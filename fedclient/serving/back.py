@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 from pydicom import Dataset, dcmread
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE
 from pynetdicom.association import Association
 
@@ -153,22 +154,32 @@ def store(to: Destination, files: Sequence[Path], ae_title: str) -> None:
     entity = AE(ae_title=ae_title)
     entity.network_timeout = entity.dimse_timeout = entity.acse_timeout = entity.connection_timeout = STALL_S
     datasets = [(path, dcmread(path)) for path in files]
-    for sop_class, syntax in sorted({(d.SOPClassUID, d.file_meta.TransferSyntaxUID) for _, d in datasets}):
+    for sop_class, syntax in sorted({(d.SOPClassUID, each) for _, d in datasets for each in _encodings(d)}):
         entity.add_requested_context(sop_class, syntax)
     association = entity.associate(to.host, to.port, ae_title=to.ae_title)
+    if association.rejected_contexts and not association.accepted_contexts:
+        raise NotTaken(f"{to}: takes no objects of the classes of the results, or not as they are encoded")
+    if association.is_rejected:
+        raise NotTaken(f"{to}: it refused the association. Does it know the AE title {ae_title}?")
     if not association.is_established:
-        raise NotTaken(f"{to}: no association. Does it know the AE title {ae_title}?")
+        raise NotTaken(f"{to}: no association. Is it up, and are host and port right?")
     try:
         taken = {(each.abstract_syntax, each.transfer_syntax[0]) for each in association.accepted_contexts}
-        wanted = [(path, d) for path, d in datasets if (d.SOPClassUID, d.file_meta.TransferSyntaxUID) in taken]
+        wanted = [(path, d) for path, d in datasets if any((d.SOPClassUID, each) in taken for each in _encodings(d))]
         if not wanted:
-            raise NotTaken(f"{to}: takes no objects of the classes of the results")
+            raise NotTaken(f"{to}: takes no objects of the classes of the results, or not as they are encoded")
         all_kinds, sent_kinds = ({d.SOPClassUID.name for _, d in each} for each in (datasets, wanted))
         for name in sorted(all_kinds - sent_kinds):
             _not_wanted(str(to), name)
         _send(association, wanted, str(to))
     finally:
         association.release()
+
+
+def _encodings(data: Dataset) -> Sequence[UID]:
+    """In which a result may be sent; pynetdicom writes it in the second where the first is not taken."""
+    syntax = data.file_meta.TransferSyntaxUID
+    return (syntax, ImplicitVRLittleEndian) if syntax == ExplicitVRLittleEndian else (syntax,)
 
 
 def _send(association: Association, wanted: Sequence[tuple[Path, Dataset]], to: str) -> None:
