@@ -535,7 +535,7 @@ def test_a_series_split_by_silence_is_predicted_on_again_as_a_whole(tmp_path, se
         assert len(worker.seen[1]) == 4
         assert set(worker.seen[0]) < set(worker.seen[1])
         assert (second.partial, second.returned) == (None, "waiting")
-        assert jobs.find(first.id).partial == ("SERIES_REPLACED", f"job {second.id} is of more of the series.")
+        assert jobs.find(first.id).partial == ("SERIES_REPLACED", f"job {second.id} is of the series as it came later.")
         until(lambda: [job.id for job in back] == [first.id, second.id])
         assert worker.counted == [True, False]
 

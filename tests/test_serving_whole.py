@@ -279,6 +279,28 @@ def test_a_connection_that_is_gone_before_its_object_is_looked_at_has_broken_off
         assert jobs.all()[0].partial[0] == "SERIES_INCOMPLETE"
 
 
+@pytest.mark.parametrize("corrected", [1, 4])
+def test_a_series_of_which_objects_were_corrected_takes_the_place_of_the_earlier_result(tmp_path, series, corrected):
+    worker = Told()
+    with queue(tmp_path, worker, done=lambda _: None, join_s=60.0) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for path in series:
+            hands.give(path, "one")
+        whole(hands, "one")
+        until(lambda: ended(jobs, 1))
+        assert told(jobs) == [WAITS]
+        for path in series[:corrected]:
+            data = pydicom.dcmread(path)
+            data.PatientID = "CORRECTED"
+            data.save_as(tmp_path / "corrected.dcm")
+            hands.give(tmp_path / "corrected.dcm", "two")
+            assert jobs.all()[0].returned == "withheld"  # from the first on
+        whole(hands, "two")
+        until(lambda: ended(jobs, 2))
+        assert told(jobs) == [("done", "SERIES_REPLACED", "withheld"), WAITS]
+        assert [len(each) for each in worker.seen] == [4, 4]
+
+
 # ---- connections that stay open ----
 
 
@@ -622,7 +644,8 @@ def test_one_result_that_pacs_refuses_keeps_no_other_from_it_and_none_is_sent_tw
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # pynetdicom leaves sockets to the collector
 @pytest.mark.parametrize("only", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
-def test_a_pacs_that_takes_one_encoding_alone_gets_results_in_it(tmp_path, only):
+def test_a_pacs_that_takes_one_encoding_alone_gets_results_in_it(tmp_path, only, monkeypatch):
+    monkeypatch.setattr("pynetdicom._config.STORE_RECV_CHUNKED_DATASET", False)  # which a receiver has set
     came: list[Path] = []
 
     def stored(event: Any) -> int:

@@ -3,8 +3,8 @@
 Nobody says when a series is complete. It is taken for whole when nothing has come for a while (`quiet_s`), and each
 connection that brought of it is closed, has begun with another series since, or has brought nothing for a minute at
 least. Objects that come again just as they were, of a series that is answered or going to be, are dropped: a sender
-that missed an answer gets no second set of results. Where another object of it comes after that, for as long as results
-are kept:
+that missed an answer gets no second set of results. Where another object of it comes after that, or one again that
+holds something else, for as long as results are kept:
 
 - what was made of it before is marked `SERIES_SPLIT` at once, in REST, on the page and in result.json; it is not
   returned any more, and DICOMweb does not find it. What had gone to PACS already stays there; the log says so;
@@ -148,19 +148,20 @@ class Intake:
         digest = file_sha256(file)[:DIGITS]
         with self._lock:
             try:
-                found = self._put(file, key, name, via, session, size_bytes)
+                found = self._put(file, key, name, digest, via, session, size_bytes)
             except (ImageUnreadable, Overloaded, OSError):
                 self.lacking.refuse(key, name)
                 raise
-            found.digests[name], found.stated = digest, said[COUNT] or found.stated
+            found.stated = said[COUNT] or found.stated
             self.lacking.came(key, name)
         return Received(said["SOPClassUID"], said["SOPInstanceUID"], said["StudyInstanceUID"])
 
-    def _put(self, file: Path, key: str, name: str, via: str, session: str, size_bytes: int) -> _Open:
+    def _put(self, file: Path, key: str, name: str, digest: str, via: str, session: str, size_bytes: int) -> _Open:
         """Under the lock."""
         found = self._open.get(key)
         before = self.handed.find(key) if found is None else found.before
-        if before.names and name not in before.names:  # which holds even where there is no room for it
+        more, other = before.names and name not in before.names, before.digests.get(name, digest) != digest
+        if more or other:  # which holds even where there is no room for it
             self._mark(before.jobs)
         if found is None and (self.jobs.full or len(self._open) >= MOST_SERIES):
             raise Overloaded("as many cases wait as this machine takes. Send it again later.")
@@ -185,6 +186,7 @@ class Intake:
         if found.broken and session not in found.sessions:
             found.mending.add(session)
         found.files += not again
+        found.digests[name] = digest
         found.last_s = self.clock()
         found.sessions.add(session)
         return found
@@ -304,7 +306,7 @@ class Intake:
         if not lacking:
             for earlier in map(self.jobs.find, known):
                 if earlier is not None and earlier.partial is not None:
-                    self.jobs.mark_partial(earlier.id, REPLACED, f"job {job.id} is of more of the series.")
+                    self.jobs.mark_partial(earlier.id, REPLACED, f"job {job.id} is of the series as it came later.")
 
     def _partial(self, key: str, found: _Open, folder: Path) -> tuple[str, str] | None:
         """Code and words, where the objects in `folder` are known not to be the whole series."""
@@ -316,7 +318,9 @@ class Intake:
 
     def _mark(self, jobs: Sequence[str]) -> None:
         for job in jobs:
-            self.jobs.mark_partial(job, SPLIT, "more of its series has come after it.")
+            self.jobs.mark_partial(
+                job, SPLIT, "more of its series, or another in the place of an object, has come after it."
+            )
 
     def _join(self, folder: Path, wanted: frozenset[str], jobs: Sequence[str]) -> frozenset[str]:
         """Puts files of earlier jobs beside those in `folder`; the names of those that are gone."""

@@ -62,7 +62,8 @@ class Job:
         error: code and words for whoever sent it, which name no file and no patient.
         returned: to PACS: `off`, `waiting`, `sent`, `failed`, or `withheld` because it is partial.
         partial: code and words, where it is of a part of its series: `SERIES_SPLIT`, `SERIES_INCOMPLETE`, or
-            `SERIES_REPLACED` once a later job has the whole. It is not returned, and no DICOMweb search finds it.
+            `SERIES_REPLACED` once a later job has the whole, or corrected objects of it. It is not returned, and no
+            DICOMweb search finds it.
         taken: those of its results, as its answer names them, that PACS took as it refused others.
         again: objects of its series were handed on before.
         answered_s: when it was done or failed, in seconds since the epoch; it is kept from then on, and waits for PACS.
@@ -238,8 +239,10 @@ class Jobs:
             job = self._known.get(job_id)
             if job is None or job.partial == (code, why):
                 return
-            if job.returned == "sent" and job.partial is None:
-                log.warning("job %s: its results were returned, and are of a part of the series", job_id[:8])
+            if (job.returned == "sent" or job.taken) and job.partial is None:
+                log.warning(
+                    "job %s: its results were returned, and are not of the whole series as it is now", job_id[:8]
+                )
             job = replace(job, partial=(code, why))
             if job.returned == "waiting":
                 job = replace(job, returned="withheld")
