@@ -301,6 +301,18 @@ def test_a_series_of_which_objects_were_corrected_takes_the_place_of_the_earlier
         assert [len(each) for each in worker.seen] == [4, 4]
 
 
+def test_an_object_that_comes_again_and_again_takes_up_the_room_of_one(tmp_path, series):
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        intake = Intake(tmp_path / "serve", jobs, room, 5.0)
+        for _ in range(5):
+            file = intake.new_file()
+            shutil.copyfile(series[0], file)
+            intake.place(file, "dicom", "one", size_bytes=file.stat().st_size)
+        counted = room.used_bytes
+        room.count()
+        assert counted == room.used_bytes
+
+
 # ---- connections that stay open ----
 
 

@@ -172,7 +172,7 @@ class Intake:
         try:
             to = self.series / key / name
             private_folder(to.parent)
-            again = to.exists()
+            old_bytes = to.stat().st_size if to.exists() else None
             if found is None or session not in found.sessions:
                 self.lacking.opened(key)
             file.replace(to)
@@ -185,7 +185,10 @@ class Intake:
             self._leave(session)
         if found.broken and session not in found.sessions:
             found.mending.add(session)
-        found.files += not again
+        if old_bytes is None:
+            found.files += 1
+        else:
+            self.room.give(old_bytes)
         found.digests[name] = digest
         found.last_s = self.clock()
         found.sessions.add(session)
