@@ -1,6 +1,7 @@
 """What is known to be a part of a series is not returned as the whole, and what was accepted is not lost."""
 
 import gc
+import io
 import json
 import shutil
 import socket
@@ -26,6 +27,10 @@ from pydicom.uid import (
 )
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
+from pynetdicom.dimse_messages import C_STORE_RQ
+from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.dsutils import encode
+from pynetdicom.pdu import P_DATA_TF
 
 from fedclient.serving.back import Back, NotTaken, store, stow
 from fedclient.serving.intake import Intake
@@ -36,7 +41,7 @@ from fedclient.serving.settings import Destination, Serve, destination
 from shared_models.errors import ImageUnreadable
 from simulations.fixtures.dicom import write_dicom_series
 from simulations.fixtures.sown import person
-from tests.test_serving import SEG_FILE, Hands, Told, data_unit, heard, image, put, queue, until, whole
+from tests.test_serving import SEG_FILE, Hands, Told, data_unit, heard, image, put, queue, stowed, until, web, whole
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +182,43 @@ def test_objects_beyond_the_quota_and_beyond_what_a_series_may_have_are_remember
         assert jobs.all()[0].partial[1].startswith("2 objects")
 
 
+def test_a_series_of_which_a_stow_body_broke_off_is_withheld(tmp_path, series):
+    worker = Told()
+    with web(tmp_path, worker) as (ask, jobs, intake):
+        body, headers = stowed([path.read_bytes() for path in series[:2]])
+        assert ask("POST", "/dicom-web/studies", content=body, headers=headers).status_code == 200
+        body, headers = stowed([path.read_bytes() for path in series[2:]])
+        assert ask("POST", "/dicom-web/studies", content=body[:-200], headers=headers).status_code == 400
+        assert list(intake.quarantine.iterdir()) == []
+        assert intake.hand_on() == 1
+        until(lambda: ended(jobs, 1))
+        assert jobs.all()[0].partial[:2] == (
+            "SERIES_INCOMPLETE", "2 objects of it were turned away. Send them, or the whole series, again.",
+        )  # fmt: skip
+
+
+def test_stow_lets_a_series_under_way_finish_while_too_many_cases_wait_and_puts_off_another(tmp_path, series):
+    worker = Told()
+    worker.go.clear()
+    with web(tmp_path, worker) as (ask, jobs, intake):
+        body, headers = stowed([series[0].read_bytes()])
+        assert ask("POST", "/dicom-web/studies", content=body, headers=headers).status_code == 200
+        while not jobs.full:
+            put(jobs)
+        body, headers = stowed([path.read_bytes() for path in series[1:]])
+        assert ask("POST", "/dicom-web/studies", content=body, headers=headers).status_code == 200
+        body, headers = stowed([of_series(series[0], "1.2.3", tmp_path).read_bytes()])
+        late = ask("POST", "/dicom-web/studies", content=body, headers=headers)
+        assert (late.status_code, late.headers["retry-after"]) == (503, "30")
+        assert late.json()["00081198"]["Value"] == [{"00081197": {"vr": "US", "Value": [0xA700]}}]
+        assert list(intake.quarantine.iterdir()) == []
+        worker.go.set()
+        until(lambda: all(job.state == "done" for job in jobs.all()))
+        assert intake.hand_on() == 1
+        until(lambda: all(job.state == "done" for job in jobs.all()))
+        assert (len(worker.seen[-1]), jobs.all()[-1].partial) == (4, None)
+
+
 @pytest.mark.parametrize(("via", "expected"), [("dicom", WITHHELD), ("stow", WITHHELD), ("page", WAITS)])
 def test_a_series_of_which_a_file_cannot_be_read_is_withheld(tmp_path, via, expected):
     unread = [{"code": "DICOM_UNREADABLE", "why": "broken."}]
@@ -236,6 +278,59 @@ def test_a_peer_that_does_not_release_its_association_has_not_sent_the_whole(tmp
             until(lambda: intake.hand_on() == 1)
             until(lambda: ended(jobs, 1))
             assert told(jobs) == [expected]
+        finally:
+            receiver.stop()
+    gc.collect()
+
+
+def cut(link: Association, path: Path) -> None:
+    """Sends half of an object and pulls the cable."""
+    data = pydicom.dcmread(path)
+    request = C_STORE()
+    request.MessageID, request.Priority = 1, 2
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = data.SOPClassUID, data.SOPInstanceUID
+    request.DataSet = io.BytesIO(encode(data, False, True) or b"")
+    message = C_STORE_RQ()
+    message.primitive_to_message(request)
+    pieces = [*message.encode_msg(link.accepted_contexts[0].context_id, 1024)]
+    assert len(pieces) > 3
+    plug: Any = link.dul.socket and link.dul.socket.socket
+    for piece in pieces[:-1]:
+        unit = P_DATA_TF()
+        unit.from_primitive(piece)
+        plug.sendall(unit.encode())
+    time.sleep(0.3)
+    plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    plug.close()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+@pytest.mark.parametrize("answered", [False, True])
+def test_an_object_that_is_cut_off_on_a_connection_of_its_own_is_known_to_lack(tmp_path, series, answered):
+    with queue(tmp_path, Told(), done=lambda _: None, join_s=60.0) as (jobs, room):
+        intake = Intake(tmp_path / "serve", jobs, room, 0.0)
+        receiver = Receiver(Serve(allow=("PACS",), dicom_port=0), intake, room)
+        receiver.start()
+        try:
+            for path in series[:2]:
+                link = association(receiver.port)
+                assert link.send_c_store(pydicom.dcmread(path)).Status == 0
+                link.release()
+            if answered:
+                until(lambda: intake.hand_on() == 1)
+                until(lambda: ended(jobs, 1))
+                assert told(jobs) == [WAITS]
+            cut(association(receiver.port), series[2])
+            until(lambda: not [*intake.quarantine.iterdir()])
+            if answered:
+                assert told(jobs) == [("done", "SERIES_SPLIT", "withheld")]
+            else:
+                until(lambda: intake.hand_on() == 1)
+                until(lambda: ended(jobs, 1))
+                assert told(jobs) == [WITHHELD]
+                assert jobs.all()[0].partial[1].startswith("1 objects")
         finally:
             receiver.stop()
     gc.collect()

@@ -44,18 +44,19 @@ def router(jobs: Jobs, intake: Intake, room: Room, most_bytes: int) -> APIRouter
     @made.post("/studies/{study}", tags=["DICOMweb"])
     async def store(request: Request, study: str | None = None) -> Response:
         """STOW-RS: images of any number of series; each is predicted on once nothing more comes of it."""
-        if jobs.full:
-            raise Overloaded("as many cases wait as this machine takes. Try again in a minute.")
         kind = request.headers.get("content-type", "")
         parts = await parts_of(
-            request.stream(), kind, "multipart/related", most_bytes, room, lambda number, name: intake.new_file()
-        )
+            request.stream(), kind, "multipart/related", most_bytes, room, lambda number, name: intake.new_file(),
+            lost=intake.lost,
+        )  # fmt: skip
         stored, failed = await run_in_threadpool(_placed, parts, intake, room, study)
         answer: dict[str, Any] = {}
         if stored:
             answer["00081199"] = {"vr": "SQ", "Value": stored}
         if failed:
             answer["00081198"] = {"vr": "SQ", "Value": failed}
+        if failed and not stored and all(each == _failure(OUT_OF_RESOURCES) for each in failed):
+            return JSONResponse(answer, 503, {"retry-after": "30"}, media_type=JSON)
         status = 200 if not failed else 202 if stored else 409
         return JSONResponse(answer, status, media_type=JSON)
 
@@ -123,10 +124,10 @@ def _placed(
             try:
                 found = intake.place(part.path, "stow", session, study)
                 stored.append(_reference(found.sop_class, found.sop_instance))
-            except (ImageUnreadable, Overloaded) as error:
+            except (ImageUnreadable, Overloaded, OSError) as error:
                 room.give(part.size_bytes)
                 part.path.unlink(missing_ok=True)
-                failed.append({"00081197": {"vr": "US", "Value": [_reason(error)]}})
+                failed.append(_failure(_reason(error)))
     finally:
         intake.closed(session)
     return stored, failed
@@ -136,8 +137,12 @@ def _reference(sop_class: str, sop_instance: str) -> dict[str, Any]:
     return {"00081150": {"vr": "UI", "Value": [sop_class]}, "00081155": {"vr": "UI", "Value": [sop_instance]}}
 
 
+def _failure(reason: int) -> dict[str, Any]:
+    return {"00081197": {"vr": "US", "Value": [reason]}}
+
+
 def _reason(error: Exception) -> int:
-    if isinstance(error, Overloaded):
+    if isinstance(error, (Overloaded, OSError)):
         return OUT_OF_RESOURCES
     return NOT_AN_IMAGE if getattr(error, "code", "") == "MODALITY_MISMATCH" else CANNOT_UNDERSTAND
 

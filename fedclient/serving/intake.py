@@ -13,9 +13,9 @@ holds something else, for as long as results are kept:
 - otherwise the new job fails as `SERIES_SPLIT`, without a prediction, until somebody sends the whole series.
 
 The job is `SERIES_INCOMPLETE`, and its results are not returned, where headers say how many objects the series has
-(0020,1209) and fewer are there; where an object of it was turned away for want of room and has not come since; and
-where a connection broke off that brought of it, unless a later one has brought of it and ended in order. What is sent
-again is joined as above, and answered whole.
+(0020,1209) and fewer are there; where an object of it was turned away for want of room, or cut off in the middle, and
+has not come since; and where a connection broke off that brought of it, unless a later one has brought of it and ended
+in order. What is sent again is joined as above, and answered whole.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,17 +134,10 @@ class Intake:
                 than are taken of a series.
             Overloaded: no room, or another series while as many cases wait as may, or as many come in.
         """
-        with unbroken():
-            data = load_head(file, _TAGS)
-            said = {keyword: text(data, keyword) for keyword in (*KEYWORDS, COUNT)}
-        for keyword in KEYWORDS[:4]:
-            if not UID.fullmatch(said[keyword]):
-                raise ImageUnreadable(f"DICOM: {keyword} is missing or no UID.", "DICOM_UNREADABLE")
+        said = _said(file)
         if study is not None and said["StudyInstanceUID"] != study:
             raise ImageUnreadable("DICOM: of another study than the request is for.", "SERIES_MIXED")
-        if said["Modality"] in OBJECTS:
-            raise ImageUnreadable("DICOM: no image; the model looks at images.", "MODALITY_MISMATCH")
-        key, name = _named(said["StudyInstanceUID"], said["SeriesInstanceUID"]), f"{_named(said['SOPInstanceUID'])}.dcm"
+        key, name = _names(said)
         digest = file_sha256(file)[:DIGITS]
         with self._lock:
             try:
@@ -155,6 +148,17 @@ class Intake:
             found.stated = said[COUNT] or found.stated
             self.lacking.came(key, name)
         return Received(said["SOPClassUID"], said["SOPInstanceUID"], said["StudyInstanceUID"])
+
+    def lost(self, file: Path) -> None:
+        """Remembers of an object of which a part came, or that is not taken, that its series lacks it; where as much
+        came as says what it is."""
+        with suppress(ImageUnreadable, OSError):
+            key, name = _names(_said(file))
+            with self._lock:
+                before = self._open[key].before if key in self._open else self.handed.find(key)
+                if before.names and name not in before.names:
+                    self._mark(before.jobs)
+                self.lacking.refuse(key, name)
 
     def _put(self, file: Path, key: str, name: str, digest: str, via: str, session: str, size_bytes: int) -> _Open:
         """Under the lock."""
@@ -354,6 +358,28 @@ def _short(count: int, stated: str) -> tuple[str, str] | None:
     if not re.fullmatch(r"\d{1,6}", stated) or count >= int(stated):
         return None
     return INCOMPLETE, f"{count} of the {int(stated)} objects came that the series has by its headers."
+
+
+def _said(file: Path) -> dict[str, str]:
+    """What an object says of itself, by `KEYWORDS` and `COUNT`.
+
+    Raises:
+        ImageUnreadable: no DICOM, broken, no image, or without the numbers that say what it belongs to.
+    """
+    with unbroken():
+        data = load_head(file, _TAGS)
+        said = {keyword: text(data, keyword) for keyword in (*KEYWORDS, COUNT)}
+    for keyword in KEYWORDS[:4]:
+        if not UID.fullmatch(said[keyword]):
+            raise ImageUnreadable(f"DICOM: {keyword} is missing or no UID.", "DICOM_UNREADABLE")
+    if said["Modality"] in OBJECTS:
+        raise ImageUnreadable("DICOM: no image; the model looks at images.", "MODALITY_MISMATCH")
+    return said
+
+
+def _names(said: Mapping[str, str]) -> tuple[str, str]:
+    """Of the folder of a series, and of the file of an object in it."""
+    return _named(said["StudyInstanceUID"], said["SeriesInstanceUID"]), f"{_named(said['SOPInstanceUID'])}.dcm"
 
 
 def _named(*uids: str) -> str:

@@ -266,6 +266,8 @@ class Receiver:
         half = getattr(event.assoc.dimse.message, "_data_set_file", None)  # of a message that never ended
         if half is not None:
             half.close()
+            if self._permitted(event.assoc):
+                self.intake.lost(Path(half.name))
             Path(half.name).unlink(missing_ok=True)
         self.intake.closed(session_of(event.assoc), broken=not in_order)
 
