@@ -429,6 +429,10 @@ def test_results_that_pacs_has_not_taken_outlast_their_time(tmp_path):
         jobs.sweep()
         assert jobs.find(job).returned == "waiting"
         jobs.mark_returned(job, "failed")
+        now[0] += 99
+        jobs.sweep()
+        assert jobs.find(job).returned == "failed"  # kept from when it was given up
+        now[0] += 2
         jobs.sweep()
         assert jobs.find(job) is None
 
@@ -1384,7 +1388,7 @@ def test_stow_says_of_each_object_whether_it_was_taken(tmp_path, series):
         assert ask("POST", "/dicom-web/studies/1.2.3", content=body, headers=headers).status_code == 409
 
 
-def test_while_images_that_came_are_put_in_their_places_others_are_answered(tmp_path, series):
+def test_while_images_that_came_are_put_in_their_places_others_are_answered(tmp_path, series, monkeypatch):
     answered = threading.Event()
     with queue(tmp_path, Told()) as (jobs, room):
         intake = Intake(tmp_path / "serve", jobs, room, 0.0)
@@ -1394,7 +1398,7 @@ def test_while_images_that_came_are_put_in_their_places_others_are_answered(tmp_
             assert answered.wait(10)
             return place(*args)
 
-        intake.place = waiting
+        monkeypatch.setattr(intake, "place", waiting)
         warm = Warm(["true"], 1.0)
         warm.model = {"name": "m", "version": "1"}
         app = application(Parts(jobs, intake, room, warm, 1 << 20, None, True, False))
@@ -1422,6 +1426,9 @@ def test_a_partial_result_is_told_as_such_and_no_dicomweb_search_finds_it(tmp_pa
         until(lambda: jobs.find(job).state == "done")
         assert len(ask("GET", "/dicom-web/instances").json()) == 1
         assert ask("GET", "/api/health").json()["partial"] == 0
+        assert ask("GET", "/api/health").json()["not_returned"] == 0
+        jobs.mark_returned(job, "failed")
+        assert ask("GET", "/api/health").json()["not_returned"] == 1
         jobs.mark_partial(job, "SERIES_SPLIT", "more came.")
         assert ask("GET", "/dicom-web/instances").json() == []
         assert ask("GET", f"/api/jobs/{job}").json()["partial"] == {"code": "SERIES_SPLIT", "why": "more came."}

@@ -22,7 +22,7 @@ from fedclient.serving.logs import where
 from fedclient.serving.settings import Destination
 from shared_models.errors import FederationError
 
-FIRST_S, LONGEST_S, GIVE_UP_S = 5.0, 600.0, 86400.0
+FIRST_S, LONGEST_S = 5.0, 600.0
 STALL_S = 60.0
 DUPLICATE = 0x0111  # status of C-STORE and reason of STOW-RS: it has the object
 FAILED, INSTANCE, REASON = "00081198", "00081155", "00081197"  # FailedSOPSequence and two of its elements
@@ -112,13 +112,14 @@ class Back:
             except Exception as error:  # of the destination, or of a library over what it said: the next may be taken
                 if isinstance(error, NotTaken) and error.taken:
                     self.jobs().mark_taken(job_id, [_name(each, folder) for each in error.taken])
-                if self.jobs().clock() - (job.answered_s or job.came_s) < GIVE_UP_S:
+                return_s = self.jobs().return_s
+                if self.jobs().clock() - (job.answered_s or job.came_s) < return_s:
                     log.warning("job %s: not returned yet (%s); again in %.0f s", job_id[:8], _words(error), wait_s)
                     with self._change:
                         self._due[job_id] = (time.monotonic() + wait_s, min(2 * wait_s, LONGEST_S))
                     return
                 self.jobs().mark_returned(job_id, "failed")
-                log.error("job %s: its results could not be returned within a day", job_id[:8])
+                log.error("job %s: its results could not be returned within %.3g hours", job_id[:8], return_s / 3600)
         with self._change:
             self._due.pop(job_id, None)
 

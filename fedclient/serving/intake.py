@@ -99,8 +99,8 @@ class Intake:
         shutil.rmtree(self.quarantine, ignore_errors=True)  # of a process that was killed
         private_folder(self.quarantine)
         private_folder(self.series)
-        self.handed = Handed(folder / "handed", jobs.keep_s)
-        self.lacking = Lacking(folder / "lacking", jobs.keep_s)
+        self.handed = Handed(folder / "handed", jobs.longest_s)
+        self.lacking = Lacking(folder / "lacking", jobs.longest_s)
         self.lately_s = max(LATELY_S, LATELY_QUIET * quiet_s)
         self._lock = threading.Lock()
         self._open: dict[str, _Open] = {}
