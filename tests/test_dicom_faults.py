@@ -1,6 +1,8 @@
 """DICOM that could be misread is refused, each fault by its own code, and no message tells who or where."""
 
+import struct
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from pydicom.uid import (
     MPEG2MPML,
     UID,
     DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGLosslessSV1,
@@ -268,6 +271,54 @@ def test_a_deflated_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert path.stat().st_size < 100_000
     monkeypatch.setattr(dicom_header, "MAX_BYTES", 1_000_000)
     assert "unpacks" in refusal(lambda: read_image(path), "INPUT_TOO_LARGE")
+
+
+def test_of_a_deflated_file_no_more_is_unpacked_than_its_head(tmp_path: Path) -> None:
+    data = set_pixels(slice_of(0), np.zeros((4000, 4000), np.uint16), bits=12)
+    data.PatientName = "Müller"
+    data.SpecificCharacterSet = "ISO_IR 192"
+    path = write(tmp_path / "x", data, DeflatedExplicitVRLittleEndian)
+    tracemalloc.start()
+    try:
+        head = dicom_header.load_head(path, [0x00080060, 0x00100010, 0x00280010])
+        assert (head.Modality, head.PatientName, head.Rows) == ("CT", "Müller", 4000)
+        assert head.file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian
+        assert tracemalloc.get_traced_memory()[1] < 3 * dicom_header.MOST_HEAD
+    finally:
+        tracemalloc.stop()
+
+
+def with_empty_items(path: Path, count: int) -> Path:
+    """A slice that begins with a sequence of no stated length, and so many items."""
+    content = write(path, slice_of(0)).read_bytes()
+    at = content.index(b"\x08\0\x08\0CS")
+    items = struct.pack("<HHL", 0xFFFE, 0xE000, 0) * count + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    path.write_bytes(content[:at] + struct.pack("<HH2sHL", 8, 6, b"SQ", 0, 0xFFFFFFFF) + items + content[at:])
+    return path
+
+
+def test_a_head_of_items_without_number_is_refused_before_they_are_objects(tmp_path: Path) -> None:
+    def seen(count: int) -> str:
+        with dicom_header.unbroken():
+            return str(dicom_header.load_head(with_empty_items(tmp_path / "x", count), [0x00080060]).Modality)
+
+    assert seen(2000) == "CT"
+    assert "4 MiB" in refusal(lambda: seen(100_000), "INPUT_TOO_LARGE")
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])
+def test_what_is_long_and_not_asked_for_does_not_count_to_a_head(syntax: UID, tmp_path: Path) -> None:
+    data = enhanced()
+    data.add_new(0x00090010, "LO", "LONG")
+    data.add_new(0x00091010, "OB", b"\0" * (2 * dicom_header.MOST_VALUE))
+    frame = Dataset()
+    frame.add_new(0x00090010, "LO", "LONG")
+    frame.add_new(0x00091010, "OB", b"\1" * dicom_header.MOST_HEAD)
+    data.PerFrameFunctionalGroupsSequence[0].PlanePositionSequence.append(frame)
+    data["PerFrameFunctionalGroupsSequence"].is_undefined_length = True
+    path = write(tmp_path / "x", data, syntax)
+    head = dicom_header.load_head(path, [0x00080016, 0x0020000E, 0x00280008])
+    assert (head.SOPClassUID, head.NumberOfFrames) == (data.SOPClassUID, data.NumberOfFrames)
 
 
 @pytest.mark.parametrize("modality", ["CR", "DX", "OT"])

@@ -21,7 +21,7 @@ from unittest.mock import Mock
 import httpx
 import pydicom
 import pytest
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
+from pydicom.uid import UID, CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, SegmentationStorage
 from pynetdicom import AE, build_context
 from uvicorn.server import ServerState
 
@@ -429,6 +429,10 @@ def test_results_that_pacs_has_not_taken_outlast_their_time(tmp_path):
         jobs.sweep()
         assert jobs.find(job).returned == "waiting"
         jobs.mark_returned(job, "failed")
+        now[0] += 99
+        jobs.sweep()
+        assert jobs.find(job).returned == "failed"  # kept from when it was given up
+        now[0] += 2
         jobs.sweep()
         assert jobs.find(job) is None
 
@@ -535,7 +539,7 @@ def test_a_series_split_by_silence_is_predicted_on_again_as_a_whole(tmp_path, se
         assert len(worker.seen[1]) == 4
         assert set(worker.seen[0]) < set(worker.seen[1])
         assert (second.partial, second.returned) == (None, "waiting")
-        assert jobs.find(first.id).partial == ("SERIES_REPLACED", f"job {second.id} is of more of the series.")
+        assert jobs.find(first.id).partial == ("SERIES_REPLACED", f"job {second.id} is of the series as it came later.")
         until(lambda: [job.id for job in back] == [first.id, second.id])
         assert worker.counted == [True, False]
 
@@ -675,8 +679,11 @@ def test_drift_counts_a_case_that_is_whole_and_comes_for_the_first_time_and_no_o
     assert worker.counted == [True, False, False, False]
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize(("said", "code", "returned"), [(3, "SERIES_INCOMPLETE", "withheld"), (2, None, "waiting")])
-def test_a_series_with_fewer_objects_than_its_headers_say_is_not_returned(tmp_path, series, said, code, returned):
+def test_a_series_with_fewer_objects_than_its_headers_say_is_not_returned(
+    tmp_path, series, said, code, returned, again
+):
     with queue(tmp_path, Told(), done=lambda job: None) as (jobs, room):
         hands = Hands(jobs, room, tmp_path)
         for n, path in enumerate(series[:2]):
@@ -684,6 +691,9 @@ def test_a_series_with_fewer_objects_than_its_headers_say_is_not_returned(tmp_pa
             data.NumberOfSeriesRelatedInstances = said
             data.save_as(tmp_path / f"{n}.dcm")
             hands.give(tmp_path / f"{n}.dcm", "one")
+        hands.intake.closed("one")
+        if again:  # another process
+            hands = Hands(jobs, room, tmp_path)
         whole(hands, "one")
         until(lambda: jobs.all()[0].state == "done")
         assert (jobs.all()[0].partial and jobs.all()[0].partial[0], jobs.all()[0].returned) == (code, returned)
@@ -794,6 +804,7 @@ def test_the_receiver_takes_images_of_peers_on_the_list_and_nothing_else(tmp_pat
             assert send(receiver.port, "PACS", series, called="ANOTHER") is None
             assert send(receiver.port, "FAR", series[:1]) == [0x0124]  # the right name from the wrong place
             assert send(receiver.port, "PACS", [SEG_FILE], context=SegmentationStorage) is None
+            assert send(receiver.port, "PACS", series, syntax=DeflatedExplicitVRLittleEndian) is None
             large = pydicom.dcmread(series[0])
             large.add_new(0x00091010, "OB", b"\0" * (1 << 20))
             large.save_as(tmp_path / "large.dcm")
@@ -829,11 +840,11 @@ def test_a_peer_is_known_by_its_address_however_that_is_written_and_its_refusal_
     assert caplog.text.count("a DICOM peer was refused") == (0 if may else 1)
 
 
-def send(port, calling, files, called="FEDIMAGING", context=CTImageStorage, tls=None):
+def send(port, calling, files, called="FEDIMAGING", context=CTImageStorage, tls=None, syntax=ExplicitVRLittleEndian):
     """Status of each file; None where there is no association, or no answer."""
     entity = AE(ae_title=calling)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
-    entity.add_requested_context(context, ExplicitVRLittleEndian)
+    entity.add_requested_context(context, syntax)
     link = entity.associate("127.0.0.1", port, ae_title=called, tls_args=tls and (tls, "localhost"))
     if not link.is_established:
         return None
@@ -1123,7 +1134,7 @@ def test_whatever_keeps_a_result_from_being_returned_the_next_one_goes(tmp_path,
 
 def test_a_peer_that_hangs_up_between_two_objects_has_not_taken_them(monkeypatch):
     class Association:
-        is_established = True
+        is_established, is_rejected, rejected_contexts = True, False, ()
         accepted_contexts = (build_context(SegmentationStorage, ExplicitVRLittleEndian),)
         sent = 0
 
@@ -1377,6 +1388,33 @@ def test_stow_says_of_each_object_whether_it_was_taken(tmp_path, series):
         assert ask("POST", "/dicom-web/studies/1.2.3", content=body, headers=headers).status_code == 409
 
 
+def test_while_images_that_came_are_put_in_their_places_others_are_answered(tmp_path, series, monkeypatch):
+    answered = threading.Event()
+    with queue(tmp_path, Told()) as (jobs, room):
+        intake = Intake(tmp_path / "serve", jobs, room, 0.0)
+        place = intake.place
+
+        def waiting(*args):
+            assert answered.wait(10)
+            return place(*args)
+
+        monkeypatch.setattr(intake, "place", waiting)
+        warm = Warm(["true"], 1.0)
+        warm.model = {"name": "m", "version": "1"}
+        app = application(Parts(jobs, intake, room, warm, 1 << 20, None, True, False))
+
+        async def go():
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as client:
+                body, headers = stowed([series[0].read_bytes()])
+                sent = asyncio.create_task(client.post("/dicom-web/studies", content=body, headers=headers))
+                await asyncio.sleep(0.2)
+                assert (await client.get("/api/health")).status_code == 200
+                answered.set()
+                assert (await sent).status_code == 200
+
+        asyncio.run(go())
+
+
 def test_a_partial_result_is_told_as_such_and_no_dicomweb_search_finds_it(tmp_path):
     def say(folder):
         (folder / "out" / "image-1").mkdir(parents=True)
@@ -1388,6 +1426,9 @@ def test_a_partial_result_is_told_as_such_and_no_dicomweb_search_finds_it(tmp_pa
         until(lambda: jobs.find(job).state == "done")
         assert len(ask("GET", "/dicom-web/instances").json()) == 1
         assert ask("GET", "/api/health").json()["partial"] == 0
+        assert ask("GET", "/api/health").json()["not_returned"] == 0
+        jobs.mark_returned(job, "failed")
+        assert ask("GET", "/api/health").json()["not_returned"] == 1
         jobs.mark_partial(job, "SERIES_SPLIT", "more came.")
         assert ask("GET", "/dicom-web/instances").json() == []
         assert ask("GET", f"/api/jobs/{job}").json()["partial"] == {"code": "SERIES_SPLIT", "why": "more came."}

@@ -1,23 +1,38 @@
 """What is known to be a part of a series is not returned as the whole, and what was accepted is not lost."""
 
 import gc
+import io
+import json
 import shutil
 import socket
 import struct
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pydicom
 import pytest
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MRImageStorage,
+    SegmentationStorage,
+)
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
+from pynetdicom.dimse_messages import C_STORE_RQ
+from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.dsutils import encode
+from pynetdicom.pdu import P_DATA_TF
 
-from fedclient.serving.back import Back, NotTaken, store
+from fedclient.serving.back import Back, NotTaken, store, stow
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Job, Jobs, Overloaded
 from fedclient.serving.lacking import Lacking
@@ -26,7 +41,7 @@ from fedclient.serving.settings import Destination, Serve, destination
 from shared_models.errors import ImageUnreadable
 from simulations.fixtures.dicom import write_dicom_series
 from simulations.fixtures.sown import person
-from tests.test_serving import SEG_FILE, Hands, Told, data_unit, heard, image, put, queue, until, whole
+from tests.test_serving import SEG_FILE, Hands, Told, data_unit, heard, image, put, queue, stowed, until, web, whole
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +182,43 @@ def test_objects_beyond_the_quota_and_beyond_what_a_series_may_have_are_remember
         assert jobs.all()[0].partial[1].startswith("2 objects")
 
 
+def test_a_series_of_which_a_stow_body_broke_off_is_withheld(tmp_path, series):
+    worker = Told()
+    with web(tmp_path, worker) as (ask, jobs, intake):
+        body, headers = stowed([path.read_bytes() for path in series[:2]])
+        assert ask("POST", "/dicom-web/studies", content=body, headers=headers).status_code == 200
+        body, headers = stowed([path.read_bytes() for path in series[2:]])
+        assert ask("POST", "/dicom-web/studies", content=body[:-200], headers=headers).status_code == 400
+        assert list(intake.quarantine.iterdir()) == []
+        assert intake.hand_on() == 1
+        until(lambda: ended(jobs, 1))
+        assert jobs.all()[0].partial[:2] == (
+            "SERIES_INCOMPLETE", "2 objects of it were turned away. Send them, or the whole series, again.",
+        )  # fmt: skip
+
+
+def test_stow_lets_a_series_under_way_finish_while_too_many_cases_wait_and_puts_off_another(tmp_path, series):
+    worker = Told()
+    worker.go.clear()
+    with web(tmp_path, worker) as (ask, jobs, intake):
+        body, headers = stowed([series[0].read_bytes()])
+        assert ask("POST", "/dicom-web/studies", content=body, headers=headers).status_code == 200
+        while not jobs.full:
+            put(jobs)
+        body, headers = stowed([path.read_bytes() for path in series[1:]])
+        assert ask("POST", "/dicom-web/studies", content=body, headers=headers).status_code == 200
+        body, headers = stowed([of_series(series[0], "1.2.3", tmp_path).read_bytes()])
+        late = ask("POST", "/dicom-web/studies", content=body, headers=headers)
+        assert (late.status_code, late.headers["retry-after"]) == (503, "30")
+        assert late.json()["00081198"]["Value"] == [{"00081197": {"vr": "US", "Value": [0xA700]}}]
+        assert list(intake.quarantine.iterdir()) == []
+        worker.go.set()
+        until(lambda: all(job.state == "done" for job in jobs.all()))
+        assert intake.hand_on() == 1
+        until(lambda: all(job.state == "done" for job in jobs.all()))
+        assert (len(worker.seen[-1]), jobs.all()[-1].partial) == (4, None)
+
+
 @pytest.mark.parametrize(("via", "expected"), [("dicom", WITHHELD), ("stow", WITHHELD), ("page", WAITS)])
 def test_a_series_of_which_a_file_cannot_be_read_is_withheld(tmp_path, via, expected):
     unread = [{"code": "DICOM_UNREADABLE", "why": "broken."}]
@@ -231,6 +283,59 @@ def test_a_peer_that_does_not_release_its_association_has_not_sent_the_whole(tmp
     gc.collect()
 
 
+def cut(link: Association, path: Path) -> None:
+    """Sends half of an object and pulls the cable."""
+    data = pydicom.dcmread(path)
+    request = C_STORE()
+    request.MessageID, request.Priority = 1, 2
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = data.SOPClassUID, data.SOPInstanceUID
+    request.DataSet = io.BytesIO(encode(data, False, True) or b"")
+    message = C_STORE_RQ()
+    message.primitive_to_message(request)
+    pieces = [*message.encode_msg(link.accepted_contexts[0].context_id or 0, 1024)]
+    assert len(pieces) > 3
+    plug: Any = link.dul.socket and link.dul.socket.socket
+    for piece in pieces[:-1]:
+        unit = P_DATA_TF()
+        unit.from_primitive(piece)
+        plug.sendall(unit.encode())
+    time.sleep(0.3)
+    plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    plug.close()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+@pytest.mark.parametrize("answered", [False, True])
+def test_an_object_that_is_cut_off_on_a_connection_of_its_own_is_known_to_lack(tmp_path, series, answered):
+    with queue(tmp_path, Told(), done=lambda _: None, join_s=60.0) as (jobs, room):
+        intake = Intake(tmp_path / "serve", jobs, room, 0.0)
+        receiver = Receiver(Serve(allow=("PACS",), dicom_port=0), intake, room)
+        receiver.start()
+        try:
+            for path in series[:2]:
+                link = association(receiver.port)
+                assert link.send_c_store(pydicom.dcmread(path)).Status == 0
+                link.release()
+            if answered:
+                until(lambda: intake.hand_on() == 1)
+                until(lambda: ended(jobs, 1))
+                assert told(jobs) == [WAITS]
+            cut(association(receiver.port), series[2])
+            until(lambda: not [*intake.quarantine.iterdir()])
+            if answered:
+                assert told(jobs) == [("done", "SERIES_SPLIT", "withheld")]
+            else:
+                until(lambda: intake.hand_on() == 1)
+                until(lambda: ended(jobs, 1))
+                assert told(jobs) == [WITHHELD]
+                assert jobs.all()[0].partial[1].startswith("1 objects")
+        finally:
+            receiver.stop()
+    gc.collect()
+
+
 @pytest.mark.parametrize(
     ("later_s", "half", "broken"), [(STALL_S, False, False), (STALL_S, True, True), (5.0, False, True)]
 )
@@ -267,6 +372,40 @@ def test_a_connection_that_is_gone_before_its_object_is_looked_at_has_broken_off
         hands.now = 5.0
         assert hands.intake.hand_on() == 1
         assert jobs.all()[0].partial[0] == "SERIES_INCOMPLETE"
+
+
+@pytest.mark.parametrize("corrected", [1, 4])
+def test_a_series_of_which_objects_were_corrected_takes_the_place_of_the_earlier_result(tmp_path, series, corrected):
+    worker = Told()
+    with queue(tmp_path, worker, done=lambda _: None, join_s=60.0) as (jobs, room):
+        hands = Hands(jobs, room, tmp_path)
+        for path in series:
+            hands.give(path, "one")
+        whole(hands, "one")
+        until(lambda: ended(jobs, 1))
+        assert told(jobs) == [WAITS]
+        for path in series[:corrected]:
+            data = pydicom.dcmread(path)
+            data.PatientID = "CORRECTED"
+            data.save_as(tmp_path / "corrected.dcm")
+            hands.give(tmp_path / "corrected.dcm", "two")
+            assert jobs.all()[0].returned == "withheld"  # from the first on
+        whole(hands, "two")
+        until(lambda: ended(jobs, 2))
+        assert told(jobs) == [("done", "SERIES_REPLACED", "withheld"), WAITS]
+        assert [len(each) for each in worker.seen] == [4, 4]
+
+
+def test_an_object_that_comes_again_and_again_takes_up_the_room_of_one(tmp_path, series):
+    with queue(tmp_path, Told(), started=False) as (jobs, room):
+        intake = Intake(tmp_path / "serve", jobs, room, 5.0)
+        for _ in range(5):
+            file = intake.new_file()
+            shutil.copyfile(series[0], file)
+            intake.place(file, "dicom", "one", size_bytes=file.stat().st_size)
+        counted = room.used_bytes
+        room.count()
+        assert counted == room.used_bytes
 
 
 # ---- connections that stay open ----
@@ -436,15 +575,16 @@ def test_an_upload_that_stands_still_is_deleted_in_time_and_the_log_says_so(tmp_
 
 
 @contextmanager
-def pacs(*classes: UID) -> Iterator[tuple[Destination, list[UID]]]:
+def pacs(*classes: UID, status: Callable[[], int] = lambda: 0) -> Iterator[tuple[Destination, list[UID]]]:
     """A peer that takes objects of these classes, and the classes of what has come."""
     came: list[UID] = []
 
     def stored(event: Any) -> int:
         came.append(event.request.AffectedSOPClassUID)
-        return 0
+        return status()
 
     entity = AE(ae_title="PACS")
+    entity.require_called_aet = True
     for each in classes:
         entity.add_supported_context(each)
     server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, stored)])
@@ -466,7 +606,7 @@ def test_a_pacs_that_takes_no_segmentations_gets_the_other_results_and_the_log_s
     assert [record.getMessage() for record in caplog.records] == [
         f"{to}: takes no objects of Segmentation Storage; results of this class are not sent there"
     ]
-    with pacs(MRImageStorage) as (to, came), pytest.raises(NotTaken):
+    with pacs(MRImageStorage) as (to, came), pytest.raises(NotTaken, match="no objects of the classes"):
         store(to, [SEG_FILE, series[0]], "US")
     assert came == []
     gc.collect()
@@ -481,11 +621,14 @@ def test_results_that_wait_for_a_pacs_to_which_nothing_is_returned_any_more_are_
     with queue(tmp_path, Told(), keep_s=100, clock=lambda: now[0], started=False) as (jobs, _):
         assert told(jobs) == [("done", None, "failed")]
         jobs.sweep()
+        assert len(jobs.all()) == 1
+        now[0] += 101
+        jobs.sweep()
         assert jobs.all() == []
 
 
-@pytest.mark.parametrize(("waited_s", "expected"), [(86_000, "waiting"), (86_400, "failed")])
-def test_results_are_given_up_a_day_after_they_were_written_however_often_the_service_has_started(
+@pytest.mark.parametrize(("waited_s", "expected"), [(72 * 3600 - 60, "waiting"), (72 * 3600, "failed")])
+def test_results_are_given_up_three_days_after_they_were_written_however_often_the_service_has_started(
     tmp_path, waited_s, expected
 ):
     now, tries = [1000.0], []
@@ -504,3 +647,143 @@ def test_results_are_given_up_a_day_after_they_were_written_however_often_the_se
         until(lambda: len(tries) == 2 or jobs.all()[0].returned == "failed")
         back.stop()
         assert jobs.all()[0].returned == expected
+
+
+@contextmanager
+def web_pacs(status: int, content_type: str, body: str) -> Iterator[Destination]:
+    """A DICOMweb service that answers so whatever it gets."""
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status)
+            self.send_header("content-type", content_type)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield destination(f"http://127.0.0.1:{server.server_port}/dicom-web")
+        finally:
+            server.shutdown()
+
+
+def failed(*reasons: int) -> str:
+    """A STOW-RS answer by which the segmentation was not stored, and then other objects."""
+    uids = [pydicom.dcmread(SEG_FILE).SOPInstanceUID, "1.2.3"]
+    items = [
+        {"00081155": {"vr": "UI", "Value": [uid]}, "00081197": {"vr": "US", "Value": [reason]}}
+        for uid, reason in zip(uids, reasons, strict=False)
+    ]
+    return json.dumps({"00081198": {"vr": "SQ", "Value": items}})
+
+
+NONE_FAILED = json.dumps({"00081198": {"vr": "SQ"}, "00081199": {"vr": "SQ", "Value": [{}]}})
+XML = '<NativeDicomModel><DicomAttribute tag="00081198" vr="SQ" keyword="FailedSOPSequence"{}</NativeDicomModel>'
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "body", "taken"),
+    [
+        (200, "json", failed(0x0110), False),
+        (202, "json", failed(0x0110), False),
+        (409, "json", failed(0x0110), False),
+        (409, "json", failed(0x0111), True),  # it is there already
+        (202, "json", failed(0x0111), True),
+        (202, "json", failed(0x0111, 0x0110), True),  # the other is none of ours
+        (409, "json", "", False),
+        (200, "json", NONE_FAILED, True),
+        (202, "json", NONE_FAILED, True),  # with warnings
+        (200, "json", "", True),
+        (202, "json", "", False),
+        (200, "xml", XML.format('><Item number="1"/></DicomAttribute>'), False),
+        (200, "xml", XML.format("/>"), True),
+        (200, "xml", XML.format("></DicomAttribute>"), True),
+        (500, "json", NONE_FAILED, False),
+    ],
+)
+def test_results_are_taken_by_a_dicomweb_service_where_it_says_of_none_that_it_was_not_stored(
+    status, kind, body, taken
+):
+    with web_pacs(status, f"application/dicom+{kind}", body) as to:
+        if taken:
+            stow(to, [SEG_FILE], "US")
+        else:
+            with pytest.raises(NotTaken):
+                stow(to, [SEG_FILE], "US")
+
+
+def test_what_a_dicomweb_service_took_is_known_where_it_refused_another(series):
+    with web_pacs(202, "application/dicom+json", failed(0x0110)) as to, pytest.raises(NotTaken) as refused:
+        stow(to, [SEG_FILE, series[0]], "US")
+    assert refused.value.taken == [series[0]]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+def test_one_result_that_pacs_refuses_keeps_no_other_from_it_and_none_is_sent_twice(tmp_path, series):
+    files = {"seg.dcm": SEG_FILE, "a.dcm": series[0], "b.dcm": series[1]}
+
+    def say(folder: Path) -> dict[str, Any]:
+        (folder / "out" / "image-1").mkdir(parents=True)
+        for name, path in files.items():
+            shutil.copyfile(path, folder / "out" / "image-1" / name)
+        return {"images": [image(*files)], "unread": []}
+
+    statuses = iter([0xA900, 0, 0x0111, 0xA700, 0])
+    with pacs(CTImageStorage, SegmentationStorage, status=lambda: next(statuses)) as (to, came):
+        back = Back(to, lambda: jobs, "US", first_s=0.01)
+        with queue(tmp_path, Told(say), done=back.add) as (jobs, _):
+            back.start()
+            job = put(jobs)
+            until(lambda: jobs.find(job).returned == "sent")
+            back.stop()
+    assert came == [SegmentationStorage, CTImageStorage, CTImageStorage, SegmentationStorage, SegmentationStorage]
+    with queue(tmp_path, Told(), started=False) as (jobs, _):
+        assert jobs.find(job).taken == ("image-1/a.dcm", "image-1/b.dcm")
+    gc.collect()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+@pytest.mark.parametrize("only", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+def test_a_pacs_that_takes_one_encoding_alone_gets_results_in_it(tmp_path, only, monkeypatch):
+    monkeypatch.setattr("pynetdicom._config.STORE_RECV_CHUNKED_DATASET", False)  # which a receiver has set
+    came: list[Path] = []
+
+    def stored(event: Any) -> int:
+        came.append(tmp_path / "came.dcm")
+        came[-1].write_bytes(event.encoded_dataset())
+        return 0
+
+    entity = AE(ae_title="PACS")
+    entity.add_supported_context(SegmentationStorage, only)
+    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, stored)])
+    assert server is not None
+    try:
+        store(destination(f"PACS@127.0.0.1:{server.server_address[1]}"), [SEG_FILE], "US")
+    finally:
+        server.shutdown()
+    sent, here = pydicom.dcmread(came[0]), pydicom.dcmread(SEG_FILE)
+    assert sent.file_meta.TransferSyntaxUID == only
+    assert sent.SegmentSequence == here.SegmentSequence
+    assert sent.PixelData == here.PixelData
+    gc.collect()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # pynetdicom leaves sockets to the collector
+def test_who_does_not_know_the_sender_is_told_apart_from_who_is_not_there():
+    with pacs(SegmentationStorage) as (to, _), pytest.raises(NotTaken, match="Does it know the AE title US"):
+        store(destination(str(to).replace("PACS", "ANOTHER")), [SEG_FILE], "US")
+    with pytest.raises(NotTaken, match="Is it up"):
+        store(to, [SEG_FILE], "US")
+    gc.collect()

@@ -3,6 +3,7 @@
 pydicom's warnings, log lines and exceptions quote values, so none of them gets out of here.
 """
 
+import io
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from typing import IO, Any
 import pydicom
 from pydicom import Dataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
-from pydicom.filereader import read_partial
+from pydicom.filereader import read_dataset, read_partial
 from pydicom.tag import BaseTag
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
@@ -25,6 +26,9 @@ from fedclient.data.formats import HEAD_BYTES, is_dicom
 from shared_models.errors import ImageUnreadable
 
 MAX_BYTES = 4 * 1024**3  # of a file, and of what a deflated one unpacks to
+MOST_HEAD = 1 << 22  # bytes that are read of a file for its head; what is passed over does not count
+MOST_VALUE = 1 << 18  # bytes of one value in a head
+EACH_READ = 1 << 7  # what a read counts beside its bytes: of an item, be it empty, pydicom makes a kilobyte of objects
 _LONG_VRS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
 BROKEN = (
     InvalidDicomError, BytesLengthException, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError,
@@ -53,15 +57,76 @@ def unbroken() -> Iterator[None]:
 def load(path: Path) -> Dataset:
     """The whole data set, pixels undecoded. For use inside `unbroken`."""
     with path.open("rb") as file:
-        _doubt(file)
+        if begin := _doubt(file):
+            _inflate_within_bounds(file, begin)
+        file.seek(0)
         return pydicom.dcmread(file, force=True)
 
 
 def load_head(path: Path, tags: list[int]) -> Dataset:
-    """Some elements of the groups up to 0028, without what comes after. For use inside `unbroken`."""
+    """Some elements of the groups up to 0028, without what comes after. For use inside `unbroken`.
+
+    Raises:
+        ImageUnreadable: INPUT_TOO_LARGE, more than `MOST_HEAD` would have to be read, or a value of more than
+            `MOST_VALUE`: a sequence without a stated length cannot be passed over.
+    """
     with path.open("rb") as file:
-        _doubt(file)
-        return read_partial(file, stop_when=_after_group_0028, force=True, specific_tags=list(tags))
+        begin = _doubt(file)
+        file.seek(0)
+        if begin:
+            return _deflated_head(file, begin, tags)
+        with _bounded(file) as head:
+            found = read_partial(head, _after_group_0028, force=True, specific_tags=list(tags))
+        found.buffer = None
+        return found
+
+
+def _deflated_head(file: IO[bytes], begin: int, tags: list[int]) -> Dataset:
+    with _bounded(io.BytesIO(file.read(min(begin, MOST_HEAD)))) as head:
+        meta = read_partial(head, force=True).file_meta
+    unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(MOST_HEAD + MOST_VALUE), MOST_HEAD)
+    with _bounded(io.BytesIO(unpacked), len(unpacked) < MOST_HEAD) as head:
+        found = read_dataset(head, False, True, stop_when=_after_group_0028, specific_tags=list(tags))
+    found.file_meta = meta
+    return found
+
+
+class _Head:
+    """A file that ends, for pydicom, where enough was read of it; then it is `spent`.
+
+    Attributes:
+        whole: nothing is left out at its end.
+    """
+
+    def __init__(self, file: IO[bytes], whole: bool = True) -> None:
+        self.file, self.whole = file, whole
+        self.seek, self.tell = file.seek, file.tell
+        self.read_bytes = 0
+        self.spent = False
+
+    def read(self, size: int = -1) -> bytes:
+        self.read_bytes += EACH_READ + size
+        if self.spent or not 0 <= size <= MOST_VALUE or self.read_bytes > MOST_HEAD:
+            self.spent = True
+            return b""
+        found = self.file.read(size)
+        self.spent = len(found) < size and not self.whole
+        return found
+
+
+@contextmanager
+def _bounded(file: IO[bytes], whole: bool = True) -> Iterator[Any]:
+    """A `_Head`, and the error for one that was spent in the block, whatever pydicom makes of its end."""
+    head = _Head(file, whole)
+    try:
+        yield head
+    finally:
+        if head.spent:
+            raise ImageUnreadable(
+                f"DICOM: more than {MOST_HEAD >> 20} MiB would have to be read to know what it is. Export it again "
+                f"without private elements.",
+                code="INPUT_TOO_LARGE",
+            ) from None
 
 
 def number(data: Dataset, keyword: str) -> float | None:
@@ -99,8 +164,8 @@ def _after_group_0028(tag: BaseTag, vr: str | None, length: int) -> bool:
     return tag.group > 0x0028
 
 
-def _doubt(file: IO[bytes]) -> None:
-    """Refuses what is no DICOM, or too large, before pydicom sees it; leaves the file at its beginning."""
+def _doubt(file: IO[bytes]) -> int:
+    """Refuses what is no DICOM, or too large, before pydicom sees it; where a deflated data set begins, 0 of others."""
     head = file.read(HEAD_BYTES)
     size_bytes = os.fstat(file.fileno()).st_size
     if size_bytes > MAX_BYTES:
@@ -110,8 +175,8 @@ def _doubt(file: IO[bytes]) -> None:
     if head[128:132] == b"DICM":
         syntax, begin = _meta(file)
         if syntax == DeflatedExplicitVRLittleEndian:
-            _inflate_within_bounds(file, begin)
-    file.seek(0)
+            return begin
+    return 0
 
 
 def _meta(file: IO[bytes]) -> tuple[str, int]:

@@ -76,6 +76,9 @@ def serve_model(
     queue: Annotated[int | None, typer.Option(min=1, help="Cases that may wait.")] = None,
     time_limit_s: Annotated[float | None, typer.Option(min=1, help="For one case.")] = None,
     keep_hours: Annotated[float | None, typer.Option(min=0.01, help="How long results are kept here.")] = None,
+    return_hours: Annotated[
+        float | None, typer.Option(min=0.01, help="How long results are sent again that are not taken.")
+    ] = None,
     tls_certificate: Annotated[str | None, typer.Option(help="PEM file, of pages and receiver.")] = None,
     tls_key: Annotated[str | None, typer.Option(help="PEM file.")] = None,
     tls_ca: Annotated[str | None, typer.Option(help="PEM file: DICOM peers show a certificate of it.")] = None,
@@ -101,7 +104,8 @@ def serve_model(
         "allow": tuple(allow) if allow else None, "return_to": return_to, "insecure_return": insecure_return,
         "quiet_s": quiet_s,
         "join_s": join_s, "quota_gib": quota_gib, "most_mib": most_mib, "queue": queue, "time_limit_s": time_limit_s,
-        "keep_hours": keep_hours, "tls_certificate": tls_certificate, "tls_key": tls_key, "tls_ca": tls_ca,
+        "keep_hours": keep_hours, "return_hours": return_hours,
+        "tls_certificate": tls_certificate, "tls_key": tls_key, "tls_ca": tls_ca,
     }  # fmt: skip
     serve = settings(site, {key: value for key, value in given.items() if value is not None})
     own_lines_only()

@@ -2,13 +2,14 @@
 
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from fedclient.data.dicom_header import unbroken
@@ -16,7 +17,7 @@ from fedclient.data.result_header import FOUND_BY, found_by, header_json
 from fedclient.serving.back import dicom_results
 from fedclient.serving.intake import Intake
 from fedclient.serving.jobs import Jobs, Overloaded, Room
-from fedclient.serving.multipart import parts_of
+from fedclient.serving.multipart import Part, parts_of
 from shared_models.errors import ImageUnreadable
 
 JSON = "application/dicom+json"
@@ -43,31 +44,19 @@ def router(jobs: Jobs, intake: Intake, room: Room, most_bytes: int) -> APIRouter
     @made.post("/studies/{study}", tags=["DICOMweb"])
     async def store(request: Request, study: str | None = None) -> Response:
         """STOW-RS: images of any number of series; each is predicted on once nothing more comes of it."""
-        if jobs.full:
-            raise Overloaded("as many cases wait as this machine takes. Try again in a minute.")
-        session = f"stow-{secrets.token_hex(8)}"
         kind = request.headers.get("content-type", "")
-        try:
-            parts = await parts_of(
-                request.stream(), kind, "multipart/related", most_bytes, room, lambda number, name: intake.new_file()
-            )
-            stored: list[dict[str, Any]] = []
-            failed: list[dict[str, Any]] = []
-            for part in parts:
-                try:
-                    found = intake.place(part.path, "stow", session, study)
-                    stored.append(_reference(found.sop_class, found.sop_instance))
-                except (ImageUnreadable, Overloaded) as error:
-                    room.give(part.size_bytes)
-                    part.path.unlink(missing_ok=True)
-                    failed.append({"00081197": {"vr": "US", "Value": [_reason(error)]}})
-        finally:
-            intake.closed(session)
+        parts = await parts_of(
+            request.stream(), kind, "multipart/related", most_bytes, room, lambda number, name: intake.new_file(),
+            lost=intake.lost,
+        )  # fmt: skip
+        stored, failed = await run_in_threadpool(_placed, parts, intake, room, study)
         answer: dict[str, Any] = {}
         if stored:
             answer["00081199"] = {"vr": "SQ", "Value": stored}
         if failed:
             answer["00081198"] = {"vr": "SQ", "Value": failed}
+        if failed and not stored and all(each == _failure(OUT_OF_RESOURCES) for each in failed):
+            return JSONResponse(answer, 503, {"retry-after": "30"}, media_type=JSON)
         status = 200 if not failed else 202 if stored else 409
         return JSONResponse(answer, status, media_type=JSON)
 
@@ -123,12 +112,37 @@ def router(jobs: Jobs, intake: Intake, room: Room, most_bytes: int) -> APIRouter
     return made
 
 
+def _placed(
+    parts: Sequence[Part], intake: Intake, room: Room, study: str | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What of a body was taken, and what was not, as STOW-RS tells it."""
+    session = f"stow-{secrets.token_hex(8)}"
+    stored: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    try:
+        for part in parts:
+            try:
+                found = intake.place(part.path, "stow", session, study)
+                stored.append(_reference(found.sop_class, found.sop_instance))
+            except (ImageUnreadable, Overloaded, OSError) as error:
+                room.give(part.size_bytes)
+                part.path.unlink(missing_ok=True)
+                failed.append(_failure(_reason(error)))
+    finally:
+        intake.closed(session)
+    return stored, failed
+
+
 def _reference(sop_class: str, sop_instance: str) -> dict[str, Any]:
     return {"00081150": {"vr": "UI", "Value": [sop_class]}, "00081155": {"vr": "UI", "Value": [sop_instance]}}
 
 
+def _failure(reason: int) -> dict[str, Any]:
+    return {"00081197": {"vr": "US", "Value": [reason]}}
+
+
 def _reason(error: Exception) -> int:
-    if isinstance(error, Overloaded):
+    if isinstance(error, (Overloaded, OSError)):
         return OUT_OF_RESOURCES
     return NOT_AN_IMAGE if getattr(error, "code", "") == "MODALITY_MISMATCH" else CANNOT_UNDERSTAND
 

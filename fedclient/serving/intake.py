@@ -3,8 +3,8 @@
 Nobody says when a series is complete. It is taken for whole when nothing has come for a while (`quiet_s`), and each
 connection that brought of it is closed, has begun with another series since, or has brought nothing for a minute at
 least. Objects that come again just as they were, of a series that is answered or going to be, are dropped: a sender
-that missed an answer gets no second set of results. Where another object of it comes after that, for as long as results
-are kept:
+that missed an answer gets no second set of results. Where another object of it comes after that, or one again that
+holds something else, for as long as results are kept:
 
 - what was made of it before is marked `SERIES_SPLIT` at once, in REST, on the page and in result.json; it is not
   returned any more, and DICOMweb does not find it. What had gone to PACS already stays there; the log says so;
@@ -13,9 +13,9 @@ are kept:
 - otherwise the new job fails as `SERIES_SPLIT`, without a prediction, until somebody sends the whole series.
 
 The job is `SERIES_INCOMPLETE`, and its results are not returned, where headers say how many objects the series has
-(0020,1209) and fewer are there; where an object of it was turned away for want of room and has not come since; and
-where a connection broke off that brought of it, unless a later one has brought of it and ended in order. What is sent
-again is joined as above, and answered whole.
+(0020,1209) and fewer are there; where an object of it was turned away for want of room, or cut off in the middle, and
+has not come since; and where a connection broke off that brought of it, unless a later one has brought of it and ended
+in order. What is sent again is joined as above, and answered whole.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,8 +50,7 @@ LATELY_S, LATELY_QUIET = 60.0, 6  # a connection that is open is waited for; or 
 LEFT_S = 3600.0  # after the last byte of a file in quarantine
 DIGITS = 32  # of the digests that name series, objects and what these hold
 UID = re.compile(r"[0-9](?:[0-9.]{0,62}[0-9])?")
-_TAGS = [tag for keyword in KEYWORDS if (tag := tag_for_keyword(keyword)) is not None]
-_COUNT_TAG = [tag for tag in (tag_for_keyword(COUNT),) if tag is not None]
+_TAGS = [tag for keyword in (*KEYWORDS, COUNT) if (tag := tag_for_keyword(keyword)) is not None]
 
 log = logging.getLogger("fedclient.serving")
 
@@ -72,6 +71,7 @@ class _Open:
     Attributes:
         left: connections that are open and have begun with another series since.
         digests: of what the objects hold, by their names.
+        stated: how many objects the series has, as a header says it; empty where none does.
         broken: a connection ended out of order that brought of it.
         mending: connections that have brought of it since; one that ends in order has brought what was lacking.
     """
@@ -83,6 +83,7 @@ class _Open:
     left: set[str] = field(default_factory=set)
     files: int = 0
     digests: dict[str, str] = field(default_factory=dict)
+    stated: str = ""
     broken: bool = False
     mending: set[str] = field(default_factory=set)
 
@@ -98,19 +99,24 @@ class Intake:
         shutil.rmtree(self.quarantine, ignore_errors=True)  # of a process that was killed
         private_folder(self.quarantine)
         private_folder(self.series)
-        self.handed = Handed(folder / "handed", jobs.keep_s)
-        self.lacking = Lacking(folder / "lacking", jobs.keep_s)
+        self.handed = Handed(folder / "handed", jobs.longest_s)
+        self.lacking = Lacking(folder / "lacking", jobs.longest_s)
         self.lately_s = max(LATELY_S, LATELY_QUIET * quiet_s)
         self._lock = threading.Lock()
         self._open: dict[str, _Open] = {}
         self._coming: dict[str, float] = {}  # connection -> when bytes of an object came by it
         for left in self.series.iterdir():
-            files = sum(1 for _ in left.iterdir())
+            files = list(left.iterdir())
             if not files:
                 left.rmdir()
                 continue
+            stated = ""
+            with suppress(ImageUnreadable), unbroken():
+                stated = text(load_head(files[0], _TAGS), COUNT)
             before, broken = self.handed.find(left.name), self.lacking.was_open(left.name)
-            self._open[left.name] = _Open("dicom", clock(), set(), before, files=files, broken=broken)
+            self._open[left.name] = _Open(
+                "dicom", clock(), set(), before, files=len(files), stated=stated, broken=broken
+            )  # fmt: skip
 
     def new_file(self) -> Path:
         """Where an object may be written to until it is placed."""
@@ -128,32 +134,38 @@ class Intake:
                 than are taken of a series.
             Overloaded: no room, or another series while as many cases wait as may, or as many come in.
         """
-        with unbroken():
-            data = load_head(file, _TAGS)
-            said = {keyword: text(data, keyword) for keyword in KEYWORDS}
-        for keyword in KEYWORDS[:4]:
-            if not UID.fullmatch(said[keyword]):
-                raise ImageUnreadable(f"DICOM: {keyword} is missing or no UID.", "DICOM_UNREADABLE")
+        said = _said(file)
         if study is not None and said["StudyInstanceUID"] != study:
             raise ImageUnreadable("DICOM: of another study than the request is for.", "SERIES_MIXED")
-        if said["Modality"] in OBJECTS:
-            raise ImageUnreadable("DICOM: no image; the model looks at images.", "MODALITY_MISMATCH")
-        key, name = _named(said["StudyInstanceUID"], said["SeriesInstanceUID"]), f"{_named(said['SOPInstanceUID'])}.dcm"
+        key, name = _names(said)
         digest = file_sha256(file)[:DIGITS]
         with self._lock:
             try:
-                self._put(file, key, name, via, session, size_bytes).digests[name] = digest
+                found = self._put(file, key, name, digest, via, session, size_bytes)
             except (ImageUnreadable, Overloaded, OSError):
                 self.lacking.refuse(key, name)
                 raise
+            found.stated = said[COUNT] or found.stated
             self.lacking.came(key, name)
         return Received(said["SOPClassUID"], said["SOPInstanceUID"], said["StudyInstanceUID"])
 
-    def _put(self, file: Path, key: str, name: str, via: str, session: str, size_bytes: int) -> _Open:
+    def lost(self, file: Path) -> None:
+        """Remembers of an object of which a part came, or that is not taken, that its series lacks it; where as much
+        came as says what it is."""
+        with suppress(ImageUnreadable, OSError):
+            key, name = _names(_said(file))
+            with self._lock:
+                before = self._open[key].before if key in self._open else self.handed.find(key)
+                if before.names and name not in before.names:
+                    self._mark(before.jobs)
+                self.lacking.refuse(key, name)
+
+    def _put(self, file: Path, key: str, name: str, digest: str, via: str, session: str, size_bytes: int) -> _Open:
         """Under the lock."""
         found = self._open.get(key)
         before = self.handed.find(key) if found is None else found.before
-        if before.names and name not in before.names:  # which holds even where there is no room for it
+        more, other = before.names and name not in before.names, before.digests.get(name, digest) != digest
+        if more or other:  # which holds even where there is no room for it
             self._mark(before.jobs)
         if found is None and (self.jobs.full or len(self._open) >= MOST_SERIES):
             raise Overloaded("as many cases wait as this machine takes. Send it again later.")
@@ -164,7 +176,7 @@ class Intake:
         try:
             to = self.series / key / name
             private_folder(to.parent)
-            again = to.exists()
+            old_bytes = to.stat().st_size if to.exists() else None
             if found is None or session not in found.sessions:
                 self.lacking.opened(key)
             file.replace(to)
@@ -177,7 +189,11 @@ class Intake:
             self._leave(session)
         if found.broken and session not in found.sessions:
             found.mending.add(session)
-        found.files += not again
+        if old_bytes is None:
+            found.files += 1
+        else:
+            self.room.give(old_bytes)
+        found.digests[name] = digest
         found.last_s = self.clock()
         found.sessions.add(session)
         return found
@@ -297,7 +313,7 @@ class Intake:
         if not lacking:
             for earlier in map(self.jobs.find, known):
                 if earlier is not None and earlier.partial is not None:
-                    self.jobs.mark_partial(earlier.id, REPLACED, f"job {job.id} is of more of the series.")
+                    self.jobs.mark_partial(earlier.id, REPLACED, f"job {job.id} is of the series as it came later.")
 
     def _partial(self, key: str, found: _Open, folder: Path) -> tuple[str, str] | None:
         """Code and words, where the objects in `folder` are known not to be the whole series."""
@@ -305,11 +321,13 @@ class Intake:
             return INCOMPLETE, f"{len(refused)} objects of it were turned away. Send them, or the whole series, again."
         if found.broken:
             return INCOMPLETE, "the connection broke off that it came by. Send the whole series again."
-        return _short(folder)
+        return _short(len(list(folder.iterdir())), found.stated)
 
     def _mark(self, jobs: Sequence[str]) -> None:
         for job in jobs:
-            self.jobs.mark_partial(job, SPLIT, "more of its series has come after it.")
+            self.jobs.mark_partial(
+                job, SPLIT, "more of its series, or another in the place of an object, has come after it."
+            )
 
     def _join(self, folder: Path, wanted: frozenset[str], jobs: Sequence[str]) -> frozenset[str]:
         """Puts files of earlier jobs beside those in `folder`; the names of those that are gone."""
@@ -335,15 +353,33 @@ class Intake:
             return len(self._open)
 
 
-def _short(folder: Path) -> tuple[str, str] | None:
+def _short(count: int, stated: str) -> tuple[str, str] | None:
     """Code and words, where a series has fewer objects than it says of itself."""
-    names = [path.name for path in folder.iterdir()]
-    said = ""
-    with suppress(ImageUnreadable), unbroken():
-        said = text(load_head(folder / names[0], _COUNT_TAG), COUNT)
-    if not re.fullmatch(r"\d{1,6}", said) or len(names) >= int(said):
+    if not re.fullmatch(r"\d{1,6}", stated) or count >= int(stated):
         return None
-    return INCOMPLETE, f"{len(names)} of the {int(said)} objects came that the series has by its headers."
+    return INCOMPLETE, f"{count} of the {int(stated)} objects came that the series has by its headers."
+
+
+def _said(file: Path) -> dict[str, str]:
+    """What an object says of itself, by `KEYWORDS` and `COUNT`.
+
+    Raises:
+        ImageUnreadable: no DICOM, broken, no image, or without the numbers that say what it belongs to.
+    """
+    with unbroken():
+        data = load_head(file, _TAGS)
+        said = {keyword: text(data, keyword) for keyword in (*KEYWORDS, COUNT)}
+    for keyword in KEYWORDS[:4]:
+        if not UID.fullmatch(said[keyword]):
+            raise ImageUnreadable(f"DICOM: {keyword} is missing or no UID.", "DICOM_UNREADABLE")
+    if said["Modality"] in OBJECTS:
+        raise ImageUnreadable("DICOM: no image; the model looks at images.", "MODALITY_MISMATCH")
+    return said
+
+
+def _names(said: Mapping[str, str]) -> tuple[str, str]:
+    """Of the folder of a series, and of the file of an object in it."""
+    return _named(said["StudyInstanceUID"], said["SeriesInstanceUID"]), f"{_named(said['SOPInstanceUID'])}.dcm"
 
 
 def _named(*uids: str) -> str:

@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -62,9 +62,12 @@ class Job:
         error: code and words for whoever sent it, which name no file and no patient.
         returned: to PACS: `off`, `waiting`, `sent`, `failed`, or `withheld` because it is partial.
         partial: code and words, where it is of a part of its series: `SERIES_SPLIT`, `SERIES_INCOMPLETE`, or
-            `SERIES_REPLACED` once a later job has the whole. It is not returned, and no DICOMweb search finds it.
+            `SERIES_REPLACED` once a later job has the whole, or corrected objects of it. It is not returned, and no
+            DICOMweb search finds it.
+        taken: those of its results, as its answer names them, that PACS took as it refused others.
         again: objects of its series were handed on before.
         answered_s: when it was done or failed, in seconds since the epoch; it is kept from then on, and waits for PACS.
+        given_up_s: when its results had waited for PACS long enough; they are kept from then on.
     """
 
     id: str
@@ -76,8 +79,10 @@ class Job:
     error: tuple[str, str] | None = None
     returned: Literal["off", "waiting", "sent", "failed", "withheld"] = "off"
     partial: tuple[str, str] | None = None
+    taken: tuple[str, ...] = ()
     again: bool = False
     answered_s: float = 0.0
+    given_up_s: float = 0.0
 
     @property
     def counts(self) -> bool:
@@ -124,6 +129,7 @@ class Jobs:
     Args:
         done: called with each job that is done and is to be returned.
         join_s: the files of a series are kept so long after it came.
+        return_s: results are returned within so long, or given up.
     """
 
     def __init__(
@@ -136,9 +142,10 @@ class Jobs:
         done: Callable[[Job], None] | None = None,
         clock: Callable[[], float] = time.time,
         join_s: float = 0.0,
+        return_s: float = 72 * 3600.0,
     ) -> None:
         self.folder, self.worker, self.room, self.most, self.keep_s = folder, worker, room, most, keep_s
-        self.done, self.clock, self.join_s = done, clock, join_s
+        self.done, self.clock, self.join_s, self.return_s = done, clock, join_s, return_s
         private_folder(folder)
         self._known: dict[str, Job] = {}
         self._queue: deque[str] = deque()
@@ -158,6 +165,11 @@ class Jobs:
     def waiting(self) -> int:
         with self._change:
             return len(self._queue)
+
+    @property
+    def longest_s(self) -> float:
+        """How long after its answer a job may be there."""
+        return self.keep_s + (self.return_s if self.done is not None else 0.0)
 
     def ahead(self, job_id: str) -> int:
         """How many cases come before a waiting job."""
@@ -236,8 +248,10 @@ class Jobs:
             job = self._known.get(job_id)
             if job is None or job.partial == (code, why):
                 return
-            if job.returned == "sent" and job.partial is None:
-                log.warning("job %s: its results were returned, and are of a part of the series", job_id[:8])
+            if (job.returned == "sent" or job.taken) and job.partial is None:
+                log.warning(
+                    "job %s: its results were returned, and are not of the whole series as it is now", job_id[:8]
+                )
             job = replace(job, partial=(code, why))
             if job.returned == "waiting":
                 job = replace(job, returned="withheld")
@@ -247,7 +261,14 @@ class Jobs:
     def mark_returned(self, job_id: str, returned: Literal["sent", "failed"]) -> None:
         with self._change:
             if job_id in self._known:
-                self._set(replace(self._known[job_id], returned=returned))
+                given_up_s = self.clock() if returned == "failed" else 0.0
+                self._set(replace(self._known[job_id], returned=returned, given_up_s=given_up_s))
+
+    def mark_taken(self, job_id: str, files: Sequence[str]) -> None:
+        with self._change:
+            if job_id in self._known:
+                job = self._known[job_id]
+                self._set(replace(job, taken=(*job.taken, *files)))
 
     # ---- the thread ----
 
@@ -338,9 +359,9 @@ class Jobs:
             self.done(job)
 
     def sweep(self) -> None:
-        """Deletes what has been kept long enough since it was answered, uploads that never ended, and what is too much:
-        of the oldest first those that failed. What waits is kept until it is answered; what waits for PACS, until it is
-        there or given up."""
+        """Deletes what has been kept long enough since it was answered, or given up for PACS, uploads that never ended,
+        and what is too much: of the oldest first those that failed. What waits is kept until it is answered; what waits
+        for PACS, until it is there or given up."""
         before = self.clock() - self.keep_s
         ended = [job for job in self.all() if job.state in ("done", "failed") and job.returned != "waiting"]
         ended.sort(key=lambda job: (job.state != "failed", job.came_s))
@@ -349,7 +370,7 @@ class Jobs:
         for job in self.all():
             if job.state in ("waiting", "running") or job.returned == "waiting":
                 continue
-            if (job.answered_s or job.came_s) < before:
+            if (max(job.answered_s, job.given_up_s) or job.came_s) < before:
                 if job.state == "receiving":
                     log.warning("job %s: an upload that never ended is deleted", job.id[:8])
                 self.forget(job.id)
@@ -401,7 +422,7 @@ class Jobs:
                 self._queue.append(job.id)
             if job.returned == "waiting" and self.done is None:
                 log.warning("job %s: its results are returned no more: nothing is returned to now", job.id[:8])
-                job = replace(job, returned="failed")
+                job = replace(job, returned="failed", given_up_s=self.clock())
             self._set(job)
         self.room.count()
 
@@ -423,6 +444,7 @@ def _read(path: Path) -> Job | None:
         for key in ("error", "partial"):
             if facts.get(key) is not None:
                 facts[key] = tuple(facts[key])
+        facts["taken"] = tuple(facts.get("taken", ()))
         return Job(**facts)
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -59,6 +59,7 @@ async def parts_of(
     room: Room,
     new_file: Callable[[int, str], Path],
     clock: Callable[[], float] = time.monotonic,
+    lost: Callable[[Path], None] = lambda path: None,
 ) -> list[Part]:
     """Writes each part to `new_file(number, filename)`, the number from 1; files of a body that is refused are deleted.
 
@@ -66,6 +67,7 @@ async def parts_of(
 
     Args:
         kind: `multipart/form-data` or `multipart/related`.
+        lost: hears, in another thread, of each file of a body that is refused, before it is deleted.
 
     Raises:
         BodyRefused: another kind, no parts, broken, too large, too many, or too slow.
@@ -92,7 +94,7 @@ async def parts_of(
         if not writer.ended or not writer.parts:
             raise BodyRefused(400, "the body is cut short, or holds no file.")
     except BaseException as error:
-        writer.undo()
+        await asyncio.to_thread(writer.undo, lost)
         if isinstance(error, MultipartParseError):
             raise BodyRefused(400, "the body is not of the parts that its header says.") from None
         if isinstance(error, TimeoutError):
@@ -141,9 +143,10 @@ class _Writer:
         if self.seen > self.most_bytes:
             raise BodyRefused(413, f"more than {self.most_bytes >> 20} MiB at once are not taken.")
 
-    def undo(self) -> None:
+    def undo(self, lost: Callable[[Path], None]) -> None:
         self._close()
         for part in self.parts:
+            lost(part.path)
             part.path.unlink(missing_ok=True)
         self.room.give(self._taken)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from pydicom.uid import AllTransferSyntaxes
+from pydicom.uid import AllTransferSyntaxes, DeflatedExplicitVRLittleEndian
 from pynetdicom import AE, AllStoragePresentationContexts, _config, evt
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from pynetdicom.transport import ThreadedAssociationServer
@@ -35,6 +35,7 @@ MOST_PDU = 1 << 20  # of one protocol data unit; peers are told 64 KiB
 SAID_PDU = 1 << 16
 MOST_COMMAND = 1 << 16  # bytes of the command of a message, which pynetdicom keeps in memory; they have some hundred
 MOST_ASSOCIATIONS = 16
+SYNTAXES = [uid for uid in AllTransferSyntaxes if uid != DeflatedExplicitVRLittleEndian]  # a small one unpacks to much
 MOST_LINKS = 64  # connections, with those on which nobody has asked for an association yet; two threads each
 STALL_S = 60.0
 SLOWEST = 1 << 16  # bytes a second on the mean over a unit, and over a message, once `STALL_S` are over
@@ -115,7 +116,7 @@ class Receiver:
         entity.acse_timeout = STALL_S / 2
         entity.add_supported_context(Verification)
         for uid in image_contexts():
-            entity.add_supported_context(uid, [*AllTransferSyntaxes])
+            entity.add_supported_context(uid, SYNTAXES)
         handlers: list[Any] = [
             (evt.EVT_CONN_OPEN, self._bounded),
             (evt.EVT_DATA_RECV, self._counted),
@@ -265,6 +266,8 @@ class Receiver:
         half = getattr(event.assoc.dimse.message, "_data_set_file", None)  # of a message that never ended
         if half is not None:
             half.close()
+            if self._permitted(event.assoc):
+                self.intake.lost(Path(half.name))
             Path(half.name).unlink(missing_ok=True)
         self.intake.closed(session_of(event.assoc), broken=not in_order)
 

@@ -66,8 +66,9 @@ class Service:
             self.back = Back(destination(serve.return_to), lambda: self.jobs, serve.ae_title)
         done: Callable[[Job], None] | None = self.back.add if self.back else None
         self.jobs = Jobs(
-            folder / "jobs", self.warm, room, serve.queue, serve.keep_hours * 3600, done, join_s=serve.join_s
-        )
+            folder / "jobs", self.warm, room, serve.queue, serve.keep_hours * 3600, done, join_s=serve.join_s,
+            return_s=serve.return_hours * 3600,
+        )  # fmt: skip
         self.intake = Intake(folder, self.jobs, room, serve.quiet_s)
         self.token = kept_token(self.site / "secrets" / "serve-token") if serve.token else None
         parts = Parts(

@@ -43,6 +43,8 @@ class Serve:
         queue: cases that wait; one more is answered with 503, or as out of resources.
         time_limit_s: for one case.
         keep_hours: results are deleted so long after they were written; an upload is as soon as it is predicted on.
+        return_hours: results that `return_to` does not take are sent again for so long. Then they are given up, and
+            kept for `keep_hours` more.
         tls_certificate, tls_key: PEM files, of pages and receiver alike.
         tls_ca: PEM file; DICOM peers must show a certificate of it.
     """
@@ -65,6 +67,7 @@ class Serve:
     queue: Annotated[int, Field(ge=1, le=10_000)] = 16
     time_limit_s: Annotated[float, Field(gt=0, le=86400)] = 1800.0
     keep_hours: Annotated[float, Field(gt=0, le=8760)] = 24.0
+    return_hours: Annotated[float, Field(gt=0, le=8760)] = 72.0
     tls_certificate: str = ""
     tls_key: str = ""
     tls_ca: str = ""

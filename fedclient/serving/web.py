@@ -70,6 +70,7 @@ class Health:
 
     Attributes:
         partial: cases that are of a part of their series, and of which nobody has sent the whole.
+        not_returned: cases whose results were given up: PACS has not taken them.
     """
 
     model: dict[str, Any]
@@ -80,6 +81,7 @@ class Health:
     token: bool
     returns: bool
     partial: int
+    not_returned: int
     notice: str = NOTICE
 
 
@@ -151,6 +153,7 @@ def _rest(app: FastAPI, parts: Parts) -> None:
             dict(parts.warm.model), jobs.waiting, jobs.most, parts.warm.restarts, parts.most_bytes / 2**20,
             parts.token is not None, parts.returns,
             sum(job.partial is not None and job.partial[0] != REPLACED for job in jobs.all()),
+            sum(job.returned == "failed" for job in jobs.all()),
         )  # fmt: skip
 
     @app.post("/api/jobs", status_code=202, openapi_extra=UPLOAD, responses={503: {"description": "try again later"}})

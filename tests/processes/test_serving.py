@@ -91,7 +91,7 @@ def test_a_peer_that_pauses_within_a_real_series_gets_the_segmentation_of_the_wh
             told = here.get(f"/api/jobs/{first['id']}")
             assert told["partial"] == {
                 "code": "SERIES_REPLACED",
-                "why": f"job {second['id']} is of more of the series.",
+                "why": f"job {second['id']} is of the series as it came later.",
             }
             facts = here.site / "serve" / "jobs" / first["id"] / "out" / "image-1" / "result.json"
             assert json.loads(facts.read_text())["partial"] == told["partial"]
