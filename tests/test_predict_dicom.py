@@ -26,7 +26,7 @@ from fedclient.predict.outputs import write_case
 from shared_models.study import Preprocess, Study, Task
 from simulations.fixtures.dicom import write_dicom_series
 from tests.dicoms import NAME, ORIGIN_MM, STEP_MM, putting, without, write, write_series
-from tests.marking import DARK_HU, LUNG, NODULES, bright, chest_hu, model
+from tests.marking import DARK_HU, LUNG, NODULES, bright, chest_hu, dark, model
 from tests.test_dicom import enhanced
 
 AFFINE = np.diag([0.8, 0.7, 2.5, 1.0])
@@ -179,6 +179,19 @@ def test_a_label_that_is_in_no_table_is_named_in_a_scheme_of_our_own(tmp_path):
     folder, _ = written(tmp_path, chest_hu(), replace(LUNG, task=Task(labels=("widget",))))
     kind = hd.seg.segread(folder / "segmentation.dcm").get_segment_description(1).segmented_property_type
     assert (kind.value, kind.scheme_designator, kind.meaning) == ("widget", "99FEDIMAGING", "widget")
+
+
+def test_labels_that_begin_alike_have_codes_of_their_own(tmp_path):
+    labels = ("carcinoma-of-lung-left", "carcinoma-of-lung-right", "carcinoma-of-lung-right-upper-lobe-adenocarcinoma")
+    study = replace(LUNG, task=Task(labels=labels))
+    folder, _ = written(tmp_path, chest_hu(), study, lambda images: np.repeat(dark(images), 3, axis=1))
+    seg = hd.seg.segread(folder / "segmentation.dcm")
+    kinds = [seg.get_segment_description(n).segmented_property_type for n in (1, 2, 3)]
+    assert [kind.meaning for kind in kinds] == list(labels)
+    assert len({kind.value for kind in kinds}) == 3
+    assert all(len(kind.value) <= 16 for kind in kinds)  # DICOM's SH
+    told = content(folder / "report.dcm").get_volumetric_roi_measurement_groups()
+    assert [group.finding_type for group in told] == kinds
 
 
 def nodules() -> Any:
