@@ -34,7 +34,7 @@ from shared_models.task_table import Covariate, Region
 from simulations.fixtures.dicom import write_dicom_series
 from simulations.fixtures.faults import FAULTS
 from simulations.fixtures.sown import Set
-from tests.dicoms import NAME, set_pixels, write_series
+from tests.dicoms import NAME, putting, set_pixels, write_series
 from tests.marking import DARK_HU, LUNG, chest_hu, dark, model
 
 AFFINE = np.diag([0.8, 0.7, 2.5, 1.0])
@@ -393,6 +393,14 @@ def test_an_image_beyond_every_case_of_the_release_is_flagged_with_its_distance(
     assert doubt.distance is not None
     assert 0 < doubt.distance <= 1
     assert "raw.p50" in doubt.words
+
+
+def test_an_image_of_a_series_that_holds_several_is_doubted(tmp_path):
+    write_series(tmp_path, edit=putting("PatientID", "other", (4, 5)))
+    found = [predict_case(model(), source) for source in sources(tmp_path) if isinstance(source, Source)]
+    assert [codes(each) for each in found] == [{"SERIES_SPLIT"}] * 2
+    assert "holds 2 images" in found[0].doubts[0].words
+    assert "this one has 2 slices" in found[1].doubts[0].words
 
 
 def test_a_reference_of_another_version_is_a_doubt_about_every_image_and_fails_none():
