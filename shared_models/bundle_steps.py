@@ -19,6 +19,7 @@ from monai.data.meta_tensor import MetaTensor
 from .preprocess import Geometry, preprocess, restore
 
 Data = dict[str, Any]
+KINDS = ("nii", "mha", "mhd", "nrrd", "nhdr", "hdr", "img", "dcm", "png", "jpg", "jpeg", "bmp", "tif", "tiff")
 
 
 class Preprocessed:
@@ -68,7 +69,10 @@ class Tempered:
 
 
 class Restored:
-    """`pred`, probabilities [N, L, *size], comes onto the image's own grid: [L, I, J, K] with its affine."""
+    """`pred`, probabilities [N, L, *size], comes onto the image's own grid: [L, I, J, K] with its affine and name."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
 
     def __call__(self, data: Data) -> Data:
         place = [float(number) for number in data["place"]]
@@ -82,7 +86,7 @@ class Restored:
             tuple(place[6 + 2 * dims :]),
         )
         native = restore(np.asarray(data["pred"].cpu(), dtype=np.float32), at)
-        meta = {"filename_or_obj": data["source"]}
+        meta = {"filename_or_obj": f"{_case_name(data['source'], self.taken)}.nii.gz"}
         return {**data, "pred": MetaTensor(torch.from_numpy(native), affine=data["affine"], meta=meta)}
 
 
@@ -94,12 +98,34 @@ class Told:
 
     def __init__(self, out: str, names: Sequence[str], survival: bool = False) -> None:
         self.out, self.names, self.survival = Path(out), list(names), survival
+        self.taken: set[str] = set()
 
     def __call__(self, data: Data) -> Data:
         chances = np.asarray(data["pred"].cpu(), dtype=np.float64)
         chances = np.cumprod(1 - chances, axis=1, dtype=np.float64) if self.survival else chances
         self.out.mkdir(parents=True, exist_ok=True)
-        name = Path(str(data["source"])).name.split(".")[0]
+        name = _case_name(data["source"], self.taken)
         told = dict(zip(self.names, chances.mean(axis=0).tolist(), strict=True))
         (self.out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
         return data
+
+
+def _case_name(source: str, taken: set[str]) -> str:
+    """The name of a file without `.gz` and the suffix of an image, which joins those that are taken.
+
+    Names hold dots: a UID has a dozen.
+
+    Raises:
+        ValueError: it is taken.
+    """
+    name = Path(source).name
+    name = name[:-3] if name.lower().endswith(".gz") else name
+    stem, _, kind = name.rpartition(".")
+    name = stem if stem and kind.lower() in KINDS else name
+    if name in taken:
+        raise ValueError(
+            f"case {len(taken) + 1} has the name of an earlier one but for its suffix, and would overwrite its answer. "
+            "Rename one of the two."
+        )
+    taken.add(name)
+    return name

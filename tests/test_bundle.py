@@ -14,9 +14,12 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import torch
 from monai.bundle.scripts import run, verify_metadata, verify_net_in_out
+from monai.transforms.io.array import SaveImage
 
 from fedserver.publish.bundle import FOLDER
+from shared_models.bundle_steps import Restored, Told
 from shared_models.files import canonical_json
 from shared_models.parity import ARRAYS
 from shared_models.release import CALIBRATION
@@ -118,8 +121,9 @@ def test_its_network_takes_and_gives_what_the_metadata_says(bundle):
 def test_monais_runner_gives_the_masks_of_the_release(release, bundle, tmp_path):
     arrays = load(release / ARRAYS)
     names = sorted({key.partition("/")[0] for key in arrays})
+    assert len(names) > 1
     for name in names:
-        given(tmp_path / "in", name, arrays[f"{name}/voxels"], arrays[f"{name}/spacing_mm"], release)
+        given(tmp_path / "in", f"1.2.{name}", arrays[f"{name}/voxels"], arrays[f"{name}/spacing_mm"], release)
     run(
         config_file=str(bundle / "configs/inference.json"),
         meta_file=str(bundle / "configs/metadata.json"),
@@ -129,18 +133,54 @@ def test_monais_runner_gives_the_masks_of_the_release(release, bundle, tmp_path)
         device="$torch.device('cpu')",
     )
     for name in names:
-        if (tmp_path / "out" / f"{name}.json").exists():
-            told = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        if (tmp_path / "out" / f"1.2.{name}.json").exists():
+            told = json.loads((tmp_path / "out" / f"1.2.{name}.json").read_text())
             logits = arrays[f"{name}/logits"].astype(np.float64)
             chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
             if (release / CALIBRATION).exists():
                 chances = 1 / (1 + np.exp(-logits / [TEMPERATURES["cyst"], TEMPERATURES["solid"]]))
             np.testing.assert_allclose(list(told.values()), chances.mean(axis=0), atol=1e-4)
             continue
-        image: Any = nibabel.load(tmp_path / "out" / f"{name}_mask.nii.gz")
+        image: Any = nibabel.load(tmp_path / "out" / f"1.2.{name}_mask.nii.gz")
         found = np.asarray(image.dataobj)
         for value, mask in enumerate(arrays[f"{name}/decisions"][0], start=1):
             np.testing.assert_array_equal(found == value, mask.astype(bool))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("1.3.6.1.4.1.14519.5.2.1.6279.6001.100.nii.gz", "1.3.6.1.4.1.14519.5.2.1.6279.6001.100"),
+        ("1.3.6.1.4.1.14519.5.2.1.6279.6001.332", "1.3.6.1.4.1.14519.5.2.1.6279.6001.332"),  # DICOM without a suffix
+        ("/in/patient.07.NRRD", "patient.07"),
+        ("scan.png", "scan"),
+        (".nii", ".nii"),
+    ],
+)
+def test_an_answer_has_the_whole_name_of_its_image_but_for_the_suffix(source, name, tmp_path):
+    Told(str(tmp_path / "told"), ["cyst"])({"pred": torch.tensor([[0.25]]), "source": source})
+    assert [path.name for path in (tmp_path / "told").iterdir()] == [f"{name}.json"]
+    SaveImage(output_dir=tmp_path / "masks", output_postfix="mask", separate_folder=False)(
+        Restored()(example(source))["pred"]
+    )
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == [f"{name}_mask.nii.gz"]
+
+
+def test_two_images_of_one_name_do_not_overwrite_each_others_answers(tmp_path):
+    told, restored = Told(str(tmp_path), ["cyst"]), Restored()
+    told({"pred": torch.tensor([[0.25]]), "source": "scan.png"})
+    restored(example("scan.png"))
+    with pytest.raises(ValueError, match="case 2 has the name of an earlier one"):
+        told({"pred": torch.tensor([[0.75]]), "source": "scan.jpg"})
+    with pytest.raises(ValueError, match="case 2 has the name of an earlier one"):
+        restored(example("scan.jpg"))
+    assert json.loads((tmp_path / "scan.json").read_text()) == {"cyst": 0.25}
+
+
+def example(source: str) -> dict[str, Any]:
+    """What a network says of two planes of 4 x 4 voxels of 1 mm."""
+    place = torch.tensor([4, 4, 2, 1, 1, 1, 4, 4, 0, 0, 1, 1], dtype=torch.float64)
+    return {"pred": torch.ones(2, 1, 4, 4), "place": place, "affine": torch.eye(4), "source": source}
 
 
 def given(folder: Path, name: str, voxels: np.ndarray, spacing: np.ndarray, release: Path) -> None:

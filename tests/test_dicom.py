@@ -361,6 +361,18 @@ def test_an_enhanced_image_reads_as_highdicom_reads_it(syntax: UID | None, tmp_p
     assert volume.provenance.kernel == "LUNG"
 
 
+@pytest.mark.parametrize("by_frame", [False, True])
+def test_a_lone_frame_is_as_thick_as_it_says_itself_or_for_all_frames(by_frame: bool, tmp_path: Path) -> None:
+    data = enhanced(1)
+    (shared,), (frame,) = data.SharedFunctionalGroupsSequence, data.PerFrameFunctionalGroupsSequence
+    if by_frame:
+        frame.PixelMeasuresSequence = shared.PixelMeasuresSequence
+        del shared.PixelMeasuresSequence
+    volume = read_enhanced(write(tmp_path / "lone.dcm", data))
+    assert volume.spacing_mm == pytest.approx((0.8, 0.7, STEP_MM))
+    assert volume.provenance.slice_thickness_mm == 3
+
+
 def test_frames_of_nuclear_medicine_read_by_their_distance(tmp_path: Path) -> None:
     data = slice_of(0)
     data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = NuclearMedicineImageStorage

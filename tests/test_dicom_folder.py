@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedclient.data.images import read_image
 from fedclient.data.listing import list_cases
 from fedclient.data.where import Where, files_below
 from shared_models.errors import ImageUnreadable, ManifestInvalid
-from tests.dicoms import SLICES, STEP_MM, putting, slice_of, write, write_series
+from tests.dicoms import ORIGIN_MM, SLICES, STEP_MM, Edit, putting, slice_of, write, write_series
 from tests.test_dicom import enhanced, radiograph
 
 
@@ -67,6 +68,87 @@ def test_takes_one_behind_the_other_are_one_series(tmp_path: Path) -> None:
     (series,) = find_series(tmp_path).series
     assert len(series.files) == SLICES
     assert read_series(series.files).spacing_mm[2] == pytest.approx(STEP_MM)
+
+
+def moving(mm: float, take: int) -> Edit:
+    """Another acquisition, of slices that lie `mm` higher."""
+
+    def edit(k: int, data: Dataset) -> None:
+        data.AcquisitionNumber, data.SOPInstanceUID = take, f"1.2.{take}.{k + 1}"
+        data.ImagePositionPatient = [*ORIGIN_MM[:2], ORIGIN_MM[2] + STEP_MM * k + mm]
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda k, data: setattr(data, "AcquisitionNumber", 1 + k % 2),
+        lambda k, data: setattr(data, "AcquisitionNumber", 1 + k % 3),
+        lambda k, data: setattr(data, "AcquisitionNumber", 1 + k // 2 % 2),
+        lambda k, data: setattr(data, "AcquisitionNumber", 2 if k in (4, 5) else 1),
+        lambda k, data: setattr(data, "ImageType", ["ORIGINAL", "PRIMARY", "AXIAL", *["HELIX"] * (k % 2)]),
+    ],
+)
+def test_slices_that_lie_in_turn_are_one_series_however_their_acquisitions_are_counted(
+    edit: Edit, tmp_path: Path
+) -> None:
+    write_series(tmp_path, 12, edit=edit)
+    (series,) = find_series(tmp_path).series
+    assert series.siblings == 0
+    assert [each.where.position_mm[2] for each in series.slices if each.where is not None] == pytest.approx(
+        [ORIGIN_MM[2] + STEP_MM * k for k in range(12)]
+    )
+    assert read_series(series.files).spacing_mm[2] == pytest.approx(STEP_MM)
+
+
+def test_time_points_whose_acquisitions_lie_in_turn_are_a_series_each(tmp_path: Path) -> None:
+    def at(time: int) -> Edit:
+        def edit(k: int, data: Dataset) -> None:
+            data.TemporalPositionIdentifier, data.AcquisitionNumber = time, time + k % 2
+
+        return edit
+
+    for time in (1, 2):
+        write_series(tmp_path / str(time), edit=at(time))
+    assert [(len(series.files), series.siblings) for series in find_series(tmp_path).series] == [(SLICES, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        (putting("ImageType", ["ORIGINAL", "PRIMARY", "AXIAL", "DUAL_A"]),
+         putting("ImageType", ["ORIGINAL", "PRIMARY", "AXIAL", "DUAL_B"])),
+        (moving(0, 1), moving(0.9, 2)),  # phases of contrast medium, each whole
+        (moving(0, 1), moving(STEP_MM / 2, 2)),
+        (moving(0, 1), moving(STEP_MM * 2.5, 2)),
+        (lambda k, data: setattr(data, "EchoTime", 1 + k % 2),),
+        (lambda k, data: setattr(data, "ImageType", ["ORIGINAL" if k % 2 else "DERIVED", "PRIMARY", "AXIAL"]),),
+        (putting("PatientID", "other", (4, 5)),),
+    ],
+)  # fmt: skip
+def test_images_that_are_not_of_one_series_stay_apart_and_say_that_they_share_its_uid(
+    edits: Sequence[Edit], tmp_path: Path
+) -> None:
+    for n, edit in enumerate(edits):
+        write_series(tmp_path / str(n), edit=edit)
+    found = find_series(tmp_path).series
+    assert [series.siblings for series in found] == [1, 1]
+    assert sum(len(series.files) for series in found) == SLICES * len(edits)
+
+
+def test_films_of_one_series_are_images_of_their_own_and_so_are_series_without_a_uid(tmp_path: Path) -> None:
+    def nameless(patient: str) -> Edit:
+        def edit(k: int, data: Dataset) -> None:
+            data.SeriesInstanceUID, data.PatientID = "", patient
+
+        return edit
+
+    for n in range(2):
+        write(tmp_path / f"film{n}", radiograph())
+    for patient in ("a", "b"):
+        write_series(tmp_path / patient, edit=nameless(patient))
+    assert [series.siblings for series in find_series(tmp_path).series] == [0] * 4
 
 
 def test_what_is_no_image_is_counted_and_passed_over(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from scipy import ndimage
 from typer.testing import CliRunner
 
 from fedclient.cli import app
+from fedclient.data.dicom import read_series
 from fedclient.data.volume import PICTURE_PIXELS, Volume
 from fedclient.predict import case
 from fedclient.predict.blocks import opened
@@ -33,7 +34,7 @@ from shared_models.task_table import Covariate, Region
 from simulations.fixtures.dicom import write_dicom_series
 from simulations.fixtures.faults import FAULTS
 from simulations.fixtures.sown import Set
-from tests.dicoms import NAME
+from tests.dicoms import NAME, putting, set_pixels, write_series
 from tests.marking import DARK_HU, LUNG, chest_hu, dark, model
 
 AFFINE = np.diag([0.8, 0.7, 2.5, 1.0])
@@ -87,6 +88,23 @@ def test_a_long_series_in_runs_gives_what_it_gives_as_one_volume(direction, tmp_
     assert np.array_equal(in_runs.key.voxels, hu[0, :, :, whole.key.k])
     counted = ("size.planes", "spacing.planes", "share.lung", "lesions.lung", "inside.lung", "chance.lung")
     assert {name: in_runs.cells[name] for name in counted} == {name: whole.cells[name] for name in counted}
+
+
+def test_a_long_series_at_45_degrees_lies_the_same_way_in_all_of_its_planes(tmp_path):
+    """Which axis of the patient a row runs along, rounding decides: the second half of the slices has it otherwise."""
+
+    def askew(k: int, data: Any) -> None:
+        angle = np.pi / 4 + (1e-6 if k < 20 else -1e-6)
+        data.ImageOrientationPatient = [
+            f"{c:.8f}" for c in (np.cos(angle), np.sin(angle), 0, -np.sin(angle), np.cos(angle), 0)
+        ]
+        data.PixelSpacing = [0.7, 0.7]
+        set_pixels(data, (np.arange(256).reshape(16, 16) * 13 + k * 131).astype(np.uint16) % 4096, bits=12)
+
+    paths = write_series(tmp_path, 37, edit=askew)
+    found, whole = predict_case(model(), tmp_path), read_series(paths)
+    assert np.array_equal(found.mask, whole.voxels[0] < DARK_HU)
+    assert np.allclose(found.grid.affine_ras, whole.affine_ras)
 
 
 def test_what_is_kept_of_a_long_series_does_not_grow_with_it(tmp_path):
@@ -375,6 +393,14 @@ def test_an_image_beyond_every_case_of_the_release_is_flagged_with_its_distance(
     assert doubt.distance is not None
     assert 0 < doubt.distance <= 1
     assert "raw.p50" in doubt.words
+
+
+def test_an_image_of_a_series_that_holds_several_is_doubted(tmp_path):
+    write_series(tmp_path, edit=putting("PatientID", "other", (4, 5)))
+    found = [predict_case(model(), source) for source in sources(tmp_path) if isinstance(source, Source)]
+    assert [codes(each) for each in found] == [{"SERIES_SPLIT"}] * 2
+    assert "holds 2 images" in found[0].doubts[0].words
+    assert "this one has 2 slices" in found[1].doubts[0].words
 
 
 def test_a_reference_of_another_version_is_a_doubt_about_every_image_and_fails_none():

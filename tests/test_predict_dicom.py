@@ -25,8 +25,8 @@ from fedclient.predict.headers import Headers
 from fedclient.predict.outputs import write_case
 from shared_models.study import Preprocess, Study, Task
 from simulations.fixtures.dicom import write_dicom_series
-from tests.dicoms import NAME, ORIGIN_MM, STEP_MM, without, write, write_series
-from tests.marking import DARK_HU, LUNG, NODULES, bright, chest_hu, model
+from tests.dicoms import NAME, ORIGIN_MM, STEP_MM, putting, without, write, write_series
+from tests.marking import DARK_HU, LUNG, NODULES, bright, chest_hu, dark, model
 from tests.test_dicom import enhanced
 
 AFFINE = np.diag([0.8, 0.7, 2.5, 1.0])
@@ -121,6 +121,44 @@ def test_an_enhanced_image_whatever_its_order_of_frames_gets_a_segmentation_on_i
     assert np.allclose(found.affine[:3, 0], [0, 0, -STEP_MM])
 
 
+@pytest.mark.parametrize(
+    ("edit", "thickness_mm"),
+    [
+        (putting("SpacingBetweenSlices", "1.0"), 3),  # another reconstruction's
+        (putting("SpacingBetweenSlices", "-2.5"), 3),
+        (without("SliceThickness"), STEP_MM),
+        (putting("SliceThickness", ""), STEP_MM),
+    ],
+)
+@pytest.mark.parametrize("slices", [6, 37])
+def test_a_segmentation_says_how_far_apart_its_planes_lie_whatever_the_header_says(
+    edit, thickness_mm, slices, tmp_path
+):
+    write_series(tmp_path / "ct", slices, edit=edit)
+    assert results_of(tmp_path / "ct", tmp_path) == {}
+    seg = hd.seg.segread(tmp_path / "case/segmentation.dcm")
+    (measures,) = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    assert measures.SpacingBetweenSlices == pytest.approx(STEP_MM)
+    assert measures.SliceThickness == pytest.approx(thickness_mm)
+    assert seg.get_volume(combine_segments=True).spacing[0] == pytest.approx(STEP_MM)
+    volume = read_series(sorted((tmp_path / "ct").iterdir()))
+    drawn = read_seg(tmp_path / "case/segmentation.dcm", volume, {"lung": 1})
+    assert np.array_equal(drawn, predict_case(model(LUNG), tmp_path / "ct").mask)
+
+
+def test_a_segmentation_of_an_enhanced_image_says_how_far_apart_its_planes_lie(tmp_path):
+    data = enhanced()
+    (measures,) = data.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    measures.SpacingBetweenSlices = 1
+    del measures.SliceThickness
+    assert results_of(write(tmp_path / "enhanced.dcm", data), tmp_path) == {}
+    assert_valid(tmp_path / "case")
+    seg = hd.seg.segread(tmp_path / "case/segmentation.dcm")
+    (measures,) = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    assert (measures.SpacingBetweenSlices, measures.SliceThickness) == pytest.approx((STEP_MM, STEP_MM))
+    assert seg.get_volume(combine_segments=True).spacing[0] == pytest.approx(STEP_MM)
+
+
 def test_a_segmentation_says_what_it_shows_and_which_release_drew_it(tmp_path):
     folder, _ = written(tmp_path, chest_hu())
     seg = hd.seg.segread(folder / "segmentation.dcm")
@@ -141,6 +179,19 @@ def test_a_label_that_is_in_no_table_is_named_in_a_scheme_of_our_own(tmp_path):
     folder, _ = written(tmp_path, chest_hu(), replace(LUNG, task=Task(labels=("widget",))))
     kind = hd.seg.segread(folder / "segmentation.dcm").get_segment_description(1).segmented_property_type
     assert (kind.value, kind.scheme_designator, kind.meaning) == ("widget", "99FEDIMAGING", "widget")
+
+
+def test_labels_that_begin_alike_have_codes_of_their_own(tmp_path):
+    labels = ("carcinoma-of-lung-left", "carcinoma-of-lung-right", "carcinoma-of-lung-right-upper-lobe-adenocarcinoma")
+    study = replace(LUNG, task=Task(labels=labels))
+    folder, _ = written(tmp_path, chest_hu(), study, lambda images: np.repeat(dark(images), 3, axis=1))
+    seg = hd.seg.segread(folder / "segmentation.dcm")
+    kinds = [seg.get_segment_description(n).segmented_property_type for n in (1, 2, 3)]
+    assert [kind.meaning for kind in kinds] == list(labels)
+    assert len({kind.value for kind in kinds}) == 3
+    assert all(len(kind.value) <= 16 for kind in kinds)  # DICOM's SH
+    told = content(folder / "report.dcm").get_volumetric_roi_measurement_groups()
+    assert [group.finding_type for group in told] == kinds
 
 
 def nodules() -> Any:

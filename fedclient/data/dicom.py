@@ -266,10 +266,14 @@ def _check_kind(data: Dataset) -> None:
 
 
 def _scoped(data: Dataset) -> list[Dataset]:
-    """Where facts of acquisition stand: at the top, and in the macros that all frames share (pixel measures last)."""
+    """Where facts of acquisition stand: at the top, and in the macros that all frames share.
+
+    Pixel measures come last, of the first frame where each states its own.
+    """
     shared = (data.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    first = (data.get("PerFrameFunctionalGroupsSequence") or [Dataset()])[0]
     macros = [element.value[0] for element in shared if element.VR == "SQ" and element.value]
-    measures = (shared.get("PixelMeasuresSequence") or [data])[0]
+    measures = (shared.get("PixelMeasuresSequence") or first.get("PixelMeasuresSequence") or [data])[0]
     return [data, *macros, measures]
 
 

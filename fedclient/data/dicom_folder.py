@@ -13,14 +13,14 @@ from pydicom.datadict import tag_for_keyword
 from fedclient.data.dicom_header import load_head, number, numbers, text, unbroken
 from fedclient.data.formats import HEAD_BYTES, is_dicom
 from fedclient.data.provenance import MEASURED, MODALITIES, one_of
-from fedclient.data.stack import TOLERANCE_MM, Series, Slice, along_normal, parallel, plane
+from fedclient.data.stack import TOLERANCE_MM, Series, Slice, along_normal, even, parallel, plane
 from fedclient.data.where import files_below
 from shared_models.errors import ImageUnreadable
 
 KEYWORDS = (
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "ImageType", "Rows", "Columns", "PixelSpacing",
     "ImagePositionPatient", "ImageOrientationPatient", "InstanceNumber", "NumberOfFrames", "AcquisitionNumber",
-    "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue", "PatientID", "StudyInstanceUID",
+    "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue", "PatientID", "StudyInstanceUID", "SliceThickness",
 )  # fmt: skip
 OBJECTS = frozenset(
     ("SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "RTIMAGE", "SR", "PR", "KO", "REG", "FID", "DOC", "PLAN", "ECG")
@@ -28,6 +28,7 @@ OBJECTS = frozenset(
 MACOS = "._"  # what it leaves beside each file on a foreign disk or in an archive; `._a.dcm` is no DICOM
 DIRECTORY = "1.2.840.10008.1.3.10"
 TAKES = ("AcquisitionNumber", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue")
+KIND = 3  # values of ImageType that tell images apart wherever they lie (ORIGINAL, PRIMARY, AXIAL)
 _TAGS = [tag for keyword in KEYWORDS if (tag := tag_for_keyword(keyword)) is not None]
 
 
@@ -52,7 +53,10 @@ class Found:
 class _Head:
     slice: Slice
     key: tuple[str, ...]
+    alone: bool
+    image_type: tuple[str, ...]
     take: tuple[str, ...]
+    thickness_mm: float
     frames: int
     study: str
 
@@ -72,8 +76,9 @@ def series_among(paths: Iterable[Path], ignored: Counter[str]) -> Found:
 
     Files belong together that share series, patient, modality, kind and type of image, rows, columns, orientation and
     pixel size. Where several acquisitions, echoes, time points or b-values of such a group cover the same part of the
-    patient, each is a series of its own; where they follow one another, as in step-and-shoot CT, they are one. About
-    0.4 ms a file.
+    patient, each is a series of its own; where they follow one another, as in step-and-shoot CT, they are one. They are
+    one too where acquisitions, or types that begin alike, lie in turn, each in the holes of the others. About 0.4 ms a
+    file.
 
     Args:
         ignored: what was passed over so far, which is counted on.
@@ -101,7 +106,10 @@ def series_among(paths: Iterable[Path], ignored: Counter[str]) -> Found:
         else:
             head = _described(path, data)
             groups.setdefault(head.key, []).append(head)
-    series = [made for group in groups.values() for stack in _by_plane(group) for made in _by_take(stack)]
+    stacks = [each for group in groups.values() for stack in _by_plane(group) for each in _by_take(stack)]
+    uids = ["" if stack[0].alone else stack[0].key[0] for stack in stacks]
+    images = Counter(uids)
+    series = [_series(stack, images[uid] - 1 if uid else 0) for stack, uid in zip(stacks, uids, strict=True)]
     return Found(tuple(series), tuple(objects), tuple(unreadable), dict(ignored))
 
 
@@ -127,13 +135,17 @@ def _described(path: Path, data: Dataset) -> _Head:
             )
         except ImageUnreadable:  # who reads the series is told
             where = None
-    shared = ("SeriesInstanceUID", "Modality", "Rows", "Columns", "ImageType", "SOPClassUID", "PatientID")
+    shared = ("SeriesInstanceUID", "Modality", "Rows", "Columns", "SOPClassUID", "PatientID")
+    image_type = tuple(text(data, "ImageType").split("\\"))
     placeless = "ImageOrientationPatient" not in data and text(data, "Modality") not in MEASURED
-    alone = str(path) if frames > 1 or placeless else ""
+    alone = frames > 1 or placeless
     return _Head(
         slice=Slice(path, text(data, "SOPInstanceUID"), None if instance is None else int(instance), where),
-        key=(*(text(data, keyword) for keyword in shared), alone),
+        key=(*(text(data, keyword) for keyword in shared), *image_type[:KIND], str(path) if alone else ""),
+        alone=alone,
+        image_type=image_type,
         take=tuple(text(data, keyword) for keyword in TAKES),
+        thickness_mm=number(data, "SliceThickness") or 0.0,
         frames=frames,
         study=text(data, "StudyInstanceUID"),
     )
@@ -153,12 +165,24 @@ def _by_plane(heads: Sequence[_Head]) -> list[list[_Head]]:
     return stacks
 
 
-def _by_take(heads: Sequence[_Head]) -> Iterator[Series]:
-    """One series, or one for each take if two takes overlap."""
+def _by_take(heads: Sequence[_Head]) -> Iterator[Sequence[_Head]]:
+    """The stacks that are an image each, along their normal where they have one."""
+    kinds: dict[tuple[str, ...], list[_Head]] = {}
+    for head in heads:
+        kinds.setdefault(head.image_type, []).append(head)
+    contrasts: dict[frozenset[tuple[str, ...]], list[Sequence[_Head]]] = {}
+    for stack in (take for alike in kinds.values() for take in _takes(alike)):
+        contrasts.setdefault(frozenset(head.take[1:] for head in stack), []).append(stack)
+    for stacks in contrasts.values():
+        woven = _woven(stacks) if len(stacks) > 1 else None
+        yield from stacks if woven is None else [woven]
+
+
+def _takes(heads: Sequence[_Head]) -> list[Sequence[_Head]]:
+    """One stack, or one for each take if two takes overlap."""
     planes = [head.slice.where for head in heads]
     if any(where is None for where in planes):
-        yield _series(heads)
-        return
+        return [heads]
     heights = along_normal([where for where in planes if where is not None])
     takes: dict[tuple[str, ...], list[tuple[float, _Head]]] = {}
     for height, head in sorted(zip(heights.tolist(), heads, strict=True), key=lambda pair: pair[0]):
@@ -168,12 +192,33 @@ def _by_take(heads: Sequence[_Head]) -> Iterator[Series]:
         after[0] < before[1] - TOLERANCE_MM or np.allclose(after, before, rtol=0, atol=TOLERANCE_MM)
         for before, after in pairwise(ranges)
     )
-    for stack in takes.values() if overlap else [[pair for each in takes.values() for pair in each]]:
-        yield _series([head for _, head in sorted(stack, key=lambda pair: pair[0])])
+    stacks = list(takes.values()) if overlap else [[pair for each in takes.values() for pair in each]]
+    return [[head for _, head in sorted(stack, key=lambda pair: pair[0])] for stack in stacks]
 
 
-def _series(heads: Sequence[_Head]) -> Series:
-    uid, modality, rows, columns, image_type, sop_class, patient = heads[0].key[:7]
+def _woven(stacks: Sequence[Sequence[_Head]]) -> list[_Head] | None:
+    """All slices of stacks that lie in turn: no two at one place, all at equal distances, and one alone has holes.
+
+    Whole phases of a contrast medium may lie in turn by chance: their slices are as thick as they are far apart.
+    """
+    heads = [head for stack in stacks for head in stack]
+    planes = [head.slice.where for head in heads if head.slice.where is not None]
+    if len(planes) < len(heads):
+        return None
+    heights = along_normal(planes)
+    names = [head.slice.sop_uid or str(head.slice.path) for head in heads]  # of which a copy has the same
+    apart_mm = np.diff(sorted(dict(zip(names, heights.tolist(), strict=True)).values()))
+    if len(apart_mm) == 0 or apart_mm.min() < TOLERANCE_MM or not even(apart_mm):
+        return None
+    own = np.split(heights, np.cumsum([len(stack) for stack in stacks])[:-1])
+    hole_mm = max(np.diff(each).max(initial=0) for each in own)
+    if hole_mm < max(1.5 * np.median(apart_mm), 1.1 * max(head.thickness_mm for head in heads)):
+        return None
+    return [heads[n] for n in np.argsort(heights, kind="stable")]
+
+
+def _series(heads: Sequence[_Head], siblings: int) -> Series:
+    uid, modality, rows, columns, sop_class, patient = heads[0].key[:6]
     return Series(
         uid=uid,
         modality=one_of(modality, MODALITIES),
@@ -183,6 +228,7 @@ def _series(heads: Sequence[_Head]) -> Series:
         slices=tuple(head.slice for head in heads),
         patient=patient,
         study_uid=heads[0].study,
-        image_type=tuple(image_type.split("\\")),
+        image_type=heads[0].image_type,
         sop_class=sop_class,
+        siblings=siblings,
     )

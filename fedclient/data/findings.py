@@ -44,6 +44,9 @@ CATALOGUE: dict[str, Kind] = {
     "SERIES_TILT": Kind("block", "a series taken with a tilted gantry", "Resample it upright, or leave it out."),
     "SERIES_DUPLICATE": Kind("block", "a series with slices twice", "Remove the copies."),
     "SERIES_MIXED": Kind("block", "several series where one is wanted", "Give each series a folder of its own."),
+    "SERIES_SPLIT": Kind(
+        "warn", "a series that holds several images", "Look whether each is whole, and no part of another."
+    ),
     "GEOMETRY_MISSING": Kind("block", "an image that does not say how it lies", "Export it with its orientation."),
     "GEOMETRY_INVALID": Kind("block", "an image whose place cannot be", "Export it again with its orientation."),
     "GEOMETRY_RANGE": Kind("warn", "an image far from the others' or the plan's voxel size", "Look at it."),

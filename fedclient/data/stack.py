@@ -63,6 +63,7 @@ class Series:
         patient: PatientID in capitals; `study_uid` and it are for splits, not for logs.
         image_type: in capitals (`ORIGINAL`, `PRIMARY`, `AXIAL`).
         sop_class: UID of the kind of image.
+        siblings: how many other images of slices have its UID: of another kind, patient, orientation or take.
     """
 
     uid: str = field(repr=False)
@@ -75,6 +76,7 @@ class Series:
     study_uid: str = field(repr=False, default="")
     image_type: tuple[str, ...] = field(repr=False, default=())
     sop_class: str = field(repr=False, default="")
+    siblings: int = 0
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -174,6 +176,13 @@ def stack(planes: Sequence[Plane], thickness_mm: float) -> Grid:
     return Grid(tuple(int(n) for n in order), LPS_TO_RAS @ affine_lps)
 
 
+def even(apart_mm: NDArray[np.float64]) -> bool:
+    """Whether the distances of slices are equal but for how positions are written."""
+    usual_mm = float(np.median(apart_mm))
+    rounding_mm = min(ROUNDING_MM, usual_mm / 4)  # so that of the thinnest slices a gap is one
+    return bool(np.abs(apart_mm - usual_mm).max() <= max(TOLERANCE_MM, TOLERANCE * usual_mm, rounding_mm))
+
+
 def _check_distances(apart_mm: NDArray[np.float64], steps: NDArray[np.float64], normal: NDArray[np.float64]) -> None:
     """`apart_mm` float64[N - 1] along the normal, `steps` float64[N - 1, 3] from slice to slice."""
     doubled = int((apart_mm < TOLERANCE_MM).sum())
@@ -198,10 +207,7 @@ def _check_distances(apart_mm: NDArray[np.float64], steps: NDArray[np.float64], 
             f"DICOM: slices are shifted sideways against each other by up to {jump_mm:.2f} mm. Export it again.",
             code="SERIES_IRREGULAR",
         )
-    usual_mm = float(np.median(apart_mm))
-    off_mm = np.abs(apart_mm - usual_mm)
-    rounding_mm = min(ROUNDING_MM, usual_mm / 4)  # so that of the thinnest slices a gap is one
-    if off_mm.max() <= max(TOLERANCE_MM, TOLERANCE * usual_mm, rounding_mm):
+    if even(apart_mm):
         return
     multiples = apart_mm / apart_mm.min()
     whole = np.round(multiples)

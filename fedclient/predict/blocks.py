@@ -3,7 +3,7 @@
 Planes can come in runs where the network looks at each alone and intensities are mapped without a look at the whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedclient.data.cases import read_case
 from fedclient.data.formats import PICTURES
 from fedclient.data.provenance import MEASURED, UNKNOWN, Provenance
+from fedclient.data.stack import Series, Slice, stack
 from fedclient.data.volume import PICTURE_PIXELS, Volume, turn_to_ras
 from fedclient.predict.inputs import Source
 from shared_models.errors import ImageUnreadable
@@ -65,18 +66,18 @@ def opened(source: Source, study: Study) -> tuple[Grid | None, Iterator[Volume]]
     Raises:
         ImageUnreadable: what the readers refuse, now or as the runs are drawn.
     """
-    grid = _streamed(source, study)
-    if grid is None:
+    series = source.series
+    grid = None if series is None else _streamed(series, study)
+    if series is None or grid is None:
         return None, iter([read_case(source.case, study.channels)])
-    return grid, _runs(source, grid)
+    return grid, _runs(series, grid)
 
 
-def _streamed(source: Source, study: Study) -> Grid | None:
-    from fedclient.data.stack import stack
-
-    series, plan = source.series, study.preprocess
+def _streamed(series: Series, study: Study) -> Grid | None:
+    """The grid of a series that can come in runs, each of which is turned to RAS+ as the whole is."""
+    plan = study.preprocess
     alone = plan.intensity == "window" or plan.mean is not None  # else each image is measured as a whole
-    if series is None or series.frames > 1 or len(series.slices) <= PLANES or len(plan.size) != 2 or not alone:
+    if series.frames > 1 or len(series.slices) <= PLANES or len(plan.size) != 2 or not alone:
         return None
     planes = [each.where for each in series.slices if each.where is not None]
     if len(planes) < len(series.slices):
@@ -88,16 +89,30 @@ def _streamed(source: Source, study: Study) -> Grid | None:
         return None
     i, j, k = (shape[axis] for axis in turn.axes)
     affine_ras = found.affine_ras @ turn.stored_of_voxel
-    return Grid((i, j, k), affine_ras, turn.voxel_of_stored, series.modality, picture=False)
+    grid = Grid((i, j, k), affine_ras, turn.voxel_of_stored, series.modality, picture=False)
+    for run in _split(series.slices, grid):
+        try:
+            own = turn_to_ras(stack([each.where for each in run if each.where is not None], 1.0).affine_ras, shape)
+        except ImageUnreadable:  # of distances that are equal enough among all, and not in the run
+            return None
+        if (own.axes, own.flips) != (turn.axes, turn.flips):  # planes at 45 degrees, where rounding decides
+            return None
+    return grid
 
 
-def _runs(source: Source, grid: Grid) -> Iterator[Volume]:
+def _split(slices: Sequence[Slice], grid: Grid) -> Iterator[Sequence[Slice]]:
+    """Runs along K, of nearly equal length: none of one."""
+    upwards = slices if grid.voxel_of_pixel is not None and grid.voxel_of_pixel[2, 2] > 0 else slices[::-1]
+    for part in np.array_split(np.arange(len(slices)), -(-len(slices) // PLANES)):
+        yield upwards[part[0] : part[-1] + 1]
+
+
+def _runs(series: Series, grid: Grid) -> Iterator[Volume]:
     from fedclient.data.dicom import read_series
 
-    files = source.files if grid.voxel_of_pixel is not None and grid.voxel_of_pixel[2, 2] > 0 else source.files[::-1]
-    for part in np.array_split(np.arange(len(files)), -(-len(files) // PLANES)):  # of nearly equal length: none of one
-        volume = read_series([files[n] for n in part])
-        if volume.voxels.shape[1:] != (*grid.shape[:2], len(part)):
+    for run in _split(series.slices, grid):
+        volume = read_series([each.path for each in run])
+        if volume.voxels.shape[1:] != (*grid.shape[:2], len(run)):
             raise ImageUnreadable("DICOM: slices of more than one size or orientation.", "SERIES_MIXED")
         yield volume
 

@@ -1,6 +1,7 @@
 """SNOMED CT codes of what a study may label; a label that stands not here is coded as tissue or finding, and named."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
@@ -62,6 +63,12 @@ def meaning_of(label: str) -> Meaning:
 
 
 def finding_of(label: str) -> Code:
-    """The label as a finding of a report: its code, or its name in the project's own scheme."""
+    """The label as a finding of a report: its code, or its name in the project's own scheme.
+
+    A name of more than the 16 characters of a code is cut, and told from others of its beginning by a digest.
+    """
     meaning = meaning_of(label)
-    return meaning.type if meaning.known else Code(label[:16], "99FEDIMAGING", label)
+    if meaning.known:
+        return meaning.type
+    value = label if len(label) <= 16 else f"{label[:7]}.{sha256(label.encode()).hexdigest()[:8]}"
+    return Code(value, "99FEDIMAGING", label)

@@ -20,8 +20,11 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_sequence_item
+from pydicom.valuerep import DSfloat
 
+from fedclient.data.dicom_header import number
 from fedclient.data.volume import LPS_TO_RAS
+from fedclient.predict.blocks import Grid
 from fedclient.predict.case import Prediction
 from fedclient.predict.codes import finding_of, meaning_of
 from fedclient.predict.headers import Headers
@@ -108,13 +111,14 @@ def _piece(
     pixels: NDArray[np.bool_],
     described: Sequence[SegmentDescription],
     uids: dict[str, Any],
-    places: tuple[hd.PixelMeasuresSequence, hd.PlaneOrientationSequence, list[hd.PlanePositionSequence]] | None = None,
+    places: tuple[hd.PlaneOrientationSequence, list[hd.PlanePositionSequence]] | None = None,
 ) -> Segmentation:
     """From bool[slices, segments, rows, columns]."""
-    measures, orientation, positions = places or (None, None, None)
+    orientation, positions = places or (None, None)
     sources = list(slices)
     sources[0] = _filled(slices[0], headers)
     with made_by(prediction):
+        _measure(sources[0], prediction.grid)
         return Segmentation(
             source_images=sources,
             pixel_array=np.ascontiguousarray(np.moveaxis(pixels, 1, -1)).astype(np.uint8),
@@ -126,7 +130,6 @@ def _piece(
             content_label="SEGMENTATION",
             content_description=f"{prediction.model.name} {prediction.model.version}"[:64],
             series_description="AI segmentation, not for diagnosis",
-            pixel_measures=measures,
             plane_orientation=orientation,
             plane_positions=positions,
             **uids,
@@ -145,20 +148,28 @@ def _filled(first: Dataset, headers: Headers) -> Dataset:
     return filled
 
 
+def _measure(first: Dataset, grid: Grid) -> None:
+    """Lets a header say how far apart its planes lie: many say something else, or nothing, and highdicom repeats it."""
+    assert grid.voxel_of_pixel is not None
+    apart_mm = grid.spacing_mm[int(np.abs(grid.voxel_of_pixel[:3, 2]).argmax())]
+    shared = first.get("SharedFunctionalGroupsSequence")
+    measures = shared[0].PixelMeasuresSequence[0] if shared else first
+    thickness_mm = number(measures, "SliceThickness") or 0
+    measures.SliceThickness = DSfloat(thickness_mm if thickness_mm > 0 else apart_mm, auto_format=True)
+    measures.SpacingBetweenSlices = DSfloat(apart_mm, auto_format=True)
+
+
 def _places(
     prediction: Prediction, count: int
-) -> tuple[hd.PixelMeasuresSequence, hd.PlaneOrientationSequence, list[hd.PlanePositionSequence]] | None:
+) -> tuple[hd.PlaneOrientationSequence, list[hd.PlanePositionSequence]] | None:
     """Of a source of many frames, whose own order need not be that along the normal."""
     grid = prediction.grid
     if count == 1 or grid.voxel_of_pixel is None:
         return None
     lps = LPS_TO_RAS @ grid.affine_ras @ grid.voxel_of_pixel
-    column, row, through = (float(np.linalg.norm(lps[:3, n])) for n in range(3))
-    cosines = [*(lps[:3, 0] / column).tolist(), *(lps[:3, 1] / row).tolist()]
+    cosines = (lps[:3, :2] / np.linalg.norm(lps[:3, :2], axis=0)).T.ravel().tolist()
     positions = [hd.PlanePositionSequence("PATIENT", (lps @ (0, 0, n, 1))[:3].tolist()) for n in range(count)]
-    measures = hd.PixelMeasuresSequence(pixel_spacing=(row, column), slice_thickness=through,
-                                        spacing_between_slices=through)  # fmt: skip
-    return measures, hd.PlaneOrientationSequence("PATIENT", cosines), positions
+    return hd.PlaneOrientationSequence("PATIENT", cosines), positions
 
 
 def _joined(pieces: Iterator[Segmentation], headers: Headers) -> Segmented:

@@ -45,7 +45,8 @@ def doubts_of(model: Model, case: Case, volume: Volume, cells: Mapping[str, int]
         cells: where it lies on the grids of `shared_models.drift`.
     """
     study = model.study
-    found = [Doubt(each.code, each.what) for each in oddities(case, volume, needs_of(study), picture)]
+    found = _of_series(case)
+    found += [Doubt(each.code, each.what) for each in oddities(case, volume, needs_of(study), picture)]
     found += _of_kind(study, volume, picture)
     try:
         profiles = read_reference(model.fingerprint, study, f"release {model.name}")
@@ -60,6 +61,18 @@ def doubts_of(model: Model, case: Case, volume: Volume, cells: Mapping[str, int]
         found.append(Doubt("OUT_OF_DISTRIBUTION", words, distance))
     first = {each.code: each for each in reversed(found)}
     return tuple(first.values())[::-1]
+
+
+def _of_series(case: Case) -> list[Doubt]:
+    """That it may be a part of what somebody took for one image."""
+    series = case.channels[0].series if case.channels else None
+    if series is None or not series.siblings:
+        return []
+    words = (
+        f"its DICOM series holds {series.siblings + 1} images, by patient, kind, orientation or acquisition, of which "
+        f"each is answered on its own; this one has {len(series.slices)} slices. Is it whole?"
+    )
+    return [Doubt("SERIES_SPLIT", words)]
 
 
 def _of_kind(study: Study, volume: Volume, picture: bool) -> list[Doubt]:

@@ -80,6 +80,9 @@ def _gathered(root: Path) -> Gathered:
     series, copies = _once(held)
     if copies:
         findings.append(finding("DUPLICATE", f"{copies} files are copies of others", severity="note"))
+    if several := [n for n in Counter(each.uid for each in series if each.siblings).values() if n > 1]:
+        what = f"{len(several)} DICOM series hold {sum(several)} images, by patient, kind, orientation or acquisition"
+        findings.append(finding("SERIES_SPLIT", f"{what}; each is a case of its own"))
     return Gathered(tuple(series), held.objects, tuple(findings))
 
 
