@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fedclient.cli
+from fedclient.data.cache import open_case, write_case
+from fedclient.data.cases import Case, Channel
 from fedclient.overlay import NOT_FOR_DIAGNOSIS, Panel, displayed, drawn
-from fedclient.training.explaining import Trained, example_of, model_at
+from fedclient.training.explaining import Trained, example_of, model_at, read_pictured
 from fedclient.training.maps import RegionScore, cam_layer, explain
 from fedclient.training.sanity import (
     Sample,
@@ -356,6 +358,22 @@ def test_a_hospital_draws_maps_that_name_no_file_and_are_its_owner_s_alone(tmp_p
     pictures = sorted(path.name for path in out.glob("*.png"))
     assert pictures == ([line["file"]] if line["file"] else [])
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in out.iterdir())
+
+
+def test_a_picture_in_colour_is_explained_as_it_is_trained_on(tmp_path):
+    study = replace(PRESENCE, modality="photo", channels=("red", "green", "blue"),
+                    preprocess=Preprocess(size=SIZE, intensity="percentile"))  # fmt: skip
+    picture = tmp_path / "spot.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 48, 3), np.uint8)).save(picture)
+    case = Case("0" * 16, "", (Channel("", (picture,)),), None, "train", facts={"label": "nodule"})
+    write_case(tmp_path / "cached", case, study, lambda size: None)
+    trained = open_case(tmp_path / "cached", case.key)
+    assert trained is not None
+    pictured = read_pictured([picture], study)
+    np.testing.assert_allclose(pictured.images, trained.images, atol=2e-3)
+    assert np.abs(pictured.images[0, 0] - pictured.images[0, 2]).max() > 1
+    with pytest.raises(StudyInvalid, match=r"3 files for one image; .* as one picture in colour"):
+        read_pictured([picture] * 3, study)
 
 
 def test_weights_alone_need_a_study_and_a_run_has_its_own(run):

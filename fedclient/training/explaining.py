@@ -117,18 +117,19 @@ def model_at(path: Path, study: str = "") -> Trained:
 
 
 def read_pictured(files: Sequence[Path], study: Study) -> Pictured:
-    """One image from its file or folder, or from one for each of the study's channels, in their order.
+    """One image from its file or folder, or from one for each of the study's channels, in their order; colours are
+    those of one picture.
 
     Raises:
         ImageUnreadable: as `read_case`.
-        StudyInvalid: another number of files than the study has channels.
+        StudyInvalid: another number of files than the study sees.
     """
-    names = study.channels or ("",)
+    names = ("",) if study.in_colour else study.channels or ("",)
     if len(files) != len(names):
-        raise StudyInvalid(
-            f"{len(files)} files for one image; study {study.name!r} sees {len(names)} ({', '.join(names)}). Join the "
-            f"files of an image by commas, in this order."
-        )
+        mend = f"Join the files of an image by commas, in this order: {', '.join(names)}."
+        if len(names) == 1:
+            mend = "Give each image by itself" + (", as one picture in colour." if study.in_colour else ".")
+        raise StudyInvalid(f"{len(files)} files for one image; study {study.name!r} sees {len(names)}. {mend}")
     channels = tuple(Channel(name, (file,)) for name, file in zip(names, files, strict=True))
     volume = read_case(Case("", "", channels, None, "test"), study.channels)
     examples = preprocess(volume.voxels, volume.spacing_mm, study.preprocess)
