@@ -159,6 +159,18 @@ def test_grad_cam_looks_at_the_deepest_layer_that_still_tells_places():
     assert cam_layer(nets.network(presence).eval(), presence, torch.zeros(1, 1, 64, 64)) == "layer2"
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_grad_cam_looks_at_whole_blocks_of_a_resnet_never_at_the_activation_that_they_share(name):
+    """Of 96x96 the blocks have 24, 12 and 6 cells; a ResNet-50's third begins at 12, inside of itself."""
+    study = replace(PRESENCE, model=Model(name=name, width=8), preprocess=Preprocess(size=(96, 96)))
+    net, image = nets.network(study).eval(), torch.rand(1, 96, 96)
+    found = explain(net, image, study, "nodule", "grad-cam")
+    assert found.layer == "layer2"
+    assert found.saliency.shape == (96, 96)
+    with pytest.raises(ExplanationFailed, match=r"'layer3\.0\.act' runs more than once"):
+        explain(net, image, study, "nodule", "grad-cam", layer="layer3.0.act")
+
+
 def test_average_precision_is_the_one_worked_by_hand():
     """Ranked 1, 0, 1, 0: precision 1 at the first of two lesion pixels, 2/3 at the second."""
     lesion = np.array([True, False, True, False])
