@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import fedclient.cli
 from fedclient.data.cache import open_case, write_case
 from fedclient.data.cases import Case, Channel
+from fedclient.memory import keep_final
 from fedclient.overlay import NOT_FOR_DIAGNOSIS, Panel, displayed, drawn
 from fedclient.training.explaining import Trained, example_of, model_at, read_pictured
 from fedclient.training.maps import RegionScore, cam_layer, explain
@@ -392,9 +393,18 @@ def test_weights_alone_need_a_study_and_a_run_has_its_own(run):
     weights = run / "round-0001.safetensors"
     with pytest.raises(StudyInvalid, match="Name the study with --study"):
         model_at(weights)
+    planned = run.parent / "fed.toml"
+    planned.write_text('name = "fed"\nplan = "federated"\n')
+    with pytest.raises(StudyInvalid, match="comes from its plan, and weights alone do not hold it"):
+        model_at(weights, str(planned))
     with pytest.raises(StudyInvalid, match="Leave --study out"):
         model_at(run, "lung-ct")
     with pytest.raises(StateInvalid, match="neither a weights file nor the folder of a run"):
         model_at(run.parent)
     assert model_at(run).files[0] == weights
     assert canonical_json(model_at(run).study.name) == b'"lungs"'
+
+
+def test_what_a_finished_run_has_left_at_a_site_is_a_model(tmp_path):
+    keep_final(tmp_path, LUNGS, nets.initial_weights(LUNGS))
+    assert model_at(tmp_path) == Trained(LUNGS, (tmp_path / "final.safetensors",))

@@ -91,20 +91,31 @@ class Wanted:
 
 
 def model_at(path: Path, study: str = "") -> Trained:
-    """The model of a weights file and the study that names its network, or of the folder of a run.
+    """The model of a weights file and the study that names its network, or of the folder of a run: the coordinator's,
+    or what a finished run has left at a site (`fedclient.memory`).
 
     Raises:
-        StudyInvalid: a weights file without a study, or a study beside a run, which has its own.
+        StudyInvalid: a weights file without a study, or with one whose plan is not in it; or a study beside a run,
+            which has its own.
         StateInvalid: a folder that holds no run, or no weights.
     """
     if path.is_file():
         if not study:
             raise StudyInvalid(f"{path}: weights do not say of what network they are. Name the study with --study.")
-        return Trained(load_study(study), (path,))
-    if not (path / "study.json").is_file():
+        named = load_study(study)
+        if named.plan == "federated":
+            raise StudyInvalid(
+                f"{path}: the network of study {named.name!r} comes from its plan, and weights alone do not hold it. "
+                f"Give the folder of the run, which does; at a site that of a finished run is site/states/RUN-.../SITE."
+            )
+        return Trained(named, (path,))
+    left = path / "final.json"
+    if not left.is_file() and not (path / "study.json").is_file():
         raise StateInvalid(f"{path}: is neither a weights file nor the folder of a run. Give one of them.")
     if study:
         raise StudyInvalid(f"{path}: a run has a study of its own. Leave --study out.")
+    if left.is_file():
+        return Trained(from_json(left.read_bytes(), str(left)), (path / "final.safetensors",))
     made = from_json((path / "study.json").read_bytes(), str(path / "study.json"))
     if made.plan == "federated":
         if not (path / "plan.json").is_file():
