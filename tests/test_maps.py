@@ -34,7 +34,7 @@ from fedclient.worth import Difference
 from shared_models import nets
 from shared_models.errors import ExplanationFailed, StateInvalid, StudyInvalid
 from shared_models.files import canonical_json
-from shared_models.study import Augment, Model, Preprocess, Study, Task, canonical
+from shared_models.study import Augment, Model, Preprocess, Study, Task, canonical, load_study
 from shared_models.weights import save_arrays
 from simulations.phantoms import nifti
 
@@ -408,3 +408,17 @@ def test_weights_alone_need_a_study_and_a_run_has_its_own(run):
 def test_what_a_finished_run_has_left_at_a_site_is_a_model(tmp_path):
     keep_final(tmp_path, LUNGS, nets.initial_weights(LUNGS))
     assert model_at(tmp_path) == Trained(LUNGS, (tmp_path / "final.safetensors",))
+
+
+@pytest.mark.parametrize(
+    "study",
+    [
+        Study("bags", task=Task(kind="classification"), model=Model("attention-mil", features=(8, 4, 4), norm="none")),
+        load_study("brca-prognosis"),
+    ],
+    ids=["bags", "table"],
+)
+def test_where_a_network_sees_no_image_nobody_is_told_to_export_one(tmp_path, study):
+    np.save(tmp_path / "tiles.npy", np.ones((3, 8), np.float32))
+    with pytest.raises(ExplanationFailed, match="and no image, so there is no map of one to draw"):
+        read_pictured([tmp_path / "tiles.npy"], study)

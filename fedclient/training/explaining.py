@@ -134,7 +134,14 @@ def read_pictured(files: Sequence[Path], study: Study) -> Pictured:
     Raises:
         ImageUnreadable: as `read_case`.
         StudyInvalid: another number of files than the study sees.
+        ExplanationFailed: a study that sees no image.
     """
+    if study.of_bags or study.table_only:
+        sees = "a table" if study.table_only else "bags of features that somebody has computed"
+        raise ExplanationFailed(
+            f"study {study.name!r} sees {sees} and no image, so there is no map of one to draw. Choose a model that "
+            f"sees images."
+        )
     names = ("",) if study.in_colour else study.channels or ("",)
     if len(files) != len(names):
         mend = f"Join the files of an image by commas, in this order: {', '.join(names)}."

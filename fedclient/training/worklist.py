@@ -61,6 +61,8 @@ def worklist(site: Site, model: Trained, most: int) -> list[Wish]:
     study = model.study
     if study.task.kind not in ("segmentation", "classification"):
         raise ExplanationFailed(f"study {study.name!r}: a worklist is for labels that somebody draws or names.")
+    if study.of_bags:
+        raise ExplanationFailed(f"study {study.name!r} sees bags of features and no image, which a worklist looks at.")
     cases = [case for case in usable_cases(site) if case.split == "train" and case.channels]
     unlabelled = [case for case in cases if not has_truth(case, study.task)]
     labelled = [case for case in cases if has_truth(case, study.task)][:LABELLED]
