@@ -1,5 +1,6 @@
 """`fedclient explain` and `worklist`: why a model answers so on images of this hospital, and what to label next."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -53,7 +54,9 @@ def explain(
 
 @guarded
 def worklist(
-    study: Annotated[str, typer.Argument(help="A ready study, or the path of a study.toml.")],
+    study: Annotated[
+        str, typer.Argument(help="Its name here, or the beginning of its digest; or the path of a study.toml.")
+    ],
     model: Annotated[
         Path | None, typer.Option(help="Weights, or the folder of a run; else the last that the coordinator sent.")
     ] = None,
@@ -64,17 +67,26 @@ def worklist(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Lists the unlabelled cases most worth a label: a model is unsure of them, and they are unlike each other."""
+    from fedclient.consent import find_asked
     from fedclient.site import open_site
     from fedclient.training.explaining import model_at
     from fedclient.training.worklist import received, rows_of
     from fedclient.training.worklist import worklist as listed
-    from shared_models.study import load_study
+    from shared_models.study import load_study, sha256
 
     here = open_site({"site-dir": str(site)})
-    if model is None:
-        made = received(here, load_study(study))
+    if model is not None:
+        made, words = model_at(model, study if model.is_file() else ""), f"of {model}"
     else:
-        made = model_at(model, study if model.is_file() else "")
+        if study.endswith(".toml"):
+            named = load_study(study)
+            digest = sha256(named)
+        else:
+            asked = find_asked(here, study)
+            named, digest = asked.study, asked.sha256
+        found = received(here, named, digest)
+        made, words = found.model, found.words
+    print(f"By weights {made.sha256[:16]} of study {made.study.name!r}, {words}.", file=sys.stderr)
     wishes = listed(here, made, most)
     if as_json:
         print_json([asdict(wish) for wish in wishes])

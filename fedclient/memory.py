@@ -3,6 +3,7 @@
     states/RUN-<study>/SITE/round-0003.safetensors   after the training of round 3
     states/RUN-<study>/SITE/own-<base>.safetensors   the site's own model on the weights of that digest
     states/RUN-<study>/SITE/final.safetensors, final.json   the run's last weights, and the study as it was trained
+    states/RUN-<study>/SITE/sent.json                which of site/blobs an order of the run came with last
 
 The coordinator's order says which round's update it counted last, and the site goes on from what it remembers of that
 round. So an order that comes again, an update that came too late and a process that was killed all leave no trace.
@@ -10,11 +11,13 @@ round. So an order that comes again, an update that came too late and a process 
 
 import re
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedclient.site import Site
 from shared_models.errors import OrderRefused
-from shared_models.files import write_atomic
+from shared_models.files import canonical_json, write_atomic
+from shared_models.parse import STRICT
 from shared_models.study import Study, canonical
 from shared_models.weights import Array, Arrays, load, save_arrays
 
@@ -62,6 +65,21 @@ def keep_final(folder: Path, study: Study, weights: Arrays) -> None:
     """Keeps what the run came to, so that the site can ask later what it was worth (`fedclient worth`)."""
     write_atomic(folder / "final.json", canonical(study))
     save_arrays(folder / "final.safetensors", weights)  # last: where it is there, both are
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Weights that an order of a run came with: for which round, their digest, and the study as it is trained."""
+
+    __pydantic_config__ = STRICT
+    round: int
+    sha256: str
+    study: str
+
+
+def keep_sent(folder: Path, sent: Sent) -> None:
+    """Replaces what is known of the order before: its weights are let go of."""
+    write_atomic(folder / "sent.json", canonical_json(asdict(sent)))
 
 
 def own_path(folder: Path, base_sha256: str) -> Path:

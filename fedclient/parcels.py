@@ -3,7 +3,7 @@
 Finished work stays on disk until the next round (`fedclient.kept`), so that an order that comes again (a reply was
 lost, a process was killed) is answered with the same bytes in a second, whatever the training took.
 
-    site/blobs/<sha256>                       weights of the round
+    site/blobs/<sha256>                       weights of the round; of which study, `fedclient.memory` knows
 """
 
 from dataclasses import replace
@@ -12,11 +12,13 @@ from pathlib import Path
 
 from fedclient.egress import check_reply, check_tensors, release_tensors
 from fedclient.kept import finished, keep, kept_path, reply_of
+from fedclient.memory import Sent, keep_sent, memory_folder
 from fedclient.site import Site
 from fedclient.summing import is_summed, summed
-from fedclient.work import Gate, Learner, carry_out, check_asked, no_gate, study_of
+from fedclient.work import Gate, Learner, carry_out, check_asked, check_proof, no_gate, planned_study, study_of
 from shared_models.errors import OrderRefused
 from shared_models.files import write_atomic
+from shared_models.study import canonical
 from shared_models.transfer import Blobs, site_context
 from shared_models.weights import Arrays, mapped
 from shared_models.wire import Order, Reply, dump
@@ -74,12 +76,17 @@ def _fetched(order: Order, site: Site, blobs: Blobs, timeout_s: float) -> Arrays
         return {}
     if order.blob is None or order.blob.sha256 != order.base_sha256:
         raise OrderRefused("WEIGHTS_MISMATCH", f"round {order.round}: the order's blob is not the weights it names.")
+    check_proof(order, site)
+    study = planned_study(order, study_of(order))
     folder = site.folder / "blobs"
     for older in folder.iterdir() if folder.exists() else ():  # before the fetch, which needs their room
         if order.blob.sha256 not in older.name:  # a part of this blob is gone on with
             older.unlink()
     path = blobs.fetch(order.blob.sha256, order.blob.size_bytes, folder / order.blob.sha256, timeout_s)
-    return mapped(path, f"weights of round {order.round}")
+    weights = mapped(path, f"weights of round {order.round}")
+    told = Sent(order.round, order.base_sha256, canonical(study).decode())
+    keep_sent(memory_folder(site, order.run, order.study_sha256), told)
+    return weights
 
 
 def _changed(keys: Path) -> int:

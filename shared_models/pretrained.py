@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from shared_models import nets
 from shared_models.errors import StudyInvalid
 from shared_models.files import file_sha256
 from shared_models.study import Study
-from shared_models.weights import Array, Arrays, load
+from shared_models.weights import Array, Arrays
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NAMES = (  # torchvision's DenseNet -> MONAI's
@@ -87,11 +88,13 @@ def read_tensors(file: Path) -> dict[str, Array]:
     Raises:
         StudyInvalid: a file that is neither, or holds more than tensors.
     """
-    if file.suffix == ".safetensors":
-        return dict(load(file))
     try:
-        held: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:  # pickle and zip raise what they like
+        held: Any
+        if file.suffix == ".safetensors":
+            held = load_file(file)
+        else:
+            held = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # pickle, zip and safetensors raise what they like
         raise StudyInvalid(
             f"{file}: is no file of tensors alone ({type(e).__name__}). Save a state_dict, or use safetensors."
         ) from None

@@ -366,12 +366,27 @@ class Study:
             if given is not None and not drawn:
                 raise ValueError(f'{key} is {given}; it is for preprocess.fit = "patches", {why_not}')
 
+    @property
+    def _ends(self) -> int:
+        """Values that the last norm of an encoder sees of a channel of one example."""
+        name = self.model.name
+        if name.startswith("vgg"):  # halves once more behind it
+            return prod(edge // (SMALLEST_EDGE // 2) for edge in self.preprocess.size)
+        up = SMALLEST_EDGE - 1 if name.startswith("resnet") else 0  # whose strides round up
+        return prod((edge + up) // SMALLEST_EDGE for edge in self.preprocess.size)
+
     def _check_size(self) -> None:
         size, divisors, model = self.preprocess.size, self.model.divisors, self.model
         if model.name in ENCODERS:
             least = SMALLEST_EDGE if model.norm != "instance" else 2 * SMALLEST_EDGE  # one value has no deviation
             if min(size) < least:
                 raise ValueError(f'preprocess.size {list(size)}: model.name = "{model.name}" wants {least} or more')
+            if model.norm == "batch" and self._ends < 2:
+                raise ValueError(
+                    f'preprocess.size {list(size)} leaves one value at the end of model.name = "{model.name}" for '
+                    f'model.norm = "batch" to normalise where a batch holds one example; make an edge '
+                    f"{2 * SMALLEST_EDGE} or more"
+                )
             return
         if any(edge % divisor for edge, divisor in zip(size, divisors, strict=True)):
             raise ValueError(

@@ -284,6 +284,21 @@ def test_the_gate_reads_a_bag_as_training_does(tmp_path):
 # The loss of Fed-ISIC2019
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.01, 0.5, 1.0, 2.0])
+def test_the_focal_loss_of_who_is_wholly_sure_moves_nothing(gamma):
+    """1 - p is 0 there, and the derivative of its square root infinite."""
+    task = Task(kind="classification", labels=("a", "b"), loss="focal", focal_gamma=gamma)
+    logits = torch.tensor([[200.0, -5.0], [0.0, 0.5]], requires_grad=True)
+    loss = functions_of(task).loss(logits, torch.tensor([[1, 0], [0, 1]], dtype=torch.uint8))
+    loss.backward()
+    grad = logits.grad
+    assert loss.isfinite()
+    assert grad is not None
+    assert grad[0].tolist() == [0.0, 0.0]
+    assert grad[1].isfinite().all()
+    assert grad[1, 1] < 0
+
+
 def test_the_weighted_focal_loss_is_that_of_hand():
     """Probabilities 3/4 and 1/2 of the right class: -w (1 - p)^2 ln p, mean of the two."""
     task = Task(kind="classification", labels=("a", "b"), loss="focal", class_weights=(2.0, 5.0))

@@ -1,6 +1,7 @@
 """The learner of a real site, on a phantom of a few slices: it learns, scores, counts, and refuses what it cannot."""
 
 import csv
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fedclient.data.dataset import CaseExamples, DataSet
 from fedclient.site import UNIT, Site, open_site
@@ -236,6 +238,33 @@ def test_a_case_of_many_slices_is_one_volume_however_it_is_cut_and_every_label_h
                 predicted = torch.sigmoid(net.eval()(torch.from_numpy(images))).numpy() > 0.5
             by_hand.append(dice(predicted[:, k], masks == k + 1, masks != IGNORE))
         assert found[label].value == pytest.approx(np.mean(np.array(by_hand, float)), abs=1e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "task",
+    [
+        Task(labels=("lung",)),
+        Task(kind="classification", labels=("a", "b"), loss="ce"),
+        Task(kind="prognosis", labels=("death",), loss="hazard", intervals_days=(1.0, 2.0)),
+        Task(kind="detection", loss="centre", labels=("nodule",)),
+        Task(kind="reconstruction", loss="masked_l1", mask_size=4),
+    ],
+    ids=lambda task: task.kind,
+)
+def test_answers_that_are_not_finite_are_refused_as_such_whatever_is_answered(task, value):
+    class Diverged(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            space = images.shape[2:] if study.model.name == "unet" else ()
+            return torch.full((len(images), 3, *space), value)
+
+    pixelwise = task.kind in ("segmentation", "detection", "reconstruction")
+    model = Model(features=(4, 4, 4, 4, 4, 4), groups=2) if pixelwise else Model(name="resnet18")
+    study = Study("s", task=task, model=model, preprocess=Preprocess((32, 32)))
+    device = torch.device("cpu")
+    with pytest.raises(OrderRefused, match="case 0: the model's answer is not finite") as refused:
+        evaluate(Diverged(), Drawn(2), study, functions_of(task), device, 1)  # type: ignore[arg-type]
+    assert refused.value.code == "ANSWERS_NONFINITE"
 
 
 # Holding, and what cannot be done

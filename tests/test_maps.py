@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fedclient.cli
+from fedclient.data.cache import open_case, write_case
+from fedclient.data.cases import Case, Channel
+from fedclient.memory import keep_final
 from fedclient.overlay import NOT_FOR_DIAGNOSIS, Panel, displayed, drawn
-from fedclient.training.explaining import Trained, example_of, model_at
+from fedclient.training.explaining import Trained, example_of, model_at, read_pictured
 from fedclient.training.maps import RegionScore, cam_layer, explain
 from fedclient.training.sanity import (
     Sample,
@@ -31,7 +34,7 @@ from fedclient.worth import Difference
 from shared_models import nets
 from shared_models.errors import ExplanationFailed, StateInvalid, StudyInvalid
 from shared_models.files import canonical_json
-from shared_models.study import Augment, Model, Preprocess, Study, Task, canonical
+from shared_models.study import Augment, Model, Preprocess, Study, Task, canonical, load_study
 from shared_models.weights import save_arrays
 from simulations.phantoms import nifti
 
@@ -155,6 +158,18 @@ def test_grad_cam_looks_at_the_deepest_layer_that_still_tells_places():
     """Of 64x64 a ResNet's blocks have 16, 8, 4 and 2 cells along an edge."""
     presence = replace(PRESENCE, preprocess=Preprocess(size=(64, 64)))
     assert cam_layer(nets.network(presence).eval(), presence, torch.zeros(1, 1, 64, 64)) == "layer2"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_grad_cam_looks_at_whole_blocks_of_a_resnet_never_at_the_activation_that_they_share(name):
+    """Of 96x96 the blocks have 24, 12 and 6 cells; a ResNet-50's third begins at 12, inside of itself."""
+    study = replace(PRESENCE, model=Model(name=name, width=8), preprocess=Preprocess(size=(96, 96)))
+    net, image = nets.network(study).eval(), torch.rand(1, 96, 96)
+    found = explain(net, image, study, "nodule", "grad-cam")
+    assert found.layer == "layer2"
+    assert found.saliency.shape == (96, 96)
+    with pytest.raises(ExplanationFailed, match=r"'layer3\.0\.act' runs more than once"):
+        explain(net, image, study, "nodule", "grad-cam", layer="layer3.0.act")
 
 
 def test_average_precision_is_the_one_worked_by_hand():
@@ -358,13 +373,52 @@ def test_a_hospital_draws_maps_that_name_no_file_and_are_its_owner_s_alone(tmp_p
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in out.iterdir())
 
 
+def test_a_picture_in_colour_is_explained_as_it_is_trained_on(tmp_path):
+    study = replace(PRESENCE, modality="photo", channels=("red", "green", "blue"),
+                    preprocess=Preprocess(size=SIZE, intensity="percentile"))  # fmt: skip
+    picture = tmp_path / "spot.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 48, 3), np.uint8)).save(picture)
+    case = Case("0" * 16, "", (Channel("", (picture,)),), None, "train", facts={"label": "nodule"})
+    write_case(tmp_path / "cached", case, study, lambda size: None)
+    trained = open_case(tmp_path / "cached", case.key)
+    assert trained is not None
+    pictured = read_pictured([picture], study)
+    np.testing.assert_allclose(pictured.images, trained.images, atol=2e-3)
+    assert np.abs(pictured.images[0, 0] - pictured.images[0, 2]).max() > 1
+    with pytest.raises(StudyInvalid, match=r"3 files for one image; .* as one picture in colour"):
+        read_pictured([picture] * 3, study)
+
+
 def test_weights_alone_need_a_study_and_a_run_has_its_own(run):
     weights = run / "round-0001.safetensors"
     with pytest.raises(StudyInvalid, match="Name the study with --study"):
         model_at(weights)
+    planned = run.parent / "fed.toml"
+    planned.write_text('name = "fed"\nplan = "federated"\n')
+    with pytest.raises(StudyInvalid, match="comes from its plan, and weights alone do not hold it"):
+        model_at(weights, str(planned))
     with pytest.raises(StudyInvalid, match="Leave --study out"):
         model_at(run, "lung-ct")
     with pytest.raises(StateInvalid, match="neither a weights file nor the folder of a run"):
         model_at(run.parent)
     assert model_at(run).files[0] == weights
     assert canonical_json(model_at(run).study.name) == b'"lungs"'
+
+
+def test_what_a_finished_run_has_left_at_a_site_is_a_model(tmp_path):
+    keep_final(tmp_path, LUNGS, nets.initial_weights(LUNGS))
+    assert model_at(tmp_path) == Trained(LUNGS, (tmp_path / "final.safetensors",))
+
+
+@pytest.mark.parametrize(
+    "study",
+    [
+        Study("bags", task=Task(kind="classification"), model=Model("attention-mil", features=(8, 4, 4), norm="none")),
+        load_study("brca-prognosis"),
+    ],
+    ids=["bags", "table"],
+)
+def test_where_a_network_sees_no_image_nobody_is_told_to_export_one(tmp_path, study):
+    np.save(tmp_path / "tiles.npy", np.ones((3, 8), np.float32))
+    with pytest.raises(ExplanationFailed, match="and no image, so there is no map of one to draw"):
+        read_pictured([tmp_path / "tiles.npy"], study)

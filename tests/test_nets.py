@@ -10,9 +10,9 @@ from torch import nn
 
 from shared_models import nets
 from shared_models.errors import WeightsInvalid
-from shared_models.model_table import NORMLESS
+from shared_models.model_table import ENCODERS, NORMLESS
 from shared_models.nets import arrays_of, initial_weights, load_arrays, network, schema, unet
-from shared_models.study import Level, Model, Preprocess, Study, Task, Train, load_study, ready_studies
+from shared_models.study import Level, Model, Personal, Preprocess, Study, Task, Train, load_study, ready_studies
 from shared_models.weights import Arrays, schema_of, schema_sha256
 
 TINY = Study(name="tiny", model=Model(features=(4, 4, 8, 8, 8, 4), groups=2), preprocess=Preprocess(size=(32, 32)))
@@ -63,6 +63,20 @@ def test_the_smallest_size_that_a_study_may_have_trains_with_one_example(size):
     study = replace(TINY, model=replace(TINY.model, norm="instance"), preprocess=Preprocess(size=size))
     network(study).train()(torch.rand(1, 1, *size)).sum().backward()
     network(replace(TINY, preprocess=Preprocess(size=(16, 16)))).train()(torch.rand(1, 1, 16, 16)).sum().backward()
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_smallest_size_with_batch_norm_trains_with_the_one_example_that_a_last_batch_may_hold(name):
+    def of(size: tuple[int, int]) -> Study:
+        task, keep = Task(kind="classification", labels=("a",)), Personal(keep=("norm",))
+        return Study("s", task=task, model=Model(name, norm="batch"), preprocess=Preprocess(size), personal=keep)
+
+    sizes = [(32, 32), (32, 33), (32, 64)]
+    least = {"v": 0, "r": 1}.get(name[0], 2)
+    for size in sizes[:least]:
+        with pytest.raises(ValueError, match="leaves one value at the end"):
+            of(size)
+    network(of(sizes[least])).train()(torch.rand(1, 1, *sizes[least])).sum().backward()
 
 
 def test_weights_are_a_function_of_the_studys_seed_and_name():

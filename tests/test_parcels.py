@@ -20,7 +20,7 @@ from fedclient.parcels import answered
 from fedclient.site import PrivacyPolicy, Site
 from fedclient.work import Learned
 from shared_models.errors import OrderRefused, TransferFailed, WeightsInvalid
-from shared_models.files import file_sha256
+from shared_models.files import file_sha256, read_json
 from shared_models.metrics import counts
 from shared_models.protect.privacy import Privacy, Protect
 from shared_models.protect.secure import SecureAggregation
@@ -302,6 +302,10 @@ def test_work_of_earlier_rounds_and_their_weights_are_removed(edge, north, learn
         assert len(files(north.folder / "runs")) == 2
         assert all(name.startswith(f"round-{number:04d}-") for name in files(north.folder / "runs"))
         assert files(north.folder / "blobs") == [blob.sha256]
+        noted = memory_folder(north, "toy-1", sha256(STUDY)) / "sent.json"
+        assert read_json(noted) == {
+            "round": number, "sha256": blob.sha256, "study": canonical(STUDY).decode()
+        }  # fmt: skip
     (north.folder / "blobs" / ".left.part").write_bytes(b"of a broken transfer")
     answered(order(blobs[0], round_number=4), north, learner)
     assert files(north.folder / "blobs") == [blobs[0].sha256]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from fedclient.fingerprint import site_fingerprint
-from fedclient.parcels import answered
+from fedclient.parcels import _fetched, answered
 from fedclient.site import Site, open_site
+from fedclient.training.worklist import received
 from fedclient.work import carry_out as carry_out_at_site
 from fedserver.app import proof
 from fedserver.checkpoint import RunFolder, State, create_run, read_plan, read_state, trained_study
@@ -26,7 +28,15 @@ from fedserver.rounds import carry_out
 from fedserver.setting import Setting
 from shared_models import nets
 from shared_models.envelope import signed
-from shared_models.errors import OrderRefused, RoundPaused, StateInvalid, StudyInvalid, SumAborted, UpdateRejected
+from shared_models.errors import (
+    ExplanationFailed,
+    OrderRefused,
+    RoundPaused,
+    StateInvalid,
+    StudyInvalid,
+    SumAborted,
+    UpdateRejected,
+)
 from shared_models.files import canonical_json, read_lines
 from shared_models.identity import stated
 from shared_models.parse import parse, parse_json, plain
@@ -36,9 +46,10 @@ from shared_models.planned import PURPOSE, constraints, planned, statement
 from shared_models.preprocess import preprocess
 from shared_models.protect.counted_plan import plan_counts
 from shared_models.study import Evaluate, Model, Planning, Preprocess, Rounds, Strategy, Study, Train, canonical, sha256
+from shared_models.transfer import Blobs
 from shared_models.update import Expected, Update, admit
-from shared_models.weights import NO_WEIGHTS, InMemory, load, schema_of
-from shared_models.wire import Order, Proof, Reply, read_order, read_reply, write_order, write_reply
+from shared_models.weights import NO_WEIGHTS, InMemory, load, save_arrays, schema_of
+from shared_models.wire import BlobRef, Order, Proof, Reply, read_order, read_reply, write_order, write_reply
 from simulations.engine import NodeConfig, identify, run_local
 from tests.edge import joined_site, running_edge
 from tests.order_path import SECURE
@@ -326,6 +337,24 @@ def test_a_hospital_trains_by_no_plan_that_is_unsigned_or_signed_by_others_or_fo
     signed = proven(made, ours).plan_proof
     assert refused(replace(order("train", plan=other), plan_proof=signed)) == "PLAN_SIGNATURE"
     assert refused(replace(proven(made, ours), plan=order("train", plan=other).plan)) == "PLAN_MISMATCH"
+
+
+def test_a_hospital_knows_the_network_of_the_weights_that_it_was_sent_by_their_signed_plan(hospital, plan, federations):
+    study, blobs = planned(STUDY, plan), hospital.folder / "blobs"
+    blobs.mkdir()
+    digest = save_arrays(hospital.folder / "part", nets.initial_weights(study))
+    weights = (hospital.folder / "part").rename(blobs / digest)
+    made = order("train", plan=plan, base_sha256=digest, blob=BlobRef(digest, weights.stat().st_size))
+    link = Blobs("localhost:1", ssl.create_default_context())
+    with pytest.raises(OrderRefused, match="has not signed"):
+        _fetched(made, hospital, link, 1.0)
+    with pytest.raises(ExplanationFailed, match="are here: none have come yet"):
+        received(hospital, STUDY, sha256(STUDY))
+    _fetched(proven(made, federations[0]), hospital, link, 1.0)
+    found = received(hospital, STUDY, sha256(STUDY))
+    assert found.model.study == study
+    assert found.words.startswith("sent for round 1 of run toy on 20")
+    assert nets.schema(next(found.model.nets())) == schema_of(load(weights))
 
 
 def test_a_deployed_run_signs_its_plan_and_keeps_the_signature(tmp_path, data, plan, federations):

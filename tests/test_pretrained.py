@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from fedclient.data.dataset import Batch
 from fedclient.training.depth import rates_of
@@ -144,10 +145,12 @@ def test_a_file_in_torchvisions_layout_loads_with_nothing_missing(tmp_path, kind
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_file_of_another_precision_loads_as_float32(tmp_path, dtype):
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_a_file_of_another_precision_and_of_several_gpus_loads_as_float32(tmp_path, kind, dtype):
+    """Whose names begin with `module.`, as DataParallel has them."""
     net = nets.MAKERS["resnet18"](STUDY.model, 1, 1).to(dtype)
-    file = tmp_path / "weights.pth"
-    torch.save(dict(net.named_parameters()), file)
+    file = tmp_path / f"weights.{kind}"
+    (torch.save if kind == "pth" else save_torch)({f"module.{n}": p.data for n, p in net.named_parameters()}, file)
     weights, words = first_weights(pinned(file), file)
     assert words.startswith("pretrained weights: 62 of 62 tensors loaded")
     assert {array.dtype for array in weights.values()} == {np.dtype(np.float32)}
@@ -204,6 +207,9 @@ def test_a_file_of_something_else_is_refused_and_not_run(tmp_path, held, words, 
     torch.save(held, file)
     with pytest.raises(StudyInvalid, match=words):
         first_weights(pinned(file), file)
+    renamed = file.rename(tmp_path / "file.safetensors")
+    with pytest.raises(StudyInvalid, match=r"file\.safetensors: is no file of tensors alone"):
+        first_weights(pinned(renamed), renamed)
     assert capsys.readouterr().out == ""
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedclient.data.cases import Case
 from fedclient.data.dataset import prepare
 from fedclient.data.manifest import read_manifest
-from fedclient.data.truths import follow_up
+from fedclient.data.truths import covariates_of, follow_up
 from shared_models.errors import ImageUnreadable, ManifestInvalid, StudyInvalid
 from shared_models.parse import parse_json
 from shared_models.study import Model, Study, Task, load_study
@@ -216,6 +216,23 @@ def test_a_table_of_each_site_becomes_cases_without_images(tmp_path):
     seen = {tuple(round(float(v), 2) for v in c.images[0]): tuple(c.masks[0].tolist()) for c in data.by_case()}
     assert seen[(-0.9, 1.0)] == (41.0, 1.0)
     assert data.cases[0].masks.dtype == np.float32
+
+
+def test_a_row_of_a_table_is_trained_on_as_it_is_predicted_on_however_large_its_numbers(tmp_path):
+    """Platelets, as laboratories count them, are above what float16 holds."""
+    task = replace(TASK, covariates=(Covariate("age", 57.8, 13.0), Covariate("platelets")))
+    facts = {"age": "71", "platelets": "250001", "time": "9", "event": "1"}
+    case = Case("0" * 16, "p", (), None, "train", facts=facts)
+    (batch,) = prepare([case], replace(STUDY, task=task), tmp_path).batches(1, np.random.default_rng(0), epochs=1)
+    assert batch.images.tolist() == [covariates_of(case, task).tolist()]
+    assert batch.images[0, 1] == 250001
+
+
+def test_a_covariate_that_no_network_can_see_is_refused_by_its_column(tmp_path):
+    case = Case("0" * 16, "p", (), None, "train", facts={"age": "1e300", "stage": "1", "time": "9", "event": "1"})
+    with pytest.raises(ImageUnreadable, match="`age` is too large") as refused:
+        covariates_of(case, TASK)
+    assert refused.value.code == "LABEL_VALUES"
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,19 @@ def test_the_focal_loss_is_its_closed_form(seed, gamma):
         assert float(focal(logits, masks, gamma=gamma)) == pytest.approx(float(bce(logits, masks)), rel=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.01, 0.5, 1.0, 2.0])
+def test_the_focal_loss_of_who_is_wholly_sure_moves_nothing(gamma):
+    logits = torch.tensor([[[[-150.0, -0.5], [150.0, 0.5]]]], requires_grad=True)
+    loss = focal(logits, torch.tensor([[[0, 0], [1, 1]]], dtype=torch.uint8), gamma=gamma)
+    loss.backward()
+    grad = logits.grad
+    assert loss.isfinite()
+    assert grad is not None
+    assert grad[..., 0].abs().max() == 0
+    assert grad[..., 1].isfinite().all()
+    assert grad[0, 0, 0, 1] > 0 > grad[0, 0, 1, 1]
+
+
 @settings(max_examples=10, deadline=None)
 @given(seeds, st.sampled_from([0.3, 0.5, 0.7]))
 def test_the_tversky_loss_is_its_closed_form_and_soft_dice_where_both_mistakes_weigh_alike(seed, beta):

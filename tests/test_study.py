@@ -166,6 +166,11 @@ def test_what_is_wrong_is_told_with_file_key_what_was_found_and_what_is_allowed(
             'norm = "none"\n[personal]\nkeep = ["norm"]',
             r'personal.keep = \["norm"\] with model.norm = "none": there is no norm layer that could stay',
         ),
+        (
+            'name = "s"\n[task]\nkind = "classification"\nlabels = ["a"]\nloss = "bce"\n[model]\nname = "densenet121"\n'
+            'norm = "batch"\n[preprocess]\nintensity = "window"\nsize = [32, 63]\n[personal]\nkeep = ["norm"]',
+            r'one value at the end of .* for model.norm = "batch" .* make an edge 64 or more',
+        ),
         (f"name = {'[' * 100_000}", "not TOML"),
     ],
 )

@@ -21,6 +21,7 @@ from fedclient.data.truths import read_truth
 from fedclient.data.volume import Volume
 from fedclient.gate.facts import needs_of
 from fedclient.gate.run import check
+from fedclient.memory import Sent, keep_final, keep_sent, memory_folder
 from fedclient.site import Data, Site, SiteFile, open_site, site_toml
 from fedclient.training.learner import ImageLearner, sorted_by_label, to_train_on
 from fedclient.training.trainer import fit
@@ -41,7 +42,20 @@ from shared_models.files import read_json, write_atomic
 from shared_models.metrics import IGNORE
 from shared_models.parse import parse
 from shared_models.preprocess import Geometry
-from shared_models.study import Augment, Evaluate, Model, Preprocess, Rounds, Study, Task, Train, Unlabelled
+from shared_models.study import (
+    Augment,
+    Evaluate,
+    Model,
+    Preprocess,
+    Rounds,
+    Study,
+    Task,
+    Train,
+    Unlabelled,
+    canonical,
+    load_study,
+    sha256,
+)
 from shared_models.tasks.chosen import functions_of
 from shared_models.weights import save_arrays
 from simulations.hidden import hidden
@@ -432,15 +446,25 @@ def test_a_hospital_lists_its_unlabelled_training_cases_by_the_weights_it_was_se
         'name = "few"\n[model]\nfeatures = [4, 4, 4, 4, 4, 4]\ngroups = 2\n[preprocess]\nsize = [32, 32]\n'
     )
     words = ["worklist", str(study), "--site", str(site)]
+    here, few = open_site({"site-dir": str(site)}), load_study(str(study))
+    digest = save_arrays(site / "part", nets.initial_weights(few))
+    (site / "blobs").mkdir()
+    (site / "part").rename(site / "blobs" / digest)
+    other = replace(few, name="other")  # whose weights have the same names and shapes
+    keep_sent(memory_folder(here, "other-1", sha256(other)), Sent(1, digest, canonical(other).decode()))
     none = CliRunner().invoke(fedclient.cli.app, words)
     assert none.exit_code == 1
-    assert "no weights of study 'few' have come yet" in none.stderr
-    arrays = nets.initial_weights(replace(STUDY, unlabelled=Unlabelled()))
-    save_arrays(site / "blobs" / ("0" * 64), arrays)
+    assert f"no weights of study 'few' ({sha256(few)[:12]}) are here" in none.stderr
+    keep_sent(memory_folder(here, "few-1", sha256(few)), Sent(3, digest, canonical(few).decode()))
     done = CliRunner().invoke(fedclient.cli.app, [*words, "--most", "3", "--json"])
     assert done.exit_code == 0, done.output
+    assert f"By weights {digest[:16]} of study 'few', sent for round 3 of run few-1 on 20" in done.stderr
     listed = json.loads(done.stdout)
     cases = {case.key: case for case in read_manifest(folder, "south", "ab" * 32)}
     assert len(listed) == 3
     assert all(cases[wish["key"]].split == "train" and cases[wish["key"]].row == wish["row"] for wish in listed)
     assert all(0 < wish["entropy"] <= math.log(2) for wish in listed)
+    (site / "blobs" / digest).unlink()  # as those of another study take their place
+    assert CliRunner().invoke(fedclient.cli.app, words).exit_code == 1
+    keep_final(memory_folder(here, "few-1", sha256(few)), few, nets.initial_weights(few))
+    assert "of the end of run few-1 on 20" in CliRunner().invoke(fedclient.cli.app, words).stderr

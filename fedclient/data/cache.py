@@ -60,7 +60,7 @@ class Stored:
 
     Attributes:
         images: float16[N, C, *size], in memory or mapped; of the whole image, where patches are trained on; of a bag
-            [1, 1, tiles, width].
+            [1, 1, tiles, width]; of a table float32[1, covariates], as it is predicted on.
         masks: uint8[N, *size], uint8[N, labels] classes, float32[N, 2] follow-up, or float32[N, M, 1 + 2 D] lesions.
         labelled: int64[places], for each label of the study: flat indices in [N, *size] of voxels that have it (of the
             centres of its lesions), at most `MOST_PLACES`, evenly chosen; empty where patches are not wanted.
@@ -68,7 +68,7 @@ class Stored:
     """
 
     key: str
-    images: NDArray[np.float16]
+    images: NDArray[Any]
     masks: NDArray[Any]
     facts: Facts
     labelled: tuple[NDArray[np.int64], ...] = ()
@@ -90,6 +90,8 @@ def plan_digest(study: Study) -> str:
     truth += [task.time_column, task.event_column, plain(task)["covariates"], study.table_only]
     if study.of_bags:
         truth.append(study.model.features[0])
+    if study.table_only:
+        truth.append("float32")  # earlier versions kept rows as float16, which ends at 65504
     return sha256(canonical_json([FORMAT, plain(study.preprocess), study.channels, truth])).hexdigest()[:12]
 
 
@@ -113,8 +115,10 @@ def write_case(path: Path, case: Case, study: Study, make_room: Callable[[int], 
 def _row(case: Case, study: Study) -> tuple[Facts, dict[str, NDArray[Any]]]:
     """A case of which the network sees the table alone: one example, one value for each column."""
     nowhere = Geometry((1, 1, 1), (1.0, 1.0, 1.0), (1,), (0.0,), (1.0,))
-    values = covariates_of(case, study.task)[None].astype(np.float16)
-    return Facts(nowhere, 0), {"images": values, "masks": vector_of(case, study.task)[None]}
+    return Facts(nowhere, 0), {
+        "images": covariates_of(case, study.task)[None],
+        "masks": vector_of(case, study.task)[None],
+    }
 
 
 def _bag(case: Case, study: Study) -> tuple[Facts, dict[str, NDArray[Any]]]:

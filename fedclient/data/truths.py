@@ -15,6 +15,7 @@ from shared_models.preprocess import Geometry, preprocess_labels
 from shared_models.task_table import Task
 
 Truth = NDArray[Any]
+MOST_COVARIATE = 1e18  # its square, which an optimizer takes of gradients, is a float32 still
 
 
 def has_truth(case: Case, task: Task) -> bool:
@@ -80,7 +81,16 @@ def covariates_of(case: Case, task: Task) -> NDArray[np.float32]:
     Raises:
         ImageUnreadable: LABEL_MISSING, LABEL_VALUES.
     """
-    return np.array([(number_in(case, c.column) - c.mean) / c.deviation for c in task.covariates], np.float32)
+    values = [(number_in(case, c.column) - c.mean) / c.deviation for c in task.covariates]
+    for value, covariate in zip(values, task.covariates, strict=True):
+        if abs(value) > MOST_COVARIATE:
+            raise refused(
+                "LABEL_VALUES",
+                f"`{covariate.column}` is too large for a network: more than {MOST_COVARIATE:.0e} once the study has "
+                f"taken its mean off and divided by its deviation. Correct it, or ask for a study with a larger "
+                f"deviation.",
+            )
+    return np.array(values, np.float32)
 
 
 def number_in(case: Case, column: str) -> float:

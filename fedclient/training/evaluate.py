@@ -11,6 +11,7 @@ from fedclient.data.dataset import CaseExamples, DataSet
 from fedclient.data.lesions import in_mm
 from fedclient.training.trainer import autocast
 from fedclient.training.windows import logits
+from shared_models.errors import OrderRefused
 from shared_models.preprocess import restore
 from shared_models.scores import Score
 from shared_models.seeds import rng
@@ -34,6 +35,9 @@ def answers(
 
     Args:
         go_on: called before each case; raises where the work may not go on.
+
+    Raises:
+        OrderRefused: `ANSWERS_NONFINITE`: the model answers a case with NaN or infinity, which no score counts.
     """
     net.eval()
     with torch.inference_mode(), autocast(study.train, device):
@@ -41,9 +45,23 @@ def answers(
             go_on()
             if study.task.kind == "reconstruction":  # the same parts of a case are hidden whenever it is scored
                 seen, truth = hidden(case.images, study.task, rng("hidden", study.name, case.key))
-                yield CaseAnswer(task.chances(logits(net, seen, study, device)).numpy(), truth)
+                yield CaseAnswer(_chances(net, seen, case.key, study, task, device), truth)
                 continue
-            yield _answer(case, task.chances(logits(net, case.images, study, device)).numpy(), task)
+            yield _answer(case, _chances(net, case.images, case.key, study, task, device), task)
+
+
+def _chances(
+    net: nn.Module, images: NDArray[Any], key: str, study: Study, task: TaskFunctions, device: torch.device
+) -> NDArray[Any]:
+    found = logits(net, images, study, device)
+    if not all(bound.isfinite() for bound in found.aminmax()):
+        raise OrderRefused(
+            "ANSWERS_NONFINITE",
+            f"case {key}: the model's answer is not finite, as its training has diverged. Lower train.learning_rate in "
+            f"the study.",
+        )
+    chances: NDArray[Any] = task.chances(found).numpy()
+    return chances
 
 
 def _answer(case: CaseExamples, chances: NDArray[Any], task: TaskFunctions) -> CaseAnswer:

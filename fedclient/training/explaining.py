@@ -91,20 +91,31 @@ class Wanted:
 
 
 def model_at(path: Path, study: str = "") -> Trained:
-    """The model of a weights file and the study that names its network, or of the folder of a run.
+    """The model of a weights file and the study that names its network, or of the folder of a run: the coordinator's,
+    or what a finished run has left at a site (`fedclient.memory`).
 
     Raises:
-        StudyInvalid: a weights file without a study, or a study beside a run, which has its own.
+        StudyInvalid: a weights file without a study, or with one whose plan is not in it; or a study beside a run,
+            which has its own.
         StateInvalid: a folder that holds no run, or no weights.
     """
     if path.is_file():
         if not study:
             raise StudyInvalid(f"{path}: weights do not say of what network they are. Name the study with --study.")
-        return Trained(load_study(study), (path,))
-    if not (path / "study.json").is_file():
+        named = load_study(study)
+        if named.plan == "federated":
+            raise StudyInvalid(
+                f"{path}: the network of study {named.name!r} comes from its plan, and weights alone do not hold it. "
+                f"Give the folder of the run, which does; at a site that of a finished run is site/states/RUN-.../SITE."
+            )
+        return Trained(named, (path,))
+    left = path / "final.json"
+    if not left.is_file() and not (path / "study.json").is_file():
         raise StateInvalid(f"{path}: is neither a weights file nor the folder of a run. Give one of them.")
     if study:
         raise StudyInvalid(f"{path}: a run has a study of its own. Leave --study out.")
+    if left.is_file():
+        return Trained(from_json(left.read_bytes(), str(left)), (path / "final.safetensors",))
     made = from_json((path / "study.json").read_bytes(), str(path / "study.json"))
     if made.plan == "federated":
         if not (path / "plan.json").is_file():
@@ -117,18 +128,26 @@ def model_at(path: Path, study: str = "") -> Trained:
 
 
 def read_pictured(files: Sequence[Path], study: Study) -> Pictured:
-    """One image from its file or folder, or from one for each of the study's channels, in their order.
+    """One image from its file or folder, or from one for each of the study's channels, in their order; colours are
+    those of one picture.
 
     Raises:
         ImageUnreadable: as `read_case`.
-        StudyInvalid: another number of files than the study has channels.
+        StudyInvalid: another number of files than the study sees.
+        ExplanationFailed: a study that sees no image.
     """
-    names = study.channels or ("",)
-    if len(files) != len(names):
-        raise StudyInvalid(
-            f"{len(files)} files for one image; study {study.name!r} sees {len(names)} ({', '.join(names)}). Join the "
-            f"files of an image by commas, in this order."
+    if study.of_bags or study.table_only:
+        sees = "a table" if study.table_only else "bags of features that somebody has computed"
+        raise ExplanationFailed(
+            f"study {study.name!r} sees {sees} and no image, so there is no map of one to draw. Choose a model that "
+            f"sees images."
         )
+    names = ("",) if study.in_colour else study.channels or ("",)
+    if len(files) != len(names):
+        mend = f"Join the files of an image by commas, in this order: {', '.join(names)}."
+        if len(names) == 1:
+            mend = "Give each image by itself" + (", as one picture in colour." if study.in_colour else ".")
+        raise StudyInvalid(f"{len(files)} files for one image; study {study.name!r} sees {len(names)}. {mend}")
     channels = tuple(Channel(name, (file,)) for name, file in zip(names, files, strict=True))
     volume = read_case(Case("", "", channels, None, "test"), study.channels)
     examples = preprocess(volume.voxels, volume.spacing_mm, study.preprocess)

@@ -7,6 +7,7 @@ it is the mean logit over the region that is predicted on the unchanged example,
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -168,35 +169,44 @@ def cam_layer(net: nn.Module, study: Study, batch: Tensor) -> str:
 
     Of a classification the last block with 7 cells along each edge, as those have for which Grad-CAM was described
     (Selvaraju et al. 2017, section 3); at small sizes the very last one would have 2. Of a segmentation the bottleneck,
-    or of what is above it the deepest with so many cells.
+    or of what is above it the deepest with so many cells. What runs more than once in a pass has no one map: a ResNet's
+    blocks share one activation among their convolutions.
 
     Raises:
         ExplanationFailed: no layer keeps places.
     """
-    seen: list[tuple[str, int]] = []
-    hooks = [
-        module.register_forward_hook(_noting(seen, name, batch.ndim)) for name, module in net.named_modules() if name
-    ]
+    runs: list[tuple[str, int]] = []
+    modules = dict(net.named_modules())
+    hooks = [module.register_forward_hook(_noting(runs, name, batch.ndim)) for name, module in modules.items() if name]
     try:
         with torch.no_grad():
             net(batch)
     finally:
         for hook in hooks:
             hook.remove()
+    times, cells_of = Counter(name for name, _ in runs), dict(runs)
+    seen = [(name, cells) for name, cells in runs if cells > 1 and times[name] == 1]
     if not seen:
         raise ExplanationFailed("no block of the network keeps places, so Grad-CAM cannot tell where. Use occlusion.")
     least = min(LEAST_CELLS, min(batch.shape[2:]) // 2)
-    fine = [(name, cells) for name, cells in seen if cells >= least] or seen
+
+    def halved(name: str) -> bool:
+        """Whether it lies in the middle of a block that leaves fewer cells."""
+        around = [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1)]
+        return any(0 < cells_of.get(a, 0) < least and not isinstance(modules[a], nn.Sequential) for a in around)
+
+    fine = [(name, cells) for name, cells in seen if cells >= least and not halved(name)] or seen
     if study.task.kind == "segmentation":
         deepest = min(cells for _, cells in fine)
         return next(name for name, cells in reversed(fine) if cells == deepest)
     return fine[-1][0]
 
 
-def _noting(seen: list[tuple[str, int]], name: str, dims: int) -> Callable[[nn.Module, Any, Any], None]:
+def _noting(runs: list[tuple[str, int]], name: str, dims: int) -> Callable[[nn.Module, Any, Any], None]:
+    """Notes each run of a module, with the cells along the shortest edge of what it made; 0 where that has none."""
+
     def note(module: nn.Module, given: Any, made: Any) -> None:
-        if isinstance(made, Tensor) and made.ndim == dims and min(made.shape[2:]) > 1:
-            seen.append((name, min(made.shape[2:])))
+        runs.append((name, min(made.shape[2:]) if isinstance(made, Tensor) and made.ndim == dims else 0))
 
     return note
 
@@ -205,16 +215,29 @@ def grad_cam(net: nn.Module, batch: Tensor, channel: int, layer: str) -> Salienc
     """Selvaraju et al. 2017, equations 1 and 2; the map of `layer` scaled to the example.
 
     Raises:
-        ExplanationFailed: no such layer.
+        ExplanationFailed: no such layer, or one that has no single map, as it runs several times in one pass.
     """
-    if layer not in dict(net.named_modules()):
-        shown = layer.removeprefix("net.").removeprefix("net.")
+    modules, shown = dict(net.named_modules()), layer.removeprefix("net.").removeprefix("net.")
+    if layer not in modules:
         raise ExplanationFailed(f"the network has no layer {shown!r}. Leave --layer out to have one chosen.")
+    runs: list[str] = []
+
+    def once(module: nn.Module, given: Any, made: Any) -> None:
+        runs.append(shown)
+        if len(runs) > 1:
+            raise ExplanationFailed(
+                f"layer {shown!r} runs more than once in one pass, so it has no one map. Name the block that it is "
+                f"in, or leave --layer out to have one chosen."
+            )
+
     seen = batch.clone().requires_grad_(True)  # so that hooks fire at the first layer as well
-    made = GradCAM(net, layer, postprocessing=_as_it_is)(seen, class_idx=channel)
-    for module in net.modules():  # which MONAI leaves its hooks on
-        module._forward_hooks.clear()
-        module._backward_hooks.clear()
+    modules[layer].register_forward_hook(once)
+    try:
+        made = GradCAM(net, layer, postprocessing=_as_it_is)(seen, class_idx=channel)
+    finally:
+        for module in net.modules():  # which MONAI leaves its hooks on
+            module._forward_hooks.clear()
+            module._backward_hooks.clear()
     return scaled(made[0, 0].detach().cpu().numpy())
 
 

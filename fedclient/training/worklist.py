@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from fedclient.data.cases import Case, read_case
 from fedclient.data.truths import has_truth
 from fedclient.gate.run import usable_cases
+from fedclient.memory import Sent
 from fedclient.site import Site
-from fedclient.training.explaining import Trained, around
+from fedclient.training.explaining import Trained, around, model_at
 from fedclient.training.uncertainty import augmented
-from shared_models import nets
-from shared_models.control import without_control
-from shared_models.errors import ExplanationFailed, FederationError
+from shared_models.dates import date_text
+from shared_models.errors import ExplanationFailed, StateInvalid
+from shared_models.files import file_sha256
+from shared_models.parse import parse_json
 from shared_models.preprocess import preprocess
 from shared_models.seeds import rng
-from shared_models.study import Study
-from shared_models.weights import difference, load, schema_of
+from shared_models.study import Study, from_json
 
 PLANES = 3  # of a case, spread over it, that a model is asked on
 LABELLED = 64  # labelled cases that distances are taken to, at most
@@ -60,6 +61,8 @@ def worklist(site: Site, model: Trained, most: int) -> list[Wish]:
     study = model.study
     if study.task.kind not in ("segmentation", "classification"):
         raise ExplanationFailed(f"study {study.name!r}: a worklist is for labels that somebody draws or names.")
+    if study.of_bags:
+        raise ExplanationFailed(f"study {study.name!r} sees bags of features and no image, which a worklist looks at.")
     cases = [case for case in usable_cases(site) if case.split == "train" and case.channels]
     unlabelled = [case for case in cases if not has_truth(case, study.task)]
     labelled = [case for case in cases if has_truth(case, study.task)][:LABELLED]
@@ -152,24 +155,45 @@ def narrowest(net: nn.Module, batch: Tensor) -> NDArray[np.float64]:
     return np.asarray(features.flatten(2).mean(dim=2)[0].double().cpu().numpy())
 
 
-def received(site: Site, study: Study) -> Trained:
-    """The last weights that the coordinator has sent this site for such a network.
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A model that the coordinator has sent this site, as it is trained, and where it is from, in words."""
+
+    model: Trained
+    words: str
+
+
+def received(site: Site, study: Study, digest: str) -> Received:
+    """The last weights that came with an order of the study of this digest; after its end, those it came to.
 
     Raises:
-        ExplanationFailed: there are none.
+        ExplanationFailed: there are none, or those of another study have taken their place.
     """
-    wanted = nets.schema(nets.network(study))
-    files = [path for path in (site.folder / "blobs").glob("*") if path.is_file() and len(path.name) == 64]
-    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        try:
-            fits = not difference(wanted, schema_of(without_control(load(path))))
-        except FederationError:  # still on its way, or of something else
-            continue
-        if fits:
-            return Trained(study, (path,))
+    newest = sorted(site.folder.glob(f"states/*-{digest}/{site.name}"), key=_came_ns, reverse=True)
+    for folder in newest:
+        run = folder.parent.name.removesuffix(f"-{digest}")
+        note, final = folder / "sent.json", folder / "final.safetensors"
+        if note.exists():
+            sent = parse_json(Sent, note.read_bytes(), str(note), StateInvalid)
+            blob = site.folder / "blobs" / sent.sha256
+            if blob.is_file() and file_sha256(blob) == sent.sha256:
+                words = f"sent for round {sent.round} of run {run} on {_came(note)}"
+                return Received(Trained(from_json(sent.study, str(note)), (blob,)), words)
+        if final.exists():
+            return Received(model_at(folder), f"of the end of run {run} on {_came(final)}")
     raise ExplanationFailed(
-        f"{site.folder}: no weights of study {study.name!r} have come yet. Wait for a round of it, or give --model."
+        f"{site.folder}: no weights of study {study.name!r} ({digest[:12]}) are here: none have come yet, or those of "
+        f"another study since. Wait for a round of it, or give --model."
     )
+
+
+def _came_ns(folder: Path) -> int:
+    files = [folder / "sent.json", folder / "final.safetensors"]
+    return max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)
+
+
+def _came(file: Path) -> str:
+    return date_text(file.stat().st_mtime)
 
 
 def rows_of(wishes: Sequence[Wish], folder: Path) -> str:

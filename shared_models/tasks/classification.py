@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from shared_models.class_counts import class_counts
 from shared_models.scores import Score
 from shared_models.study import Task
-from shared_models.tasks.functions import CaseAnswer, Loss, TaskFunctions
+from shared_models.tasks.functions import LEAST, CaseAnswer, Loss, TaskFunctions
 
 
 def functions_of(task: Task) -> TaskFunctions:
@@ -49,7 +49,8 @@ def focal(logits: Tensor, truth: Tensor, class_weights: Tensor, gamma: float) ->
     """Focal loss over a softmax (Lin et al. 2017, equation 5), each example weighing by its class, mean over them."""
     wanted = truth.argmax(dim=1)
     log_chance = -F.cross_entropy(logits, wanted, reduction="none")
-    return (-class_weights.to(logits)[wanted] * (1 - log_chance.exp()) ** gamma * log_chance).mean()
+    missed = (1 - log_chance.exp()).clamp(min=LEAST)
+    return (-class_weights.to(logits)[wanted] * missed**gamma * log_chance).mean()
 
 
 def scores(task: Task, cases: Iterable[CaseAnswer], threshold: float, smallest_count: int) -> Mapping[str, Score]:

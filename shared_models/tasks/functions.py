@@ -12,6 +12,7 @@ from shared_models.preprocess import Geometry
 from shared_models.scores import Score
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+LEAST = torch.finfo(torch.float32).tiny  # that a focal loss takes a power of: at 0 one below 1 has no derivative
 
 
 class CaseAnswer(NamedTuple):

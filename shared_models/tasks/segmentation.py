@@ -20,7 +20,7 @@ from shared_models.scores import Score
 from shared_models.study import Task
 from shared_models.surface_counts import SurfaceCounts
 from shared_models.tasks.decide import predicted_of as predicted_of
-from shared_models.tasks.functions import CaseAnswer, Loss, TaskFunctions, deeply
+from shared_models.tasks.functions import LEAST, CaseAnswer, Loss, TaskFunctions, deeply
 from shared_models.tasks.surfaces import CaseSurface, case_surface, surface_counts
 
 Parts = tuple[tuple[int, ...], ...]  # of each answer: the mask values that it holds
@@ -90,7 +90,7 @@ def focal(logits: Tensor, masks: Tensor, targets: Targets = targets, gamma: floa
     """Focal loss (Lin et al. 2017, equation 4), mean over the voxels that are not ignored and the labels."""
     truth, valid = targets(masks, logits.shape[1])
     cross = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    missed = torch.sigmoid(torch.where(truth > 0, -logits, logits))  # 1 - the probability of the truth
+    missed = torch.sigmoid(torch.where(truth > 0, -logits, logits)).clamp(min=LEAST)  # 1 - the probability of the truth
     return (missed**gamma * cross * valid).sum() / (valid.sum() * logits.shape[1]).clamp(min=1)
 
 
