@@ -302,7 +302,7 @@ def _data(folder: Path, file: SiteFile) -> Iterator[Line]:
     words = f"{found.layout}; {found.cases} cases"
     if found.blocking:
         codes = ", ".join(f"{code} ({times})" for code, times in sorted(found.blocking.items()))
-        mend = "`fedclient check` names the cases; mend them, or decide with `fedclient waive`."
+        mend = "`fedclient check` says which cases, how to mend them, and what may be waived."
         yield Line("data", "fail", f"{words}; training is stopped by {codes}.", mend)
     elif not found.cases:
         yield Line("data", "fail", f"{words}.", f"Put images into {folder / 'site.toml'}'s data folder.")

@@ -406,6 +406,19 @@ def test_a_site_with_unreadable_images_is_told_by_rows_and_not_by_names(tmp_path
     assert "No finding is waived" in call(*words, "--remove")[1]
 
 
+def test_a_table_that_leaves_no_case_is_never_ready_and_no_waiver_is_offered_for_it(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.csv").write_text("patient_id;image;mask\np0;a.nii;b.nii\n")
+    file = SiteFile("north", "127.0.0.1:9", "Test", Data(str(tmp_path / "data")))
+    write_atomic(Path("site") / "site.toml", site_toml(file).encode())
+    told = refused("fedclient", "waive", "MANIFEST_INVALID", "--reason", "the table is as it is")
+    assert "MANIFEST_INVALID cannot be waived" in told
+    assert "separated by commas" in told
+    code, told, _ = call("fedclient", "check")
+    assert (code, "Not ready" in told, "fedclient waive" in told) == (1, True, False)
+    assert "LABEL_EMPTY" in call("fedclient", "waive", "LABEL_EMPTY", "--reason", "empty masks are right here")[1]
+
+
 def test_a_simulation_tells_its_results_as_json_on_standard_output_and_nothing_else(data):
     Path("tiny.toml").write_text(TINY)
     words = ["fedsim", "run", "tiny.toml", "--data", data, "--out", "out", "--workers", 0, "--device", "cpu", "--json"]

@@ -71,7 +71,7 @@ def stop(site: Site, blocking: Sequence[Finding], order: Order) -> None:
         note(site.folder, "refused", run=order.run, round=order.round, order=order.kind, codes=codes)
     counted = ", ".join(f"{code} ({times})" for code, times in codes.items())
     if site.deployed:
-        mend = "Run `fedclient check` with the study to see which cases, mend them, or decide with `fedclient waive`."
+        mend = "Run `fedclient check` with the study: it says which cases, how to mend them, and what may be waived."
     else:
         told = " ".join(f"{each.code}: {each.what}" for each in blocking[:SHOWN])
         mend = f"{told} Mend these cases in {site.data}, or take them out of it."
