@@ -294,11 +294,11 @@ def nvidia() -> list[str]:
 
 
 def _data(folder: Path, file: SiteFile) -> Iterator[Line]:
-    from fedclient.gate.facts import needs_of
-    from fedclient.gate.run import standing
+    from fedclient.gate.run import last_needs, standing
 
     check_data(folder, file.data.folder)
-    found = standing(open_site({"site-dir": str(folder)}), needs_of(None))
+    site = open_site({"site-dir": str(folder)})
+    found = standing(site, last_needs(site))
     words = f"{found.layout}; {found.cases} cases"
     if found.blocking:
         codes = ", ".join(f"{code} ({times})" for code, times in sorted(found.blocking.items()))

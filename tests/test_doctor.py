@@ -276,10 +276,12 @@ def test_a_gpu_that_is_seen_and_cannot_compute_is_a_failure(driver, monkeypatch)
 
 
 def test_the_data_are_told_as_the_last_check_left_them(site):
-    assert CliRunner().invoke(fedclient.cli.app, ["check", "--site", str(site)]).exit_code in (0, 1)
-    line = found(site, "data")["data"]
-    assert line.state in ("ok", "fail")
-    assert "not looked at" not in line.words
+    assert "not looked at yet" in found(site, "data")["data"].words
+    for words in (["--study", "lung-ct"], []):
+        assert CliRunner().invoke(fedclient.cli.app, ["check", "--site", str(site), *words]).exit_code in (0, 1)
+        line = found(site, "data")["data"]
+        assert line.state in ("ok", "fail")
+        assert "not looked at" not in line.words
     changed(site, data=Data("/nowhere"))
     line = found(site, "data")["data"]
     assert (line.state, "the data folder is not there" in line.words) == ("fail", True)

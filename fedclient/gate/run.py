@@ -1,6 +1,7 @@
 """The check of a site's data: every case looked at once, kept, and seen together; a second run looks at what changed.
 
 site/gate/cases/<what the study needs>/<case key>.json    what was seen in a case, 0600, no identifiers
+site/gate/needs.json                                      what the last check asked of them
 """
 
 from collections import Counter
@@ -95,6 +96,8 @@ def check(
     Raises:
         OrderRefused: the site's work may not go on. What was seen by then is kept.
     """
+    if last_needs(site) != needs:
+        write_atomic(site.folder / "gate" / "needs.json", canonical_json(plain(needs)))
     waivers = read_waivers(site.folder)
     listing = listed(site)
     out = excluded(waivers)
@@ -121,6 +124,14 @@ def check(
         needs, listing.layout, seen, tuple(findings), tuple(blocking), tuple(used), len(listing.cases) - len(cases),
         len(todo), states,
     )  # fmt: skip
+
+
+def last_needs(site: Site) -> Needs:
+    """What the last check asked of the cases: of which study that was, or of none."""
+    try:
+        return parse_json(Needs, (site.folder / "gate" / "needs.json").read_bytes(), "needs")
+    except (OSError, FederationError):  # never checked, or by another version
+        return Needs()
 
 
 @dataclass(frozen=True, slots=True)
