@@ -86,6 +86,14 @@ WRONG = [
     ("limits", "gpu_memory_share", "1.5", "`limits.gpu_memory_share` is 1.5; allowed: less than or equal to 1"),
     ("limits", "order_s", "0", "`limits.order_s` is 0; allowed: greater than 0"),
     ("policy", "smallest_count", "0", "`policy.smallest_count` is 0; allowed: greater than or equal to 1"),
+    (
+        "policy",
+        "tasks",
+        '["segmentacion"]',
+        "tasks has 'segmentacion', which no study has. Did you mean `segmentation`",
+    ),
+    ("policy", "models", '["unet", "resnet"]', "models has 'resnet', which no study has. Did you mean `resnet"),
+    ("policy", "models", '["vit"]', r"models has 'vit', which no study has\. Allowed: any, unet, dynunet"),
     ("policy", "smallest_cout", "5", "`policy.smallest_cout` is not a key here. Did you mean `smallest_count`?"),
 ]
 
