@@ -20,6 +20,7 @@ from fedserver.state import change_run, find_run
 from shared_models.cli import guarded
 from shared_models.errors import FederationError
 from shared_models.files import write_atomic
+from shared_models.invite import Invite, write_invite
 from shared_models.protect.accounting import Spend, epsilon
 from shared_models.supervise import only_one
 from simulations.phantoms import PhantomPlan, phantom
@@ -382,6 +383,31 @@ def test_a_hospital_joins_looks_at_its_data_and_asks_how_it_stands(tmp_path, dat
     status = parsed("fedclient", "status", "--json")
     assert (status["site"], status["finished_work"]) == ("north", [])
     assert "stopped; `fedclient start` starts it" in call("fedclient", "status")[1]
+
+
+@pytest.mark.parametrize(
+    ("table", "words", "told"),
+    [
+        ("site,patient_id,image,mask\nb,p0,0.nii,\na,p1,0.nii,\n", (), "`fedclient join --manifest-site a`, or "
+         'manifest_site = "a" under [data] of site.toml'),
+        ("site,patient_id,image,mask\nb,p0,0.nii,\n", ("--manifest-site", "c"), "there is no site 'c'. It holds: b."),
+        ("patient_id;image;mask\np0;0.nii;\n", (), "The columns must be separated by commas."),
+        ("patient_id,image,mask\n", (), "it has a heading and no rows"),
+        ("", (), "row 1 lacks the columns"),
+        ("patient_id,image,mask\np0,../0.nii,\n", (), "row 2: `image` must be a path inside the data folder"),
+    ],
+)  # fmt: skip
+def test_a_table_that_describes_no_data_is_told_before_the_invite_is_spent(tmp_path, table, words, told):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "0.nii").touch()
+    (tmp_path / "data" / "manifest.csv").write_text(table)
+    line = write_invite(Invite("127.0.0.1:9", "0" * 64, "north", "0" * 32))
+    assert told in refused("fedclient", "join", line, "--data", tmp_path / "data", *words)
+    assert not Path("site").exists()
+    (tmp_path / "data" / "manifest.csv").write_text("site,patient_id,image,mask\nb,p0,0.nii,\na,p1,0.nii,\n")
+    assert "127.0.0.1:9: cannot be reached" in refused(
+        "fedclient", "join", line, "--data", tmp_path / "data", "--manifest-site", "a"
+    )
 
 
 def test_a_site_with_unreadable_images_is_told_by_rows_and_not_by_names(tmp_path):
