@@ -331,6 +331,7 @@ def test_what_leaves_no_case_to_read_cannot_be_waived(site: Site, code: str) -> 
     waive(site.folder, code, "", REASON, exclude=False)  # decided when the table was another one
     found = check(site, NEEDS)
     assert (found.ready, found.used, {f.code for f in found.blocking}) == (False, (), {code})
+    assert "waived with a reason" not in render(found, "north", (), "lung", "2026-01-01T00:00:00Z")
     assert standing(site, NEEDS).blocking == {code: 1}
     with pytest.raises(OrderRefused, match=rf"{code} \(1\)"):
         ready(order(), site, LUNG)
@@ -441,6 +442,7 @@ def test_the_page_shows_each_finding_with_its_case_and_runs_nothing(site: Site) 
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert found.blocking[0].case in page
+    assert "waived with a reason" in page
     assert page.count("data:image/png;base64,") == 4  # the one with a finding, and three without
     assert not re.search(r'(?:src|href)="(?!data:)', page)
 
