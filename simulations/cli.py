@@ -332,7 +332,7 @@ def phantom(
     ] = "manifest",
 ) -> None:
     """Writes made-up patients of several hospitals: lung CT, or brain MR for BraTS, in any layout that is read."""
-    from simulations.phantoms import PhantomPlan, Shift, TestLabels
+    from simulations.phantoms import PhantomPlan, Shift, TestLabels, in_lines
     from simulations.phantoms import phantom as write
     from simulations.sources import write_sites
 
@@ -345,9 +345,13 @@ def phantom(
     )  # fmt: skip
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("patients", total=None)
+        lines = in_lines(lambda news: console.print(news, highlight=False))
 
         def progress(done: int, of: int) -> None:
-            bars.update(bar, completed=done, total=of)
+            if console.is_terminal:
+                bars.update(bar, completed=done, total=of)
+            else:
+                lines(done, of)
 
         if layout == "manifest":
             folder = write(out, plan, progress=progress)
