@@ -373,9 +373,12 @@ def release(
 ) -> None:
     """Makes a research release of a run: ONNX, TorchScript, MONAI bundle, card; marked as of no federation."""
     from fedserver.publish.card import read_words
+    from simulations.run_folder import run_at
+
+    run, said = run_at(run_dir), read_words(words)
     from simulations.release import research_release  # imports torch
 
-    path, manifest = research_release(run_dir, out, version, read_words(words), single_file)
+    path, manifest = research_release(run, out, version, said, single_file)
     print(f"{path}\ndigest {manifest.digest}")
     console.print("A research release: no federation stands behind it. `fedclient verify --research` opens it.")
 

@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from simulations.phantoms import PhantomPlan, phantom
 from tests.edge import running_edge
 from tests.studies import TINY_NET
 
+ROOT = Path(__file__).parents[1]
 COMMANDS: dict[str, typer.Typer] = {
     "fedserver": fedserver.cli.app,
     "fedclient": fedclient.cli.app,
@@ -340,6 +343,17 @@ def test_a_phantom_is_written_where_it_is_said(tmp_path):
     code, out, err = call(*words)
     assert (code, err.splitlines()) == (0, [f"phantom: {done} of 3" for done in range(4)])
     assert (Path(out.strip()) / "manifest.csv").is_file()
+
+
+def test_a_folder_without_a_run_is_told_before_anything_slow_is_imported():
+    words = "[['release', 'none'], ['candidates', 'none'], ['explain', 'none']]"
+    code = (
+        "import sys; from typer.testing import CliRunner; from simulations.cli import app\n"
+        f"print(*(CliRunner().invoke(app, each).stderr for each in {words}), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.count("none: holds no run. Give the folder of `fedsim run`") == 3
+    assert done.stdout.endswith("False\n")
 
 
 def test_a_phantom_of_any_layout_is_found_again_by_check_and_by_run(tmp_path):
