@@ -49,7 +49,9 @@ def join(
     invite: Annotated[str, typer.Argument(help="The line that the coordinator sent: fl1.…; - reads it from stdin.")],
     data: Annotated[Path, typer.Option(help="Folder of images in a known layout, or with manifest.csv; only read.")],
     layout: Annotated[str, typer.Option(help="How it is laid out (pacs, brats-2023, ...); auto finds it.")] = "auto",
-    manifest_site: Annotated[str | None, typer.Option(help="Which site of a table that lists several.")] = None,
+    manifest_site: Annotated[
+        str | None, typer.Option(help="Which site of a table that lists several; as `manifest_site` in site.toml.")
+    ] = None,
     approve: Annotated[
         Approval, typer.Option(help="Ask a person here for each study, or take part in all inside the policy.")
     ] = Approval.ASK,
@@ -68,7 +70,7 @@ def join(
         raise EnrolmentFailed(f"{data}: is no folder. Point --data to the folder that holds the images.")
     if not _is_text(str(data.resolve())):  # before the invite is spent: site.toml is UTF-8
         raise EnrolmentFailed(f"{str(data)!r}: its name is not UTF-8. Rename the folder.")
-    laid_out = described(data.resolve(), layout)
+    laid_out = described(data.resolve(), layout, manifest_site)  # before the invite is spent, too
     joined = enrol(_line(invite), site)
     held = Data(str(data.resolve()), manifest_site, layout)
     allowed = Policy(approval=approve.value)

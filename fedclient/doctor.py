@@ -294,15 +294,15 @@ def nvidia() -> list[str]:
 
 
 def _data(folder: Path, file: SiteFile) -> Iterator[Line]:
-    from fedclient.gate.facts import needs_of
-    from fedclient.gate.run import standing
+    from fedclient.gate.run import last_needs, standing
 
     check_data(folder, file.data.folder)
-    found = standing(open_site({"site-dir": str(folder)}), needs_of(None))
+    site = open_site({"site-dir": str(folder)})
+    found = standing(site, last_needs(site))
     words = f"{found.layout}; {found.cases} cases"
     if found.blocking:
         codes = ", ".join(f"{code} ({times})" for code, times in sorted(found.blocking.items()))
-        mend = "`fedclient check` names the cases; mend them, or decide with `fedclient waive`."
+        mend = "`fedclient check` says which cases, how to mend them, and what may be waived."
         yield Line("data", "fail", f"{words}; training is stopped by {codes}.", mend)
     elif not found.cases:
         yield Line("data", "fail", f"{words}.", f"Put images into {folder / 'site.toml'}'s data folder.")

@@ -4,16 +4,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, time
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 from zoneinfo import ZoneInfo
 
 from pydantic import Field
 
-from shared_models.parse import STRICT, SiteName
+from shared_models.model_table import Network
+from shared_models.parse import STRICT, SiteName, did_you_mean
 from shared_models.protect.ring import MOST_SITES
 from shared_models.study import Study
+from shared_models.task_table import Kind
 
 ANY = "any"
+KINDS: tuple[str, ...] = get_args(Kind)
+NETWORKS: tuple[str, ...] = get_args(Network)
 MOST_A_DAY = 200  # new studies that are taken part in without asking
 Protection: TypeAlias = Literal["secure-sum", "differential-privacy"]
 Word = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
@@ -59,6 +63,13 @@ class Policy:
     partners: Annotated[tuple[SiteName, ...], Field(max_length=MOST_SITES)] = ()
 
     def __post_init__(self) -> None:
+        for key, words, known in (("tasks", self.tasks, KINDS), ("models", self.models, NETWORKS)):
+            for word in words:
+                if word not in (ANY, *known):
+                    hint = did_you_mean(word, known)
+                    raise ValueError(
+                        f"{key} has {word!r}, which no study has.{hint} Allowed: {ANY}, {', '.join(known)}"
+                    )
         for window in self.hours:
             if not _WINDOW.fullmatch(window):
                 raise ValueError(f'hours has {window!r}; a window is HH:MM-HH:MM, as in "20:00-06:00"')

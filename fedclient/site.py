@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 DATA_FILE = "data.toml"
 UNIT = "\x1f"  # ASCII's unit separator, between the sites of a simulated node: a manifest's names may hold commas
+UNSET = {  # keys that have no value unless a hospital gives one: an example, and what it means
+    "manifest_site": '"NAME"  # which site of a table that lists several',
+    "most_epsilon": "8.0  # that one study may spend of a patient's privacy in all its rounds; else the whole budget",
+    "memory_gib": "16.0  # of main memory, for each process that trains or prepares images; else no limit",
+    "order_s": "3600.0  # longest that an order may take, in seconds; else until nobody takes its answer any more",
+}
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
 
 
@@ -211,11 +217,12 @@ def check_data(site: Path, folder: str) -> None:
 
 
 def site_toml(site: SiteFile) -> str:
-    """The text of a site file; every value that a hospital may change stands in it."""
+    """The text of a site file; every key that a hospital may set stands in it, one without a value as a comment."""
     tables = plain(site)
     lines = [f"{key} = {_toml(tables.pop(key))}" for key in ("name", "coordinator", "federation")]
     for table, values in tables.items():
-        lines += ["", f"[{table}]"] + [f"{k} = {_toml(v)}" for k, v in values.items() if v is not None]
+        lines += ["", f"[{table}]"]
+        lines += [f"# {k} = {UNSET[k]}" if v is None else f"{k} = {_toml(v)}" for k, v in values.items()]
     return "\n".join(lines) + "\n"
 
 

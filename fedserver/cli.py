@@ -44,7 +44,9 @@ HERE = Path("federation")
 @guarded
 def init(
     name: Annotated[str, typer.Option(help="What the federation is called.")] = "federation",
-    address: Annotated[str | None, typer.Option(help="HOST:PORT that the hospitals dial.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT that the hospitals dial; this machine's name at 8443.")
+    ] = None,
     certificate_days: Annotated[
         float, typer.Option(help="For which a site's certificate is good; its node renews it when a third is left.")
     ] = 90.0,
@@ -57,6 +59,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Makes a federation: its certificate authority, server certificate, secrets and state."""
+    from fedserver.doctor import dialled
     from fedserver.enrol import ca_fingerprint, init_federation
     from fedserver.root import founding
     from shared_models.identity import fingerprint_words
@@ -71,6 +74,9 @@ def init(
         print_json({"name": made.name, "address": made.address, "folder": str(made.folder), "words": words})
         return
     console.print(f"[bold]{made.name}[/] is in {escape(str(made.folder))}. Hospitals dial {made.address}.")
+    dial = dialled(made)
+    if dial.state != "ok":
+        console.print(f"[yellow]{escape(dial.words)}[/] {escape(dial.mend)}", highlight=False)
     console.print(f"This coordinator, to be compared by telephone: [bold]{words}[/]")
     if offline_ca is not None:
         console.print(f"The root key is in {escape(str(offline_ca))}, encrypted: take it away, with a copy elsewhere.")

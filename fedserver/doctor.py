@@ -1,5 +1,6 @@
 """What may keep a coordinator from serving, looked at one by one: ports, certificates, disk, backup, clock."""
 
+import ipaddress
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from shared_models.dates import date_text, span_text
 from shared_models.doctor import Check, Line, clock_moved_back, disk, examined, failed, flower_names, memory, versions
 from shared_models.errors import FederationError
 from shared_models.files import read_lines
-from shared_models.identity import load_credential, read_certificate, split_address
+from shared_models.identity import is_for, load_credential, read_certificate, split_address
 from shared_models.supervise import read_status, troubles
 
 DAY_S = 86400.0
@@ -63,14 +64,33 @@ def _certificates(federation: Federation) -> Iterator[Line]:
 
 
 def _address(federation: Federation) -> Iterator[Line]:
+    yield dialled(federation)
+    host, _ = split_address(federation.address)
+    if not is_for(load_credential(federation.server_certificate).certificate, host):
+        words = f"the coordinator's certificate is not for {host}, so that no hospital takes it for the coordinator."
+        yield Line("address, certificate", "fail", words, "`fedserver renew` makes one that is.")
+
+
+def dialled(federation: Federation) -> Line:
+    """Whether hospitals can dial the federation's address, as far as this machine knows, and how it is changed."""
     host, port = split_address(federation.address)
+    mend = (
+        f"If hospitals cannot dial it: set `address` in {federation.folder / 'federation.toml'}, `fedserver renew`, "
+        f"start `fedserver serve` anew, and send new invites; one that has joined sets `coordinator` in its site.toml."
+    )
     try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        found = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
     except OSError as error:
-        words = f"{host} has no address here ({error.strerror or error})."
-        yield Line("address", "warn", words, "Hospitals must find it by their name servers.")
-        return
-    yield Line("address", "ok", f"{host} is {', '.join(sorted(found))}.")
+        return Line("address", "warn", f"{host} has no address here ({error.strerror or error}).", mend)
+    if all(_stays_here(each) for each in found):
+        words = f"{host} is {', '.join(found)}, by which nobody but this machine reaches it."
+        return Line("address", "warn", words, mend)
+    return Line("address", "ok", f"{host} is {', '.join(found)}.")
+
+
+def _stays_here(address: str) -> bool:
+    found = ipaddress.ip_address(address)
+    return found.is_loopback or found.is_unspecified
 
 
 def _port(federation: Federation) -> Iterator[Line]:

@@ -283,6 +283,12 @@ def read_certificate(certificate: bytes) -> Certificate:
         raise EnrolmentFailed(f"not a certificate ({error}). Ask the coordinator for a new invite.") from error
 
 
+def is_for(certificate: bytes, host: str) -> bool:
+    """Whether a server's certificate (PEM) is for a name or address, as `issue_server` was given it."""
+    names = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    return _alternative_name(host) in names.value
+
+
 def is_issued_by(certificate: bytes, authority: bytes) -> bool:
     """Whether a key of `authority` (PEM) that counts signed `certificate` (PEM or DER); times are not looked at."""
     try:

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass, fields
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
 from shared_models.parse import STRICT
 
+Network: TypeAlias = Literal[
+    "unet", "dynunet", "residual-unet", "segresnet", "resnet18", "resnet34", "resnet50",
+    "vgg11", "vgg13", "vgg16", "vgg19", "densenet121", "efficientnet-b0", "mlp", "attention-mil",
+]  # fmt: skip
 ENCODERS = (  # networks that answer with one vector for each image
     "resnet18", "resnet34", "resnet50", "vgg11", "vgg13", "vgg16", "vgg19", "densenet121", "efficientnet-b0",
 )  # fmt: skip
@@ -69,10 +73,7 @@ class Model:
     """
 
     __pydantic_config__ = STRICT
-    name: Literal[
-        "unet", "dynunet", "residual-unet", "segresnet", "resnet18", "resnet34", "resnet50",
-        "vgg11", "vgg13", "vgg16", "vgg19", "densenet121", "efficientnet-b0", "mlp", "attention-mil",
-    ] = "unet"  # fmt: skip
+    name: Network = "unet"
     spatial_dims: Literal[2, 3] = 2
     features: Annotated[tuple[Features, ...], Field(max_length=12)] = (32, 32, 64, 128, 256, 32)
     levels: Annotated[tuple[Level, ...], Field(max_length=12)] = ()

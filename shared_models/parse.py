@@ -8,7 +8,7 @@ import difflib
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -108,8 +108,7 @@ def _complaint(kind: type[object], found: Mapping[str, Any], where: str) -> str:
     key = ".".join(names)
     if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known(kind, names[:-1])
-        near = difflib.get_close_matches(names[-1], known, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
+        hint = did_you_mean(names[-1], known)
         return f"{where}: `{key}` is not a key here.{hint} Allowed: {', '.join(known) or 'none'}."
     if found["type"] in ("missing", "missing_argument"):
         return f"{where}: `{key}` is missing. Add it."
@@ -123,6 +122,12 @@ def _complaint(kind: type[object], found: Mapping[str, Any], where: str) -> str:
     shown = repr(found["input"])
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     return f"{where}: {f'`{key}` is' if key else 'is'} {shown}; allowed: {says}."
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """` Did you mean ...?` for the one of `known` that `word` is nearest to; empty where none is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean `{near[0]}`?" if near else ""
 
 
 def _known(kind: type[object], path: list[str]) -> list[str]:

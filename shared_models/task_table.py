@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
 Column = Annotated[str, Field(max_length=80, pattern=f"^{SHOWN}+$")]
+Kind: TypeAlias = Literal["segmentation", "classification", "prognosis", "detection", "reconstruction"]
 
 LOSSES = {
     "segmentation": ("bce", "dice_bce", "ce", "dice_ce", "focal", "tversky"),
@@ -80,7 +81,7 @@ class Task:
     """
 
     __pydantic_config__ = STRICT
-    kind: Literal["segmentation", "classification", "prognosis", "detection", "reconstruction"] = "segmentation"
+    kind: Kind = "segmentation"
     labels: Annotated[tuple[Name, ...], Field(min_length=1, max_length=32)] = ("lung",)
     loss: Literal["bce", "dice_bce", "ce", "dice_ce", "focal", "tversky", "hazard", "centre", "masked_l1"] = "bce"
     regions: Annotated[tuple[Region, ...], Field(max_length=32)] = ()

@@ -332,7 +332,7 @@ def phantom(
     ] = "manifest",
 ) -> None:
     """Writes made-up patients of several hospitals: lung CT, or brain MR for BraTS, in any layout that is read."""
-    from simulations.phantoms import PhantomPlan, Shift, TestLabels
+    from simulations.phantoms import PhantomPlan, Shift, TestLabels, in_lines
     from simulations.phantoms import phantom as write
     from simulations.sources import write_sites
 
@@ -345,9 +345,13 @@ def phantom(
     )  # fmt: skip
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("patients", total=None)
+        lines = in_lines(lambda news: console.print(news, highlight=False))
 
         def progress(done: int, of: int) -> None:
-            bars.update(bar, completed=done, total=of)
+            if console.is_terminal:
+                bars.update(bar, completed=done, total=of)
+            else:
+                lines(done, of)
 
         if layout == "manifest":
             folder = write(out, plan, progress=progress)
@@ -369,9 +373,12 @@ def release(
 ) -> None:
     """Makes a research release of a run: ONNX, TorchScript, MONAI bundle, card; marked as of no federation."""
     from fedserver.publish.card import read_words
+    from simulations.run_folder import run_at
+
+    run, said = run_at(run_dir), read_words(words)
     from simulations.release import research_release  # imports torch
 
-    path, manifest = research_release(run_dir, out, version, read_words(words), single_file)
+    path, manifest = research_release(run, out, version, said, single_file)
     print(f"{path}\ndigest {manifest.digest}")
     console.print("A research release: no federation stands behind it. `fedclient verify --research` opens it.")
 

@@ -15,7 +15,7 @@ from fedclient.training.explaining import Pictured, Trained, Wanted, around, exp
 from fedclient.training.maps import Method, channel_of
 from fedclient.training.sanity import LIMITS, Checkup, Sample, check_maps
 from fedserver.checkpoint import RunFolder, read_state, trained_study
-from shared_models.errors import ExplanationFailed, StateInvalid
+from shared_models.errors import ExplanationFailed
 from shared_models.files import write_json
 from shared_models.preprocess import preprocess, preprocess_labels
 from shared_models.study import Study
@@ -29,20 +29,6 @@ class Which:
 
     split: str = "test"
     most: int = 4
-
-
-def run_at(path: Path) -> RunFolder:
-    """A run folder, or that of the federation in a folder of `fedsim run`: its first seed.
-
-    Raises:
-        StateInvalid: neither.
-    """
-    if not (path / "state.json").exists():
-        seeds = sorted(path.glob("seed-*/federated"), key=lambda each: int(each.parent.name.removeprefix("seed-")))
-        if not seeds:
-            raise StateInvalid(f"{path}: holds no run. Give the folder of `fedsim run`, or of one run in it.")
-        path = seeds[0]
-    return RunFolder(path)
 
 
 def model_of(run: RunFolder) -> Trained:

@@ -31,6 +31,7 @@ from simulations.anatomy import LUNG_SPAN_MM, Body, Field, Nodule, Point, cut, g
 from simulations.scanner import SITES, Site, acquire, site_named
 
 GENERATOR = 3  # raise it whenever equal plans would give other files
+TOLD = 10  # lines about a phantom that is being made
 KINDS = ("solid", "part-solid", "ground-glass", "calcified")
 MANIFEST = ("site", "patient_id", "image", "mask", "truth", "split", "sex", "age", "nodules")
 NODULES = ("patient_id", "x_mm", "y_mm", "z_mm", "diameter_mm", "type", "malignancy")
@@ -125,6 +126,7 @@ def phantom(
         return folder
     everyone = [(name, n) for name in site_names(plan) for n in range(plan.train + plan.val + plan.test)]
     missing = [who for who in everyone if not record_of(folder, *who).exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     draw = partial(write_patient, folder, plan)
     for written, _ in enumerate(drawn(draw, folder, missing, processes)):
         if progress:
@@ -133,6 +135,18 @@ def phantom(
     write_atomic(folder / "nodules.csv", table(NODULES, [row for r in records for row in r["nodules"]]))
     write_atomic(folder / "manifest.csv", table(MANIFEST, [r["patient"] for r in records]))  # last: now it is whole
     return folder
+
+
+def in_lines(say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Progress (patients done, patients in all) in a few lines, for who sees no bar."""
+    said: list[int] = []
+
+    def progress(done: int, of: int) -> None:
+        if done not in said and (done in (0, of) or done % max(1, of // TOLD) == 0):
+            said.append(done)
+            say(f"phantom: {done} of {of}")
+
+    return progress
 
 
 def drawn(

@@ -8,7 +8,6 @@ from fedserver.publish.card import Words
 from fedserver.publish.making import make_release
 from fedserver.publish.of_run import Maker, recipe_of
 from fedserver.registry import copy_out
-from shared_models.errors import StateInvalid
 from shared_models.identity import issue_signer, new_authority
 from shared_models.provenance import check_provenance
 from shared_models.release import SUFFIX, Manifest, Trust, file_name, open_release
@@ -16,17 +15,7 @@ from shared_models.release import SUFFIX, Manifest, Trust, file_name, open_relea
 NAME = "research simulation"
 
 
-def run_folder(path: Path) -> RunFolder:
-    """The run in `path`: a run folder, or the federated run of the first seed in the folder of `fedsim run`."""
-    if (path / "state.json").exists():
-        return RunFolder(path)
-    found = sorted(path.glob("seed-*/federated/state.json"), key=lambda p: int(p.parts[-3].removeprefix("seed-")))
-    if not found:
-        raise StateInvalid(f"{path}: holds no run of `fedsim run`. Give its --out folder, or a run folder in it.")
-    return RunFolder(found[0].parent)
-
-
-def research_release(path: Path, out: Path, version: str, words: Words, single_file: bool) -> tuple[Path, Manifest]:
+def research_release(run: RunFolder, out: Path, version: str, words: Words, single_file: bool) -> tuple[Path, Manifest]:
     """Makes the release of a simulated run as `out`/NAME-VERSION, or one file of it.
 
     The key that signs it is made for it and forgotten: the signature shows that nothing was changed since, and not
@@ -34,7 +23,7 @@ def research_release(path: Path, out: Path, version: str, words: Words, single_f
     """
     authority = new_authority(NAME)
     maker = Maker("simulation", NAME, issue_signer(authority), authority.certificate, authority.certificate)
-    recipe = recipe_of(run_folder(path), version, maker, words)
+    recipe = recipe_of(run, version, maker, words)
     with tempfile.TemporaryDirectory(prefix=".fedsim-release-", dir=_there(out)) as scratch:
         made = Path(scratch) / "release"
         manifest = make_release(recipe, made)

@@ -45,7 +45,7 @@ from shared_models.weights import Arrays, load, schema_of
 from shared_models.wire import Order
 from simulations.at_once import at_once
 from simulations.engine import NodeConfig, kept_workers, run_local
-from simulations.phantoms import PhantomPlan, Shift, TestLabels, phantom
+from simulations.phantoms import PhantomPlan, Shift, TestLabels, in_lines, phantom
 from simulations.sources import config_of, pooled, sites_at
 from simulations.vois import RegionPlan, regions
 
@@ -53,7 +53,6 @@ Engine = Literal["local", "ray"]
 SHOWN = 5  # findings in one message
 Say = Callable[[str], None]
 NODES = "nodes.json"  # in a run folder: its sites and where their data is, on this machine
-TOLD = 10  # lines about a phantom that is being made
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +106,10 @@ def data_folders(
             raise StudyInvalid("--shift and --test-labels are for the phantom, and --data was given. Leave one out.")
         return data
 
-    def told(done: int, of: int) -> None:
-        if done in (0, of) or done % max(1, of // TOLD) == 0:
-            say(f"phantom: {done} of {of}")
-
     if study.modality == "ct" and study.task.kind == "classification" and study.task.labels == ("nodule",):
         if (shift, test_labels) != ("both", "site"):
             raise StudyInvalid("--shift and --test-labels are for the phantom of lungs, this study is of nodules.")
-        return [regions(cache, RegionPlan(sites or 3), processes=2, progress=told)]
+        return [regions(cache, RegionPlan(sites or 3), processes=2, progress=in_lines(say))]
     drawn = {"segmentation": (("lung",),), "detection": (("nodule",), ("lesion",))}
     if study.modality != "ct" or study.task.labels not in drawn.get(study.task.kind, ()):
         raise StudyInvalid(
@@ -124,7 +119,7 @@ def data_folders(
         )
     kinds = cast(Shift, shift), cast(TestLabels, test_labels)  # which the plan checks
     plan = replace(phantom_plan(study, sites), shift=kinds[0], test_labels=kinds[1])
-    return [phantom(cache, plan, processes=2, progress=told)]
+    return [phantom(cache, plan, processes=2, progress=in_lines(say))]
 
 
 def phantom_plan(study: Study, sites: int | None = None) -> PhantomPlan:

@@ -28,13 +28,15 @@ def _model_and_sites(
     run: Path, data: list[Path] | None, layout: str, folder: Path
 ) -> tuple["Trained", Mapping[str, "NodeConfig"]]:
     """The model of a run, and its sites or those of other data; what the latter prepare lies in `folder`."""
-    from simulations.explaining import model_of, run_at
-    from simulations.run import machine, nodes_of
-    from simulations.site_options import SiteOptions, sites_of
+    from simulations.run_folder import run_at
 
     if not data and layout != "auto":
         raise StudyInvalid("--layout: is of the folders that --data names, and there is none.")
     found = run_at(run)
+    from simulations.explaining import model_of  # imports torch
+    from simulations.run import machine, nodes_of
+    from simulations.site_options import SiteOptions, sites_of
+
     model = model_of(found)
     if not data:
         return model, {name: {**config, "threads": 1, "device": "auto"} for name, config in nodes_of(found).items()}
@@ -62,11 +64,12 @@ def explain(
 ) -> None:
     """Draws what moved a run's answers on its sites' cases; or checks such maps against what is known to be there."""
     from fedclient.explain_command import methods_named, tell
-    from fedclient.training.explaining import Wanted
-    from simulations import explaining
 
     folder, methods = out or run / "explained", methods_named(method)
     model, nodes = _model_and_sites(run, data, layout, folder)
+    from fedclient.training.explaining import Wanted
+    from simulations import explaining
+
     if check:
         which = explaining.Which(split, cases or 10**9)
         checked = explaining.check_explanations(model, nodes, which, answer, methods, folder)
@@ -95,11 +98,11 @@ def candidates(
     as_json: AsJson = False,
 ) -> None:
     """Lists what a run of a detection finds as points in LPS mm, in the table that LUNA16's evaluation reads."""
+    folder = out or run / "candidates"
+    model, nodes = _model_and_sites(run, data, layout, folder)
     from fedclient.site import open_site
     from fedclient.training.candidates import candidates as tables_of
 
-    folder = out or run / "candidates"
-    model, nodes = _model_and_sites(run, data, layout, folder)
     told = {name: tables_of(model, open_site(config), split, least, folder / name) for name, config in nodes.items()}
     if as_json:
         print_json(told)

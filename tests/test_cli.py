@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from fedserver.state import change_run, find_run
 from shared_models.cli import guarded
 from shared_models.errors import FederationError
 from shared_models.files import write_atomic
+from shared_models.invite import Invite, write_invite
 from shared_models.protect.accounting import Spend, epsilon
 from shared_models.supervise import only_one
 from simulations.phantoms import PhantomPlan, phantom
 from tests.edge import running_edge
 from tests.studies import TINY_NET
 
+ROOT = Path(__file__).parents[1]
 COMMANDS: dict[str, typer.Typer] = {
     "fedserver": fedserver.cli.app,
     "fedclient": fedclient.cli.app,
@@ -337,14 +341,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_phantom_is_written_where_it_is_said(tmp_path):
     words = ("fedsim", "phantom", tmp_path / "p", "--sites", 1, "--patients", 3, "--slices", 1, "--size", 16)
     code, out, err = call(*words)
-    assert (code, err) == (0, "")
+    assert (code, err.splitlines()) == (0, [f"phantom: {done} of 3" for done in range(4)])
     assert (Path(out.strip()) / "manifest.csv").is_file()
+
+
+def test_a_folder_without_a_run_is_told_before_anything_slow_is_imported():
+    words = "[['release', 'none'], ['candidates', 'none'], ['explain', 'none']]"
+    code = (
+        "import sys; from typer.testing import CliRunner; from simulations.cli import app\n"
+        f"print(*(CliRunner().invoke(app, each).stderr for each in {words}), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.count("none: holds no run. Give the folder of `fedsim run`") == 3
+    assert done.stdout.endswith("False\n")
 
 
 def test_a_phantom_of_any_layout_is_found_again_by_check_and_by_run(tmp_path):
     words = ("--sites", 2, "--patients", 3, "--slices", 1, "--size", 16)
     code, out, err = call("fedsim", "phantom", tmp_path / "p", "--layout", "nnunet", *words)
-    assert (code, err, out.strip()) == (0, "", str(tmp_path / "p"))
+    assert (code, out.strip()) == (0, str(tmp_path / "p"))
+    assert err.endswith("phantom: 6 of 6\n")
     file = SiteFile("north", "127.0.0.1:9", "Test", Data(str(tmp_path / "p" / "north"), layout="auto"))
     write_atomic(Path("site") / "site.toml", site_toml(file).encode())
     write_atomic(Path("site/secrets/case-keys"), b"0" * 64)  # of 40 secrets one leaves none of three to train on
@@ -384,6 +400,31 @@ def test_a_hospital_joins_looks_at_its_data_and_asks_how_it_stands(tmp_path, dat
     assert "stopped; `fedclient start` starts it" in call("fedclient", "status")[1]
 
 
+@pytest.mark.parametrize(
+    ("table", "words", "told"),
+    [
+        ("site,patient_id,image,mask\nb,p0,0.nii,\na,p1,0.nii,\n", (), "`fedclient join --manifest-site a`, or "
+         'manifest_site = "a" under [data] of site.toml'),
+        ("site,patient_id,image,mask\nb,p0,0.nii,\n", ("--manifest-site", "c"), "there is no site 'c'. It holds: b."),
+        ("patient_id;image;mask\np0;0.nii;\n", (), "The columns must be separated by commas."),
+        ("patient_id,image,mask\n", (), "it has a heading and no rows"),
+        ("", (), "row 1 lacks the columns"),
+        ("patient_id,image,mask\np0,../0.nii,\n", (), "row 2: `image` must be a path inside the data folder"),
+    ],
+)  # fmt: skip
+def test_a_table_that_describes_no_data_is_told_before_the_invite_is_spent(tmp_path, table, words, told):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "0.nii").touch()
+    (tmp_path / "data" / "manifest.csv").write_text(table)
+    line = write_invite(Invite("127.0.0.1:9", "0" * 64, "north", "0" * 32))
+    assert told in refused("fedclient", "join", line, "--data", tmp_path / "data", *words)
+    assert not Path("site").exists()
+    (tmp_path / "data" / "manifest.csv").write_text("site,patient_id,image,mask\nb,p0,0.nii,\na,p1,0.nii,\n")
+    assert "127.0.0.1:9: cannot be reached" in refused(
+        "fedclient", "join", line, "--data", tmp_path / "data", "--manifest-site", "a"
+    )
+
+
 def test_a_site_with_unreadable_images_is_told_by_rows_and_not_by_names(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "Jane_Doe.nii.gz").write_bytes(b"no image")
@@ -404,6 +445,19 @@ def test_a_site_with_unreadable_images_is_told_by_rows_and_not_by_names(tmp_path
     assert [waiver["case"] for waiver in parsed("fedclient", "waive", "--list", "--json")] == [case]
     assert json.loads(call("fedclient", "check", "--json")[1])["left_out"] == 1
     assert "No finding is waived" in call(*words, "--remove")[1]
+
+
+def test_a_table_that_leaves_no_case_is_never_ready_and_no_waiver_is_offered_for_it(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.csv").write_text("patient_id;image;mask\np0;a.nii;b.nii\n")
+    file = SiteFile("north", "127.0.0.1:9", "Test", Data(str(tmp_path / "data")))
+    write_atomic(Path("site") / "site.toml", site_toml(file).encode())
+    told = refused("fedclient", "waive", "MANIFEST_INVALID", "--reason", "the table is as it is")
+    assert "MANIFEST_INVALID cannot be waived" in told
+    assert "separated by commas" in told
+    code, told, _ = call("fedclient", "check")
+    assert (code, "Not ready" in told, "fedclient waive" in told) == (1, True, False)
+    assert "LABEL_EMPTY" in call("fedclient", "waive", "LABEL_EMPTY", "--reason", "empty masks are right here")[1]
 
 
 def test_a_simulation_tells_its_results_as_json_on_standard_output_and_nothing_else(data):

@@ -122,18 +122,16 @@ def test_hours_that_are_none_are_refused(change):
 
 
 def test_every_key_of_the_policy_is_told_in_words():
-    told = " ".join(
-        in_words(
-            Policy(17, "ask", 93, ("t1",), ("m1",), 71, 5, ("secure-sum",), ("20:00-06:00",), "UTC", 0.79, ("west-7",))
-        )
-    )
+    policy = Policy(17, "ask", 93, ("prognosis",), ("mlp",), 71, 5, ("secure-sum",), ("20:00-06:00",), "UTC", 0.79,
+                    ("west-7",))  # fmt: skip
+    told = " ".join(in_words(policy))
     for word in (
         "79%",
         "17",
         "`fedclient approve`",
         "93 days",
-        "t1",
-        "m1",
+        "prognosis",
+        "mlp",
         "71 rounds",
         "5 or more",
         "secure-sum",

@@ -23,12 +23,13 @@ from fedclient.limits import Limits
 from fedclient.policy import Policy
 from fedclient.site import Cache, Data, SiteFile, read_site_file, site_toml
 from fedserver import doctor as server_doctor
-from fedserver.enrol import init_federation
+from fedserver.enrol import init_federation, invite, open_federation
 from shared_models import doctor as shared
 from shared_models.doctor import Line, memory_bytes
 from shared_models.errors import StateInvalid
 from shared_models.files import write_atomic, write_json
 from shared_models.identity import issue_server, new_authority, save_credential
+from shared_models.invite import read_invite
 from simulations.phantoms import PhantomPlan, phantom
 from tests.edge import Edge, joined_site, running_edge
 
@@ -276,10 +277,12 @@ def test_a_gpu_that_is_seen_and_cannot_compute_is_a_failure(driver, monkeypatch)
 
 
 def test_the_data_are_told_as_the_last_check_left_them(site):
-    assert CliRunner().invoke(fedclient.cli.app, ["check", "--site", str(site)]).exit_code in (0, 1)
-    line = found(site, "data")["data"]
-    assert line.state in ("ok", "fail")
-    assert "not looked at" not in line.words
+    assert "not looked at yet" in found(site, "data")["data"].words
+    for words in (["--study", "lung-ct"], []):
+        assert CliRunner().invoke(fedclient.cli.app, ["check", "--site", str(site), *words]).exit_code in (0, 1)
+        line = found(site, "data")["data"]
+        assert line.state in ("ok", "fail")
+        assert "not looked at" not in line.words
     changed(site, data=Data("/nowhere"))
     line = found(site, "data")["data"]
     assert (line.state, "the data folder is not there" in line.words) == ("fail", True)
@@ -346,6 +349,21 @@ def test_a_new_coordinator_is_told_what_is_missing(tmp_path):
     assert (line.state, line.words) == ("warn", "the last one is 8 days old.")
     write_json(made.folder / "backup.json", {"at": time.time() - 3601})
     assert at_the_coordinator(made.folder)["backup"] == Line("backup", "ok", "the last one is 1 hour old.")
+
+
+def test_an_address_that_nobody_else_can_dial_is_told_and_changed_as_it_says(tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "localhost")
+    told = CliRunner().invoke(fedserver.cli.app, ["init", "--federation", str(tmp_path / "federation")]).stdout
+    settings = tmp_path / "federation/federation.toml"
+    for words in ("by which nobody but this machine reaches it", f"set `address` in {settings}", "`fedserver renew`"):
+        assert words in told
+    assert at_the_coordinator(settings.parent)["address"].state == "warn"
+    settings.write_text(settings.read_text().replace("localhost", "192.0.2.7"))
+    lines = at_the_coordinator(settings.parent)
+    assert (lines["address"].state, lines["address, certificate"].state) == ("ok", "fail")
+    assert CliRunner().invoke(fedserver.cli.app, ["renew", "--federation", str(settings.parent)]).exit_code == 0
+    assert "address, certificate" not in at_the_coordinator(settings.parent)
+    assert read_invite(invite(open_federation(settings.parent), "north")).address == "192.0.2.7:8443"
 
 
 def test_a_clock_that_was_set_back_is_told():

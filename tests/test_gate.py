@@ -24,7 +24,7 @@ from fedclient.gate.inspect import look_at
 from fedclient.gate.page import render
 from fedclient.gate.pixels import bands, shrunk
 from fedclient.gate.pool import Setting, looks
-from fedclient.gate.run import Checked, check
+from fedclient.gate.run import Checked, check, standing
 from fedclient.gate.waivers import excluded, read_waivers, waive, withdraw
 from fedclient.site import Site
 from shared_models.errors import OrderRefused, StateInvalid
@@ -313,6 +313,43 @@ def test_a_waiver_that_says_too_little_is_refused(site: Site, words: tuple[str, 
     assert read_waivers(site.folder) == ()
 
 
+HEAD = "patient_id,image,mask,split\n"
+ONE = "p0,images/0.nii.gz,masks/0.nii.gz"
+NO_LISTING = {
+    "MANIFEST_INVALID": "patient_id;image;mask\n",
+    "PATH_ESCAPE": f"{HEAD}p0,../0.nii.gz,,train\n",
+    "FILE_MISSING": f"{HEAD}p0,images/gone.nii.gz,,train\n",
+    "LEAKAGE_PATIENT": f"{HEAD}{ONE},train\np0,images/1.nii.gz,,test\n",
+}
+
+
+@pytest.mark.parametrize("code", NO_LISTING)
+def test_what_leaves_no_case_to_read_cannot_be_waived(site: Site, code: str) -> None:
+    (site.data / "manifest.csv").write_text(NO_LISTING[code])
+    with pytest.raises(StateInvalid, match=f"{code} cannot be waived"):
+        run.check_waivable(site, code)
+    waive(site.folder, code, "", REASON, exclude=False)  # decided when the table was another one
+    found = check(site, NEEDS)
+    assert (found.ready, found.used, {f.code for f in found.blocking}) == (False, (), {code})
+    assert "waived with a reason" not in render(found, "north", (), "lung", "2026-01-01T00:00:00Z")
+    assert standing(site, NEEDS).blocking == {code: 1}
+    with pytest.raises(OrderRefused, match=rf"{code} \(1\)"):
+        ready(order(), site, LUNG)
+
+
+def test_a_site_that_has_left_out_or_cannot_read_every_case_is_not_ready(site: Site) -> None:
+    waive(site.folder, "DATASET_TOO_SMALL", "", REASON, exclude=False)
+    waive(site.folder, "IMAGE_UNREADABLE", "", REASON, exclude=False)
+    for number in range(4):
+        (site.data / f"images/{number}.nii.gz").write_bytes(b"no image")
+    found = check(site, NEEDS)
+    assert (found.readable, found.ready, standing(site, NEEDS).blocking) == (0, False, {"IMAGE_UNREADABLE": 4})
+    for seen in found.seen:
+        waive(site.folder, "IMAGE_UNREADABLE", seen.case.key, REASON, exclude=True)
+    found = check(site, NEEDS)
+    assert (found.left_out, found.ready, codes(found)) == (4, False, {"DATASET_TOO_SMALL"})
+
+
 def test_a_waiver_that_is_not_there_cannot_be_taken_back(site: Site) -> None:
     with pytest.raises(StateInvalid, match="there is no waiver of SERIES_GAP"):
         withdraw(site.folder, "SERIES_GAP", "")
@@ -405,6 +442,7 @@ def test_the_page_shows_each_finding_with_its_case_and_runs_nothing(site: Site) 
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert found.blocking[0].case in page
+    assert "waived with a reason" in page
     assert page.count("data:image/png;base64,") == 4  # the one with a finding, and three without
     assert not re.search(r'(?:src|href)="(?!data:)', page)
 

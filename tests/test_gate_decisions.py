@@ -80,6 +80,19 @@ def test_a_change_that_nobody_waived_stops_every_later_order_too(tmp_path):
     ready(order(round_number=5), site, LUNG)
 
 
+def test_data_mended_after_a_refused_first_order_have_not_changed_during_the_run(tmp_path):
+    healthy(tmp_path).finish()
+    site = deployed(tmp_path / "data", tmp_path / "site")
+    for name in ("manifest.csv", "images/0.nii.gz"):
+        sound = (site.data / name).read_bytes()
+        write_atomic(site.data / name, b"patient_id\np0\n" if name == "manifest.csv" else b"no image")
+        with pytest.raises(OrderRefused):
+            ready(order(), site, LUNG)
+        write_atomic(site.data / name, sound)
+    ready(order(), site, LUNG)
+    assert len(before(site)) == 4
+
+
 def before(site: Site) -> dict[str, str]:
     return dict(parse_json(_Used, _path(site, "lung-1").read_bytes(), "").states)
 

@@ -585,7 +585,8 @@ def call(app: typer.Typer, *words: object, stdin: str = "") -> str:
 def test_the_commands_of_a_certificates_life_say_what_they_did(edge: Edge, tmp_path: Path) -> None:
     name, here, there = name_for(tmp_path), ("--federation", edge.federation.folder), ("--site", tmp_path / "site")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data/manifest.csv").write_text("site,patient_id,image,mask,split\n")
+    (tmp_path / "data/0.nii").touch()
+    (tmp_path / "data/manifest.csv").write_text("patient_id,image,mask,split\np0,0.nii,,train\n")
     word = call(coordinator, "invite", name, *here)
     call(hospital, "join", "-", "--data", tmp_path / "data", *there, stdin=word)
     assert "the new certificate is good until" in call(hospital, "renew", *there)

@@ -63,6 +63,7 @@ from shared_models.release import MANIFEST, Manifest, Trust, open_release, read_
 from shared_models.standing import read_standings
 from shared_models.study import Model, Study, Transfer, canonical, sha256
 from simulations.release import research_release
+from simulations.run_folder import run_at
 from tests.edge import running_edge
 from tests.hospitals import Hospitals
 from tests.releases import tiny_study
@@ -584,7 +585,7 @@ def test_a_plan_that_holds_counts_of_the_site_is_made_anew_from_the_start(hospit
 
 def test_a_run_of_a_simulation_becomes_a_research_release(hospitals, tmp_path):
     shutil.copytree(hospitals.edge.federation.runs / "lung", tmp_path / "out" / "seed-0" / "federated")
-    path, manifest = research_release(tmp_path / "out", tmp_path, "1", Words(), single_file=True)
+    path, manifest = research_release(run_at(tmp_path / "out"), tmp_path, "1", Words(), single_file=True)
     assert path == tmp_path / "tiny-lung-1.fedrelease"
     told = json.loads(typed(fedclient, "verify", str(path), "--research", "--site", str(tmp_path), "--json"))
     assert (told["kind"], told["digest"]) == ("simulation", manifest.digest)

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -48,21 +48,34 @@ def test_every_setting_comes_back(tmp_path):
 
 
 def test_every_value_that_a_hospital_may_change_stands_in_the_file():
-    text = site_toml(replace(FILE, data=Data("/srv/images", "north")))
-    for key in (
-        "folder",
-        "manifest_site",
-        "device",
-        "threads",
-        "processes",
-        "smallest_count",
-        "quota_gib",
-        "gpu_memory_share",
-        "authorities",
-        "predecessors",
-        "status_required",
-    ):
-        assert f"\n{key} = " in text
+    table, stand = "", set()
+    for line in site_toml(FILE).splitlines():
+        table = line.strip("[]") if line.startswith("[") else table
+        stand.add((table, line.removeprefix("# ").partition(" = ")[0]))
+    assert stand >= keys()
+
+
+def test_a_key_that_is_not_set_stands_in_the_file_as_a_comment_that_can_be_used(tmp_path):
+    (tmp_path / "site.toml").write_text(site_toml(FILE).replace("\n# ", "\n"))
+    file = read_site_file(tmp_path)
+    assert (file.data.manifest_site, file.privacy.most_epsilon) == ("NAME", 8.0)
+    assert file.limits == Limits(memory_gib=16.0, order_s=3600.0)
+
+
+def test_the_readme_lists_every_key_of_the_file():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    told = text[text.index("\n`site/site.toml` belongs") : text.index("\nEach command has `--help`")]
+    rows = {line.split("|")[1].strip(" `[]"): line for line in told.splitlines() if line.startswith("| ")}
+    assert {(table, key) for table, key in keys() if f"`{key}`" not in rows[table]} == set()
+
+
+def keys() -> set[tuple[str, str]]:
+    """Every (table, key) that a site file may hold; the table of the first keys is empty."""
+    found: set[tuple[str, str]] = set()
+    for part in fields(SiteFile):
+        inner = fields(part.type) if is_dataclass(part.type) else ()
+        found |= {(part.name, each.name) for each in inner} or {("", part.name)}
+    return found
 
 
 WRONG = [
@@ -86,6 +99,14 @@ WRONG = [
     ("limits", "gpu_memory_share", "1.5", "`limits.gpu_memory_share` is 1.5; allowed: less than or equal to 1"),
     ("limits", "order_s", "0", "`limits.order_s` is 0; allowed: greater than 0"),
     ("policy", "smallest_count", "0", "`policy.smallest_count` is 0; allowed: greater than or equal to 1"),
+    (
+        "policy",
+        "tasks",
+        '["segmentacion"]',
+        "tasks has 'segmentacion', which no study has. Did you mean `segmentation`",
+    ),
+    ("policy", "models", '["unet", "resnet"]', "models has 'resnet', which no study has. Did you mean `resnet"),
+    ("policy", "models", '["vit"]', r"models has 'vit', which no study has\. Allowed: any, unet, dynunet"),
     ("policy", "smallest_cout", "5", "`policy.smallest_cout` is not a key here. Did you mean `smallest_count`?"),
 ]
 

@@ -18,9 +18,9 @@ from fedserver.checkpoint import create_run
 from shared_models import nets
 from shared_models.errors import StateInvalid, StudyInvalid
 from shared_models.study import Model, Preprocess, Study, load_study
-from simulations.explaining import run_at
 from simulations.phantoms import PhantomPlan, phantom
 from simulations.run import Machine, check_cases, data_folders, node_configs
+from simulations.run_folder import run_at
 from simulations.vois import RegionPlan, regions
 from tests.studies import TINY_NET
 

@@ -12,6 +12,10 @@ from fedclient.data.where import Where
 from shared_models.errors import ImageUnreadable, ManifestInvalid
 
 
+def _no_sites(folder: Path) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """One way in which data sets are handed round.
@@ -20,7 +24,7 @@ class Layout:
         title: for messages.
         found: whether a folder is laid out so; looks at names and the heads of few files.
         cases: (where, salt of the site) -> what the folder holds.
-        sites: the sites that a table of the folder names.
+        sites: the sites that a table of the folder names; `_no_sites` where there is no such table.
         deep: it is found at any depth, so that a folder of such data sets looks like one.
         alone: it is what a folder is if it is nothing else, because others hold its files too.
     """
@@ -28,7 +32,7 @@ class Layout:
     title: str
     found: Callable[[Peek], bool]
     cases: Callable[[Where, str], Listing]
-    sites: Callable[[Path], tuple[str, ...]] = lambda folder: ()
+    sites: Callable[[Path], tuple[str, ...]] = _no_sites
     deep: bool = False
     alone: bool = False
 
@@ -129,18 +133,25 @@ def layout_of(where: Where) -> str:
     raise ManifestInvalid(f"{where.folder}: it is no data set in a known layout. {hint}")
 
 
-def described(folder: Path, layout: str) -> str:
+def described(folder: Path, layout: str, site: str | None = None) -> str:
     """The layout of a folder in words, for who has just named it; what is wrong, if it has none or several.
 
+    Args:
+        site: of those that a table of the folder names.
+
     Raises:
-        ManifestInvalid: a layout that is not known.
+        ManifestInvalid: a layout that is not known, a table that is broken or leads out of the folder, a site that is
+            not in it, or several of which none was chosen. No image is opened.
     """
     if layout not in ("auto", *LAYOUTS):
         raise _unknown(layout)
     try:
-        return LAYOUTS[layout_of(Where(folder, layout=layout))].title
+        name = layout_of(Where(folder, layout=layout))
     except ManifestInvalid as e:
         return str(e)
+    if LAYOUTS[name].sites is not _no_sites or site is not None:
+        list_cases(Where(folder, (site,) if site is not None else (), name), salt="")
+    return LAYOUTS[name].title
 
 
 def _unknown(layout: str) -> ManifestInvalid:

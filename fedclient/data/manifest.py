@@ -205,7 +205,10 @@ def rows_of_site(rows: Sequence[RowT], site: str | None, path: Path) -> Sequence
         raise ManifestInvalid(f"{path}: row {empty[0]}: `site` is empty. Fill it, or remove the column.")
     sites = sorted({row.values["site"] for row in rows})
     if site is None and len(sites) > 1:
-        raise ManifestInvalid(f"{path}: it holds the sites {', '.join(sites)}. Choose one of them.")
+        raise ManifestInvalid(
+            f"{path}: it holds the sites {', '.join(sites)}. Choose one of them: `fedclient join --manifest-site "
+            f'{sites[0]}`, or manifest_site = "{sites[0]}" under [data] of site.toml where the site has joined.'
+        )
     if site is not None and site not in sites:
         raise ManifestInvalid(f"{path}: there is no site {site!r}. It holds: {', '.join(sites)}.")
     return [row for row in rows if site is None or row.values["site"] == site]

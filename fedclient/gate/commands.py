@@ -68,12 +68,15 @@ def waive(
 ) -> None:
     """Lets a finding pass, or leaves a case out, by name and with a reason; every use of it is logged."""
     from fedclient.gate import waivers
-    from fedclient.site import read_site_file
+    from fedclient.gate.run import check_waivable
+    from fedclient.site import open_site
 
-    read_site_file(site)
+    here = open_site({"site-dir": str(site)})
     if code and remove:
         waivers.withdraw(site, code, case)
     elif code:
+        if not case:
+            check_waivable(here, code)
         waivers.waive(site, code, case, reason, exclude)
     elif not listing:
         raise typer.BadParameter("give the code of a finding, or --list.")
@@ -172,7 +175,8 @@ def _show(found: "Checked", html: Path | None) -> None:
     if found.ready:
         console.print("\n[bold green]Ready[/]: nothing stands against training.")
     else:
-        console.print(
-            f"\n[bold red]Not ready[/]: {len(found.blocking)} findings stop training. Mend them, or decide with "
-            f"`fedclient waive CODE --reason ...` (--case KEY --exclude leaves one case out)."
+        decide = (
+            "Mend them, or decide with `fedclient waive CODE --reason ...` (--case KEY --exclude leaves one case out)."
         )
+        mend = decide if found.readable else "Mend them: no case can be read, so that there is nothing to waive."
+        console.print(f"\n[bold red]Not ready[/]: {len(found.blocking)} findings stop training. {mend}")

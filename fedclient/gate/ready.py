@@ -51,6 +51,7 @@ def ready(order: Order, site: Site, study: Study, processes: int | None = None) 
         stop(site, [found for found in cheap_findings(site) if found.severity == "block"], order)
         return
     found = check(site, needs_of(study), processes=max(1, CORES // 2) if processes is None else processes)
+    stop(site, found.blocking, order)  # a run begins with the files that it may use
     changed, used_before = list(changes(site, order.run, found.states)), len(found.used)
     moved, used = sorted_out(changed, read_waivers(site.folder))
     used = [*found.used, *used]
@@ -59,7 +60,7 @@ def ready(order: Order, site: Site, study: Study, processes: int | None = None) 
         note(site.folder, "used", run=order.run, round=order.round, order=order.kind, waivers=shown)
     if len(used) > used_before and not moved:  # from here on the run uses the files as they are now
         _remember(site, order.run, found.states)
-    stop(site, [*found.blocking, *moved], order)
+    stop(site, moved, order)
 
 
 def stop(site: Site, blocking: Sequence[Finding], order: Order) -> None:
@@ -71,7 +72,7 @@ def stop(site: Site, blocking: Sequence[Finding], order: Order) -> None:
         note(site.folder, "refused", run=order.run, round=order.round, order=order.kind, codes=codes)
     counted = ", ".join(f"{code} ({times})" for code, times in codes.items())
     if site.deployed:
-        mend = "Run `fedclient check` with the study to see which cases, mend them, or decide with `fedclient waive`."
+        mend = "Run `fedclient check` with the study: it says which cases, how to mend them, and what may be waived."
     else:
         told = " ".join(f"{each.code}: {each.what}" for each in blocking[:SHOWN])
         mend = f"{told} Mend these cases in {site.data}, or take them out of it."

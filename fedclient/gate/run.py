@@ -1,6 +1,7 @@
 """The check of a site's data: every case looked at once, kept, and seen together; a second run looks at what changed.
 
 site/gate/cases/<what the study needs>/<case key>.json    what was seen in a case, 0600, no identifiers
+site/gate/needs.json                                      what the last check asked of them
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ from fedclient.gate.inspect import quieter
 from fedclient.gate.pool import PATIENCE_S, Setting, looks
 from fedclient.gate.waivers import Waiver, excluded, read_waivers, sorted_out
 from fedclient.site import Site
-from shared_models.errors import FederationError, ImageUnreadable, ManifestInvalid
+from shared_models.errors import FederationError, ImageUnreadable, ManifestInvalid, StateInvalid
 from shared_models.files import canonical_json, write_atomic
 from shared_models.parse import parse_json, plain
 
@@ -54,12 +55,17 @@ class Checked:
     def ready(self) -> bool:
         return not self.blocking
 
+    @property
+    def readable(self) -> int:
+        """Cases that can be read. Without one nothing may be trained on, whatever is waived."""
+        return sum(each.looked.facts is not None for each in self.seen)
+
     def plain(self) -> dict[str, Any]:
         """For `--json`."""
         cases = [each.case for each in self.seen]
         return {
             "cases": len(cases),
-            "readable": sum(each.looked.facts is not None for each in self.seen),
+            "readable": self.readable,
             "left_out": self.left_out,
             "looked_at": self.anew,
             "ready": self.ready,
@@ -90,6 +96,8 @@ def check(
     Raises:
         OrderRefused: the site's work may not go on. What was seen by then is kept.
     """
+    if last_needs(site) != needs:
+        write_atomic(site.folder / "gate" / "needs.json", canonical_json(plain(needs)))
     waivers = read_waivers(site.folder)
     listing = listed(site)
     out = excluded(waivers)
@@ -111,11 +119,19 @@ def check(
         findings += together(seen, needs)
     findings += [found for each in seen for found in each.looked.findings]
     findings.sort(key=lambda f: (ORDER[f.severity], f.code, f.case))
-    blocking, used = sorted_out(findings, waivers)
+    blocking, used = sorted_out(findings, waivers if _some_can_be_read(seen) else ())
     return Checked(
         needs, listing.layout, seen, tuple(findings), tuple(blocking), tuple(used), len(listing.cases) - len(cases),
         len(todo), states,
     )  # fmt: skip
+
+
+def last_needs(site: Site) -> Needs:
+    """What the last check asked of the cases: of which study that was, or of none."""
+    try:
+        return parse_json(Needs, (site.folder / "gate" / "needs.json").read_bytes(), "needs")
+    except (OSError, FederationError):  # never checked, or by another version
+        return Needs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +161,8 @@ def standing(site: Site, needs: Needs) -> Standing:
     findings += [found for each in seen for found in each.looked.findings]
     if len(seen) == len(cases) and (listing.cases or not listing.findings):
         findings += together(seen, needs)
-    blocking, _ = sorted_out(findings, waivers)
+    some = len(seen) < len(cases) or _some_can_be_read(seen)
+    blocking, _ = sorted_out(findings, waivers if some else ())
     return Standing(listing.layout, len(cases), len(cases) - len(seen), dict(Counter(f.code for f in blocking)))
 
 
@@ -156,6 +173,17 @@ def listed(site: Site) -> Listing:
     except (ManifestInvalid, ImageUnreadable) as e:
         code = e.code if e.code in CATALOGUE else "MANIFEST_INVALID"
         return Listing("unknown", (), (finding(code, nameless(str(e), site.data)),))
+
+
+def check_waivable(site: Site, code: str) -> None:
+    """Raises StateInvalid for a finding that leaves no case: no decision makes data of it that can be trained on."""
+    listing = listed(site)
+    told = [found for found in listing.findings if found.code == code]
+    if told and not listing.cases:
+        raise StateInvalid(
+            f"{code} cannot be waived: it leaves no case to read. It says: {told[0].what} {told[0].mend} "
+            f"Then run `fedclient check` again."
+        )
 
 
 def usable_cases(site: Site) -> tuple[Case, ...]:
@@ -187,6 +215,10 @@ def nameless(message: str, data: Path) -> str:
     for folder in (str(data.resolve()), str(data)):
         message = message.replace(folder + "/", "").replace(folder, "the data folder")
     return message
+
+
+def _some_can_be_read(seen: Sequence[Seen]) -> bool:
+    return any(each.looked.facts is not None for each in seen)
 
 
 def _kept(site: Site, needs: Needs, cases: Sequence[Case]) -> tuple[dict[str, Looked], dict[str, str]]:
