@@ -1,6 +1,7 @@
 import base64
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 
 from fedclient import enrol as joining
 from fedclient.enrol import join
+from fedserver import admission
 from fedserver.enrol import INVITE_S, Federation, enrol, init_federation, invite, open_federation
 from fedserver.lifecycle import revoke
-from fedserver.state import find_site
+from fedserver.state import find_site, list_certificates, used_certificate
 from shared_models.errors import EnrolmentFailed, ProcessFailed, StateInvalid
 from shared_models.identity import (
+    Certificate,
     SiteKeys,
     fingerprint_words,
     identity_public_key,
@@ -229,6 +232,23 @@ def test_a_revoked_site_comes_back_with_a_new_invite_only(federation: Federation
     assert refusal(federation, request_for(pending, OTHER))[0] == 403
     again = request_for(invite(federation, "north"), OTHER)
     assert enrol(federation, write_message(again), accept).status == 200
+
+
+def test_a_site_that_joined_while_the_clock_was_ahead_and_rejoined_is_let_in_for_good(federation: Federation) -> None:
+    """As it must: its first certificate is of the future, and TLS takes it no more."""
+    day, now = 86400.0, time.time()
+
+    def joined(keys: SiteKeys, at: float) -> Certificate:
+        reply = enrol(federation, write_message(request_for(invite(federation, "north", at), keys)), accept, at)
+        facts = read_certificate(read_message(JoinAnswer, reply.content, "answer").certificate.encode())
+        used_certificate(federation.state, facts.serial, at)
+        return facts
+
+    ahead, right = joined(KEYS, now + 3 * day), joined(OTHER, now)
+    rows, site = list_certificates(federation.state, "north"), find_site(federation.state, "north")
+    assert [row.serial for row in rows] == [ahead.serial, right.serial]
+    assert [admission.refusal(site, rows, right, now + days * day) for days in (0, 5, 50)] == [None] * 3
+    assert "newer one" in str(admission.refusal(site, rows, ahead, now + 5 * day))
 
 
 # Joining, as the hospital does it

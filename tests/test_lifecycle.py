@@ -362,6 +362,7 @@ def test_an_older_certificate_counts_until_a_newer_one_was_seen_for_a_day() -> N
     assert refusal(active, [row("a"), row("b", now - OVERLAP_S + 1)], shown, now) is None
     assert "newer one" in str(refusal(active, [row("a"), row("b", now - OVERLAP_S - 1)], shown, now))
     assert "newer one" in str(refusal(active, [row("a", ended="replaced")], shown, now))
+    assert refusal(active, [row("a"), row("b", 0.0, "replaced")], shown, now) is None, "one that counts no more"
     assert "was revoked on 1970-01-01 00:16 UTC. Ask the coordinator." in str(
         refusal(active, [row("a", ended="revoked"), row("b")], shown, now)
     )
