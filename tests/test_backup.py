@@ -2,11 +2,14 @@
 
 import hashlib
 import io
+import resource
 import shutil
 import sqlite3
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -146,10 +149,10 @@ def test_a_round_that_ends_while_a_backup_begins_is_in_it_with_its_weights(feder
     run = submit(federation, STUDY, "cut", False).folder
     copy = backups._put
 
-    def put(archive: tarfile.TarFile, folder: Path, name: str) -> object:
+    def put(archive: tarfile.TarFile, folder: Path, name: str, beside: Path) -> object:
         if name == "runs/cut/state.json" and read_state(run).round == 0:
             played(run, until_round=1)
-        return copy(archive, folder, name)
+        return copy(archive, folder, name, beside)
 
     monkeypatch.setattr(backups, "_put", put)
     backup(federation, tmp_path / "b.tar", WORDS)
@@ -161,11 +164,11 @@ def test_a_run_that_begins_while_a_backup_is_made_is_in_it_nowhere(federation, t
     submit(federation, STUDY, "first", False)
     copy, seen = backups._put, list[str]()
 
-    def put(archive: tarfile.TarFile, folder: Path, name: str) -> object:
+    def put(archive: tarfile.TarFile, folder: Path, name: str, beside: Path) -> object:
         if name == "runs/first/study.json":
             played(submit(federation, STUDY, "second", True).folder, until_round=1)
         seen.append(name)
-        return copy(archive, folder, name)
+        return copy(archive, folder, name, beside)
 
     monkeypatch.setattr(backups, "_put", put)
     backup(federation, tmp_path / "b.tar", WORDS)
@@ -309,6 +312,49 @@ def test_nothing_is_overwritten_and_a_backup_never_lies_in_what_it_is_of(federat
     backup(federation, tmp_path / "c.tar", WORDS)
     with pytest.raises(StateInvalid, match="is not empty"):
         restore(tmp_path / "c.tar", federation.folder, WORDS)
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """As a disk that fills up: what would grow a file beyond `size` bytes fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("size", "told"), [(40_000, "state.db: cannot be copied to "), (200_000, "b.tar: File too ")])
+def test_a_disk_that_is_too_small_for_a_backup_is_told_and_holds_nothing_of_it(federation, tmp_path, size, told):
+    (tmp_path / "words").write_text(f"{WORDS}\n")
+    (tmp_path / "disk").mkdir()
+    (federation.runs / "large").write_bytes(bytes(400_000))
+    words = ["backup", str(tmp_path / "disk/b.tar"), "--passphrase-file", str(tmp_path / "words")]
+    with no_file_above(size):
+        done = CliRunner().invoke(fedserver.cli.app, [*words, "--federation", str(federation.folder)])
+    assert (done.exit_code, told in done.stderr, str(tmp_path / "disk") in done.stderr) == (1, True, True), done.output
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_for_what_is_restored_is_told_and_holds_nothing_of_it(federation, tmp_path):
+    (tmp_path / "words").write_text(f"{WORDS}\n")
+    (tmp_path / "disk").mkdir()
+    (federation.runs / "large").write_bytes(bytes(400_000))
+    backup(federation, tmp_path / "b.tar", WORDS)
+    words = ["restore", str(tmp_path / "b.tar"), "--passphrase-file", str(tmp_path / "words")]
+    with no_file_above(200_000):
+        done = CliRunner().invoke(fedserver.cli.app, [*words, "--federation", str(tmp_path / "disk/again")])
+    assert (done.exit_code, "runs/large: File too large" in done.stderr) == (1, True), done.output
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_databases_are_copied_beside_the_backup_and_nowhere_else(federation, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    backup(federation, tmp_path / "b.tar", WORDS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.tar", "federation"]
+    with pytest.raises(StateInvalid, match=r"is no folder\. Make it, or mount the disk"):
+        backup(federation, tmp_path / "unmounted/b.tar", WORDS)
 
 
 def test_the_commands_take_the_passphrase_from_a_file_and_never_from_the_command_line(federation, tmp_path):
