@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import resource
 import shutil
 import sqlite3
@@ -21,16 +22,21 @@ from fedserver.backup import backup, last_backup_s, read_manifest, restore
 from fedserver.checkpoint import RunFolder, read_state
 from fedserver.cohort import Presence
 from fedserver.courier import Inline
-from fedserver.enrol import Federation, init_federation, invite, open_federation
+from fedserver.enrol import Federation, enrol, init_federation, invite, open_federation
+from fedserver.lifecycle import revoke
 from fedserver.rounds import carry_out
 from fedserver.setting import Setting
 from fedserver.state import find_run, list_sites
 from fedserver.submit import submit
+from shared_models.dates import date_text
 from shared_models.errors import StateInvalid
 from shared_models.files import read_json, read_lines
+from shared_models.identity import new_site_keys
+from shared_models.invite import write_message
 from shared_models.study import Evaluate, Model, Preprocess, Rounds, Study
 from shared_models.weights import load
 from simulations.engine import LocalGrid
+from tests.test_enrol import request_for
 from tests.toys import Clock, ToyLearner, nodes, toy_app
 
 WORDS = "correct horse battery"
@@ -301,6 +307,24 @@ def test_a_backup_that_was_cut_is_refused(federation, tmp_path, share):
     (tmp_path / "cut.tar").write_bytes(content[: int(share * len(content))])
     with pytest.raises(StateInvalid):
         restore(tmp_path / "cut.tar", tmp_path / "again", WORDS)
+
+
+def test_what_is_restored_says_whom_it_lets_in_as_sites_revoked_since_are_among_them(federation, tmp_path):
+    (tmp_path / "words").write_text(f"{WORDS}\n")
+    for site in ("north", "south"):
+        request = write_message(request_for(invite(federation, site), new_site_keys()))
+        assert enrol(federation, request, lambda *_: None).status == 200
+    made = backup(federation, tmp_path / "b.tar", WORDS)
+    revoke(federation, "north", "its keys were stolen")
+    words = ["restore", str(tmp_path / "b.tar"), "--passphrase-file", str(tmp_path / "words"), "--federation"]
+    done = CliRunner().invoke(fedserver.cli.app, [*words, str(tmp_path / "again")])
+    assert done.exit_code == 0, done.stderr
+    told = " ".join(done.stdout.split())
+    assert f"It lets in: north, south. Sites that were revoked or withdrawn after {date_text(made.at_s)} are" in told
+    assert "`fedserver revoke` each before you serve it" in told
+    assert [site.state for site in list_sites(tmp_path / "again/state.db")] == ["active", "active"]
+    done = CliRunner().invoke(fedserver.cli.app, [*words, str(tmp_path / "third"), "--json"])
+    assert json.loads(done.stdout)["let_in"] == ["north", "south"]
 
 
 def test_nothing_is_overwritten_and_a_backup_never_lies_in_what_it_is_of(federation, tmp_path):
