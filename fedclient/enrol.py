@@ -147,8 +147,8 @@ def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
                 part.rename(unanswered)
         shutil.rmtree(part, ignore_errors=True)
         raise
-    for left in folder.glob(f"{UNANSWERED}*"):
-        shutil.rmtree(left, ignore_errors=True)
+    for path in folder.glob(f"{UNANSWERED}*"):
+        shutil.rmtree(path, ignore_errors=True)
     sync_folder(folder)
     return Joined(
         federation=answer.federation,
