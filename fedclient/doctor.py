@@ -87,12 +87,13 @@ def _bytes(limits: Limits) -> int | None:
 
 
 def _certificate(folder: Path) -> Iterator[Line]:
-    warned, ends = expiry_warning(folder, time.time()), certificate_of(folder).expires_at_s
+    now, shown = time.time(), certificate_of(folder)
+    warned = expiry_warning(folder, now)
     if warned is None:
-        yield Line("certificate", "ok", f"good until {date_text(ends)}.")
+        yield Line("certificate", "ok", f"good until {date_text(shown.expires_at_s)}.")
         return
     words, _, mend = warned.partition(". ")
-    yield Line("certificate", "fail" if ends <= time.time() else "warn", f"{words}.", mend)
+    yield Line("certificate", "warn" if shown.since_s <= now < shown.expires_at_s else "fail", f"{words}.", mend)
 
 
 # The network

@@ -1,12 +1,14 @@
 """How a hospital joins a federation, or joins it again with new keys: an invite in, keys and a certificate out."""
 
+import hashlib
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedclient.ask import ask
+from fedclient.ask import TurnedAway, ask
 from fedclient.authorities import offered
 from shared_models.authority import LIST, ROOT, read_authority
 from shared_models.errors import EnrolmentFailed, StateInvalid
@@ -14,8 +16,10 @@ from shared_models.files import sync_folder, write_atomic
 from shared_models.identity import (
     Certificate,
     Credential,
+    SiteKeys,
     fingerprint_words,
     identity_public_key,
+    load_secret,
     new_site_keys,
     node_public_key,
     read_certificate,
@@ -38,6 +42,8 @@ from shared_models.invite import (
 from shared_models.transfer import trusting
 
 ROSTER = "roster.json"  # in the site's folder: the newest epoch that it has seen
+UNANSWERED = ".unanswered."  # in the site's folder: keys that have asked with an invite, by the digest of its token
+NEVER = (400, 403, 409, 410)  # an invite and keys that were refused like this are refused for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ def join(invite: str, folder: Path) -> Joined:
     """Makes this site's keys, has the certificate signed and stores them in `folder`/keys, all of them or none.
 
     The private keys never leave this machine. After a failure the same invite can be tried again unless the message
-    says that it is used.
+    says that it is used; keys whose answer was lost are kept for that.
 
     Raises:
         EnrolmentFailed: what the invite, the coordinator's certificate or its answer lack.
@@ -102,10 +108,16 @@ def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
     context, root = trusting(ca), read_authority(ca).root
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = Path(tempfile.mkdtemp(prefix=".keys.", dir=folder))  # before the invite is spent: the disk may be full
+    unanswered = folder / f"{UNANSWERED}{hashlib.sha256(asked.token.encode()).hexdigest()[:16]}"
+    sent = unanswered.exists()
     try:
-        made = new_site_keys()
-        save_secret(part / "node.key", made.node)
-        save_secret(part / "identity.key", made.identity)
+        if sent:
+            unanswered.replace(part)  # the same keys get the answer that was lost
+        new = new_site_keys()
+        for name, key in (("tls.next", new.tls), ("node.key", new.node), ("identity.key", new.identity)):
+            if not (part / name).exists():
+                save_secret(part / name, key)
+        made = SiteKeys(*(load_secret(part / name) for name in ("tls.next", "node.key", "identity.key")))
         write_atomic(part / ROOT, root)
         if ca != root:
             write_atomic(part / LIST, ca.removeprefix(root))
@@ -117,9 +129,11 @@ def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
             identity_public_key=identity_public_key(made.identity).hex(),
         )
         signed = replace(request, signature=sign(made.identity, PURPOSE, statement(request)).hex())
-        where = f"coordinator at {asked.address}"
-        answer = read_message(JoinAnswer, ask(asked.address, context, "POST", "/enrol", write_message(signed)), where)
+        sent = True
+        content = ask(asked.address, context, "POST", "/enrol", write_message(signed))
+        answer = read_message(JoinAnswer, content, f"coordinator at {asked.address}")
         facts = store_certificate(part / "tls.pem", answer.certificate.encode(), made.tls, asked.site)
+        (part / "tls.next").unlink()
         if keys.exists():
             for left in ("session.json", "order.pb"):  # of the old node, which the coordinator lets go
                 (folder / "node" / left).unlink(missing_ok=True)
@@ -127,9 +141,14 @@ def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
                 (folder / ROSTER).unlink(missing_ok=True)
             keys.rename(folder / f"keys.{time.time_ns()}")
         part.rename(keys)
-    except BaseException:
+    except BaseException as error:
+        if sent and not (isinstance(error, TurnedAway) and error.status in NEVER):
+            with suppress(OSError):
+                part.rename(unanswered)
         shutil.rmtree(part, ignore_errors=True)
         raise
+    for path in folder.glob(f"{UNANSWERED}*"):
+        shutil.rmtree(path, ignore_errors=True)
     sync_folder(folder)
     return Joined(
         federation=answer.federation,

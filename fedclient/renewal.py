@@ -21,7 +21,7 @@ from fedclient.welcome import note_refusal
 from shared_models.authority import read_files
 from shared_models.dates import date_text
 from shared_models.errors import EnrolmentFailed, FederationError, StateInvalid
-from shared_models.expiry import due, warning
+from shared_models.expiry import due, early, warning
 from shared_models.files import locked, write_atomic
 from shared_models.identity import (
     Certificate,
@@ -50,7 +50,7 @@ ROSTER_LOCK = ".roster.lock"  # likewise; taken within the other
 SITE_KEYS = ("keys/tls.pem", "keys/node.key", "keys/identity.key")
 MADE_LATER = ("keys/tls.next", f"keys/{SUCCESSOR}", "secrets/superexec", "secrets/case-keys", "secrets/task")
 MEND = "This node renews it while it runs; by hand: `fedclient renew`."
-MEND_EXPIRED = "Ask the coordinator for an invite, then `fedclient rejoin INVITE`."
+MEND_INVITE = "Ask the coordinator for an invite, then `fedclient rejoin INVITE`."
 
 log = logging.getLogger("fedclient.renewal")
 
@@ -70,9 +70,10 @@ def certificate_of(site: Path) -> Certificate:
 
 
 def expiry_warning(site: Path, now_s: float) -> str | None:
-    """A sentence when the site's certificate ends soon or has ended."""
+    """A sentence when the site's certificate ends soon, has ended or begins only later."""
     shown = certificate_of(site)
-    return warning("This site's", shown, now_s, MEND if shown.expires_at_s > now_s else MEND_EXPIRED)
+    counts = shown.since_s <= now_s < shown.expires_at_s
+    return warning("This site's", shown, now_s, MEND if counts else MEND_INVITE)
 
 
 def renew(site: Path, name: str, address: str, identity: bool = False) -> Certificate:
@@ -85,7 +86,8 @@ def renew(site: Path, name: str, address: str, identity: bool = False) -> Certif
         identity: get a new identity key too, which the old one hands over to; a new audit log begins with it.
 
     Raises:
-        EnrolmentFailed: the certificate has expired, or the coordinator refuses or cannot be reached.
+        EnrolmentFailed: the certificate has expired, the coordinator refuses or cannot be reached, or it gives one that
+            begins only later: nobody would let it in, and the old one still counts.
     """
     with locked(site / LOCK):
         return _renew(site, name, address, identity)
@@ -116,6 +118,12 @@ def _renew(site: Path, name: str, address: str, identity: bool) -> Certificate:
             pending.unlink()
         raise
     answer = read_message(JoinAnswer, content, f"coordinator at {address}")
+    given = read_certificate(answer.certificate.encode())
+    if early(given, time.time()):
+        raise EnrolmentFailed(
+            f"coordinator at {address}: gave a certificate that begins only on {date_text(given.since_s)}, and it was "
+            "not taken. Its clock is ahead, or this one is behind: set both by NTP (`timedatectl set-ntp true`)."
+        )
     facts = store_certificate(keys / "tls.pem", answer.certificate.encode(), key, name)
     pending.unlink()
     if identity:

@@ -64,8 +64,8 @@ def refusal(
     if site is None or site.state != "active" or row is None:
         words = "is not active in this federation with this certificate. Ask the coordinator for an invite."
         return Doubt("NOT_ENROLLED", words)
-    newer = rows[rows.index(row) + 1 :]
-    if row.ended or any(r.used_at is not None and r.used_at < now_s - OVERLAP_S for r in newer):
+    seen = [r.used_at for r in rows[rows.index(row) + 1 :] if not r.ended and r.used_at is not None]
+    if row.ended or any(at < now_s - OVERLAP_S for at in seen):
         return Doubt("REPLACED", "shows a certificate that a newer one has replaced. Use the newest keys.")
     return ORPHANED if row.serial in orphaned else None
 

@@ -87,7 +87,8 @@ def way(steps: int, momentum: float) -> float:
     """How many plain steps so many steps with momentum come to: the 1-norm of `a_i` (Wang et al. 2020, section 4.1)."""
     if momentum == 0:
         return float(steps)
-    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+    length = (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+    return max(1.0, length)  # of a single step it is rounded to a hair less, and its delta would be stretched
 
 
 def doubted_steps(train: Train, site: str, reply: Reply) -> int:

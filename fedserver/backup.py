@@ -31,7 +31,16 @@ from fedserver.enrol import Federation, ca_fingerprint, open_federation, open_lo
 from fedserver.passphrase import SALT_BYTES, check_passphrase, stretched
 from shared_models.authority import read_files
 from shared_models.errors import StateInvalid
-from shared_models.files import canonical_json, private_folder, read_json, write_atomic, write_json
+from shared_models.files import (
+    canonical_json,
+    naming,
+    private_folder,
+    read_json,
+    replacing,
+    sync_folder,
+    write_atomic,
+    write_json,
+)
 from shared_models.identity import sign, stated
 from shared_models.parse import STRICT, Sha256, parse_json, plain
 
@@ -100,37 +109,32 @@ def backup(federation: Federation, file: Path, passphrase: str | None) -> Manife
         passphrase: that the private keys are encrypted with; None leaves them out.
 
     Raises:
-        StateInvalid: `file` is there already or lies in the folder, or the passphrase is too short.
+        StateInvalid: `file` is there already or lies in the folder or in none, the passphrase is too short, or a
+            database cannot be copied.
+        OSError: it cannot be written; it names `file`.
     """
     if passphrase is not None:
         check_passphrase(passphrase)
     if file.exists():
         raise StateInvalid(f"{file}: is there already. Choose another name; a backup replaces none.")
+    if not file.parent.is_dir():
+        raise StateInvalid(f"{file.parent}: is no folder. Make it, or mount the disk that it is on.")
     if file.resolve().is_relative_to(federation.folder.resolve()):
         raise StateInvalid(f"{file}: lies in the folder that it is a backup of. Write it elsewhere, to another disk.")
     at, held = round(time.time(), 3), dict[str, Held]()
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with os.fdopen(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as out:
-            with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
-                for name in _names(federation.folder):
-                    found = _put(archive, federation.folder, name)
-                    if found is not None:
-                        held[name] = found
-                if passphrase is not None:
-                    sealed = _sealed(federation.folder, passphrase)
-                    _add(archive, SECRETS, sealed)
-                    held[SECRETS] = Held(len(sealed), hashlib.sha256(sealed).hexdigest())
-                manifest = _signed(federation, Manifest(
-                    VERSION, federation.name, ca_fingerprint(federation), at, passphrase is not None, held
-                ))  # fmt: skip
-                _add(archive, MANIFEST, canonical_json(plain(manifest)))
-            out.flush()
-            os.fsync(out.fileno())
-        part.replace(file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(file) as out, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name in _names(federation.folder):
+            found = _put(archive, federation.folder, name, file.parent)
+            if found is not None:
+                held[name] = found
+        if passphrase is not None:
+            sealed = _sealed(federation.folder, passphrase)
+            _add(archive, SECRETS, sealed)
+            held[SECRETS] = Held(len(sealed), hashlib.sha256(sealed).hexdigest())
+        manifest = _signed(federation, Manifest(
+            VERSION, federation.name, ca_fingerprint(federation), at, passphrase is not None, held
+        ))  # fmt: skip
+        _add(archive, MANIFEST, canonical_json(plain(manifest)))
     write_json(federation.folder / NOTE, {"at": at})
     open_log(federation).add("backed-up", files=len(held), secrets=manifest.secrets)
     return manifest
@@ -184,18 +188,29 @@ def _is_left_out(name: str) -> bool:
     return journal or passing or name.startswith((*SECRET, *LEFT_OUT))
 
 
-def _put(archive: tarfile.TarFile, folder: Path, name: str) -> Held | None:
-    """Adds one file; None where it has gone meanwhile."""
+def _put(archive: tarfile.TarFile, folder: Path, name: str, beside: Path) -> Held | None:
+    """Adds one file, a database by a copy in the folder `beside`; None where it has gone meanwhile."""
     if name in DATABASES:
-        with tempfile.TemporaryDirectory() as aside:
+        with tempfile.TemporaryDirectory(prefix=".copy.", dir=beside) as aside:
             copy = Path(aside) / "copy.db"
-            with closing(sqlite3.connect(folder / name)) as source, closing(sqlite3.connect(copy)) as target:
-                source.backup(target)
+            _copy_database(folder / name, copy)
             return _stream(archive, copy, name)
     try:
         return _stream(archive, folder / name, name)
     except FileNotFoundError:
         return None
+
+
+def _copy_database(path: Path, copy: Path) -> None:
+    unlocked = f"{copy.resolve().as_uri()}?nolock=1"  # it is ours alone, and a disk in the network may have no locks
+    try:
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(unlocked, uri=True)) as target:
+            source.backup(target)
+    except sqlite3.Error as error:
+        raise StateInvalid(
+            f"{path}: cannot be copied to {copy.parent.parent} ({error}). Make room there, or write the backup to "
+            "another disk; nothing of it was left."
+        ) from error
 
 
 def _stream(archive: tarfile.TarFile, path: Path, name: str) -> Held:
@@ -256,6 +271,7 @@ def restore(file: Path, folder: Path, passphrase: str | None) -> Manifest:
     Raises:
         StateInvalid: `folder` holds anything, or the backup is damaged, not whole, not signed by the coordinator that
             its own authority vouches for, or holds no keys; a wrong passphrase.
+        OSError: it cannot be written; it names a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StateInvalid(f"{folder}: is not empty. Restore into a folder of its own.")
@@ -278,7 +294,7 @@ def restore(file: Path, folder: Path, passphrase: str | None) -> Manifest:
         _check_signature(file, manifest, part / "ca")
         for inner in ("superlink", "blobs/out", "blobs/in", "runs", "logs"):
             private_folder(part / inner)
-        open_federation(part)
+        open_log(open_federation(part)).add("restored", backup_of=manifest.at_s)
         part.chmod(0o700)
         if folder.exists():
             folder.rmdir()
@@ -286,8 +302,7 @@ def restore(file: Path, folder: Path, passphrase: str | None) -> Manifest:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    opened = open_federation(folder)
-    open_log(opened).add("restored", backup_of=manifest.at_s)
+    sync_folder(folder.parent)
     return manifest
 
 
@@ -342,7 +357,7 @@ def _is_safe(name: str) -> bool:
 
 def _write(path: Path, content: io.BufferedIOBase) -> None:
     private_folder(path.parent)
-    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+    with naming(path), os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
         shutil.copyfileobj(content, file, 1 << 20)
         file.flush()
         os.fsync(file.fileno())

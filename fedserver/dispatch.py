@@ -151,7 +151,7 @@ def dispatch(desk: Desk, stop: threading.Event) -> None:
             while not stop.wait(POLL_S):
                 try:
                     step(desk, jobs, client)
-                except (FederationError, httpx.HTTPError) as error:  # the SuperLink is away, or the disk is full
+                except (FederationError, httpx.HTTPError, OSError) as error:  # SuperLink away, disk full
                     log.warning("%s; trying again", error)
         finally:
             for job in jobs.values():

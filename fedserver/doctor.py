@@ -57,7 +57,8 @@ def _certificates(federation: Federation) -> Iterator[Line]:
     told = warnings(federation)
     for warned in told:
         words, _, mend = warned.partition(". ")
-        yield Line("certificates", "fail" if "has expired" in words else "warn", f"{words}.", mend)
+        bad = "has expired" in words or "begins only" in words
+        yield Line("certificates", "fail" if bad else "warn", f"{words}.", mend)
     if not told:
         own = read_certificate(load_credential(federation.server_certificate).certificate)
         yield Line("certificates", "ok", f"all are good; the coordinator's own until {date_text(own.expires_at_s)}.")

@@ -22,11 +22,13 @@ from fedserver.state import (
     check_state,
     create_state,
     find_site,
+    list_certificates,
     list_invites,
     list_sites,
     redeem_invite,
 )
 from shared_models.audit import AuditLog
+from shared_models.audit_files import every_event
 from shared_models.authority import LIST, read_authority, read_files
 from shared_models.errors import EnrolmentFailed, FederationError, StateInvalid
 from shared_models.files import canonical_json, write_atomic
@@ -43,6 +45,7 @@ from shared_models.identity import (
     new_authority,
     node_public_pem,
     read_certificate,
+    request_key,
     save_credential,
     save_secret,
     split_address,
@@ -340,7 +343,8 @@ def invite(federation: Federation, site: str, now_s: float | None = None) -> str
 def enrol(federation: Federation, request: bytes, register_node: RegisterNode, now_s: float | None = None) -> Reply:
     """Answers a JoinRequest: the site is active, its node registered and its certificate signed, or nothing changes.
 
-    Statuses: 200, 400 unreadable or not proven, 403 token not known, 409 used, 410 expired, 503 SuperLink away.
+    The same keys and invite again get the same certificate again: the first answer was lost. Statuses: 200, 400
+    unreadable or not proven, 403 token not known, 409 used by others, 410 expired, 503 SuperLink away.
     """
     now = time.time() if now_s is None else now_s
     try:
@@ -355,7 +359,10 @@ def enrol(federation: Federation, request: bytes, register_node: RegisterNode, n
             403, f"invite of {asked.site!r}: not known here, or replaced by a newer one. Ask the coordinator for one."
         )
     if known[0].used_at is not None:
-        return refused(409, f"invite of {asked.site!r}: was used already. Ask the coordinator for a new one.")
+        again = _certificate_again(federation, asked, known[0])
+        if again is None:
+            return refused(409, f"invite of {asked.site!r}: was used already. Ask the coordinator for a new one.")
+        return Reply(200, write_message(JoinAnswer(federation.name, asked.site, again)))
     if known[0].expires_at <= now:
         return refused(410, f"invite of {asked.site!r}: has expired. Ask the coordinator for a new one.")
     try:
@@ -371,14 +378,41 @@ def enrol(federation: Federation, request: bytes, register_node: RegisterNode, n
         return refused(409, str(error))
     except FederationError as error:
         return refused(503, f"{error} The invite is still good: join again when the coordinator has mended this.")
-    open_log(federation).add(
-        "enrolled", site=site.name, certificate=site.certificate_fingerprint, identity=site.identity_public_key
-    )
+    _log_enrolled(federation, site)
     return Reply(200, write_message(JoinAnswer(federation.name, site.name, certificate.decode())))
 
 
-def _examine(federation: Federation, asked: JoinRequest, now: float) -> tuple[Site, bytes]:
-    """The site as it will be stored, and its certificate; raises EnrolmentFailed where a proof is missing."""
+def _log_enrolled(federation: Federation, site: Site) -> None:
+    facts = {"certificate": site.certificate_fingerprint, "identity": site.identity_public_key}
+    open_log(federation).add("enrolled", site=site.name, **facts)
+
+
+def _certificate_again(federation: Federation, asked: JoinRequest, invite: InviteRow) -> str | None:
+    """The certificate (PEM) that these very keys have got for `invite`; None for any other keys, and once it is over.
+
+    It is of use to who holds the keys alone, so that it may be given to whoever repeats the request. What was killed
+    before it could answer may have been killed before it wrote its line in the log.
+    """
+    site, rows = find_site(federation.state, asked.site), list_certificates(federation.state, asked.site)
+    if site is None or site.state != "active" or site.joined_at != invite.used_at:
+        return None
+    if (site.node_public_key, site.identity_public_key) != (asked.node_public_key, asked.identity_public_key):
+        return None
+    try:
+        _proven(asked)
+        key = request_key(asked.request.encode(), asked.site)
+    except EnrolmentFailed:
+        return None
+    if key != read_certificate(rows[-1].pem.encode()).key_sha256:
+        return None
+    lines = every_event(federation.folder, ("enrolled",))
+    if not any(line["facts"].get("certificate") == site.certificate_fingerprint for line in lines):
+        _log_enrolled(federation, site)
+    return rows[-1].pem
+
+
+def _proven(asked: JoinRequest) -> bytes:
+    """The identity key that has signed a request; raises EnrolmentFailed unless it has."""
     node_public_pem(asked.node_public_key.encode())
     try:
         identity, signature = bytes.fromhex(asked.identity_public_key), bytes.fromhex(asked.signature)
@@ -391,6 +425,12 @@ def _examine(federation: Federation, asked: JoinRequest, now: float) -> tuple[Si
             f"join request of {asked.site!r}: the identity key has not signed these keys and this invite. "
             "Run `fedclient join` again."
         )
+    return identity
+
+
+def _examine(federation: Federation, asked: JoinRequest, now: float) -> tuple[Site, bytes]:
+    """The site as it will be stored, and its certificate; raises EnrolmentFailed where a proof is missing."""
+    identity = _proven(asked)
     for other in list_sites(federation.state):
         if other.name != asked.site and (
             other.node_public_key == asked.node_public_key or other.identity_public_key == identity.hex()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedserver.enrol import Federation, Reply, authority_of, certificate_row, open_log, refused, sealer
 from fedserver.state import (
+    CertificateRow,
     Site,
     find_site,
     list_certificates,
@@ -15,7 +16,7 @@ from fedserver.state import (
 )
 from shared_models.dates import date_text
 from shared_models.errors import EnrolmentFailed, StateInvalid
-from shared_models.expiry import due, warning
+from shared_models.expiry import due, early, warning
 from shared_models.identity import (
     is_issued_by,
     issue_server,
@@ -87,7 +88,7 @@ def renew(federation: Federation, site: Site, body: bytes, now_s: float | None =
         identity = _successor(federation, site, asked) if asked.identity_public_key else None
         rows = list_certificates(federation.state, site.name)
         key = request_key(asked.request.encode(), site.name)
-        known = [row for row in rows if row.ended == "" and read_certificate(row.pem.encode()).key_sha256 == key]
+        known = [row for row in rows if row.ended == "" and _is_good_for(key, row, now)]
         if known and known[-1] is not rows[-1]:
             return refused(400, f"renewal of {site.name!r}: its key was certified before. Make a new key.")
         if known and identity is None and not due(read_certificate(known[-1].pem.encode()), now):
@@ -107,6 +108,12 @@ def renew(federation: Federation, site: Site, body: bytes, now_s: float | None =
     except EnrolmentFailed as error:
         return refused(400, str(error))
     return Reply(200, write_message(JoinAnswer(federation.name, site.name, certificate)))
+
+
+def _is_good_for(key_sha256: str, row: CertificateRow, now: float) -> bool:
+    """Whether it certifies this key; one that was signed while the clock was ahead is as good as none."""
+    facts = read_certificate(row.pem.encode())
+    return facts.key_sha256 == key_sha256 and not early(facts, now)
 
 
 def _successor(federation: Federation, site: Site, asked: RenewRequest) -> str:
@@ -130,13 +137,15 @@ def _signature(asked: RenewRequest) -> bytes:
 
 
 def renew_server(federation: Federation, always: bool = False, now_s: float | None = None) -> bool:
-    """Gives the gateway a new key and certificate where the old one ends soon, or `always`; True if it did.
+    """Gives the gateway a new key and certificate where the old one ends soon, or begins only later, or `always`; True
+    if it did.
 
     Hospitals notice nothing: they trust the authority, not this certificate.
     """
     now = time.time() if now_s is None else now_s
     own = load_credential(federation.server_certificate).certificate
-    if not always and not due(read_certificate(own), now) and not _outdated(federation, own, now):
+    facts = read_certificate(own)
+    if not (always or due(facts, now) or early(facts, now) or _outdated(federation, own, now)):
         return False
     host, _ = split_address(federation.address)
     save_credential(federation.server_certificate, issue_server(authority_of(federation), [host]))
@@ -151,7 +160,7 @@ def _outdated(federation: Federation, own: bytes, now: float) -> bool:
 
 
 def warnings(federation: Federation, now_s: float | None = None) -> list[str]:
-    """A sentence for each certificate that ends soon or has ended."""
+    """A sentence for each certificate that ends soon, has ended or begins only later."""
     now = time.time() if now_s is None else now_s
     own = read_certificate(load_credential(federation.server_certificate).certificate)
     ca = read_certificate(federation.ca_certificate.read_bytes())
@@ -166,7 +175,7 @@ def warnings(federation: Federation, now_s: float | None = None) -> list[str]:
         if rows:
             newest = read_certificate(rows[-1].pem.encode())
             mend = f"Its node renews it while it runs; once it has expired, `fedserver invite {site.name}`."
-            if newest.expires_at_s <= now:
+            if newest.expires_at_s <= now or early(newest, now):
                 mend = f"`fedserver invite {site.name}`; there: `fedclient rejoin INVITE`."
             found.append(warning(f"{site.name}: its", newest, now, mend))
     return [words for words in found if words is not None]

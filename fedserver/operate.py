@@ -139,18 +139,28 @@ def restore(
 ) -> None:
     """Makes the folder of a federation from a backup; `fedserver serve` then goes on with its runs."""
     from fedserver.backup import restore as unpack
+    from fedserver.state import list_sites
     from shared_models.dates import date_text
     from shared_models.identity import fingerprint_words
 
     made = unpack(file, federation, passphrase(passphrase_file, twice=False))
+    active = [site.name for site in list_sites(federation / "state.db") if site.state == "active"]
     if as_json:
-        print_json({"federation": made.federation, "folder": str(federation), "at": made.at_s})
+        print_json({"federation": made.federation, "folder": str(federation), "at": made.at_s, "let_in": active})
         return
-    console.print(f"{made.federation} is in {federation}, as it was on {date_text(made.at_s)}.", highlight=False,
-                  markup=False)  # fmt: skip
+    when = date_text(made.at_s)
+    console.print(f"{made.federation} is in {federation}, as it was on {when}.", highlight=False, markup=False)
     console.print(f"Compare the authority's words: [bold]{fingerprint_words(made.authority)}[/]")
     console.print("What happened since is not in it: sites will note that the audit log was cut, and runs go on from")
-    console.print("the last round in it. Serve it in one place only. Next: `fedserver doctor`, `fedserver serve`.")
+    console.print("the last round in it.")
+    if active:
+        console.print(
+            f"[bold yellow]It lets in: {', '.join(active)}.[/] Sites that were revoked or withdrawn after {when} are "
+            "among them again: `fedserver revoke` each before you serve it. Those that have joined or renewed their "
+            "certificate since are not known: `fedserver invite` each, then `fedclient rejoin` there.",
+            highlight=False,
+        )
+    console.print("Serve it in one place only. Next: `fedserver doctor`, `fedserver serve`.")
 
 
 def passphrase(file: Path | None, twice: bool) -> str:

@@ -299,9 +299,9 @@ def used_certificate(path: Path, serial: str, now_s: float) -> None:
 
 
 def list_certificates(path: Path, site: str) -> list[CertificateRow]:
-    """All certificates that a site has ever had, the oldest first."""
+    """All certificates that a site has ever had, in the order of their signing, whatever the clock said then."""
     with reading(path) as db:
-        rows = db.execute("SELECT * FROM certificates WHERE site = ? ORDER BY issued_at, rowid", (site,))
+        rows = db.execute("SELECT * FROM certificates WHERE site = ? ORDER BY rowid", (site,))
         return [CertificateRow(*row) for row in rows]
 
 

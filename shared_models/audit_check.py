@@ -19,6 +19,11 @@ from shared_models.identity import verify
 from shared_models.merkle import Tree
 from shared_models.parse import STRICT, Count, Sha256, parse, parse_json
 
+NO_HEAD = (
+    "is followed by a head (audit.head.json) that is none, as a power cut may leave it: the next line that is written "
+    "makes it anew; beside a log that was put away, delete it. Whether the end of the log was cut off meanwhile, only "
+    "the evidence of the other side tells (`audit verify --pack`)"
+)
 LATEST_S = 1e12  # seconds since the epoch that a line can be of, as of a head
 
 
@@ -158,7 +163,11 @@ class Verifier:
             words = "is torn: its writer died in the middle of it. The next entry cuts it off"
             bad = self.tree.size + 1, words
         if bad is None and head is not None:
-            bad = _against_head(self.tree, self.log, key, parse_json(Head, head, "audit.head.json", StateInvalid))
+            try:
+                last = parse_json(Head, head, "audit.head.json", StateInvalid)
+                bad = _against_head(self.tree, self.log, key, last)
+            except StateInvalid:
+                bad = self.tree.size, NO_HEAD
         return Verdict(
             self.tree.size, bad, self.tree, self.log, self.party, key.hex(), tuple(self.heads), tuple(self.refused),
             self.before,

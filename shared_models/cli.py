@@ -1,5 +1,6 @@
 """What the three commands have in common: one clear message and a non-zero exit on an error, JSON for machines."""
 
+import errno
 import functools
 import json
 import sys
@@ -28,9 +29,10 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             _complain(str(e))
             raise typer.Exit(1) from None
         except OSError as e:
-            if e.filename is None:  # not about a file that somebody named, so the trace is wanted
-                raise
-            _complain(f"{e.filename}: {e.strerror}. Check the path, its rights and the space on its disk.")
+            if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise  # not about a file that somebody named, so the trace is wanted
+            where = e.filename or "a disk that is written to"
+            _complain(f"{where}: {e.strerror}. Check the path, its rights and the space on its disk.")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             Console(stderr=True).print("stopped by hand", highlight=False)

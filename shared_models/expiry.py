@@ -17,6 +17,11 @@ def due(certificate: Certificate, now_s: float) -> bool:
     return certificate.expires_at_s - now_s < RENEWED_SHARE * life_s(certificate)
 
 
+def early(certificate: Certificate, now_s: float) -> bool:
+    """Whether it counts only later: a clock was ahead when it was signed, or is behind now."""
+    return certificate.since_s > now_s
+
+
 def stage(certificate: Certificate, now_s: float) -> int:
     """0 while all is well, 1, 2, 3 below 30, 7 and 1 days, 4 when it has expired.
 
@@ -29,7 +34,15 @@ def stage(certificate: Certificate, now_s: float) -> int:
 
 
 def warning(whose: str, certificate: Certificate, now_s: float, mend: str) -> str | None:
-    """A sentence on a certificate that ends soon or has ended, with `mend` as its remedy; None while all is well."""
+    """A sentence on a certificate that ends soon, has ended or counts only later, with `mend` as its remedy; None while
+    all is well.
+    """
+    if early(certificate, now_s):
+        when = date_text(certificate.since_s)
+        return (
+            f"{whose} certificate begins only on {when}: a clock was ahead when it was signed, or this one is behind. "
+            f"If this clock is right: {mend}"
+        )
     found = stage(certificate, now_s)
     if found == 0:
         return None

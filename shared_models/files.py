@@ -13,6 +13,17 @@ from typing import IO, Any
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """In this block an OSError that names no file, as of a write to a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path, synced: bool = True) -> Iterator[IO[bytes]]:
     """Opens a temporary file beside `path` that takes its place, fsynced, when the block ends without an error.
 
@@ -21,16 +32,14 @@ def replacing(path: Path, synced: bool = True) -> Iterator[IO[bytes]]:
     private_folder(path.parent)
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.part")
     try:
-        with os.fdopen(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
+        with naming(path), os.fdopen(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
             yield file
             if synced:
                 file.flush()
                 os.fsync(file.fileno())
         part.replace(path)
-    except BaseException as error:
+    except BaseException:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # of a write or a sync: a full disk names no file
-            error.filename = str(path)
         raise
     if synced:
         sync_folder(path.parent)
@@ -94,14 +103,15 @@ def append_json(path: Path, line: Mapping[str, object]) -> None:
     private_folder(path.parent)
     handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        size = os.lseek(handle, 0, os.SEEK_END)
-        while size and os.pread(handle, 1, size - 1) != b"\n":
-            size -= 1
-        os.ftruncate(handle, size)
-        if os.pwrite(handle, content, size) < len(content):  # a disk that fills up takes a part, without a word
+        with naming(path):
+            size = os.lseek(handle, 0, os.SEEK_END)
+            while size and os.pread(handle, 1, size - 1) != b"\n":
+                size -= 1
             os.ftruncate(handle, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.fsync(handle)
+            if os.pwrite(handle, content, size) < len(content):  # a disk that fills up takes a part, without a word
+                os.ftruncate(handle, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -75,6 +75,15 @@ def test_the_length_of_a_way_is_how_far_steps_of_one_go(momentum):
     assert way(7, momentum) == pytest.approx(at)
 
 
+@pytest.mark.parametrize("momentum", [0.2, 0.79, 0.92, 0.93, 0.99, 0.999])
+def test_a_site_of_a_single_step_counts_at_every_momentum(tmp_path, momentum):
+    study = replace(NOVA, train=replace(NOVA.train, momentum=momentum, local_epochs=1))
+    assert way(1, momentum) == 1.0
+    updates = fold(study, 1, schema_of(LIKE), tmp_path)
+    assert added(updates, "small", 0.5, 2, 1)
+    np.testing.assert_allclose(updates.take_mean("w"), 0.5, rtol=1e-6)
+
+
 def test_steps_that_do_not_follow_from_the_examples_are_not_believed(tmp_path):
     updates = fold(NOVA, 1, schema_of(LIKE), tmp_path)
     with pytest.raises(UpdateRejected, match="tells 1 steps, its 23 examples make 10") as rejected:

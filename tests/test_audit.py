@@ -123,6 +123,18 @@ def test_a_sound_log_is_verified_whole(log):
     assert (first["seq"], first["event"], first["prev"]) == (0, "opened", "0" * 64)
 
 
+@pytest.mark.parametrize("spoiled", [b"", b"\0" * 700, b'{"log":"'])
+def test_a_head_that_a_power_cut_spoiled_is_told_with_what_to_do_and_the_next_line_makes_it_anew(log, spoiled):
+    log.path.with_suffix(".head.json").write_bytes(spoiled)
+    number, words = found(log)
+    assert number == 6, "all lines before it are whole"
+    assert "as a power cut may leave it: the next line that is written makes it anew" in words
+    assert found(log, joined(lines_of(log)[:3] + lines_of(log)[4:]))[0] == 4, "a line that is bad comes first"
+    log.add("order")
+    head = log.path.with_suffix(".head.json").read_bytes()
+    assert verify_log(log.path.read_bytes(), PUBLIC, head).bad is None
+
+
 def test_a_line_is_what_its_signature_says_to_whoever_reads_it_by_the_book(log):
     line = json.loads(lines_of(log)[3])
     signature = bytes.fromhex(line.pop("sign"))

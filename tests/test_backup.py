@@ -2,11 +2,15 @@
 
 import hashlib
 import io
+import json
+import resource
 import shutil
 import sqlite3
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,16 +22,21 @@ from fedserver.backup import backup, last_backup_s, read_manifest, restore
 from fedserver.checkpoint import RunFolder, read_state
 from fedserver.cohort import Presence
 from fedserver.courier import Inline
-from fedserver.enrol import Federation, init_federation, invite, open_federation
+from fedserver.enrol import Federation, enrol, init_federation, invite, open_federation
+from fedserver.lifecycle import revoke
 from fedserver.rounds import carry_out
 from fedserver.setting import Setting
 from fedserver.state import find_run, list_sites
 from fedserver.submit import submit
+from shared_models.dates import date_text
 from shared_models.errors import StateInvalid
 from shared_models.files import read_json, read_lines
+from shared_models.identity import new_site_keys
+from shared_models.invite import write_message
 from shared_models.study import Evaluate, Model, Preprocess, Rounds, Study
 from shared_models.weights import load
 from simulations.engine import LocalGrid
+from tests.test_enrol import request_for
 from tests.toys import Clock, ToyLearner, nodes, toy_app
 
 WORDS = "correct horse battery"
@@ -146,10 +155,10 @@ def test_a_round_that_ends_while_a_backup_begins_is_in_it_with_its_weights(feder
     run = submit(federation, STUDY, "cut", False).folder
     copy = backups._put
 
-    def put(archive: tarfile.TarFile, folder: Path, name: str) -> object:
+    def put(archive: tarfile.TarFile, folder: Path, name: str, beside: Path) -> object:
         if name == "runs/cut/state.json" and read_state(run).round == 0:
             played(run, until_round=1)
-        return copy(archive, folder, name)
+        return copy(archive, folder, name, beside)
 
     monkeypatch.setattr(backups, "_put", put)
     backup(federation, tmp_path / "b.tar", WORDS)
@@ -161,11 +170,11 @@ def test_a_run_that_begins_while_a_backup_is_made_is_in_it_nowhere(federation, t
     submit(federation, STUDY, "first", False)
     copy, seen = backups._put, list[str]()
 
-    def put(archive: tarfile.TarFile, folder: Path, name: str) -> object:
+    def put(archive: tarfile.TarFile, folder: Path, name: str, beside: Path) -> object:
         if name == "runs/first/study.json":
             played(submit(federation, STUDY, "second", True).folder, until_round=1)
         seen.append(name)
-        return copy(archive, folder, name)
+        return copy(archive, folder, name, beside)
 
     monkeypatch.setattr(backups, "_put", put)
     backup(federation, tmp_path / "b.tar", WORDS)
@@ -300,6 +309,24 @@ def test_a_backup_that_was_cut_is_refused(federation, tmp_path, share):
         restore(tmp_path / "cut.tar", tmp_path / "again", WORDS)
 
 
+def test_what_is_restored_says_whom_it_lets_in_as_sites_revoked_since_are_among_them(federation, tmp_path):
+    (tmp_path / "words").write_text(f"{WORDS}\n")
+    for site in ("north", "south"):
+        request = write_message(request_for(invite(federation, site), new_site_keys()))
+        assert enrol(federation, request, lambda *_: None).status == 200
+    made = backup(federation, tmp_path / "b.tar", WORDS)
+    revoke(federation, "north", "its keys were stolen")
+    words = ["restore", str(tmp_path / "b.tar"), "--passphrase-file", str(tmp_path / "words"), "--federation"]
+    done = CliRunner().invoke(fedserver.cli.app, [*words, str(tmp_path / "again")])
+    assert done.exit_code == 0, done.stderr
+    told = " ".join(done.stdout.split())
+    assert f"It lets in: north, south. Sites that were revoked or withdrawn after {date_text(made.at_s)} are" in told
+    assert "`fedserver revoke` each before you serve it" in told
+    assert [site.state for site in list_sites(tmp_path / "again/state.db")] == ["active", "active"]
+    done = CliRunner().invoke(fedserver.cli.app, [*words, str(tmp_path / "third"), "--json"])
+    assert json.loads(done.stdout)["let_in"] == ["north", "south"]
+
+
 def test_nothing_is_overwritten_and_a_backup_never_lies_in_what_it_is_of(federation, tmp_path):
     (tmp_path / "b.tar").write_text("mine")
     with pytest.raises(StateInvalid, match="is there already"):
@@ -309,6 +336,49 @@ def test_nothing_is_overwritten_and_a_backup_never_lies_in_what_it_is_of(federat
     backup(federation, tmp_path / "c.tar", WORDS)
     with pytest.raises(StateInvalid, match="is not empty"):
         restore(tmp_path / "c.tar", federation.folder, WORDS)
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """As a disk that fills up: what would grow a file beyond `size` bytes fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("size", "told"), [(40_000, "state.db: cannot be copied to "), (200_000, "b.tar: File too ")])
+def test_a_disk_that_is_too_small_for_a_backup_is_told_and_holds_nothing_of_it(federation, tmp_path, size, told):
+    (tmp_path / "words").write_text(f"{WORDS}\n")
+    (tmp_path / "disk").mkdir()
+    (federation.runs / "large").write_bytes(bytes(400_000))
+    words = ["backup", str(tmp_path / "disk/b.tar"), "--passphrase-file", str(tmp_path / "words")]
+    with no_file_above(size):
+        done = CliRunner().invoke(fedserver.cli.app, [*words, "--federation", str(federation.folder)])
+    assert (done.exit_code, told in done.stderr, str(tmp_path / "disk") in done.stderr) == (1, True, True), done.output
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_for_what_is_restored_is_told_and_holds_nothing_of_it(federation, tmp_path):
+    (tmp_path / "words").write_text(f"{WORDS}\n")
+    (tmp_path / "disk").mkdir()
+    (federation.runs / "large").write_bytes(bytes(400_000))
+    backup(federation, tmp_path / "b.tar", WORDS)
+    words = ["restore", str(tmp_path / "b.tar"), "--passphrase-file", str(tmp_path / "words")]
+    with no_file_above(200_000):
+        done = CliRunner().invoke(fedserver.cli.app, [*words, "--federation", str(tmp_path / "disk/again")])
+    assert (done.exit_code, "runs/large: File too large" in done.stderr) == (1, True), done.output
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_databases_are_copied_beside_the_backup_and_nowhere_else(federation, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    backup(federation, tmp_path / "b.tar", WORDS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.tar", "federation"]
+    with pytest.raises(StateInvalid, match=r"is no folder\. Make it, or mount the disk"):
+        backup(federation, tmp_path / "unmounted/b.tar", WORDS)
 
 
 def test_the_commands_take_the_passphrase_from_a_file_and_never_from_the_command_line(federation, tmp_path):

@@ -276,6 +276,20 @@ def test_an_error_that_nobody_can_mend_is_traced_and_not_hidden():
     assert isinstance(CliRunner().invoke(app, []).exception, ZeroDivisionError)
 
 
+def test_a_full_disk_is_told_and_not_traced_whether_or_not_the_file_is_known():
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    @guarded
+    def fail() -> None:
+        with Path("/dev/full").open("wb") as file:
+            file.write(b"x")
+
+    done = CliRunner().invoke(app, [])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: a disk that is written to: No space left on device. Check ")
+
+
 def test_a_folder_with_brackets_in_its_name_is_printed_as_it_is(tmp_path):
     _, out, _ = call("fedserver", "init", "--federation", "[old] fed[/bold]", "--name", "Test")
     assert "is in [old] fed[/bold]." in out

@@ -1,4 +1,5 @@
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -176,6 +177,22 @@ def hanging(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     if process.returncode is None:
         process.kill()
         process.wait()
+
+
+def test_a_full_disk_ends_neither_the_dispatcher_nor_a_run_that_has_its_process(desk, hanging, monkeypatch) -> None:
+    stop, looked = threading.Event(), list[int | None]()
+
+    def step(_desk: Desk, jobs: dict[str, Job], _client: object) -> None:
+        jobs["a"] = hanging
+        looked.append(hanging.child.poll())
+        if len(looked) == 3:
+            stop.set()
+        Path("/dev/full").write_bytes(b"the log of another run")
+
+    monkeypatch.setattr(dispatch, "_task_client", lambda _desk: nullcontext())
+    monkeypatch.setattr(dispatch, "step", step)
+    dispatch.dispatch(desk, stop)
+    assert looked == [None] * 3
 
 
 def watch_for(desk: Desk, job: Job, clock: Clock, seconds: int) -> None:

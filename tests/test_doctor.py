@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,20 @@ from fedclient.limits import Limits
 from fedclient.policy import Policy
 from fedclient.site import Cache, Data, SiteFile, read_site_file, site_toml
 from fedserver import doctor as server_doctor
-from fedserver.enrol import init_federation, invite, open_federation
+from fedserver.enrol import authority_of, init_federation, invite, open_federation
 from shared_models import doctor as shared
 from shared_models.doctor import Line, memory_bytes
 from shared_models.errors import StateInvalid
 from shared_models.files import write_atomic, write_json
-from shared_models.identity import issue_server, new_authority, save_credential
+from shared_models.identity import (
+    Credential,
+    issue_server,
+    issue_site,
+    load_credential,
+    new_authority,
+    request_certificate,
+    save_credential,
+)
 from shared_models.invite import read_invite
 from simulations.phantoms import PhantomPlan, phantom
 from tests.edge import Edge, joined_site, running_edge
@@ -124,6 +133,14 @@ def test_a_coordinator_that_is_not_there_is_told_with_the_firewall(site):
     assert "Connection refused" in lines["tls"].words
     assert "firewall" in lines["tls"].mend
     assert lines["clock"].state == "warn"
+
+
+def test_a_certificate_that_is_of_the_future_is_told(site, edge):
+    key, ahead = load_credential(site / "keys/tls.pem").key, datetime.now(UTC) + timedelta(days=3)
+    future = issue_site(authority_of(edge.federation), request_certificate("north", key), "north", ahead)
+    save_credential(site / "keys/tls.pem", Credential(future, key))
+    line = found(site, "certificate")["certificate"]
+    assert (line.state, "begins only on" in line.words, "fedclient rejoin INVITE" in line.mend) == ("fail", True, True)
 
 
 def test_a_name_that_nobody_knows_is_told(site):

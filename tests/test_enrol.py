@@ -1,18 +1,23 @@
 import base64
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedclient import enrol as joining
+from fedclient.ask import ask as put
 from fedclient.enrol import join
+from fedserver import admission
 from fedserver.enrol import INVITE_S, Federation, enrol, init_federation, invite, open_federation
 from fedserver.lifecycle import revoke
-from fedserver.state import find_site
+from fedserver.state import find_site, list_certificates, used_certificate
 from shared_models.errors import EnrolmentFailed, ProcessFailed, StateInvalid
+from shared_models.files import read_lines
 from shared_models.identity import (
+    Certificate,
     SiteKeys,
     fingerprint_words,
     identity_public_key,
@@ -33,6 +38,7 @@ from shared_models.invite import (
     write_invite,
     write_message,
 )
+from shared_models.transfer import site_context
 from tests.edge import ask, joined_site, running_edge, stranger_context
 
 KEYS = new_site_keys()
@@ -132,10 +138,40 @@ def test_a_site_enrols_once_and_is_active(federation: Federation) -> None:
     assert (site.state, site.certificate_serial, site.flower_node_id) == ("active", facts.serial, 7)
     assert site.identity_public_key == identity_public_key(KEYS.identity).hex()
     assert registered == [(node_public_key(KEYS.node), "north")]
-    assert refusal(federation, request_for(word)) == (
+    assert refusal(federation, request_for(word, OTHER)) == (
         409,
         "invite of 'north': was used already. Ask the coordinator for a new one.",
     )
+
+
+def test_a_request_whose_answer_was_lost_gets_the_same_certificate_again_and_nobody_else_does(
+    federation: Federation,
+) -> None:
+    good = request_for(invite(federation, "north"))
+    lock = federation.folder / "audit.lock"
+    lock.unlink()
+    lock.mkdir()  # nothing can be written in the log, as on a full disk
+    with pytest.raises(OSError, match="Is a directory"):
+        enrol(federation, write_message(good), accept)
+    lock.rmdir()
+    first, again = (enrol(federation, write_message(good), accept) for _ in range(2))
+    assert (first.status, first.content) == (200, again.content)
+    (row,), site = list_certificates(federation.state, "north"), find_site(federation.state, "north")
+    assert read_message(JoinAnswer, first.content, "answer").certificate == row.pem
+    assert site is not None
+    told = [line["facts"]["certificate"] for line in read_lines(federation.audit) if line["event"] == "enrolled"]
+    assert told == [site.certificate_fingerprint], "once, though its first writer failed"
+    for asked in (
+        signed(replace(request_for(invite(federation, "south"), OTHER), site="north", token=good.token), OTHER),
+        signed(replace(good, request=request_certificate("north", OTHER.tls).decode())),
+        signed(replace(good, node_public_key=node_public_key(OTHER.node).decode())),
+        signed(replace(good, identity_public_key=identity_public_key(OTHER.identity).hex()), OTHER),
+        replace(good, signature=good.signature[:-2] + "00"),
+    ):
+        status, why = refusal(federation, asked)
+        assert (status, "was used already" in why) == (409, True)
+    revoke(federation, "north", "test")
+    assert refusal(federation, good)[0] == 409
 
 
 def test_only_the_digest_of_a_token_is_kept(federation: Federation) -> None:
@@ -231,6 +267,23 @@ def test_a_revoked_site_comes_back_with_a_new_invite_only(federation: Federation
     assert enrol(federation, write_message(again), accept).status == 200
 
 
+def test_a_site_that_joined_while_the_clock_was_ahead_and_rejoined_is_let_in_for_good(federation: Federation) -> None:
+    """As it must: its first certificate is of the future, and TLS takes it no more."""
+    day, now = 86400.0, time.time()
+
+    def joined(keys: SiteKeys, at: float) -> Certificate:
+        reply = enrol(federation, write_message(request_for(invite(federation, "north", at), keys)), accept, at)
+        facts = read_certificate(read_message(JoinAnswer, reply.content, "answer").certificate.encode())
+        used_certificate(federation.state, facts.serial, at)
+        return facts
+
+    ahead, right = joined(KEYS, now + 3 * day), joined(OTHER, now)
+    rows, site = list_certificates(federation.state, "north"), find_site(federation.state, "north")
+    assert [row.serial for row in rows] == [ahead.serial, right.serial]
+    assert [admission.refusal(site, rows, right, now + days * day) for days in (0, 5, 50)] == [None] * 3
+    assert "newer one" in str(admission.refusal(site, rows, ahead, now + 5 * day))
+
+
 # Joining, as the hospital does it
 
 
@@ -285,6 +338,33 @@ def test_a_join_that_fails_at_the_coordinator_can_be_run_again(tmp_path: Path, m
                 join(word, tmp_path / "north")
         assert not list((tmp_path / "north").iterdir())
         join(word, tmp_path / "north")
+
+
+def test_a_join_whose_answer_was_lost_is_run_again_with_the_same_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_edge(tmp_path / "federation") as edge:
+        word, home = invite(edge.federation, "north"), tmp_path / "north"
+
+        def lost(*words: object) -> bytes:
+            put(*words)  # type: ignore[arg-type]
+            raise EnrolmentFailed("the answer was lost")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(joining, "ask", lost)
+            with pytest.raises(EnrolmentFailed, match="was lost"):
+                join(word, home)
+        assert not (home / "keys").exists()
+        with pytest.raises(EnrolmentFailed, match="was used already"):
+            join(word, tmp_path / "elsewhere")
+        site = join(word, home)
+        kept = find_site(edge.federation.state, "north")
+        assert ask(edge, site_context(site.keys), "GET", "/health").status == 200
+    assert kept is not None
+    assert kept.node_public_key == node_public_key((site.keys / "node.key").read_bytes()).decode()
+    assert edge.nodes == ["north"]
+    assert [path.name for path in home.iterdir()] == ["keys"]
+    assert sorted(path.name for path in site.keys.iterdir()) == ["ca.pem", "identity.key", "node.key", "tls.pem"]
 
 
 def test_an_unreachable_coordinator_is_named(tmp_path: Path) -> None:

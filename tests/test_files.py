@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -224,6 +225,19 @@ def test_a_disk_that_takes_half_a_line_is_told_and_leaves_the_lines_before(tmp_p
         append_json(tmp_path / "lines", {"n": 1})
     assert refused.value.filename == str(tmp_path / "lines")
     assert (tmp_path / "lines").read_bytes() == b'{"n":0}\n'
+
+
+def test_a_disk_that_takes_no_more_is_told_with_the_file_that_could_not_grow(tmp_path, monkeypatch):
+    append_json(tmp_path / "lines", {"n": 0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as refused:
+            append_json(tmp_path / "lines", {"n": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert refused.value.filename == str(tmp_path / "lines")
+    assert read_lines(tmp_path / "lines") == [{"n": 0}]
 
 
 def test_a_broken_line_in_the_middle_is_not_passed_over(tmp_path):

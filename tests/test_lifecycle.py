@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fedclient.welcome import await_welcome, refused_words, shut_out
 from fedserver import gateway as gateways
 from fedserver.admission import OVERLAP_S, refusal
 from fedserver.cli import app as coordinator
+from fedserver.doctor import examine
 from fedserver.enrol import init_federation, invite, open_federation
 from fedserver.lifecycle import renew as answer_renewal
 from fedserver.lifecycle import renew_server, revoke, warnings
@@ -347,6 +348,50 @@ def test_an_expired_site_is_told_before_it_connects_and_comes_back_with_an_invit
     assert len(list(home(site).glob("keys.*"))) == 1, "the old keys are put aside"
 
 
+class Ahead(datetime):
+    """A clock that runs 270 days ahead."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "Ahead":
+        return cls.fromtimestamp(time.time() + 270 * DAY, tz)
+
+
+def test_a_coordinator_whose_clock_ran_ahead_for_a_moment_does_not_keep_the_certificate_of_that_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = init_federation(tmp_path / "federation", "Test", "localhost:8443")
+    with monkeypatch.context() as ahead:
+        ahead.setattr("shared_models.identity.datetime", Ahead)
+        assert renew_server(federation, now_s=time.time() + 270 * DAY)
+    told = warnings(federation)
+    assert len(told) == 1
+    assert told[0].startswith("The coordinator's certificate begins only on ")
+    found = next(line for line in examine(federation.folder) if line.check == "certificates")
+    assert (found.state, "`fedserver renew`" in found.mend) == ("fail", True)
+    assert renew_server(federation)
+    assert warnings(federation) == []
+    assert not renew_server(federation)
+
+
+def test_a_site_does_not_take_a_certificate_of_a_coordinators_clock_that_is_ahead(
+    edge: Edge, site: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, now = certificate_of(home(site)), time.time()
+    with monkeypatch.context() as ahead:
+        ahead.setattr("shared_models.identity.datetime", Ahead)
+        with pytest.raises(EnrolmentFailed, match=r"begins only on .* Its clock is ahead, or this one is behind"):
+            renew(home(site), site.site, site.address)
+    assert certificate_of(home(site)) == before, "it still counts"
+    told = [words for words in warnings(edge.federation) if words.startswith(site.site)]
+    assert len(told) == 1
+    assert "begins only on" in told[0]
+    assert f"`fedserver invite {site.site}`" in told[0]
+    assert renew(home(site), site.site, site.address).since_s < now
+    assert not [words for words in warnings(edge.federation) if words.startswith(site.site)]
+    mine = str(expiry_warning(home(site), before.since_s - DAY))
+    assert all(words in mine for words in ("begins only on", "this one is behind", "fedclient rejoin INVITE"))
+
+
 PEM = issue_site(new_authority("Test"), request_certificate("north", new_tls_key()), "north").decode()
 
 
@@ -362,6 +407,7 @@ def test_an_older_certificate_counts_until_a_newer_one_was_seen_for_a_day() -> N
     assert refusal(active, [row("a"), row("b", now - OVERLAP_S + 1)], shown, now) is None
     assert "newer one" in str(refusal(active, [row("a"), row("b", now - OVERLAP_S - 1)], shown, now))
     assert "newer one" in str(refusal(active, [row("a", ended="replaced")], shown, now))
+    assert refusal(active, [row("a"), row("b", 0.0, "replaced")], shown, now) is None, "one that counts no more"
     assert "was revoked on 1970-01-01 00:16 UTC. Ask the coordinator." in str(
         refusal(active, [row("a", ended="revoked"), row("b")], shown, now)
     )

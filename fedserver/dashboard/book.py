@@ -131,13 +131,8 @@ class Book:
             self._again = bool(gone)
             self.chain = Chain(0, 0, (1, "and all others are missing: the log is gone") if gone else None)
             return
-        if self._verified < self._read or self._verifier.bad is not None:
-            bad = self._verifier.bad
-        else:
-            try:
-                bad = self._verifier.verdict(head=head).bad
-            except StateInvalid:
-                bad = self._known, "is followed by a head (audit.head.json) that is none"
+        whole = self._verified >= self._read
+        bad = self._verifier.verdict(head=head).bad if whole else self._verifier.bad
         self.chain = Chain(self._verifier.tree.size, self._known, bad)
 
     def _begin(self) -> None:
