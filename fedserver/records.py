@@ -71,8 +71,8 @@ class Records:
         )  # fmt: skip
         return replace(order, head=self.log.head(*self.seen.get(site, (None, 0)), about=site))
 
-    def heard(self, site: str, reply: Reply) -> None:
-        """Keeps the head that came with a reply that the site has signed.
+    def heard(self, site: str, reply: Reply, key: bytes) -> None:
+        """Keeps the head that came with a reply that the site has signed by `key` (32 bytes).
 
         What the head shows of the site's log (cut, forked, put in the place of another) is written down, raises an
         alarm, and is no reason to do without the work: a site that was restored from a backup refuses orders itself.
@@ -86,7 +86,6 @@ class Records:
             raise UpdateRejected(
                 "HEAD_MISSING", f"site {site!r}: sends no head of its audit log. Install the released client there."
             )
-        key = self.key_of(site)
         if not verify(key, bytes.fromhex(reply.head.signature), HEAD, reply.head.statement):
             self.log.add("witness-unsigned", peer=site, run=reply.run, round=reply.round)
             raise UpdateRejected(

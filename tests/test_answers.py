@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from fedclient.renewal import renew
 from fedserver import rounds
 from fedserver.checkpoint import RunFolder, State, create_run
 from fedserver.conversation import MOST_ATTEMPTS
-from fedserver.lifecycle import revoke
+from fedserver.courier import Beside
+from fedserver.lifecycle import revoke, revoked_sites
 from fedserver.rounds import carry_out
 from fedserver.setting import Setting
 from fedserver.signed import signed_lines
@@ -29,7 +31,7 @@ from shared_models.errors import StateInvalid
 from shared_models.files import read_lines
 from shared_models.identity import identity_public_key, load_secret, new_identity_key, sign
 from shared_models.study import Evaluate, Rounds, Study, sha256
-from shared_models.weights import load
+from shared_models.weights import Tensors, load
 from shared_models.wire import Order, Reply, SignedReply, read_order, read_reply, read_signed, write_reply
 from tests.edge import Edge, running_edge
 from tests.hospitals import Hospitals, after
@@ -327,6 +329,39 @@ def test_audit_verify_counts_what_hospitals_have_signed_and_names_a_run_that_lac
         run.signed.write_text(json.dumps(line) + "\n" + whole.splitlines()[1] + "\n")
         code, words = audit(own)
         assert (code, "under a key that no roster ever had for it" in words) == (1, True)
+
+
+@pytest.mark.parametrize("becomes", ["renewed", "revoked"])
+def test_a_site_that_renews_its_key_or_is_revoked_while_its_update_is_added_is_counted_everywhere(
+    quick_folder, becomes
+):
+    with running_edge(quick_folder / "federation") as own:
+        hospitals = Hospitals(own, quick_folder / "own")
+        for name in ("north", "south"):
+            hospitals.join(name, INSIDE)
+
+        class Meanwhile(Beside):
+            def collect(self, site: str, reply: Reply, message: Message) -> Tensors:
+                found = super().collect(site, reply, message)
+                if site == "north" and becomes == "renewed":
+                    renew(hospitals.sites["north"], "north", own.address, identity=True)
+                elif site == "north":
+                    revoke(own.federation, "north", "left the consortium")
+                return found
+
+        run = create_run(own.federation.runs, "one", STUDY, WEIGHTS)
+        courier = Meanwhile(own.blobs / "out", own.blobs / "in", run.id)
+        revoked = partial(revoked_sites, own.federation.state)
+        state = carry_out(hospitals.setting(run, toy_app(LEARNER), courier=courier, revoked=revoked))
+        np.testing.assert_allclose(load(run.weights(1))["body.bias"], 0.5 + (1 + 3) / 2)
+        assert (set(line(run)["sites"]), line(run)["left_out"]) == ({"north", "south"}, {})
+        assert state.counted == {"north": 1, "south": 1}
+        (closed,) = noted(own, "one", "round-closed")
+        assert closed["counted"] == ["north", "south"]
+        assert set(closed["signed"].values()) == {told.sha256 for told, _ in signed_lines(run)}
+        code, words = audit(own)
+        assert code == 0, words
+        assert "2 answers in 1 runs are as the hospitals signed them" in words
 
 
 def _sent(site: Path) -> list[dict[str, Any]]:
