@@ -34,19 +34,24 @@ def shut_out(setting: Setting, seats: Mapping[str, Seat]) -> Mapping[str, str]:
 
 
 def take(setting: Setting, table: Table, asked: dict[str, Waited], seats: Mapping[str, Seat], accept: Accept) -> bool:
-    """Pulls what has arrived and settles its seats; true when there was anything."""
-    pending = [*asked, *table.late]
+    """Pulls what has arrived and settles its seats; true when there was anything.
+
+    Each reply is pulled by itself: Flower 1.41 has handed over for good all that one call asks for before it reads any
+    of it, so that one reply that cannot be read would take those of other sites with it.
+    """
     arrived = False
-    for ids in [[i] for i in pending] if setting.courier.one_by_one else [pending] if pending else []:
-        messages, unreadable = _pull(setting, ids)
-        arrived = arrived or bool(messages or unreadable)
-        revoked = shut_out(setting, seats) if messages else {}
-        for message_id in unreadable:
-            table.late.pop(message_id, None)
-            if message_id in asked:
-                waited = asked.pop(message_id)
+    for asked_for in [*asked, *table.late]:
+        messages = _pull(setting, asked_for)
+        if messages is None:
+            arrived = True
+            table.late.pop(asked_for, None)
+            if asked_for in asked:
+                waited = asked.pop(asked_for)
                 words = "MESSAGE_UNREADABLE: its reply is no message of Flower"
                 _forged(setting, waited, seats[waited.site], asked, words)
+            continue
+        arrived = arrived or bool(messages)
+        revoked = shut_out(setting, seats) if messages else {}
         for message in messages:
             message_id = message.metadata.reply_to_message_id
             if message_id in table.late:
@@ -59,18 +64,16 @@ def take(setting: Setting, table: Table, asked: dict[str, Waited], seats: Mappin
     return arrived
 
 
-def _pull(setting: Setting, ids: list[str]) -> tuple[list[Message], list[str]]:
-    """Replies that are there, and the orders whose reply cannot even be read: Flower raises what its parser raises."""
+def _pull(setting: Setting, message_id: str) -> list[Message] | None:
+    """The reply to an order, where it is there; None of one that cannot even be read: Flower raises what its parser
+    raises."""
     try:
-        return list(setting.grid.pull_messages(ids)), []
+        return list(setting.grid.pull_messages([message_id]))
     except (httpx.HTTPError, OSError, MemoryError):
         raise  # not the doing of one site
     except Exception:
         log.exception("a reply could not be read")
-        if len(ids) == 1:
-            return [], ids
-        parts = [_pull(setting, [i]) for i in ids]
-        return [m for part, _ in parts for m in part], [i for _, part in parts for i in part]
+        return None
 
 
 def _settle(

@@ -39,6 +39,8 @@ class Setting:
     Attributes:
         bounded: False in a simulation, whose sites share a machine: how long one of them takes says nothing about a
             hospital, so that it is neither late nor asked again, and results do not follow from the machine's load.
+        poll_s, poll_each_s: from a look at what has arrived, where nothing had, to the next; and so much more for each
+            order that waits for an answer, for a look asks the SuperLink about each.
         sign: a statement, as the coordinator (purpose, content); None in a simulation, where nobody has a key.
         records: the coordinator's audit log, and whose signature an answer must bear; None in a simulation, where
             answers are bound to their orders and nobody has a key.
@@ -53,6 +55,7 @@ class Setting:
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     poll_s: float = 0.1
+    poll_each_s: float = 0.0
     presence_s: float = 1.0
     reask_s: float = 60.0
     bounded: bool = True

@@ -35,7 +35,7 @@ from shared_models.weights import Tensors, load
 from shared_models.wire import Order, Reply, SignedReply, read_order, read_reply, read_signed, write_reply
 from tests.edge import Edge, running_edge
 from tests.hospitals import Hospitals, after
-from tests.toys import WEIGHTS, ScriptedGrid, ToyLearner, toy_app
+from tests.toys import WEIGHTS, Rubbish, ScriptedGrid, ToyLearner, toy_app
 
 INSIDE = Policy(approval="inside-policy")
 STUDY = Study(name="toy", rounds=Rounds(count=1, quorum=2, deadline_s=100, gather_s=0), evaluate=Evaluate(every=0))
@@ -225,6 +225,17 @@ def test_what_comes_of_a_site_that_is_counted_and_leaves_the_roster_then_takes_n
     assert set(line(run)["sites"]) == {"north", "south", "west"}
     np.testing.assert_allclose(load(run.weights(1))["body.bias"], 0.5 + (1 + 3 + 8) / 3)
     assert noted(edge, "left", "round-closed")[0]["counted"] == ["north", "south", "west"]
+
+
+def test_a_reply_that_flower_cannot_read_is_written_down_and_takes_none_of_another_site_with_it(hospitals, edge):
+    run = create_run(edge.federation.runs, "unreadable", STUDY, WEIGHTS)
+    setting = hospitals.setting(run)
+    grid = Rubbish(toy_app(LEARNER), setting.grid._nodes, hospitals.clock)
+    carry_out(replace(setting, grid=grid))
+    assert codes(edge, run.id) == ["MESSAGE_UNREADABLE"] * MOST_ATTEMPTS
+    assert grid.asked == {"north": MOST_ATTEMPTS, "south": 1, "west": 1}
+    assert line(run)["left_out"]["north"]["reason"].startswith("MESSAGE_UNREADABLE")
+    np.testing.assert_allclose(load(run.weights(1))["body.bias"], 0.5 + (3 + 8) / 2)
 
 
 def test_a_reply_of_a_site_that_has_left_the_roster_counts_for_nothing(hospitals, edge):
