@@ -1,6 +1,6 @@
 """The coordinator's own audit log, what it keeps of the sites' logs, and by which keys it knows what sites sign."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,11 @@ class Records:
     def add(self, event: str, **facts: Any) -> None:
         self.log.add(event, **facts)
 
-    def closed(self, run: str, number: int) -> bool:
-        """Whether the log, or one of an earlier key, says that a round of a run is closed."""
+    def closed(self, run: str, number: int) -> Mapping[str, Any] | None:
+        """What the log, or one of an earlier key, says last of how a round of a run was closed; None where nothing."""
         closed = (line["facts"] for line in every_event(self.log.path.parent, ("round-closed",)))
-        return any((facts.get("run"), facts.get("round")) == (run, number) for facts in closed)
+        found = [facts for facts in closed if (facts.get("run"), facts.get("round")) == (run, number)]
+        return found[-1] if found else None
 
     def roster(self) -> Roster | None:
         """The newest epoch, its signature verified once; None before a site has joined.

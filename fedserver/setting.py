@@ -138,10 +138,14 @@ def note(setting: Setting, event: str, run: str, **facts: Any) -> None:
         setting.records.add(event, run=run, **facts)
 
 
+def signed_in(line: Mapping[str, Any]) -> Mapping[str, str]:
+    """Envelopes of the updates that a round has counted, by label; from its line in metrics.jsonl."""
+    return line.get("signed") or {label: row["signed"] for label, row in line["sites"].items() if "signed" in row}
+
+
 def note_closed(setting: Setting, state: State, line: Mapping[str, Any]) -> None:
     """A finished round in the audit log, from the state that it ended with and its line in metrics.jsonl."""
-    signed = line.get("signed") or {label: row["signed"] for label, row in line["sites"].items() if "signed" in row}
-    facts: dict[str, Any] = {"counted": list(state.cohort), "signed": signed, "weights": state.weights_sha256}
+    facts: dict[str, Any] = {"counted": list(state.cohort), "signed": signed_in(line), "weights": state.weights_sha256}
     if (together := line.get("together")) is not None:
         facts["attempt"] = together["attempt"]
     note(setting, "round-closed", state.run, round=state.round, **facts)
