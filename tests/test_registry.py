@@ -25,7 +25,8 @@ from fedserver.enrol import Federation, authority_of, open_federation, open_log,
 from fedserver.publish.card import Words
 from fedserver.publish.proofs import audit_extract
 from fedserver.records import Records
-from fedserver.signed import check_signed, counted_answers
+from fedserver.setting import note_closed
+from fedserver.signed import check_signed, counted_answers, signed_lines
 from fedserver.state import Run, add_run, find_run, find_site
 from fedserver.submit import submit
 from fedserver.withdrawal import begin_from, copy_until, retrain, withdraw
@@ -699,28 +700,28 @@ def test_a_run_whose_folder_was_restored_from_a_backup_is_released_once_its_last
 ):
     federation, study = hospitals.edge.federation, replace(STUDY, name="again", rounds=replace(STUDY.rounds, count=2))
     submitted = submit(federation, study, None, False)
-    run, closed = submitted.folder, rounds.note_closed
+    run = submitted.folder
     numbers = dict(enumerate(sorted(hospitals.sites), start=1))
     there = Presence({name: number for number, name in numbers.items() if name != "east"})
 
     def backed_up(*facts: Any) -> None:
-        closed(*facts)
+        note_closed(*facts)
         if not (tmp_path / "backup").exists():
             shutil.copytree(run.path, tmp_path / "backup")
 
     def killed(*facts: Any) -> None:
         raise KeyboardInterrupt
 
-    for note_closed in (backed_up, killed, closed):  # the second time a kill keeps round 2 out of the log
+    for noted in (backed_up, killed, note_closed):  # the second time a kill keeps round 2 out of the log
         with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
-            patched.setattr(rounds, "note_closed", note_closed)
+            patched.setattr(rounds, "note_closed", noted)
             hospitals.run(study, submitted.id, presence=lambda: there)
-        if note_closed is backed_up:
+        if noted is backed_up:
             shutil.rmtree(run.path)
             shutil.copytree(tmp_path / "backup", run.path)
     lines = [line["facts"] for line in read_lines(federation.audit) if line["event"] == "round-closed"]
     assert [facts["round"] for facts in lines if facts["run"] == submitted.id] == [1, 2, 2]
-    check_signed(federation)
+    assert counted_answers(federation)[submitted.id].keys() <= {told.sha256 for told, _ in signed_lines(run)}
     made = registry.register(federation, run)
     assert made.sites == {"north": 2, "south": 2}
     opened = open_release(registry.folder_of(federation, made.digest) / "release", registry.trust_of(federation))
