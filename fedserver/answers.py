@@ -34,19 +34,24 @@ def shut_out(setting: Setting, seats: Mapping[str, Seat]) -> Mapping[str, str]:
 
 
 def take(setting: Setting, table: Table, asked: dict[str, Waited], seats: Mapping[str, Seat], accept: Accept) -> bool:
-    """Pulls what has arrived and settles its seats; true when there was anything."""
-    pending = [*asked, *table.late]
+    """Pulls what has arrived and settles its seats; true when there was anything.
+
+    Each reply is pulled by itself: Flower 1.41 has handed over for good all that one call asks for before it reads any
+    of it, so that one reply that cannot be read would take those of other sites with it.
+    """
     arrived = False
-    for ids in [[i] for i in pending] if setting.courier.one_by_one else [pending] if pending else []:
-        messages, unreadable = _pull(setting, ids)
-        arrived = arrived or bool(messages or unreadable)
-        revoked = shut_out(setting, seats) if messages else {}
-        for message_id in unreadable:
-            table.late.pop(message_id, None)
-            if message_id in asked:
-                waited = asked.pop(message_id)
+    for asked_for in [*asked, *table.late]:
+        messages = _pull(setting, asked_for)
+        if messages is None:
+            arrived = True
+            table.late.pop(asked_for, None)
+            if asked_for in asked:
+                waited = asked.pop(asked_for)
                 words = "MESSAGE_UNREADABLE: its reply is no message of Flower"
                 _forged(setting, waited, seats[waited.site], asked, words)
+            continue
+        arrived = arrived or bool(messages)
+        revoked = shut_out(setting, seats) if messages else {}
         for message in messages:
             message_id = message.metadata.reply_to_message_id
             if message_id in table.late:
@@ -59,18 +64,16 @@ def take(setting: Setting, table: Table, asked: dict[str, Waited], seats: Mappin
     return arrived
 
 
-def _pull(setting: Setting, ids: list[str]) -> tuple[list[Message], list[str]]:
-    """Replies that are there, and the orders whose reply cannot even be read: Flower raises what its parser raises."""
+def _pull(setting: Setting, message_id: str) -> list[Message] | None:
+    """The reply to an order, where it is there; None of one that cannot even be read: Flower raises what its parser
+    raises."""
     try:
-        return list(setting.grid.pull_messages(ids)), []
+        return list(setting.grid.pull_messages([message_id]))
     except (httpx.HTTPError, OSError, MemoryError):
         raise  # not the doing of one site
     except Exception:
         log.exception("a reply could not be read")
-        if len(ids) == 1:
-            return [], ids
-        parts = [_pull(setting, [i]) for i in ids]
-        return [m for part, _ in parts for m in part], [i for _, part in parts for i in part]
+        return None
 
 
 def _settle(
@@ -94,14 +97,14 @@ def _settle(
         return
     reply = None
     try:
-        told, reply = _opened(setting, waited.asked, message, where)
-        if setting.records is not None:
-            setting.records.heard(site, reply)
+        told, reply, key = _opened(setting, waited.asked, message, where)
+        if setting.records is not None and key is not None:
+            setting.records.heard(site, reply, key)
         if reply.kind == "refusal":
             _put_off(seat, reply) if reply.refusal in LATER else _refused(seat, reply)
         else:
             accept(site, reply, message, expected, False)
-            _counted(setting, table, waited, told, site)
+            _counted(setting, table, waited, told, key, site)
             seat.state, seat.reason = "counted", ""
     except AnswerForged as e:
         _forged(setting, waited, seat, asked, f"{e.code}: {e}")
@@ -126,7 +129,7 @@ def _second(setting: Setting, waited: Waited, message: Message) -> None:
     if message.has_error():
         return
     try:
-        _, reply = _opened(setting, waited.asked, message, f"site {waited.site!r}")
+        _, reply, _ = _opened(setting, waited.asked, message, f"site {waited.site!r}")
     except (UpdateRejected, MessageInvalid) as e:
         _note_forged(setting, waited, getattr(e, "code", "MESSAGE_INVALID"))
         return
@@ -134,21 +137,25 @@ def _second(setting: Setting, waited: Waited, message: Message) -> None:
     setting.courier.drop(waited.site, reply)
 
 
-def _opened(setting: Setting, asked: Asked, message: Message, where: str) -> tuple[SignedReply, Reply]:
-    """The reply, once its envelope is seen to be this site's and of this order; raises as `envelope.opened` does."""
+def _opened(setting: Setting, asked: Asked, message: Message, where: str) -> tuple[SignedReply, Reply, bytes | None]:
+    """The reply, once its envelope is seen to be this site's and of this order; raises as `envelope.opened` does.
+
+    The key by which that was seen comes with it: all that follows goes by this one, for the site may renew it, or be
+    revoked, while its update is added to the sum.
+    """
     try:
         told = read_signed(message, where)
     except MessageInvalid as error:
         raise AnswerForged("MESSAGE_INVALID", str(error)) from None
     key = None if setting.records is None else setting.records.key_of(asked.site)
-    return told, opened(told, asked, key, where)
+    return told, opened(told, asked, key, where), key
 
 
-def _counted(setting: Setting, table: Table, waited: Waited, told: SignedReply, label: str) -> None:
-    """Keeps what the site has signed, and that its update of this round is counted."""
+def _counted(setting: Setting, table: Table, waited: Waited, told: SignedReply, key: bytes | None, label: str) -> None:
+    """Keeps what the site has signed, and that its update of this round is counted: it is in the sum, and nothing that
+    has become of the site meanwhile takes it out."""
     table.counted.add((waited.site, waited.expected.round))
-    if setting.records is not None:
-        key = setting.records.key_of(waited.site)
+    if key is not None:
         table.answers[label] = keep(setting.folder, waited.asked, told, key)
 
 
@@ -195,14 +202,14 @@ def _take_late(setting: Setting, table: Table, waited: Waited, message: Message,
     """A reply to an order of an earlier round: counted at its staleness weight, or dropped, as the study says."""
     site, expected, reply = waited.site, waited.expected, None
     try:
-        told, reply = _opened(setting, waited.asked, message, f"site {site!r}")
-        if setting.records is not None:
-            setting.records.heard(site, reply)
+        told, reply, key = _opened(setting, waited.asked, message, f"site {site!r}")
+        if setting.records is not None and key is not None:
+            setting.records.heard(site, reply, key)
         if (site, expected.round) in table.counted:
             _note_duplicate(setting, waited)
         elif table.study.rounds.late == "next" and reply.kind == "update":
             accept(site, reply, message, expected, True)
-            _counted(setting, table, waited, told, f"{site} (round {expected.round})")
+            _counted(setting, table, waited, told, key, f"{site} (round {expected.round})")
             note(setting, "reply-counted", expected.run, round=expected.round, site=site, why="late")
     except AnswerForged as e:
         _note_forged(setting, waited, f"{e.code}: {e}")

@@ -21,6 +21,7 @@ from shared_models.wire import Order, write_order
 
 MOST_ATTEMPTS = 6  # orders to one site in one round
 LONGEST_S = 30 * 86400.0  # the longest deadline that a study may give
+MOST_PAUSE_S = 2.0  # between two looks at what has arrived, however many are waited for
 LATER_S, LONGEST_LATER_S = 15.0, 120.0  # from such a refusal to the next question; it doubles
 
 
@@ -130,7 +131,7 @@ def converse(
         paused = now >= deadline or idle
         show(setting, table, "paused" if paused else order.kind, order.round, give_up if paused else deadline)
         if not arrived:
-            setting.sleep(setting.poll_s)
+            setting.sleep(setting.poll_s + min(MOST_PAUSE_S, setting.poll_each_s * (len(asked) + len(table.late))))
     for seat in (seats[waited.site] for waited in asked.values()):
         if seat.open:
             forged = f"; in its name came {seat.forged}" if seat.forged else ""

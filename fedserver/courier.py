@@ -32,11 +32,6 @@ class Parcel:
 class Courier(Protocol):
     """What a round needs of it."""
 
-    @property
-    def one_by_one(self) -> bool:
-        """True where a reply holds its tensors, so that only one may be pulled at a time."""
-        ...
-
     def check_room(self, model_bytes: int, sites: int, round_number: int) -> None:
         """Raises RoundPaused where the updates of a round would fill the disk."""
         ...
@@ -63,8 +58,6 @@ class Courier(Protocol):
 @dataclass(frozen=True, slots=True)
 class Inline:
     """Tensors travel in the message."""
-
-    one_by_one: bool = True
 
     def check_room(self, model_bytes: int, sites: int, round_number: int) -> None:
         return None
@@ -105,7 +98,6 @@ class Beside:
     out: Path
     incoming: Path
     run: str
-    one_by_one: bool = False
 
     def check_room(self, model_bytes: int, sites: int, round_number: int) -> None:
         self.incoming.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,6 +1,6 @@
 """The coordinator's own audit log, what it keeps of the sites' logs, and by which keys it knows what sites sign."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,11 @@ class Records:
     def add(self, event: str, **facts: Any) -> None:
         self.log.add(event, **facts)
 
-    def closed(self, run: str, number: int) -> bool:
-        """Whether the log, or one of an earlier key, says that a round of a run is closed."""
+    def closed(self, run: str, number: int) -> Mapping[str, Any] | None:
+        """What the log, or one of an earlier key, says last of how a round of a run was closed; None where nothing."""
         closed = (line["facts"] for line in every_event(self.log.path.parent, ("round-closed",)))
-        return any((facts.get("run"), facts.get("round")) == (run, number) for facts in closed)
+        found = [facts for facts in closed if (facts.get("run"), facts.get("round")) == (run, number)]
+        return found[-1] if found else None
 
     def roster(self) -> Roster | None:
         """The newest epoch, its signature verified once; None before a site has joined.
@@ -71,8 +72,8 @@ class Records:
         )  # fmt: skip
         return replace(order, head=self.log.head(*self.seen.get(site, (None, 0)), about=site))
 
-    def heard(self, site: str, reply: Reply) -> None:
-        """Keeps the head that came with a reply that the site has signed.
+    def heard(self, site: str, reply: Reply, key: bytes) -> None:
+        """Keeps the head that came with a reply that the site has signed by `key` (32 bytes).
 
         What the head shows of the site's log (cut, forked, put in the place of another) is written down, raises an
         alarm, and is no reason to do without the work: a site that was restored from a backup refuses orders itself.
@@ -86,7 +87,6 @@ class Records:
             raise UpdateRejected(
                 "HEAD_MISSING", f"site {site!r}: sends no head of its audit log. Install the released client there."
             )
-        key = self.key_of(site)
         if not verify(key, bytes.fromhex(reply.head.signature), HEAD, reply.head.statement):
             self.log.add("witness-unsigned", peer=site, run=reply.run, round=reply.round)
             raise UpdateRejected(

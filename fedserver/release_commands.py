@@ -235,7 +235,7 @@ def withdraw(
     if as_json:
         print_json(
             {"site": site, "releases": as_rows(gone.releases), "runs": dict(gone.runs), "begun": dict(gone.begun),
-             "unread": list(gone.unread)}
+             "unread": list(gone.unread), "under_way": dict(gone.under_way)}
         )  # fmt: skip
         return
     console.print(f"[bold]{site}[/] has left: it is shut out, and what it sent stands in these.")
@@ -250,6 +250,11 @@ def withdraw(
             since = f"from round {first} on" if first else "by the plan that its counts made"
             mend = f"`fedserver retrain {run} --without {site}`"
         console.print(f"  run {run}, {since}: {mend}", highlight=False)
+    for run, number in gone.under_way.items():
+        console.print(
+            f"[yellow]Round {number} of run {run} is under way[/], and what {site} had sent by now may be in its sum. "
+            "Type this again once it has closed.", highlight=False,
+        )  # fmt: skip
     if gone.unread:
         console.print(
             f"[yellow]Of these it cannot be read whom they hold: {', '.join(gone.unread)}.[/] Restore them from a "
@@ -257,7 +262,7 @@ def withdraw(
         )  # fmt: skip
     if gone.releases and retire:
         console.print("Hospitals that have them hear of it by the next list: `fedserver release-status FILE`.")
-    if not gone.releases and not gone.runs and not gone.unread:
+    if not gone.releases and not gone.runs and not gone.unread and not gone.under_way:
         console.print("  nothing: it was never counted.")
 
 

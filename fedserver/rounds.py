@@ -25,7 +25,7 @@ from fedserver.courier import Parcel
 from fedserver.optimizers import optimizer_of
 from fedserver.publish.lineage import RETRAINED
 from fedserver.secure_round import secure_evaluation, secure_round, secure_statistics
-from fedserver.setting import Setting, Table, note, note_closed, show
+from fedserver.setting import Setting, Table, note, note_closed, show, signed_in
 from shared_models import study as study_file
 from shared_models.drift import Profile, reference
 from shared_models.drift import doubted as doubted_profile
@@ -82,13 +82,15 @@ def carry_out(setting: Setting) -> State:
 
 def _close_again(setting: Setting, state: State) -> None:
     """The line of the last finished round, where a process was killed after its state and before the audit log."""
-    if setting.records is None or not state.round or setting.records.closed(state.run, state.round):
+    if setting.records is None or not state.round:
         return
     before = setting.folder.path / RETRAINED
     if before.exists() and read_json(before)["round"] >= state.round:
         return  # closed in the run that this one goes on from
     lines = [x for x in read_lines(setting.folder.metrics) if x["round"] == state.round and not x.get("final")]
-    note_closed(setting, state, lines[-1] if lines else {"sites": {}})
+    said = setting.records.closed(state.run, state.round)
+    if said is None or (lines and said.get("signed", {}) != signed_in(lines[-1])):  # else of when it was done before
+        note_closed(setting, state, lines[-1] if lines else {"sites": {}})
 
 
 def statistics(setting: Setting, table: Table, state: State) -> State:

@@ -39,6 +39,8 @@ class Setting:
     Attributes:
         bounded: False in a simulation, whose sites share a machine: how long one of them takes says nothing about a
             hospital, so that it is neither late nor asked again, and results do not follow from the machine's load.
+        poll_s, poll_each_s: from a look at what has arrived, where nothing had, to the next; and so much more for each
+            order that waits for an answer, for a look asks the SuperLink about each.
         sign: a statement, as the coordinator (purpose, content); None in a simulation, where nobody has a key.
         records: the coordinator's audit log, and whose signature an answer must bear; None in a simulation, where
             answers are bound to their orders and nobody has a key.
@@ -53,6 +55,7 @@ class Setting:
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     poll_s: float = 0.1
+    poll_each_s: float = 0.0
     presence_s: float = 1.0
     reask_s: float = 60.0
     bounded: bool = True
@@ -135,10 +138,14 @@ def note(setting: Setting, event: str, run: str, **facts: Any) -> None:
         setting.records.add(event, run=run, **facts)
 
 
+def signed_in(line: Mapping[str, Any]) -> Mapping[str, str]:
+    """Envelopes of the updates that a round has counted, by label; from its line in metrics.jsonl."""
+    return line.get("signed") or {label: row["signed"] for label, row in line["sites"].items() if "signed" in row}
+
+
 def note_closed(setting: Setting, state: State, line: Mapping[str, Any]) -> None:
     """A finished round in the audit log, from the state that it ended with and its line in metrics.jsonl."""
-    signed = line.get("signed") or {label: row["signed"] for label, row in line["sites"].items() if "signed" in row}
-    facts: dict[str, Any] = {"counted": list(state.cohort), "signed": signed, "weights": state.weights_sha256}
+    facts: dict[str, Any] = {"counted": list(state.cohort), "signed": signed_in(line), "weights": state.weights_sha256}
     if (together := line.get("together")) is not None:
         facts["attempt"] = together["attempt"]
     note(setting, "round-closed", state.run, round=state.round, **facts)

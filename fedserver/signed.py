@@ -4,7 +4,7 @@ It is kept as it came, so that years later anybody can tell with the hospital's 
 order was its, and the digest of the tensors that it sent: `round-closed` of the audit log names each by its envelope.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation
@@ -39,11 +39,17 @@ def signed_lines(folder: RunFolder) -> Iterator[tuple[SignedAnswer, Envelope]]:
 
 
 def counted_answers(federation: Federation) -> dict[str, dict[str, int]]:
-    """Run -> SHA-256 of each envelope that the audit log, of earlier keys too, says was counted, and in which round."""
-    found: dict[str, dict[str, int]] = {}
+    """Run -> SHA-256 of each envelope that the audit log, of earlier keys too, says was counted, and in which round.
+
+    Of a round that was done again, after its run's folder was restored from a backup, those count that it ended with.
+    """
+    rounds = dict[tuple[str, int], Iterable[str]]()
     for closed in every_event(federation.folder, ("round-closed",)):
         facts = closed["facts"]
-        found.setdefault(facts["run"], {}).update(dict.fromkeys(facts.get("signed", {}).values(), facts["round"]))
+        rounds[facts["run"], facts["round"]] = facts.get("signed", {}).values()
+    found: dict[str, dict[str, int]] = {}
+    for (run, number), envelopes in rounds.items():
+        found.setdefault(run, {}).update(dict.fromkeys(envelopes, number))
     return found
 
 
@@ -67,7 +73,8 @@ def check_signed(federation: Federation) -> tuple[int, int]:
         if lost := named.get(folder.id, {}).keys() - found:
             raise StateInvalid(
                 f"{folder.signed}: lacks {len(lost)} answers that the audit log says were counted. It was cut; restore "
-                f"it from a backup."
+                f"the run's folder from its newest backup, and where this is that one, carry the run on: its last "
+                f"rounds are done again."
             )
         count, runs = count + len(found), runs + bool(found)
     return count, runs

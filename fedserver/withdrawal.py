@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedserver.checkpoint import WITHOUT, RunFolder, State, excluded, read_state, read_study
+from fedserver.checkpoint import WITHOUT, RunFolder, State, excluded, read_progress, read_state, read_study
 from fedserver.enrol import Federation, open_log
 from fedserver.holding import SITE_LEFT, contents
 from fedserver.lifecycle import revoke
 from fedserver.publish.lineage import BEGAN, RETRAINED, UNREADABLE, held, planners
 from fedserver.registry import Entry, list_releases, retire_release
-from fedserver.state import Run, add_run, find_run, find_site, list_runs
+from fedserver.state import UNFINISHED, Run, add_run, find_run, find_site, list_runs
 from fedserver.submit import checked_name
 from shared_models.errors import StateInvalid
 from shared_models.files import canonical_json, file_sha256, read_lines, sync_folder, write_atomic, write_json
@@ -47,12 +47,14 @@ class Withdrawn:
         runs: likewise; run -> the first round in which it was counted, 0 where the plan or the first weights hold it.
         begun: run -> the run whose weights brought it in.
         unread: runs and releases that cannot be read, or whose plan is of nobody knows whom: they may hold it too.
+        under_way: run -> the round of it that may count the site as it closes, see `under_way`.
     """
 
     releases: tuple[Entry, ...]
     runs: Mapping[str, int]
     begun: Mapping[str, str]
     unread: tuple[str, ...]
+    under_way: Mapping[str, int]
 
 
 def withdraw(federation: Federation, site: str, reason: str, retire: bool) -> Withdrawn:
@@ -62,6 +64,7 @@ def withdraw(federation: Federation, site: str, reason: str, retire: bool) -> Wi
         StateInvalid: a site that is not known, or a reason that is none.
     """
     revoke(federation, site, reason)
+    still = under_way(federation, site)  # before what is closed is read: a round that closes meanwhile is in that
     known = list_releases(federation)
     within, planned_by = contents(federation, known), planners(federation.folder)
     found = [
@@ -85,9 +88,27 @@ def withdraw(federation: Federation, site: str, reason: str, retire: bool) -> Wi
             begun[run.id] = inside.before[site]
     unread.update(*(content.unread for content in within.values()))
     open_log(federation).add(
-        "withdrawn", site=site, releases=[entry.digest for entry in found], runs=runs, unread=sorted(unread)
-    )
-    return Withdrawn(tuple(found), runs, begun, tuple(sorted(unread)))
+        "withdrawn", site=site, releases=[entry.digest for entry in found], runs=runs, unread=sorted(unread),
+        under_way=still,
+    )  # fmt: skip
+    return Withdrawn(tuple(found), runs, begun, tuple(sorted(unread)), still)
+
+
+def under_way(federation: Federation, site: str) -> dict[str, int]:
+    """Run -> its round, of those that are in the middle of one in which the site has a seat.
+
+    Nothing more is taken of a site that is shut out, but what it had sent before may be in the sum, a late update of an
+    earlier round too, and a sum cannot be undone: only when the round has closed is it known whom it has counted. A
+    secure sum that waits for sites is kept, and may hold the site also while nobody carries out its run.
+    """
+    found = dict[str, int]()
+    for run in list_runs(federation.state):
+        folder = RunFolder(federation.runs / run.id)
+        progress, kept = read_progress(folder), run.state in UNFINISHED and folder.sum.exists()
+        moving = run.state == "running" and progress.get("phase") != "finished"
+        if kept or (moving and site in progress.get("sites", {})):
+            found[run.id] = int(progress.get("round", 0))
+    return found
 
 
 def retrain(federation: Federation, run_id: str, sites: Sequence[str], name: str | None = None) -> Retrained:

@@ -50,7 +50,7 @@ class Head:
     signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
     certificate: Annotated[str, Field(max_length=4000)] = ""
     since: Count = 0
-    proof: Annotated[tuple[Sha256, ...], Field(max_length=MOST_PROOF)] = ()
+    proof: Annotated[tuple[Sha256, ...], Field(max_length=MOST_PROOF, fail_fast=True)] = ()
     seen_log: Sha256 | None = None
     seen_size: Count = 0
 

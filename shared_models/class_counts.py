@@ -24,8 +24,8 @@ MOST_RANKED = 10**6  # cases of a bin that are ranked one by one; a count that c
 STEEPEST = 20.0  # change of a logit by calibration
 MIDDLES = (np.arange(BINS) + 0.5) * (2 * LIMIT / BINS) - LIMIT  # of the bins, as logits
 Count = Annotated[int, Field(ge=0, lt=2**53)]
-Histogram = Annotated[tuple[Count, ...], Field(max_length=BINS)]
-Curve = Annotated[tuple[Count, ...], Field(max_length=CELLS)]
+Histogram = Annotated[tuple[Count, ...], Field(max_length=BINS, fail_fast=True)]
+Curve = Annotated[tuple[Count, ...], Field(max_length=CELLS, fail_fast=True)]
 Floats = NDArray[np.float64]
 
 

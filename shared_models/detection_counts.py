@@ -19,7 +19,7 @@ from shared_models.parse import STRICT
 
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false marks a scan (Setio et al. 2017, section 3.4)
 Count = Annotated[int, Field(ge=0, lt=2**53)]
-Histogram = Annotated[tuple[Count, ...], Field(max_length=BINS)]
+Histogram = Annotated[tuple[Count, ...], Field(max_length=BINS, fail_fast=True)]
 Floats = NDArray[np.float64]
 
 

@@ -22,10 +22,9 @@ from scipy import ndimage
 
 from shared_models.errors import OrderRefused, StateInvalid, UpdateRejected
 from shared_models.files import canonical_json
-from shared_models.parse import STRICT, Sha256, SiteName, parse, plain
+from shared_models.parse import STRICT, Counts, Sha256, SiteName, parse, plain
 from shared_models.study import Study, Task
 
-Counts: TypeAlias = tuple[int, ...]
 Edges: TypeAlias = NDArray[np.floating[Any]]
 Cells: TypeAlias = Mapping[str, int]  # feature -> the cell that one case lies in
 

@@ -45,7 +45,7 @@ class DiceCounts:
     empty: Count = 0
     sum_micro: Count = 0
     square_micro: Count = 0
-    histogram: Annotated[tuple[Count, ...], Field(max_length=BINS)] = ()
+    histogram: Annotated[tuple[Count, ...], Field(max_length=BINS, fail_fast=True)] = ()
     surface: SurfaceCounts | None = None
     measure: Literal["dice"] = "dice"
 

@@ -23,6 +23,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+# pydantic holds half a kilobyte for each wrong element of a sequence: of what comes over the wire the first is enough
+Counts = Annotated[tuple[int, ...], Field(fail_fast=True)]
 # A character of text that people write and others read: no control or direction mark, line break or invisible one, but
 # for those that Persian, Indic scripts and emoji are spelled with (zero-width joiners, variation selector)
 SHOWN = r"(?:[^\p{C}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]|[\x{200C}\x{200D}\x{FE0F}])"

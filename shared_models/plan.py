@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from shared_models.errors import OrderRefused, StudyInvalid, UpdateRejected
 from shared_models.files import canonical_json
-from shared_models.parse import STRICT, plain
+from shared_models.parse import STRICT, Counts, plain
 
-Counts: TypeAlias = tuple[int, ...]
 Axes: TypeAlias = tuple[Counts, Counts, Counts]  # along I, J, K
 
 PER_CASE = 10_000  # counts of one case's intensities, however many voxels it has

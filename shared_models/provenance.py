@@ -197,27 +197,31 @@ def _check_audit(release: Release, key: bytes) -> list[str]:
     own = [line for line in lines if line["facts"]["run"] == origin.run]
     opened = [line["facts"]["study"] for line in lines if line["event"] == "run-opened"]
     plans = [line["facts"]["plan"] for line in own if line["event"] == "plan-made"]
-    closed = {line["facts"]["round"]: line["facts"]["weights"] for line in own if line["event"] == "round-closed"}
+    closings = [line["facts"] for line in lines if line["event"] == "round-closed"]
+    rounds = {(facts["run"], facts["round"]): facts for facts in closings}  # one that was done again: as it ended last
     ended = [line["facts"]["weights"] for line in own if line["event"] == "run-finished"]
     if set(opened) - {origin.study_sha256} or not opened:
         raise ReleaseInvalid(f"{AUDIT}: the log knows the run by another study than the manifest.", AUDIT)
     if plans and plans[-1] != origin.plan_sha256:
         raise ReleaseInvalid(f"{AUDIT}: the log knows another plan than the manifest.", AUDIT)
-    last = closed.get(origin.round, ended[-1] if ended else None)
+    if (origin.run, origin.round) in rounds:
+        last = rounds[origin.run, origin.round]["weights"]
+    else:
+        last = ended[-1] if ended else None
     if last != origin.weights_sha256:
         raise ReleaseInvalid(f"{AUDIT}: the log knows other weights of round {origin.round}.", AUDIT)
     counted: Counter[str] = Counter()
-    for facts in (line["facts"] for line in lines if line["event"] == "round-closed"):
+    for facts in rounds.values():
         counted.update(facts["counted"])
         counted.update(site for site, _, late in map(_labelled, facts.get("signed", {})) if late)
     if more := sorted(site for site, rounds in counted.items() if rounds > origin.sites.get(site, 0)):
         raise ReleaseInvalid(f"{AUDIT}: the log counts {more[0]!r} more often than the manifest does.", AUDIT)
-    signed = _check_answers(release, [line["facts"] for line in lines if line["event"] == "round-closed"])
-    rounds = len({(line["facts"]["run"], line["facts"]["round"]) for line in lines if line["event"] == "round-closed"})
+    signed = _check_answers(release, rounds.values())
+    again = f" (in {len(closings)} lines, for some were done again)" if len(closings) > len(rounds) else ""
     logs = f"; they go back to {len(extract.earlier)} logs of keys before, each sealed by the next"
     return [
         f"{len(lines)} lines of the coordinator's log are signed and in its tree of {extract.size} lines "
-        f"(root {extract.root[:16]}); {rounds} rounds closed, the last with the weights of this release"
+        f"(root {extract.root[:16]}); {len(rounds)} rounds closed{again}, the last with the weights of this release"
         f"{logs if extract.earlier else ''}",
         *signed,
     ]

@@ -43,7 +43,7 @@ class SurfaceCounts:
     cases: Count = 0
     agreement_micro: Count = 0
     distance_um: Count = 0
-    distance: Annotated[tuple[Count, ...], Field(max_length=len(DISTANCE_MM) + 1)] = ()
+    distance: Annotated[tuple[Count, ...], Field(max_length=len(DISTANCE_MM) + 1, fail_fast=True)] = ()
     volume_error_micro: Count = 0
     volume_bias_micro: Signed = 0
     with_truth: Count = 0

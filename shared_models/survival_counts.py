@@ -17,7 +17,7 @@ from shared_models.parse import STRICT
 MICRO = 1_000_000
 LEAST_UNCENSORED = 0.05  # share still in follow-up, below which a weight grows no further
 Count = Annotated[int, Field(ge=0, lt=2**53)]
-Counts = Annotated[tuple[Count, ...], Field(max_length=64)]
+Counts = Annotated[tuple[Count, ...], Field(max_length=64, fail_fast=True)]
 Floats = NDArray[np.float64]
 
 

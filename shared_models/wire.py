@@ -38,8 +38,11 @@ from shared_models.weights import Array, Arrays
 
 PROTOCOL = 3
 MOST_ENVELOPE = 2048  # bytes
+MOST_FACTS = 2 << 20  # bytes of a reply; one that scores 32 labels three times over a million cases each has 1.3 MB
+MOST_KEYS = 10_000  # in it; such a reply has 2,000, and each that is wrong costs half a kilobyte to find out
 NO_NONCE = "0" * 32
 Split: TypeAlias = Literal["val", "test"]
+PolicyKey = Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]
 Finite = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 
 
@@ -162,12 +165,12 @@ class Reply:
     study_sha256: Sha256
     base_sha256: Sha256
     refusal: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{2,40}$")] | None = None
-    refusal_keys: Annotated[tuple[Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")], ...], Field(max_length=16)] = ()
+    refusal_keys: Annotated[tuple[PolicyKey, ...], Field(max_length=16, fail_fast=True)] = ()
     accused: SiteName | None = None
     examples: Annotated[int, Field(ge=-(2**53), le=2**53)] = 0
     steps: Count = 0
     seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
-    losses: Annotated[tuple[Finite | None, ...], Field(max_length=1000)] = ()
+    losses: Annotated[tuple[Finite | None, ...], Field(max_length=1000, fail_fast=True)] = ()
     scored: Split | None = None
     scores: Mapping[Annotated[str, Field(max_length=64)], AnyScore] = field(default_factory=dict)
     own_scores: Mapping[Annotated[str, Field(max_length=64)], AnyScore] = field(default_factory=dict)
@@ -252,6 +255,12 @@ def read_signed(message: Message, where: str) -> SignedReply:
     envelope, signature = record.get("envelope"), record.get("signature")
     if not isinstance(envelope, bytes) or not isinstance(signature, bytes):
         raise MessageInvalid(f"{where}: its reply has no envelope. Site and coordinator must run released versions.")
+    keys = facts.count(b":")  # or more, where a colon stands in a string
+    if len(facts) > MOST_FACTS or keys > MOST_KEYS:
+        raise MessageInvalid(
+            f"{where}: its reply has {len(facts)} bytes and {keys} keys; none has more than {MOST_FACTS} and "
+            f"{MOST_KEYS}. Use the released client."
+        )
     if len(envelope) > MOST_ENVELOPE or len(signature) > 64:
         raise MessageInvalid(f"{where}: its reply has an envelope of {len(envelope)} bytes. Use the released client.")
     return SignedReply(facts, envelope, signature)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from fedclient.renewal import renew
 from fedserver import rounds
 from fedserver.checkpoint import RunFolder, State, create_run
 from fedserver.conversation import MOST_ATTEMPTS
-from fedserver.lifecycle import revoke
+from fedserver.courier import Beside
+from fedserver.lifecycle import revoke, revoked_sites
 from fedserver.rounds import carry_out
 from fedserver.setting import Setting
 from fedserver.signed import signed_lines
@@ -29,11 +31,11 @@ from shared_models.errors import StateInvalid
 from shared_models.files import read_lines
 from shared_models.identity import identity_public_key, load_secret, new_identity_key, sign
 from shared_models.study import Evaluate, Rounds, Study, sha256
-from shared_models.weights import load
+from shared_models.weights import Tensors, load
 from shared_models.wire import Order, Reply, SignedReply, read_order, read_reply, read_signed, write_reply
 from tests.edge import Edge, running_edge
 from tests.hospitals import Hospitals, after
-from tests.toys import WEIGHTS, ScriptedGrid, ToyLearner, toy_app
+from tests.toys import WEIGHTS, Rubbish, ScriptedGrid, ToyLearner, toy_app
 
 INSIDE = Policy(approval="inside-policy")
 STUDY = Study(name="toy", rounds=Rounds(count=1, quorum=2, deadline_s=100, gather_s=0), evaluate=Evaluate(every=0))
@@ -225,6 +227,17 @@ def test_what_comes_of_a_site_that_is_counted_and_leaves_the_roster_then_takes_n
     assert noted(edge, "left", "round-closed")[0]["counted"] == ["north", "south", "west"]
 
 
+def test_a_reply_that_flower_cannot_read_is_written_down_and_takes_none_of_another_site_with_it(hospitals, edge):
+    run = create_run(edge.federation.runs, "unreadable", STUDY, WEIGHTS)
+    setting = hospitals.setting(run)
+    grid = Rubbish(toy_app(LEARNER), setting.grid._nodes, hospitals.clock)
+    carry_out(replace(setting, grid=grid))
+    assert codes(edge, run.id) == ["MESSAGE_UNREADABLE"] * MOST_ATTEMPTS
+    assert grid.asked == {"north": MOST_ATTEMPTS, "south": 1, "west": 1}
+    assert line(run)["left_out"]["north"]["reason"].startswith("MESSAGE_UNREADABLE")
+    np.testing.assert_allclose(load(run.weights(1))["body.bias"], 0.5 + (3 + 8) / 2)
+
+
 def test_a_reply_of_a_site_that_has_left_the_roster_counts_for_nothing(hospitals, edge):
     def revoked(message: Message, reply: Message, order: Order) -> Message:
         revoke(edge.federation, "north", "left the consortium")
@@ -327,6 +340,39 @@ def test_audit_verify_counts_what_hospitals_have_signed_and_names_a_run_that_lac
         run.signed.write_text(json.dumps(line) + "\n" + whole.splitlines()[1] + "\n")
         code, words = audit(own)
         assert (code, "under a key that no roster ever had for it" in words) == (1, True)
+
+
+@pytest.mark.parametrize("becomes", ["renewed", "revoked"])
+def test_a_site_that_renews_its_key_or_is_revoked_while_its_update_is_added_is_counted_everywhere(
+    quick_folder, becomes
+):
+    with running_edge(quick_folder / "federation") as own:
+        hospitals = Hospitals(own, quick_folder / "own")
+        for name in ("north", "south"):
+            hospitals.join(name, INSIDE)
+
+        class Meanwhile(Beside):
+            def collect(self, site: str, reply: Reply, message: Message) -> Tensors:
+                found = super().collect(site, reply, message)
+                if site == "north" and becomes == "renewed":
+                    renew(hospitals.sites["north"], "north", own.address, identity=True)
+                elif site == "north":
+                    revoke(own.federation, "north", "left the consortium")
+                return found
+
+        run = create_run(own.federation.runs, "one", STUDY, WEIGHTS)
+        courier = Meanwhile(own.blobs / "out", own.blobs / "in", run.id)
+        revoked = partial(revoked_sites, own.federation.state)
+        state = carry_out(hospitals.setting(run, toy_app(LEARNER), courier=courier, revoked=revoked))
+        np.testing.assert_allclose(load(run.weights(1))["body.bias"], 0.5 + (1 + 3) / 2)
+        assert (set(line(run)["sites"]), line(run)["left_out"]) == ({"north", "south"}, {})
+        assert state.counted == {"north": 1, "south": 1}
+        (closed,) = noted(own, "one", "round-closed")
+        assert closed["counted"] == ["north", "south"]
+        assert set(closed["signed"].values()) == {told.sha256 for told, _ in signed_lines(run)}
+        code, words = audit(own)
+        assert code == 0, words
+        assert "2 answers in 1 runs are as the hospitals signed them" in words
 
 
 def _sent(site: Path) -> list[dict[str, Any]]:

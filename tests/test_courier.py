@@ -208,8 +208,3 @@ def test_an_inline_reply_without_tensors_is_missed():
     with pytest.raises(UpdateRejected, match="round 3, site 'north': sent no tensors") as refused:
         Inline().collect("north", REPLY, MESSAGE_OF["bare"]())
     assert refused.value.code == "UPDATE_MISSING"
-
-
-def test_only_inline_replies_are_pulled_one_by_one(beside):
-    assert Inline().one_by_one
-    assert not beside.one_by_one

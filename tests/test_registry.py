@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from fedclient.cli import app as fedclient
 from fedclient.policy import Policy
-from fedserver import holding, registry
+from fedserver import holding, registry, rounds
 from fedserver.app import presence
 from fedserver.checkpoint import RunFolder, excluded, read_state
 from fedserver.cli import app as fedserver
@@ -24,7 +25,8 @@ from fedserver.enrol import Federation, authority_of, open_federation, open_log,
 from fedserver.publish.card import Words
 from fedserver.publish.proofs import audit_extract
 from fedserver.records import Records
-from fedserver.signed import check_signed, counted_answers
+from fedserver.setting import note_closed
+from fedserver.signed import check_signed, counted_answers, signed_lines
 from fedserver.state import Run, add_run, find_run, find_site
 from fedserver.submit import submit
 from fedserver.withdrawal import begin_from, copy_until, retrain, withdraw
@@ -692,6 +694,41 @@ def test_a_damaged_checkpoint_is_not_trained_on(hospitals, tmp_path):
     finally:
         path.write_bytes(content)
     assert not (federation.runs / "damaged").exists()
+
+
+def test_a_run_whose_folder_was_restored_from_a_backup_is_released_once_its_last_rounds_are_done_again(
+    hospitals, tmp_path, monkeypatch
+):
+    federation, study = hospitals.edge.federation, replace(STUDY, name="again", rounds=replace(STUDY.rounds, count=2))
+    submitted = submit(federation, study, None, False)
+    run = submitted.folder
+    numbers = dict(enumerate(sorted(hospitals.sites), start=1))
+    there = Presence({name: number for number, name in numbers.items() if name != "east"})
+
+    def backed_up(*facts: Any) -> None:
+        note_closed(*facts)
+        if not (tmp_path / "backup").exists():
+            shutil.copytree(run.path, tmp_path / "backup")
+
+    def killed(*facts: Any) -> None:
+        raise KeyboardInterrupt
+
+    for noted in (backed_up, killed, note_closed):  # the second time a kill keeps round 2 out of the log
+        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+            patched.setattr(rounds, "note_closed", noted)
+            hospitals.run(study, submitted.id, presence=lambda: there)
+        if noted is backed_up:
+            shutil.rmtree(run.path)
+            shutil.copytree(tmp_path / "backup", run.path)
+    lines = [line["facts"] for line in read_lines(federation.audit) if line["event"] == "round-closed"]
+    assert [facts["round"] for facts in lines if facts["run"] == submitted.id] == [1, 2, 2]
+    assert counted_answers(federation)[submitted.id].keys() <= {told.sha256 for told, _ in signed_lines(run)}
+    made = registry.register(federation, run)
+    assert made.sites == {"north": 2, "south": 2}
+    opened = open_release(registry.folder_of(federation, made.digest) / "release", registry.trust_of(federation))
+    shown = " ".join(check_provenance(opened, registry.trust_of(federation).authorities))
+    assert "2 rounds closed (in 3 lines, for some were done again)" in shown
+    assert "4 updates that were counted are signed by their hospitals" in shown
 
 
 @pytest.mark.parametrize("size", range(1, 18))

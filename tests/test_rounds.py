@@ -1,7 +1,7 @@
 """Rounds against a clock and a grid with a script: who is waited for, what is counted, what is told."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from flwr.common.constant import ErrorCode
 
 from fedserver.checkpoint import RunFolder, State, read_progress, read_state
 from fedserver.cohort import Presence, choose
-from fedserver.conversation import _is_due
+from fedserver.conversation import MOST_ATTEMPTS, _is_due
 from fedserver.courier import Inline
 from fedserver.rounds import carry_out
 from fedserver.setting import Seat, Setting
@@ -20,7 +20,7 @@ from shared_models.files import read_lines
 from shared_models.study import Evaluate, Rounds, Strategy, Study
 from shared_models.weights import InMemory, load
 from shared_models.wire import read_order
-from tests.toys import Clock, ScriptedGrid, ToyLearner, new_run, nodes, toy_app
+from tests.toys import Clock, Rubbish, ScriptedGrid, ToyLearner, new_run, nodes, toy_app
 
 STUDY = Study(name="toy", rounds=Rounds(count=3, quorum=2, deadline_s=100, pause_s=50, gather_s=5))
 SITES = ("east", "north", "south")
@@ -257,35 +257,14 @@ def test_the_final_line_holds_the_test_scores_of_every_site(tmp_path):
     assert final["federation"]["lung"]["dice"] == 0.625
 
 
-class Rubbish(ScriptedGrid):
-    """One site's replies cannot even be parsed: Flower raises from `pull_messages`."""
-
-    def pull_messages(self, message_ids):
-        ids = list(message_ids)
-        if any(self.sent[i][1] == "north" for i in ids):
-            raise ValueError("no such record")
-        return super().pull_messages(ids)
-
-
-@dataclass(frozen=True)
-class AllAtOnce:
-    """Tensors inside the message, but every reply pulled in one call, as a deployment does."""
-
-    inline: Inline = field(default_factory=Inline)
-    one_by_one: bool = False
-
-    def __getattr__(self, name):
-        return getattr(self.inline, name)
-
-
-@pytest.mark.parametrize("courier", [Inline(), AllAtOnce()], ids=["one by one", "all at once"])
-def test_a_reply_that_flower_cannot_read_leaves_out_its_site_alone(tmp_path, courier):
+def test_a_reply_that_flower_cannot_read_leaves_out_its_site_alone(tmp_path):
     numbers = {site: i for i, site in enumerate(SITES, start=1)}
     clock = Clock()
     grid = Rubbish(toy_app(), {numbers[s]: c for s, c in nodes(SITES, tmp_path).items()}, clock)
-    folder = new_run(tmp_path, STUDY)
-    carry_out(Setting(grid, folder, lambda: Presence(numbers), courier, clock, clock.sleep, poll_s=0.5))
+    folder = new_run(tmp_path, replace(STUDY, rounds=replace(STUDY.rounds, count=1), evaluate=Evaluate(every=0)))
+    carry_out(Setting(grid, folder, lambda: Presence(numbers), Inline(), clock, clock.sleep, poll_s=0.5))
     assert set(line(folder, 1)["sites"]) == {"east", "south"}
+    assert grid.asked == {"east": 1, "north": MOST_ATTEMPTS, "south": 1}
     assert line(folder, 1)["left_out"]["north"]["reason"].startswith("MESSAGE_UNREADABLE")
 
 
@@ -293,7 +272,6 @@ def test_a_second_answer_after_the_round_is_taken_away_and_never_counted(tmp_pat
     dropped = []
 
     class Noting:
-        one_by_one = True
         inline = Inline()
 
         def __getattr__(self, name):

@@ -1,6 +1,8 @@
 """What crosses between coordinator and site: it comes back as it went, and what is not ours is refused."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,21 +11,29 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from pydantic import TypeAdapter, ValidationError
 
-from shared_models.envelope import signed
+from shared_models.class_counts import BINS, MICRO, ClassCounts
+from shared_models.drift import Profile
+from shared_models.envelope import asked_of, opened, signed
 from shared_models.errors import WeightsInvalid
 from shared_models.metrics import counts
 from shared_models.study import Study, canonical, sha256
 from shared_models.wire import (
+    MOST_FACTS,
+    MOST_KEYS,
     PROTOCOL,
     BlobRef,
     MessageInvalid,
     Order,
     Reply,
+    SignedReply,
     dump,
     pack,
+    read_facts,
     read_order,
     read_reply,
+    read_signed,
     tensors_of,
     unpack,
     write_order,
@@ -135,3 +145,58 @@ def test_a_message_of_somebody_else_is_refused():
         read_order(message(b"{"))
     with pytest.raises(MessageInvalid, match="not a key here"):
         read_order(message(dump(ORDER)[:-1] + b',"code":"import os"}'))
+
+
+def largest() -> Reply:
+    """An evaluation of a site with a million cases: 32 labels, scored three times over, and 256 features."""
+    bins, cells = (999,) * BINS, (999 * BINS // 15,) * 15
+    cases, curve = 1000 * BINS, (2 * cells[0],) * 15
+    each = ClassCounts(
+        "auroc", cases, cases, cases, cases, 2 * cases**2, cases**2, MICRO * cases, bins, bins, curve, cells,
+        (MICRO * cells[0],) * 15,
+    )  # fmt: skip
+    scores = {f"{n:02}".ljust(64, "x"): each for n in range(32)}
+    profile = Profile(2**20, {f"{n:03}".ljust(80, "x"): (2**12,) * 256 for n in range(256)})
+    told = replace(REPLY, kind="evaluation", scores=scores, own_scores=scores, validation=scores, profile=profile)
+    return replace(told, losses=(-123456.78901234567,) * 1000, refusal_keys=("x" * 40,) * 16)
+
+
+def test_the_largest_reply_of_an_honest_site_is_read_and_one_beyond_what_any_has_is_not_looked_into():
+    sent, told = write_order(ORDER, 1), signed(largest(), ORDER, None)
+    assert len(told.facts) > MOST_FACTS / 2
+    found = read_signed(write_reply(told, sent), "north")
+    assert opened(found, asked_of(ORDER, "north"), None, "north") == largest()
+    for facts in (b" " * MOST_FACTS + told.facts, b"{" + b'"":0,' * MOST_KEYS + told.facts[1:]):
+        with pytest.raises(MessageInvalid, match=r"bytes and [0-9]+ keys; none has more"):
+            read_signed(write_reply(replace(told, facts=facts), sent), "north")
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        '{"refusal_keys":[%s]}',
+        '{"losses":[%s]}',
+        '{"scores":{"lung":{"measure":"auroc","positive":[%s]}}}',
+        '{"fingerprint":{"shape":[[%s]]}}',
+        '{"profile":{"counts":{"a":[%s]}}}',
+    ],
+)
+def test_a_reply_that_is_wrong_in_a_million_places_is_refused_by_the_first_few(facts):
+    content = (facts % ",".join(["[]"] * (MOST_FACTS // 3 - 100))).encode()
+    with pytest.raises(ValidationError) as found:
+        TypeAdapter(Reply).validate_json(content, strict=True)
+    assert found.value.error_count() < 40
+    with pytest.raises(MessageInvalid):
+        read_facts(SignedReply(content, b"", b""), "north")
+
+
+def test_every_sequence_in_a_reply_is_given_up_at_its_first_fault():
+    def sequences(schema: Any) -> Iterator[Any]:
+        if isinstance(schema, dict) and schema.get("type") in ("tuple", "list"):
+            yield schema
+        for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+            yield from sequences(part)
+
+    found = [part for part in sequences(TypeAdapter(Reply).core_schema) if "variadic_item_index" in part]
+    assert len(found) > 10
+    assert all(part.get("fail_fast") for part in found)

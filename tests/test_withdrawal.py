@@ -10,10 +10,15 @@ import pytest
 from typer.testing import CliRunner
 
 from fedserver import holding, registry
-from fedserver.checkpoint import RunFolder, State
+from fedserver.checkpoint import RunFolder, State, create_run
 from fedserver.cli import app
+from fedserver.cohort import Presence
+from fedserver.courier import Inline
 from fedserver.enrol import Federation, init_federation, invite, open_log
+from fedserver.lifecycle import revoked_sites
 from fedserver.publish.lineage import BEGAN, RETRAINED, planners
+from fedserver.rounds import carry_out
+from fedserver.setting import Setting
 from fedserver.state import Run, add_run
 from fedserver.withdrawal import begin_from, retrain, withdraw
 from shared_models.audit import AuditLog
@@ -25,8 +30,9 @@ from shared_models.parse import plain
 from shared_models.release import Manifest, Origin, Parent
 from shared_models.release_facts import Entry as File
 from shared_models.standing import read_standings
-from shared_models.study import Rounds, Study, Transfer, canonical, sha256
+from shared_models.study import Evaluate, Rounds, Study, Transfer, canonical, sha256
 from shared_models.weights import NO_WEIGHTS
+from tests.toys import WEIGHTS, Clock, ScriptedGrid, nodes, toy_app
 
 STUDY = Study(name="toy", rounds=Rounds(count=3))
 PLAN = "b" * 64
@@ -147,6 +153,52 @@ def test_a_plan_of_which_nobody_wrote_down_whose_it_is_may_be_of_anybody(federat
     assert withdraw(federation, "west", "its board", retire=False).unread == ()
     with pytest.raises(StateInvalid, match="never counted"):
         begin_from(run, ["west"], planners(federation.folder))
+
+
+@pytest.mark.parametrize("sent", ["in time", "late"])
+def test_a_round_that_is_under_way_is_named_as_long_as_it_may_count_what_the_site_had_sent(federation, tmp_path, sent):
+    """North answers at once, or east too late for round 1; then it leaves, while round 2 waits for another one."""
+    site, other = ("north", "east") if sent == "in time" else ("east", "west")
+    rounds_of = Rounds(count=2, quorum=1, deadline_s=100, pause_s=50, gather_s=0, late="next")
+    study = Study(name="toy", rounds=rounds_of, evaluate=Evaluate(every=0))
+    run, clock = create_run(federation.runs, "toy", study, WEIGHTS), Clock()
+    add_run(federation.state, Run("toy", "toy", sha256(study), "running", None, 1.0, 1.0, ""))
+    numbers = {name: number for number, name in enumerate(("east", "north", "west"), start=1)}
+    delays = {"east": 130.0} if sent == "late" else {"east": 60.0}
+    said = list[str]()
+
+    def revoked() -> dict[str, str]:
+        if clock.now > 1140 and not said:
+            said.append(typed("withdraw", site, "--reason", "its board", federation=federation))
+        return revoked_sites(federation.state)
+
+    grid = ScriptedGrid(
+        toy_app(), {numbers[s]: c for s, c in nodes(numbers, tmp_path).items()}, clock, delays | {other: 80.0}
+    )
+    here = Presence(numbers)
+    carry_out(Setting(grid, run, lambda: here, Inline(), clock, clock.sleep, poll_s=0.5, reask_s=1e4, revoked=revoked))
+    assert "Round 2 of run toy is under way" in said[0]
+    assert "run toy, from round 2" not in said[0]
+    label = site if sent == "in time" else f"{site} (round 1)"
+    assert label in read_lines(run.metrics)[1]["sites"]
+    again = typed("withdraw", site, "--reason", "its board", federation=federation)
+    assert f"run toy, from round {1 if sent == 'in time' else 2} on: `fedserver retrain toy --without {site}`" in again
+    assert "under way" not in again
+
+
+def test_a_run_that_waits_with_a_secure_sum_is_named_though_nobody_carries_it_out(federation):
+    run = a_run(federation, "kept", [["north"]])
+    add_run(federation.state, Run("waits", "kept", "a" * 64, "paused", None, 2.0, 2.0, ""))
+    run.path.rename(federation.runs / "waits")
+    write_json(federation.runs / "waits" / "progress.json", {"phase": "paused", "round": 2, "sites": {}})
+    assert withdraw(federation, "west", "its board", retire=False).under_way == {}
+    (federation.runs / "waits" / "sum").mkdir()
+    assert withdraw(federation, "west", "its board", retire=False).under_way == {"waits": 2}
+
+
+def test_nothing_is_under_way_of_a_site_that_nobody_asks(federation):
+    invite(federation, "south")
+    assert "nothing: it was never counted" in typed("withdraw", "south", "--reason", "none", federation=federation)
 
 
 def test_a_release_that_is_made_after_a_site_has_left_is_marked_though_the_site_is_invited_again(federation):
