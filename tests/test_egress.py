@@ -276,7 +276,7 @@ def test_no_byte_that_leaves_during_a_run_holds_an_identifier(edge, tmp_path, mo
         train=Train(local_steps=2, batch_size=2),
     )  # fmt: skip
     replies: list[Reply] = []
-    monkeypatch.setattr(Records, "heard", lambda self, site, reply: replies.append(reply))
+    monkeypatch.setattr(Records, "heard", lambda self, site, reply, key: replies.append(reply))
     hospitals.run(study, "canary", client_app(ImageLearner()), initial_weights(study))
     incoming = edge.federation.folder
     everything = left + [dump(reply) for reply in replies]
