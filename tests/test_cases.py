@@ -112,6 +112,20 @@ def test_a_site_maps_what_it_calls_things_to_labels_of_the_study(brain: Case, tm
         labels(case, "spleen")
 
 
+@pytest.mark.parametrize(("one", "two"), [("脾臓", "肝臓"), ("селезёнка", "печень"), ("ki67+", "ki67-")])
+def test_structures_whose_names_hold_no_latin_letter_or_differ_in_a_sign_stay_apart(
+    brain: Case, tmp_path: Path, one: str, two: str
+) -> None:
+    values = np.zeros(SHAPE, np.uint8)
+    values[0], values[1] = 1, 2
+    case = replace(brain, label=Mask(stored(tmp_path / "m.nii.gz", values), {1: one, 2: two}))
+    with pytest.raises(ImageUnreadable, match=r"values \[1\].*besides: 1 = ") as e:
+        labels(replace(case, structures={two: "organ"}), "organ")
+    assert e.value.code == "LABEL_VALUES"
+    both = replace(case, structures={two: "organ", one: "other"})
+    assert labels(both, "organ", "other")[:3, 0, 0].tolist() == [2, 1, 0]
+
+
 def test_labels_of_another_kind_or_none_are_no_labels_of_a_segmentation(brain: Case) -> None:
     for label in (None, Shown(("mass",)), Marks(nodules=None)):
         with pytest.raises(ImageUnreadable) as e:

@@ -14,7 +14,7 @@ import numpy as np
 from fedclient.data.boxes import Box
 from fedclient.data.findings import Finding
 from fedclient.data.images import IGNORE, is_picture, read_image, read_labels
-from fedclient.data.labels import Labels, Mapped, Structure, as_word, choose, numbered, refused, renumber
+from fedclient.data.labels import Labels, Mapped, Structure, choose, meanings, numbered, refused, renumber
 from fedclient.data.luna16 import LEFT_LUNG, RIGHT_LUNG, TRACHEA, Mark, lungs, spheres
 from fedclient.data.nifti import read_nifti
 from fedclient.data.objects import is_object, object_kind
@@ -309,8 +309,8 @@ def _of_mask(
     if names is None:
         allowed = {n: n for n in range(1, len(labels) + 1)}
     else:
-        known = {as_word(name): number for name, number in {"background": 0, "ignore": IGNORE, **wanted}.items()}
-        allowed = {n: known[as_word(name)] for n, name in names.items() if as_word(name) in known}
+        known = meanings(set(names.values()), {"background": 0, "ignore": IGNORE, **wanted})
+        allowed = {n: known[name] for n, name in names.items() if name in known}
         if not set(allowed.values()) - {0, IGNORE}:
             raise refused(
                 "LABEL_VALUES",
