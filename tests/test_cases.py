@@ -126,6 +126,19 @@ def test_structures_whose_names_hold_no_latin_letter_or_differ_in_a_sign_stay_ap
     assert labels(both, "organ", "other")[:3, 0, 0].tolist() == [2, 1, 0]
 
 
+def test_a_structure_that_the_data_set_numbers_127_is_not_ignored(brain: Case, tmp_path: Path) -> None:
+    values = np.zeros(SHAPE, np.uint8)
+    values[0], values[1] = 1, 127
+    file = stored(tmp_path / "m.nii.gz", values)
+    case = replace(brain, label=Mask(file, {1: "liver", 127: "spleen"}))
+    with pytest.raises(ImageUnreadable, match=r"values \[127\].*allows: 0 = background, 1 = liver\. .*127 = spleen"):
+        labels(case, "liver")
+    assert labels(case, "liver", "spleen")[:3, 0, 0].tolist() == [1, 2, 0]
+    assert labels(replace(case, structures={"spleen": "ignore"}), "liver")[:3, 0, 0].tolist() == [1, 127, 0]
+    unnamed = replace(case, label=Mask(file, {1: "liver"}))
+    assert labels(unnamed, "liver")[:3, 0, 0].tolist() == [1, 127, 0]
+
+
 def test_labels_of_another_kind_or_none_are_no_labels_of_a_segmentation(brain: Case) -> None:
     for label in (None, Shown(("mass",)), Marks(nodules=None)):
         with pytest.raises(ImageUnreadable) as e:

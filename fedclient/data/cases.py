@@ -317,16 +317,19 @@ def _of_mask(
                 f"the data set labels {', '.join(names.values())}; this study {', '.join(labels)}. Choose another "
                 f"study, or map names with `structures` under [data] of site.toml.",
             )
+    others = {n: name for n, name in (names or {}).items() if n not in allowed}
     try:
-        return renumber(stored, allowed)
+        return renumber(stored, allowed, others)
     except ImageUnreadable as e:
         means = dict(enumerate(labels, start=1)) if names is None else {n: names[n] for n in allowed}
-        shown = ", ".join(f"{n} = {name}" for n, name in {0: "background", **means, 127: "ignore"}.items())
-        others = ", ".join(f"{n} = {name}" for n, name in (names or {}).items() if n not in allowed)
-        told = f" The data set has besides: {others}. `structures` under [data] of site.toml can map them." * bool(
-            others
-        )
-        raise refused("LABEL_VALUES", f"{e} This study allows: {shown}.{told}") from None
+        means = {0: "background"} | means | ({IGNORE: "ignore"} if IGNORE not in {*means, *others} else {})
+        told = f" The data set has besides: {_listed(others)}. `structures` under [data] of site.toml can map them."
+        told *= bool(others)
+        raise refused("LABEL_VALUES", f"{e} This study allows: {_listed(means)}.{told}") from None
+
+
+def _listed(names: Mapping[int, str]) -> str:
+    return ", ".join(f"{n} = {name}" for n, name in names.items())
 
 
 def _of_objects(files: Sequence[Path], volume: Volume, wanted: Mapped, labels: Sequence[str]) -> Labels:

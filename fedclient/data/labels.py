@@ -155,8 +155,8 @@ def paint(
     return labels
 
 
-def renumber(stored: Labels, values: Mapping[int, int]) -> Labels:
-    """Each value of a label map replaced by another; 0 and 127 stay unless named.
+def renumber(stored: Labels, values: Mapping[int, int], unknown: Collection[int] = ()) -> Labels:
+    """Each value of a label map replaced by another; 0 and 127 stay unless named, or `unknown`: of another meaning.
 
     Raises:
         ImageUnreadable: LABEL_VALUES, a value that `values` does not name.
@@ -164,6 +164,7 @@ def renumber(stored: Labels, values: Mapping[int, int]) -> Labels:
     table = np.full(256, 255, np.uint8)
     for old, new in ({0: 0, IGNORE: IGNORE} | dict(values)).items():
         table[old] = new
+    table[list(unknown)] = 255
     found = np.unique(stored)
     strange = [int(v) for v in found if table[v] == 255]
     if strange:
