@@ -305,7 +305,8 @@ def _of_mask(
 ) -> Labels:
     if is_object(file):
         return _of_objects((file,), volume, wanted, labels)
-    stored = read_labels(file, like=volume)
+    white = len(labels) == 1 if names is None else names.keys() - {IGNORE} == {1}
+    stored = read_labels(file, like=volume, one_label=white)
     if names is None:
         allowed = {n: n for n in range(1, len(labels) + 1)}
     else:
@@ -325,6 +326,8 @@ def _of_mask(
         means = {0: "background"} | means | ({IGNORE: "ignore"} if IGNORE not in {*means, *others} else {})
         told = f" The data set has besides: {_listed(others)}. `structures` under [data] of site.toml can map them."
         told *= bool(others)
+        if 255 in stored and not white and is_picture(file):
+            told += " White (255) is no label where there are several. Number them in the picture as told here."
         raise refused("LABEL_VALUES", f"{e} This study allows: {_listed(means)}.{told}") from None
 
 
