@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from fedclient.data.cases import (
     Case,
@@ -110,6 +111,52 @@ def test_a_site_maps_what_it_calls_things_to_labels_of_the_study(brain: Case, tm
     assert labels(mapped, "tumour")[:3, 0, 0].tolist() == [1, 1, 127]
     with pytest.raises(ImageUnreadable, match="labels Whole Organ, tumour, vessel; this study spleen"):
         labels(case, "spleen")
+
+
+@pytest.mark.parametrize(("one", "two"), [("脾臓", "肝臓"), ("селезёнка", "печень"), ("ki67+", "ki67-")])
+def test_structures_whose_names_hold_no_latin_letter_or_differ_in_a_sign_stay_apart(
+    brain: Case, tmp_path: Path, one: str, two: str
+) -> None:
+    values = np.zeros(SHAPE, np.uint8)
+    values[0], values[1] = 1, 2
+    case = replace(brain, label=Mask(stored(tmp_path / "m.nii.gz", values), {1: one, 2: two}))
+    with pytest.raises(ImageUnreadable, match=r"values \[1\].*besides: 1 = ") as e:
+        labels(replace(case, structures={two: "organ"}), "organ")
+    assert e.value.code == "LABEL_VALUES"
+    both = replace(case, structures={two: "organ", one: "other"})
+    assert labels(both, "organ", "other")[:3, 0, 0].tolist() == [2, 1, 0]
+
+
+def test_a_structure_that_the_data_set_numbers_127_is_not_ignored(brain: Case, tmp_path: Path) -> None:
+    values = np.zeros(SHAPE, np.uint8)
+    values[0], values[1] = 1, 127
+    file = stored(tmp_path / "m.nii.gz", values)
+    case = replace(brain, label=Mask(file, {1: "liver", 127: "spleen"}))
+    with pytest.raises(ImageUnreadable, match=r"values \[127\].*allows: 0 = background, 1 = liver\. .*127 = spleen"):
+        labels(case, "liver")
+    assert labels(case, "liver", "spleen")[:3, 0, 0].tolist() == [1, 2, 0]
+    assert labels(replace(case, structures={"spleen": "ignore"}), "liver")[:3, 0, 0].tolist() == [1, 127, 0]
+    unnamed = replace(case, label=Mask(file, {1: "liver"}))
+    assert labels(unnamed, "liver")[:3, 0, 0].tolist() == [1, 127, 0]
+
+
+def test_white_is_a_label_only_where_there_is_one(tmp_path: Path) -> None:
+    for name, values in {"i": [[9, 9, 9]], "m": [[0, 127, 255]], "n": [[1, 127, 255]]}.items():
+        Image.fromarray(np.array(values, np.uint8)).save(tmp_path / f"{name}.png")
+    case = case_of(Channel(files=(tmp_path / "i.png",)), label=Mask(tmp_path / "m.png"))
+    assert read_case_labels(case, read_case(case), ["lung"]).ravel().tolist() == [0, 127, 1]
+    numbered = replace(case, label=Mask(tmp_path / "m.png", {1: "lung", 127: "ignore"}))
+    assert read_case_labels(numbered, read_case(case), ["lung"]).ravel().tolist() == [0, 127, 1]
+    for label, names in (
+        (Mask(tmp_path / "m.png"), ["lung", "heart"]),
+        (Mask(tmp_path / "m.png", {1: "lung", 2: "heart"}), ["lung"]),
+        (Mask(tmp_path / "m.png", {1: "lung", 2: "heart"}), ["lung", "heart"]),
+    ):
+        with pytest.raises(ImageUnreadable, match=r"values \[255\].*1 = lung.*White \(255\) is no label") as e:
+            read_case_labels(replace(case, label=label), read_case(case), names)
+        assert e.value.code == "LABEL_VALUES"
+    grey = replace(case, label=Mask(tmp_path / "m.png", {127: "lung", 255: "heart"}))
+    assert read_case_labels(grey, read_case(case), ["heart", "lung"]).ravel().tolist() == [0, 2, 1]
 
 
 def test_labels_of_another_kind_or_none_are_no_labels_of_a_segmentation(brain: Case) -> None:

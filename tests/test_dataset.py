@@ -208,7 +208,7 @@ def test_a_full_disk_is_told_as_such(cases: tuple[Case, ...], tmp_path: Path, mo
 def test_a_mask_of_another_study_is_refused_from_the_cache_as_well(cases: tuple[Case, ...], tmp_path: Path) -> None:
     two = replace(STUDY, task=Task(labels=("lung", "heart")))
     Image.fromarray(np.full((40, 30), 2, np.uint8)).save(mask_of(cases[0]))
-    prepare(cases, two, tmp_path / "cache")
+    prepare(cases[:1], two, tmp_path / "cache")
     with pytest.raises(ImageUnreadable, match="values"):
         prepare(cases, STUDY, tmp_path / "cache")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedclient.data.boxes import Box, box_indices, read_boxes, read_voc
-from fedclient.data.labels import Structure, choose, indices, numbered, on_grid, paint, place, renumber
+from fedclient.data.labels import Structure, choose, indices, meanings, numbered, on_grid, paint, place, renumber
 from fedclient.data.polygons import enclosed
 from fedclient.data.tables import read_brats_survival, read_classes, read_survival
 from fedclient.data.volume import FRONTAL_RAS, PICTURE_PIXELS, Volume
@@ -60,6 +60,27 @@ def test_study_labels_become_their_numbers() -> None:
     assert numbered({"Liver": "organ", "Artefact": "ignore"}, ["organ", "lesion"]) == {"Liver": 1, "Artefact": 127}
     with pytest.raises(StudyInvalid, match="kidney"):
         numbered({"Kidney": "kidney"}, ["organ"])
+
+
+def test_names_are_told_apart_in_any_script_and_by_their_signs() -> None:
+    assert meanings(["脾臓", "肝臓"], {"肝臓": 1}) == {"肝臓": 1}
+    assert meanings(["печень", "СЕЛЕЗЁНКА"], {"печень": 1, "селезёнка": 2}) == {"печень": 1, "СЕЛЕЗЁНКА": 2}
+    assert meanings(["यकृत", "यकृति"], {"यकृत": 1}) == {"यकृत": 1}  # vowel signs are no letters to Unicode
+    assert meanings(["ki67+", "ki67-"], {"KI67-": 1, "ki67+": 2}) == {"ki67+": 2, "ki67-": 1}
+    assert meanings(["ki67+"], {"ki67-": 1, "ki67": 2}) == {}
+    assert meanings(["ｶﾞﾝ", "le\u0301sion"], {"ガン": 1, "l\u00e9sion": 2}) == {"ｶﾞﾝ": 1, "le\u0301sion": 2}
+
+
+def test_a_name_is_a_known_one_as_a_word_only_where_no_other_name_is() -> None:
+    assert meanings(["Left_Lung", "Right (lung)"], {"left-lung": 1, "right-lung": 2}) == {
+        "Left_Lung": 1,
+        "Right (lung)": 2,
+    }
+    assert meanings(["Left Lung", "left-lung"], {"left-lung": 1}) == {"left-lung": 1}
+    assert meanings(["Left Lung", "left_lung"], {"left-lung": 1}) == {}
+    assert meanings(["left_lung"], {"Left Lung": 1, "left-lung": 2}) == {}
+    assert meanings(["LEFT LUNG"], {"Left Lung": 1, "left-lung": 2}) == {"LEFT LUNG": 1}
+    assert meanings(["?", "-", "!"], {"!": 1, "*": 2}) == {"!": 1}
 
 
 def test_a_voxel_of_two_structures_belongs_to_the_one_that_was_said_to_win() -> None:

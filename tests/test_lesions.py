@@ -17,11 +17,13 @@ from fedclient.data.truths import has_truth
 from fedclient.data.volume import FRONTAL_RAS, PICTURE_PIXELS, Volume
 from fedclient.data.where import Where
 from shared_models.errors import ImageUnreadable, ManifestInvalid
+from shared_models.files import write_atomic
 from shared_models.preprocess import Geometry
 from shared_models.study import Augment, Task
 from simulations.fixtures import LunaCase, Nodule, write_luna16
 from simulations.fixtures.datasets import write_data_set
 from simulations.fixtures.people import chest
+from simulations.phantoms import nifti
 
 NODULES = Task(kind="detection", labels=("nodule",), loss="centre")
 ANYTHING = Task(kind="detection", labels=("lesion",), loss="centre")
@@ -114,6 +116,14 @@ def test_names_are_read_as_the_site_maps_them():
     assert lesions_of(case(boxes, structures=here), picture(), TWO)[:, 0].tolist() == [2, 1]
 
 
+def test_findings_whose_names_hold_no_latin_letter_stay_apart():
+    boxes = Boxes((Box(2, ("結節",), 1, 1, 3, 3), Box(3, ("腫瘤",), 5, 5, 9, 9)))
+    here = {"結節": "nodule", "腫瘤": "mass"}
+    assert lesions_of(case(boxes, structures=here), picture(), TWO)[:, 0].tolist() == [2, 1]
+    with pytest.raises(ImageUnreadable, match="name that the study does not know"):
+        lesions_of(case(boxes, structures={"結節": "nodule"}), picture(), TWO)
+
+
 def test_a_name_mapped_to_background_is_forgotten_and_to_ignore_is_irrelevant():
     boxes = Boxes((Box(2, ("scar",), 1, 1, 3, 3), Box(3, ("clip",), 5, 5, 9, 9)))
     found = lesions_of(case(boxes, structures={"scar": "ignore", "clip": "background"}), picture(), NODULES)
@@ -127,6 +137,16 @@ def test_an_unknown_name_is_refused_and_found_by_a_study_of_any_lesion():
     assert e.value.code == "LABEL_VALUES"
     assert "adenocarcinoma" not in str(e.value)
     assert lesions_of(case(boxes), picture(), ANYTHING)[:, 0].tolist() == [1]
+
+
+def test_a_study_of_any_lesion_leaves_out_what_the_site_maps_to_background(tmp_path: Path):
+    mask = np.zeros(VOLUME.voxels.shape[1:], np.uint8)
+    mask[2:6, 3:5, 4], mask[12:15, 10:15, 2:4] = 1, 2
+    write_atomic(tmp_path / "m.nii.gz", nifti(mask, VOLUME.affine_ras))
+    drawn = Mask(tmp_path / "m.nii.gz", {1: "Scar_1", 2: "腫瘤"})
+    here = {"scar-1": "background", "腫瘤": "of-another-study"}
+    found = lesions_of(case(drawn, structures=here), VOLUME, ANYTHING)
+    assert found.tolist() == [[1, 13, 12, 2.5, 1.5, 2.5, 1]]
 
 
 def test_millimetres_go_back_to_where_luna16s_table_has_them():

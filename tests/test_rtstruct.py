@@ -117,6 +117,10 @@ def test_contours_may_stand_across_any_axis_of_the_image(tmp_path: Path, series:
         ([circle(60, 28, 3, 9)], "outside"),
         ([circle(30, 28, 3, 9) + (0, 0, 1) * np.linspace(0, 1, 90)[:, None]], "askew"),
         ([circle(30, 28, k, 9) for k in (1, 3, 5, 7)], "one of 2 planes"),
+        ([circle(30, 28, k, 9) for k in (0, 2, 4, 7)], "one of 2 planes"),
+        ([circle(30, 28, k, 9) for k in (0, 2, 3, 5, 7)], "one of 2 planes"),
+        ([circle(10 + 7 * k, 28, k, 4) for k in (0, 2, 4)], "one of 2 planes"),
+        ([circle(30 + k, 28, k, 4) for k in (0, 4, 7)], "one of 3 planes"),
     ],
 )
 def test_contours_off_the_planes_are_refused(
@@ -124,6 +128,14 @@ def test_contours_off_the_planes_are_refused(
 ) -> None:
     path = redrawn(write_rtstruct(tmp_path / "r.dcm", series, {"GTV": ball((30, 28, 4), 9)}), contours)
     assert words in refusal("LABEL_GEOMETRY_MISMATCH", read_rtstruct, path, IMAGE, {"GTV": 1})
+
+
+def test_islands_of_one_plane_each_leave_out_no_plane(tmp_path: Path, series: Written) -> None:
+    path = write_rtstruct(tmp_path / "r.dcm", series, {"GTV": ball((30, 28, 4), 9)})
+    apart = redrawn(path, [circle(10 + 7 * k, 28, k, 4) for k in (0, 2, 5)])
+    assert np.flatnonzero(read_rtstruct(apart, IMAGE, {"GTV": 1}).any(axis=(0, 1))).tolist() == [0, 2, 5]
+    above = redrawn(path, [circle(30, 28, k, 9) for k in (0, 1, 2, 5, 6)])
+    assert np.flatnonzero(read_rtstruct(above, IMAGE, {"GTV": 1}).any(axis=(0, 1))).tolist() == [0, 1, 2, 5, 6]
 
 
 def test_a_moved_image_is_refused(tmp_path: Path, series: Written) -> None:

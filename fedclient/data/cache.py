@@ -30,7 +30,7 @@ from shared_models.parse import plain
 from shared_models.preprocess import Geometry, geometry_from, preprocess
 from shared_models.study import Study
 
-FORMAT = 3  # raise it when readers or preprocessing change what they give, or the files what they hold
+FORMAT = 4  # raise it when readers or preprocessing change what they give, or the files what they hold
 MOST_PLACES = 10_000  # of labelled voxels that are remembered, for each label
 TYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I64": np.int64}
 

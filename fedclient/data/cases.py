@@ -14,7 +14,7 @@ import numpy as np
 from fedclient.data.boxes import Box
 from fedclient.data.findings import Finding
 from fedclient.data.images import IGNORE, is_picture, read_image, read_labels
-from fedclient.data.labels import Labels, Mapped, Structure, as_word, choose, numbered, refused, renumber
+from fedclient.data.labels import Labels, Mapped, Structure, choose, meanings, numbered, refused, renumber
 from fedclient.data.luna16 import LEFT_LUNG, RIGHT_LUNG, TRACHEA, Mark, lungs, spheres
 from fedclient.data.nifti import read_nifti
 from fedclient.data.objects import is_object, object_kind
@@ -305,28 +305,34 @@ def _of_mask(
 ) -> Labels:
     if is_object(file):
         return _of_objects((file,), volume, wanted, labels)
-    stored = read_labels(file, like=volume)
+    white = len(labels) == 1 if names is None else names.keys() - {IGNORE} == {1}
+    stored = read_labels(file, like=volume, one_label=white)
     if names is None:
         allowed = {n: n for n in range(1, len(labels) + 1)}
     else:
-        known = {as_word(name): number for name, number in {"background": 0, "ignore": IGNORE, **wanted}.items()}
-        allowed = {n: known[as_word(name)] for n, name in names.items() if as_word(name) in known}
+        known = meanings(set(names.values()), {"background": 0, "ignore": IGNORE, **wanted})
+        allowed = {n: known[name] for n, name in names.items() if name in known}
         if not set(allowed.values()) - {0, IGNORE}:
             raise refused(
                 "LABEL_VALUES",
                 f"the data set labels {', '.join(names.values())}; this study {', '.join(labels)}. Choose another "
                 f"study, or map names with `structures` under [data] of site.toml.",
             )
+    others = {n: name for n, name in (names or {}).items() if n not in allowed}
     try:
-        return renumber(stored, allowed)
+        return renumber(stored, allowed, others)
     except ImageUnreadable as e:
         means = dict(enumerate(labels, start=1)) if names is None else {n: names[n] for n in allowed}
-        shown = ", ".join(f"{n} = {name}" for n, name in {0: "background", **means, 127: "ignore"}.items())
-        others = ", ".join(f"{n} = {name}" for n, name in (names or {}).items() if n not in allowed)
-        told = f" The data set has besides: {others}. `structures` under [data] of site.toml can map them." * bool(
-            others
-        )
-        raise refused("LABEL_VALUES", f"{e} This study allows: {shown}.{told}") from None
+        means = {0: "background"} | means | ({IGNORE: "ignore"} if IGNORE not in {*means, *others} else {})
+        told = f" The data set has besides: {_listed(others)}. `structures` under [data] of site.toml can map them."
+        told *= bool(others)
+        if 255 in stored and not white and is_picture(file):
+            told += " White (255) is no label where there are several. Number them in the picture as told here."
+        raise refused("LABEL_VALUES", f"{e} This study allows: {_listed(means)}.{told}") from None
+
+
+def _listed(names: Mapping[int, str]) -> str:
+    return ", ".join(f"{n} = {name}" for n, name in names.items())
 
 
 def _of_objects(files: Sequence[Path], volume: Volume, wanted: Mapped, labels: Sequence[str]) -> Labels:

@@ -46,11 +46,12 @@ def read_image(path: Path) -> Volume:
     return readers.get(kind, read_picture)(path)
 
 
-def read_labels(path: Path, like: Volume | None = None) -> NDArray[np.uint8]:
+def read_labels(path: Path, like: Volume | None = None, one_label: bool = True) -> NDArray[np.uint8]:
     """uint8[I, J, K] label map of whole numbers; 0 is background, k the study's k-th label, 127 is left out.
 
-    A picture that holds nothing but 0, 127 and 255 is a black-and-white mask: its 255 becomes 1. All other values stay.
-    A picture states no place, so it lies on the pixels of `like` as they are displayed, be they a picture or DICOM.
+    A picture that holds nothing but 0, 127 and 255 is a black-and-white mask: its 255 becomes 1, if there is but
+    `one_label` that white could mean. All other values stay. A picture states no place, so it lies on the pixels of
+    `like` as they are displayed, be they a picture or DICOM.
 
     Raises:
         ImageUnreadable: LABEL_VALUES: not whole numbers from 0 to 255, a coloured or JPEG mask;
@@ -60,7 +61,7 @@ def read_labels(path: Path, like: Volume | None = None) -> NDArray[np.uint8]:
     if kind == "jpeg":
         raise ImageUnreadable("JPEG blurs labels. Save them as PNG, NIfTI, MetaImage or NRRD.", "LABEL_VALUES")
     if kind in PICTURES:
-        return _picture_labels(path, like)
+        return _picture_labels(path, like, one_label)
     if kind == "nifti":
         values, affine_ras = nifti_values(path)
     else:
@@ -90,9 +91,9 @@ def _read_folder(folder: Path) -> Volume:
     return read_series(found.series[0].files)
 
 
-def _picture_labels(path: Path, like: Volume | None) -> NDArray[np.uint8]:
+def _picture_labels(path: Path, like: Volume | None, one_label: bool) -> NDArray[np.uint8]:
     labels = _whole(picture_values(path))
-    if not np.setdiff1d(np.unique(labels), (0, IGNORE, 255)).size:
+    if one_label and not np.setdiff1d(np.unique(labels), (0, IGNORE, 255)).size:
         labels = np.where(labels == 255, 1, labels).astype(np.uint8)
     voxel_of_pixel = PICTURE_PIXELS if like is None else like.voxel_of_pixel
     if voxel_of_pixel is None:

@@ -5,8 +5,8 @@ ever resampled here: two grids either coincide, up to turned, swapped and missin
 No message holds a path, a name of a structure that a person typed, or an identifier; whoever calls adds the row.
 """
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,8 +45,31 @@ def refused(code: Code, message: str) -> ImageUnreadable:
 
 
 def as_word(name: str) -> str:
-    """A name as studies write it: `Left Lung` as `left-lung`."""
-    return re.sub(r"[^a-z0-9]+", "-", name.casefold()).strip("-")
+    """A name as studies write it: `Left Lung` as `left-lung`. Letters of all scripts stay, and so do signs: `ki67+` and
+    `ki67-` are two things."""
+    folded = _folded(name)
+    kept = "".join(c if unicodedata.category(c)[0] in "LMNS" else " " for c in folded)
+    return "-".join(kept.split()) + "-" * folded.endswith("-")
+
+
+def meanings(names: Collection[str], known: Mapping[str, int]) -> dict[str, int]:
+    """What names in a file mean, as `known` has it: {name: label value} of those that it has.
+
+    A name is looked for as it is, but for case, and only then as a word. A word that two of the names share, or two
+    known names of different values, may mean either, and so means nothing.
+    """
+    exact = {_folded(name): value for name, value in known.items()}
+    values: dict[str, set[int]] = {}
+    for name, value in exact.items():
+        values.setdefault(as_word(name), set()).add(value)
+    words = [as_word(name) for name in {_folded(name) for name in names}]
+    by_word = {word: of.pop() for word, of in values.items() if word.strip("-") and len(of) == 1 == words.count(word)}
+    found = {name: exact.get(_folded(name), by_word.get(as_word(name))) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).strip().casefold()
 
 
 def numbered(mapping: Mapping[str, str], labels: Sequence[str]) -> dict[str, int]:
@@ -99,8 +122,8 @@ def choose(structures: Sequence[Structure], mapping: Mapped, empty_ok: bool) -> 
 def _fitting(structures: Sequence[Structure], key: str | int) -> list[Structure]:
     if isinstance(key, int):
         return [s for s in structures if s.number == key]
-    word = key.strip().casefold()
-    named = [s for s in structures if s.name.strip().casefold() == word]
+    word = _folded(key)
+    named = [s for s in structures if _folded(s.name) == word]
     if not named and word.isdecimal():
         named = [s for s in structures if s.number == int(word)]
     return named or [s for s in structures if word in (code.casefold() for code in s.codes)]
@@ -132,8 +155,8 @@ def paint(
     return labels
 
 
-def renumber(stored: Labels, values: Mapping[int, int]) -> Labels:
-    """Each value of a label map replaced by another; 0 and 127 stay unless named.
+def renumber(stored: Labels, values: Mapping[int, int], unknown: Collection[int] = ()) -> Labels:
+    """Each value of a label map replaced by another; 0 and 127 stay unless named, or `unknown`: of another meaning.
 
     Raises:
         ImageUnreadable: LABEL_VALUES, a value that `values` does not name.
@@ -141,6 +164,7 @@ def renumber(stored: Labels, values: Mapping[int, int]) -> Labels:
     table = np.full(256, 255, np.uint8)
     for old, new in ({0: 0, IGNORE: IGNORE} | dict(values)).items():
         table[old] = new
+    table[list(unknown)] = 255
     found = np.unique(stored)
     strange = [int(v) for v in found if table[v] == 255]
     if strange:

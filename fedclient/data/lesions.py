@@ -4,7 +4,7 @@ A table of lesions is float32[n, 1 + 2 A]: label (k is the study's labels[k - 1]
 and half-extents along A axes; in voxels of the image, in pixels of an example, or in mm along the image's axes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from scipy import ndimage
 from fedclient.data.boxes import across_one_slice, box_indices
 from fedclient.data.cases import VERDICTS, Boxes, Case, LidcReads, Marks, Mask, read_case_labels
 from fedclient.data.images import IGNORE
-from fedclient.data.labels import Labels, as_word, numbered, refused
+from fedclient.data.labels import Labels, meanings, numbered, refused
 from fedclient.data.luna16 import UNMEASURED_MM, Mark, mark_indices
 from fedclient.data.volume import LPS_TO_RAS, Volume
 from shared_models.preprocess import Geometry
@@ -88,10 +88,8 @@ def _value(names: Sequence[str], case: Case, task: Task) -> int:
     """
     if task.any_lesion:
         return 1
-    known = {label: k for k, label in enumerate(task.labels, start=1)}
-    here = {as_word(name): to for name, to in case.structures.items() if to in {*known, "background", "ignore"}}
-    values = numbered({**{label: label for label in known}, **here}, task.labels)
-    found = [values[as_word(name)] for name in names if as_word(name) in values]
+    labels = {label: k for k, label in enumerate(task.labels, start=1)}
+    found = [*meanings(names, {**labels, **_here(case, task)}).values()]
     if not found:
         raise refused(
             "LABEL_VALUES",
@@ -101,15 +99,23 @@ def _value(names: Sequence[str], case: Case, task: Task) -> int:
     return found[0]
 
 
+def _here(case: Case, task: Task) -> dict[str, int]:
+    """The site's words for what the study tells apart; its mapping serves other studies too."""
+    known = {*task.labels, "background", "ignore"}
+    return numbered({name: to for name, to in case.structures.items() if to in known}, task.labels)
+
+
 def _named(case: Case, task: Task) -> Case:
-    """The case with the names of its data set mapped to `lesion`, where the study finds whatever is marked."""
+    """The case with the names of its data set mapped to `lesion`, where the study finds whatever is marked; but for
+    those that the site maps itself."""
     names: Sequence[str] = ()
     if task.any_lesion and isinstance(case.label, Mask) and case.label.names is not None:
-        names = [name for name in case.label.names.values() if as_word(name) not in ("background", "ignore")]
+        names = [*case.label.names.values()]
     elif task.any_lesion and isinstance(case.label, LidcReads):
         names = ("nodule", *VERDICTS)
-    mapped: Mapping[str, str] = {**dict.fromkeys(names, task.labels[0]), **case.structures}
-    return replace(case, structures=mapped) if names else case
+    told = meanings(names, {"background": 0, "ignore": IGNORE, **_here(case, task)})
+    marked = [name for name in names if name not in told]
+    return replace(case, structures={**case.structures, **dict.fromkeys(marked, task.labels[0])})
 
 
 def in_mm(table: Table, spacing_mm: Sequence[float]) -> NDArray[np.float64]:

@@ -1,6 +1,7 @@
 """RTSTRUCT as labels: closed planar contours, counted plane by plane, so that holes and keyholes come out right."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -89,13 +90,24 @@ def _filled(contours: Sequence[NDArray[np.float64]], shape: tuple[int, ...]) -> 
         if not (0 <= plane < shape[across] and inside):
             raise _off("a contour lies outside the image")
         planes.setdefault(plane, []).append(within)
-    steps = np.diff(sorted(planes))
-    if len(steps) > 1 and steps.min() == steps.max() > 1:
-        raise _off(f"contours on one of {steps[0]} planes only, so those between would count as background")
     stack = np.moveaxis(mask, across, 0)
     for plane, outlines in planes.items():
         stack[plane] = enclosed(outlines, (stack.shape[1], stack.shape[2]))
+    skipped = _skipped(stack, sorted(planes))
+    if len(skipped) > max(1, (len(planes) - 1) / 2):
+        raise _off(
+            f"contours on one of {min(skipped)} planes at most, so those between would count as background until they "
+            f"are drawn or interpolated"
+        )
     return mask
+
+
+def _skipped(stack: NDArray[np.bool_], drawn: Sequence[int]) -> list[int]:
+    """The steps over planes without an outline where a structure is likely to go on: its outlines on both sides
+    overlap, as those of islands seldom do, or all steps are alike."""
+    steps = [(b - a, bool((stack[a] & stack[b]).any())) for a, b in pairwise(drawn)]
+    alike = len({step for step, _ in steps}) == 1
+    return [step for step, over in steps if step > 1 and (over or alike)]
 
 
 def _normal(contours: Sequence[NDArray[np.float64]]) -> int:
