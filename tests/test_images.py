@@ -192,6 +192,36 @@ def test_a_file_cut_short_is_refused(folder: Path, keep: int) -> None:
     assert "broken" in complaint(read_image, picture)
 
 
+@pytest.mark.parametrize("part", [None, 0, 1])
+@pytest.mark.parametrize("level", [0, 6])
+def test_one_flipped_bit_in_a_packed_nifti_is_found(tmp_path: Path, level: int, part: int | None) -> None:
+    shape = (16, 16, 8) if part is None else (16, 16, 8, 2)
+    values = np.random.default_rng(0).integers(0, 1000, shape).astype(np.int16)
+    path = tmp_path / "packed.nii.gz"
+    whole = gzip.compress(write_nifti(tmp_path / "plain.nii", values).read_bytes(), level)
+    path.write_bytes(whole)
+    assert (read_nifti(path, part).voxels[0] == (values if part is None else values[..., part])).all()
+    for at in (*range(1000, len(whole), 397), len(whole) - 6):
+        spoilt = bytearray(whole)
+        spoilt[at] ^= 16
+        path.write_bytes(spoilt)
+        assert "broken or cut short" in complaint(lambda path: read_nifti(path, part), path, "IMAGE_UNREADABLE")
+    path.write_bytes(whole[:-6])
+    assert "broken or cut short" in complaint(lambda path: read_nifti(path, part), path, "IMAGE_UNREADABLE")
+
+
+def test_what_follows_on_the_voxels_of_a_packed_nifti_is_not_unpacked_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedclient.data.nifti.MAX_REST_BYTES", 2 << 20)
+    plain = write_nifti(tmp_path / "plain.nii", np.zeros((4, 4, 4), np.int16)).read_bytes()
+    path = tmp_path / "bomb.nii.gz"
+    path.write_bytes(gzip.compress(plain + bytes(1 << 20)))
+    assert read_image(path).voxels.shape == (1, 4, 4, 4)
+    path.write_bytes(gzip.compress(plain + bytes(4 << 20)))
+    assert "follow on the voxels" in complaint(read_image, path, "INPUT_TOO_LARGE")
+
+
 def test_a_picture_keeps_rows_columns_and_depth(folder: Path) -> None:
     grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
     Image.fromarray(grey).save(folder / "g8.png")

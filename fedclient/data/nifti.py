@@ -21,6 +21,8 @@ from fedclient.data.volume import MAX_VOXELS, Volume, contiguous, turn_to_ras, t
 from shared_models.errors import ImageUnreadable
 
 MAX_OFFSET_BYTES = 64 * 1024**2  # of the voxels in the file: room for extensions
+MAX_REST_BYTES = 4 * MAX_VOXELS  # behind the voxels that are wanted: further volumes
+CHUNK_BYTES = 1 << 20
 BROKEN = (
     OSError, EOFError, ValueError, LookupError, struct.error, zlib.error, ImageFileError, HeaderDataError,
     WrapStructError, OrientationError,
@@ -87,6 +89,8 @@ def _values(file: Any, stored: Any, shape: tuple[int, ...], part: int) -> NDArra
     content = file.read(count * kind.itemsize)
     if len(content) < count * kind.itemsize:
         raise EOFError
+    if isinstance(file, gzip.GzipFile):
+        _check_rest(file)
     values = np.frombuffer(content, kind).reshape(shape, order="F")
     if (stored.slope, stored.inter) == (1.0, 0.0) and kind.kind in "iu":
         return values
@@ -97,6 +101,17 @@ def _values(file: Any, stored: Any, shape: tuple[int, ...], part: int) -> NDArra
         for k in range(shape[2]):  # in float64, as nibabel does, without a float64 copy of it all
             scaled[:, :, k] = values[:, :, k] * np.float64(stored.slope) + np.float64(stored.inter)
         return scaled
+
+
+def _check_rest(file: gzip.GzipFile) -> None:
+    """Reads on to the end of a packed file: the checksum stands there, and wrong bytes unpack without a word."""
+    for _ in range(0, MAX_REST_BYTES, CHUNK_BYTES):
+        if not file.read(CHUNK_BYTES):
+            return
+    raise ImageUnreadable(
+        f"NIfTI: more than {MAX_REST_BYTES} bytes follow on the voxels that are wanted. Split it into its volumes.",
+        code="INPUT_TOO_LARGE",
+    )
 
 
 @contextmanager
