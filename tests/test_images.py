@@ -348,14 +348,19 @@ def test_nifti_labels_that_are_no_labels_are_refused(folder: Path, value: float,
 def test_a_mask_on_another_grid_than_its_image_is_refused(folder: Path) -> None:
     values = np.zeros((4, 4, 4), np.int16)
     image = read_image(write_nifti(folder / "i.nii", values))
-    moved = AFFINE.copy()
+    moved, half = AFFINE.copy(), AFFINE.copy()
     moved[2, 3] = 2.5
+    half[:3, 3] = 0.35  # half a pixel along each axis
     for other, words in (
         (write_nifti(folder / "s.nii", values[:, :, 1:]), "voxels"),
-        (write_nifti(folder / "m.nii", values, moved), "mm apart"),
-        (write_nifti(folder / "z.nii", values, np.diag([0.7, 0.8, 3.0, 1])), "mm apart"),
+        (write_nifti(folder / "m.nii", values, moved), "voxels apart"),
+        (write_nifti(folder / "h.nii", values, half), "voxels apart"),
+        (write_nifti(folder / "z.nii", values, np.diag([0.7, 0.8, 3.0, 1])), "voxels apart"),
     ):
         assert words in complaint(lambda path: read_labels(path, like=image), other)
+    near = AFFINE.copy()
+    near[:3, 3] = 0.05  # as positions of two decimals may lie
+    assert not read_labels(write_nifti(folder / "n.nii", values, near), like=image).any()
 
 
 def test_a_mask_stored_in_another_direction_fits_its_image(folder: Path) -> None:

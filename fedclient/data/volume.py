@@ -15,6 +15,7 @@ MAX_VOXELS = 1024**3  # of a volume: 4 GiB as float32
 # feet and its columns to the patient's left, one millimetre a pixel.
 FRONTAL_RAS = np.array([[0, -1, 0, 0], [0, 0, 1, 0], [-1, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
 PLANES = 8  # of DICOM, put in place at a time
+ON_GRID = 0.1  # of a voxel; positions are written with two or three decimals, and a series may breathe by 1 %
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 PICTURE_PIXELS = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=np.float64)
 _orientations: Any = nibabel.orientations  # has no types
@@ -50,6 +51,12 @@ class Volume:
     def left_right_axis(self) -> int:
         """0 if I runs between the patient's left and right (volumes), 1 if J does (pictures)."""
         return left_right_axis(self.affine_ras)
+
+
+def voxels_apart(shape: tuple[int, ...], affine_ras: NDArray[np.float64], like: NDArray[np.float64]) -> float:
+    """How far the corners of a grid of that shape lie apart under two affines, in voxels of `like`, along an axis."""
+    corners = np.array([[i, j, k, 1] for i in (0, shape[0]) for j in (0, shape[1]) for k in (0, shape[2])])
+    return float(np.abs(corners @ (np.linalg.solve(like, affine_ras) - np.eye(4)).T).max())
 
 
 def left_right_axis(affine_ras: NDArray[np.float64]) -> int:
