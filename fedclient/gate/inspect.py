@@ -18,7 +18,7 @@ from fedclient.data.nifti import SHEAR, twofold
 from fedclient.data.objects import is_object
 from fedclient.data.pictures import is_coloured
 from fedclient.data.truths import classes_of, covariates_of, follow_up, has_truth
-from fedclient.data.volume import Volume
+from fedclient.data.volume import Volume, check_resampled
 from fedclient.gate.facts import Drawn, Facts, Looked, Needs, takes_part
 from fedclient.gate.letters import letters
 from fedclient.gate.pixels import bands, clipped, pixel_seal, projections, sample, sealed, small_picture
@@ -69,6 +69,8 @@ def look_at(case: Case, root: Path, needs: Needs, secret: str) -> Looked:
 def _looked(case: Case, root: Path, needs: Needs, secret: str, state: str, said: Said) -> Looked:
     first = case.channels[0].files
     volume = read_case(case, needs.channels or tuple(c.name for c in case.channels if len(case.channels) > 1))
+    if needs.patches:
+        check_resampled(volume, needs.spacing_mm)
     picture = first[0].is_file() and is_picture(first[0])
     ct = volume.modality == "CT" or (volume.modality is None and needs.modality == "ct" and not picture)
     found = [*_of_headers(case, said), *_of_paths(case, root, said)]
