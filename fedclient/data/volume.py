@@ -56,7 +56,7 @@ class Volume:
         return left_right_axis(self.affine_ras)
 
 
-def voxels_apart(shape: tuple[int, ...], affine_ras: NDArray[np.float64], like: NDArray[np.float64]) -> float:
+def voxels_apart(shape: Sequence[int], affine_ras: NDArray[np.float64], like: NDArray[np.float64]) -> float:
     """How far the corners of a grid of that shape lie apart under two affines, in voxels of `like`, along an axis."""
     corners = np.array([[i, j, k, 1] for i in (0, shape[0]) for j in (0, shape[1]) for k in (0, shape[2])])
     return float(np.abs(corners @ (np.linalg.solve(like, affine_ras) - np.eye(4)).T).max())

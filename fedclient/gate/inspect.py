@@ -242,7 +242,7 @@ def _of_geometry(case: Case, volume: Volume, needs: Needs, picture: bool) -> Ite
     drawn = [case.label.file] if isinstance(case.label, Mask) else []
     for path in dict.fromkeys([*(channel.files[0] for channel in case.channels), *drawn]):
         if path.is_file() and format_of(path) == "nifti" and (how := twofold(path)):
-            what = f"its header says two things: by its qform a NIfTI file lies {how} beside its sform, which counts."
+            what = f"its header says two things: {how}."
             yield finding("ORIENTATION_ODD", what, case=case.key, row=case.row)
             break
     spacing = volume.spacing_mm
