@@ -88,7 +88,7 @@ class Augment:
         rotate_deg, scale, shift: largest in-plane rotation, relative zoom and relative shift, drawn evenly.
         gamma, brightness, noise: largest relative exponent, additive shift and standard deviation, in units of the
             preprocessed image; the exponent is of each channel from its lowest to its highest value.
-        flip_left_right: only where left and right carry no label.
+        flip_left_right: only where no answer names a side (`left-lung`).
     """
 
     __pydantic_config__ = STRICT
@@ -358,6 +358,12 @@ class Study:
             )
         if (self.table_only or self.of_bags) and (self.augment != Augment() or self.channels):
             raise ValueError(f'augment and channels are for images; model.name = "{name}" sees none')
+        sided = next((name for name in task.answers if {"left", "right"} & set(name.split("-"))), None)
+        if self.augment.flip_left_right and sided is not None:
+            raise ValueError(
+                f"augment.flip_left_right mirrors images, and {sided!r} names a side: half of the examples would teach "
+                f"the wrong one. Set it to false, or answer for both sides under one name"
+            )
         if self.of_bags and (self.protect.privacy is not None or self.unlabelled.method != "none"):
             raise ValueError(f'model.name = "{name}" sees no images, which [protect.privacy] and [unlabelled] are for')
 

@@ -85,6 +85,21 @@ def test_channels_on_different_grids_are_refused(brain: Case, tmp_path: Path, ap
     assert refusal(brain, "t1", "flair").code == "CHANNELS_APART"
 
 
+@pytest.mark.parametrize("apart", ["turned", "larger"])
+def test_channels_are_compared_where_their_corners_lie(tmp_path: Path, apart: str) -> None:
+    """A hundredth in an affine is millimetres at the end of 240 voxels."""
+    cos, sin = np.cos(np.deg2rad(0.55)), np.sin(np.deg2rad(0.55))
+    turn = np.array([[cos, -sin, 0, 0], [sin, cos, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    other = {"turned": turn, "larger": np.diag([1.009, 1.009, 1, 1])}[apart]
+    near = np.eye(4) + 1e-4 * (other - np.eye(4))  # as float32 and rounded positions make it
+    values = np.zeros((240, 240, 2), np.int16)
+    first = Channel("t1", (stored(tmp_path / "t1.nii", values, np.eye(4)),))
+    apart_from = Channel("t2", (stored(tmp_path / "t2.nii", values, other),))
+    assert refusal(case_of(first, apart_from), "t1", "t2").code == "CHANNELS_APART"
+    beside = Channel("t2", (stored(tmp_path / "near.nii", values, near),))
+    assert read_case(case_of(first, beside), ["t1", "t2"]).voxels.shape == (2, 240, 240, 2)
+
+
 def test_a_part_that_a_nifti_has_not_is_refused_and_one_of_a_3d_file_too(brain: Case, tmp_path: Path) -> None:
     for name, part in (("4d.nii.gz", 2), ("t1.nii.gz", 0)):
         with pytest.raises(ImageUnreadable, match="of a 4-D image is wanted") as e:

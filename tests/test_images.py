@@ -22,6 +22,7 @@ from fedclient.data.nifti import read_nifti, twofold
 from shared_models.errors import ImageUnreadable
 
 Nifti1Image: Any = nibabel.Nifti1Image  # has no types
+Nifti2Image: Any = nibabel.Nifti2Image
 ORIENTATIONS = [
     (axes, signs) for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
 ]
@@ -112,8 +113,49 @@ def test_a_nifti_whose_qform_lies_otherwise_than_its_sform_is_found(folder: Path
         image: Any = nibabel.load(path)
         image.set_qform(AFFINE @ np.diag([*signs, 1.0]), 1)
         nibabel.save(image, folder / "other.nii")
-        assert twofold(folder / "other.nii") == told
+        assert f"lies {told} beside its sform" in twofold(folder / "other.nii")
     assert twofold(write_nifti(folder / "one.nii", np.zeros((2, 3, 4), np.int16))) == ""
+
+
+def test_a_nifti_whose_header_states_two_places_or_voxel_sizes_is_found(folder: Path) -> None:
+    values = np.zeros((200, 200, 9), np.int16)
+    cos, sin = np.cos(np.deg2rad(40)), np.sin(np.deg2rad(40))
+    for qform, told in (
+        (np.diag([0.5, 0.5, 5, 1]), "voxels of 0.5 x 0.5 x 5 (pixdim), and 1 x 1 x 1 by its sform"),
+        (np.eye(4) + 40 * np.eye(4, k=3), "by its qform a NIfTI file lies up to 40 voxels beside its sform"),
+        (np.array([[cos, -sin, 0, 0], [sin, cos, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), "voxels beside its sform"),
+        (np.diag([1.001, 1.001, 1.05, 1]), ""),
+    ):
+        image: Any = Nifti1Image(values, np.eye(4))
+        image.set_qform(qform, 1)
+        image.set_sform(np.eye(4), 1)
+        nibabel.save(image, folder / "said.nii")
+        found = twofold(folder / "said.nii")
+        assert told in found
+        assert bool(found) == bool(told)
+    for pixdim, told in (((0.5, 0.5, 5), "0.5 x 0.5 x 5 (pixdim)"), ((0, 0, 0), ""), ((1.01, 1, 1), "")):
+        path = write_nifti(folder / "sform.nii", values, np.eye(4))
+        found = twofold(spoil_header(path, 80, struct.pack("<3f", *pixdim)))
+        assert told in found
+        assert bool(found) == bool(told)
+    assert twofold(write_nifti(folder / "flat.nii", np.zeros((2, 3), np.int16))) == ""
+
+
+@pytest.mark.parametrize("pixdim", [(0.7, 0.8, 0), (0, 0, 0), (0.7, 0.8, -2.5), (0.7, 0.8, np.nan)])
+def test_no_voxel_size_is_made_up_for_a_qform_that_has_none(folder: Path, pixdim: tuple[float, ...]) -> None:
+    path = write_nifti(folder / "q.nii", np.zeros((2, 3, 4), np.int16), sform=0, qform=1)
+    assert read_image(path).spacing_mm == pytest.approx((0.7, 0.8, 2.5))
+    stated = struct.pack("<3f", *pixdim)
+    assert "states voxels of" in complaint(read_image, spoil_header(path, 80, stated), "GEOMETRY_INVALID")
+    by_sform = write_nifti(folder / "s.nii", np.zeros((2, 3, 4), np.int16), qform=1)
+    assert read_image(spoil_header(by_sform, 80, stated)).spacing_mm == pytest.approx((0.7, 0.8, 2.5))
+    plane = write_nifti(folder / "flat.nii", np.zeros((2, 3), np.int16), sform=0, qform=1)
+    assert read_image(spoil_header(plane, 88, struct.pack("<f", 0))).spacing_mm == pytest.approx((0.7, 0.8, 1))
+    two = write_nifti(folder / "two.nii.gz", np.zeros((2, 3, 4), np.int16), sform=0, qform=1)
+    nibabel.save(Nifti2Image.from_image(nibabel.load(two)), folder / "q2.nii")
+    assert read_image(folder / "q2.nii").spacing_mm == pytest.approx((0.7, 0.8, 2.5))
+    spoil_header(folder / "q2.nii", 112, struct.pack("<3d", *pixdim))
+    assert "states voxels of" in complaint(read_image, folder / "q2.nii", "GEOMETRY_INVALID")
 
 
 def test_a_sheared_nifti_is_refused_and_a_slightly_oblique_one_read(folder: Path) -> None:
@@ -190,6 +232,36 @@ def test_a_file_cut_short_is_refused(folder: Path, keep: int) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40), np.uint8)).save(picture)
     picture.write_bytes(picture.read_bytes()[:keep])
     assert "broken" in complaint(read_image, picture)
+
+
+@pytest.mark.parametrize("part", [None, 0, 1])
+@pytest.mark.parametrize("level", [0, 6])
+def test_one_flipped_bit_in_a_packed_nifti_is_found(tmp_path: Path, level: int, part: int | None) -> None:
+    shape = (16, 16, 8) if part is None else (16, 16, 8, 2)
+    values = np.random.default_rng(0).integers(0, 1000, shape).astype(np.int16)
+    path = tmp_path / "packed.nii.gz"
+    whole = gzip.compress(write_nifti(tmp_path / "plain.nii", values).read_bytes(), level)
+    path.write_bytes(whole)
+    assert (read_nifti(path, part).voxels[0] == (values if part is None else values[..., part])).all()
+    for at in (*range(1000, len(whole), 397), len(whole) - 6):
+        spoilt = bytearray(whole)
+        spoilt[at] ^= 16
+        path.write_bytes(spoilt)
+        assert "broken or cut short" in complaint(lambda path: read_nifti(path, part), path, "IMAGE_UNREADABLE")
+    path.write_bytes(whole[:-6])
+    assert "broken or cut short" in complaint(lambda path: read_nifti(path, part), path, "IMAGE_UNREADABLE")
+
+
+def test_what_follows_on_the_voxels_of_a_packed_nifti_is_not_unpacked_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedclient.data.nifti.MAX_REST_BYTES", 2 << 20)
+    plain = write_nifti(tmp_path / "plain.nii", np.zeros((4, 4, 4), np.int16)).read_bytes()
+    path = tmp_path / "bomb.nii.gz"
+    path.write_bytes(gzip.compress(plain + bytes(1 << 20)))
+    assert read_image(path).voxels.shape == (1, 4, 4, 4)
+    path.write_bytes(gzip.compress(plain + bytes(4 << 20)))
+    assert "follow on the voxels" in complaint(read_image, path, "INPUT_TOO_LARGE")
 
 
 def test_a_picture_keeps_rows_columns_and_depth(folder: Path) -> None:
@@ -318,14 +390,19 @@ def test_nifti_labels_that_are_no_labels_are_refused(folder: Path, value: float,
 def test_a_mask_on_another_grid_than_its_image_is_refused(folder: Path) -> None:
     values = np.zeros((4, 4, 4), np.int16)
     image = read_image(write_nifti(folder / "i.nii", values))
-    moved = AFFINE.copy()
+    moved, half = AFFINE.copy(), AFFINE.copy()
     moved[2, 3] = 2.5
+    half[:3, 3] = 0.35  # half a pixel along each axis
     for other, words in (
         (write_nifti(folder / "s.nii", values[:, :, 1:]), "voxels"),
-        (write_nifti(folder / "m.nii", values, moved), "mm apart"),
-        (write_nifti(folder / "z.nii", values, np.diag([0.7, 0.8, 3.0, 1])), "mm apart"),
+        (write_nifti(folder / "m.nii", values, moved), "voxels apart"),
+        (write_nifti(folder / "h.nii", values, half), "voxels apart"),
+        (write_nifti(folder / "z.nii", values, np.diag([0.7, 0.8, 3.0, 1])), "voxels apart"),
     ):
         assert words in complaint(lambda path: read_labels(path, like=image), other)
+    near = AFFINE.copy()
+    near[:3, 3] = 0.05  # as positions of two decimals may lie
+    assert not read_labels(write_nifti(folder / "n.nii", values, near), like=image).any()
 
 
 def test_a_mask_stored_in_another_direction_fits_its_image(folder: Path) -> None:

@@ -266,7 +266,7 @@ def test_labels_are_read_from_either_on_the_grid_of_their_image(suffix: str, tmp
     assert ((like.voxels[0] > 0) * 3 == labels).all()
     moved = image(DIRECTIONS[5], drawn)
     moved.SetOrigin((0, 0, 0))
-    with pytest.raises(ImageUnreadable, match="mm apart") as e:
+    with pytest.raises(ImageUnreadable, match="voxels apart") as e:
         read_labels(written(tmp_path / f"moved{suffix}", moved), like=like)
     assert e.value.code == "LABEL_GEOMETRY_MISMATCH"
 

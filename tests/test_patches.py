@@ -15,9 +15,12 @@ from torch import nn
 import fedclient.data.dataset as dataset
 from fedclient.data.dataset import DataSet, prepare
 from fedclient.data.manifest import read_manifest
+from fedclient.gate.facts import needs_of
+from fedclient.gate.inspect import look_at
 from fedclient.training.evaluate import evaluate
 from fedclient.training.windows import logits
 from fedclient.windows import begins, weights
+from shared_models.errors import ImageUnreadable
 from shared_models.preprocess import plan_geometry, preprocess, preprocess_labels, restore
 from shared_models.study import Evaluate, Model, Preprocess, Study, Task, Train
 from shared_models.tasks.chosen import functions_of
@@ -98,6 +101,24 @@ def test_an_image_at_the_plan_s_spacing_comes_back_to_its_grid_to_the_bit():
     examples = preprocess(voxels, (1.0, 1.0, 2.0), plan)
     assert examples.geometry.size == (48, 30, 32)
     assert (restore(examples.images, examples.geometry) == voxels).all()
+
+
+@pytest.mark.parametrize("study", [DEEP, FLAT])
+def test_an_image_in_metres_is_one_case_and_not_the_end_of_an_order(tmp_path, study):
+    folder = written(tmp_path / "data")
+    for name in ("image1.nii", "mask1.nii"):
+        header = bytearray((folder / name).read_bytes())
+        header[123] = 1  # xyzt_units: metres
+        (folder / name).write_bytes(header)
+    sound, metres = sorted(read_manifest(folder, None, "salt"), key=lambda case: case.row)
+    assert look_at(sound, folder, needs_of(study), "s").facts is not None
+    found = look_at(metres, folder, needs_of(study), "s").findings
+    assert [(each.code, each.severity, each.case) for each in found] == [("INPUT_TOO_LARGE", "block", metres.key)]
+    with pytest.raises(ImageUnreadable, match=r"1000 x 1000 x 2000 mm; .* right\?") as e:
+        prepare([sound, metres], study, tmp_path / "cache")
+    assert metres.key in str(e.value)
+    assert sound.key not in str(e.value)
+    assert len(prepare([sound], study, tmp_path / "cache").cases) == 1
 
 
 # Training

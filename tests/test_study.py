@@ -171,6 +171,15 @@ def test_what_is_wrong_is_told_with_file_key_what_was_found_and_what_is_allowed(
             'norm = "batch"\n[preprocess]\nintensity = "window"\nsize = [32, 63]\n[personal]\nkeep = ["norm"]',
             r'one value at the end of .* for model.norm = "batch" .* make an edge 64 or more',
         ),
+        (
+            'name = "s"\n[task]\nlabels = ["heart", "left-lung", "right-lung"]\n[augment]\nflip_left_right = true',
+            "flip_left_right mirrors images, and 'left-lung' names a side: .* Set it to false",
+        ),
+        (
+            'name = "s"\nmodality = "photo"\n[task]\nkind = "classification"\nlabels = ["eye-right"]\n[model]\n'
+            'name = "resnet18"\n[preprocess]\nintensity = "percentile"\n[augment]\nflip_left_right = true',
+            "'eye-right' names a side",
+        ),
         (f"name = {'[' * 100_000}", "not TOML"),
     ],
 )
@@ -180,6 +189,14 @@ def test_a_file_or_combination_that_makes_no_study_is_refused(tmp_path, text, wo
     with pytest.raises(StudyInvalid, match=words) as refused:
         load_study(str(path))
     assert str(refused.value).startswith(f"{path}: ")
+
+
+def test_images_may_be_mirrored_where_no_answer_names_a_side():
+    sides, flip = ("left-lung", "right-lung"), Augment(flip_left_right=True)
+    both = Task(labels=sides, regions=(Region("lungs", sides),))
+    assert Study("s", task=both, augment=flip).augment.flip_left_right
+    assert Study("s", task=Task(labels=("upright", "cleft")), augment=flip).augment.flip_left_right
+    assert Study("s", task=Task(labels=sides)).task.labels == sides
 
 
 def test_several_complaints_come_together_and_not_more_than_three(tmp_path):

@@ -24,6 +24,7 @@ from fedclient.data.lesions import lesions_of, of_examples
 from fedclient.data.lesions import places as centres
 from fedclient.data.provenance import MODALITIES, UNKNOWN, Provenance, one_of
 from fedclient.data.truths import covariates_of, has_truth, read_truth, vector_of
+from fedclient.data.volume import check_resampled
 from shared_models.errors import ImageUnreadable
 from shared_models.files import canonical_json, replacing
 from shared_models.parse import plain
@@ -132,6 +133,8 @@ def _image(case: Case, study: Study) -> tuple[Facts, dict[str, NDArray[Any]]]:
     volume = read_case(case, study.channels)
     if study.preprocess.spacing_mm is not None and is_picture(case.channels[0].files[0]):
         raise ImageUnreadable("PNG and JPEG state no pixel size, so spacing_mm cannot be met. Use fit = letterbox")
+    if study.preprocess.fit == "patches":
+        check_resampled(volume, study.preprocess.spacing_mm)
     examples = preprocess(volume.voxels, volume.spacing_mm, study.preprocess, np.float16)
     tensors: dict[str, NDArray[Any]] = {"images": examples.images}
     if study.task.kind == "detection":

@@ -20,7 +20,7 @@ from fedclient.data.nifti import read_nifti
 from fedclient.data.objects import is_object, object_kind
 from fedclient.data.pictures import read_colours
 from fedclient.data.stack import Series
-from fedclient.data.volume import Volume
+from fedclient.data.volume import ON_GRID, Volume, voxels_apart
 from shared_models.errors import ImageUnreadable
 from shared_models.files import canonical_json
 from shared_models.study import COLOURS
@@ -28,7 +28,6 @@ from shared_models.study import COLOURS
 Split = Literal["train", "val", "test"]
 ALL = "all"  # in place of a split: every case of a site, for a model that has seen none of them
 DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)([^\r\n]+)", re.MULTILINE | re.IGNORECASE)
-APART_MM = 1e-2  # of channels that are said to lie on one grid
 CONTRASTS = {  # of brain MR: one picture under the names that challenges have for it -> BraTS's oldest
     "t1n": "t1", "t1w": "t1", "t1c": "t1ce", "t1gd": "t1ce", "t1wce": "t1ce", "t2w": "t2", "t2f": "flair",
 }  # fmt: skip
@@ -163,7 +162,7 @@ def read_case(case: Case, channels: Sequence[str] = ()) -> Volume:
     first = volumes[0]
     for other in volumes[1:]:
         same_shape = other.voxels.shape == first.voxels.shape
-        if not same_shape or np.abs(other.affine_ras - first.affine_ras).max() > APART_MM:
+        if not same_shape or voxels_apart(first.voxels.shape[1:], other.affine_ras, first.affine_ras) > ON_GRID:
             raise ImageUnreadable(
                 "the channels of the case lie on different grids. Register and resample them to one.", "CHANNELS_APART"
             )

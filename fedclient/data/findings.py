@@ -51,7 +51,9 @@ CATALOGUE: dict[str, Kind] = {
     "GEOMETRY_INVALID": Kind("block", "an image whose place cannot be", "Export it again with its orientation."),
     "GEOMETRY_RANGE": Kind("warn", "an image far from the others' or the plan's voxel size", "Look at it."),
     "ORIENTATION_ODD": Kind(
-        "warn", "an image that lies sideways or mirrored beside the others", "Look at it, and turn it upright."
+        "warn",
+        "an image that lies otherwise than the others, or than its own header says elsewhere",
+        "Look at it, and export it as it lies.",
     ),
     # intensities
     "INTENSITY_INVALID": Kind("block", "grey values that cannot be", "Export it again with slope and intercept."),

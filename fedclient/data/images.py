@@ -17,7 +17,7 @@ from fedclient.data.nrrd import read_nrrd
 from fedclient.data.pictures import picture_values, read_picture
 from fedclient.data.volume import MAX_PIXELS as MAX_PIXELS
 from fedclient.data.volume import MAX_VOXELS as MAX_VOXELS
-from fedclient.data.volume import PICTURE_PIXELS, contiguous
+from fedclient.data.volume import ON_GRID, PICTURE_PIXELS, contiguous, voxels_apart
 from fedclient.data.volume import Volume as Volume
 from shared_models.errors import ImageUnreadable
 
@@ -116,11 +116,10 @@ def _check_grid(shape: tuple[int, ...], affine_ras: NDArray[np.float64], like: V
         raise ImageUnreadable(
             f"the mask has {shape} voxels, its image {wanted}. Export both on one grid.", "LABEL_GEOMETRY_MISMATCH"
         )
-    corners = np.array([[i, j, k, 1] for i in (0, shape[0]) for j in (0, shape[1]) for k in (0, shape[2])])
-    apart_mm = float(np.abs(corners @ (affine_ras - like.affine_ras).T).max())
-    if apart_mm > 0.5 * min(like.spacing_mm):
+    apart = voxels_apart(wanted, affine_ras, like.affine_ras)
+    if apart > ON_GRID:
         raise ImageUnreadable(
-            f"mask and image lie {apart_mm:.3g} mm apart in the patient (sform/qform of the two files differ). "
+            f"mask and image lie {apart:.2g} voxels apart in the patient (sform/qform of the two files differ). "
             f"Export the mask on its image's grid.",
             code="LABEL_GEOMETRY_MISMATCH",
         )

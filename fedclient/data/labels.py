@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclient.data.images import IGNORE
-from fedclient.data.volume import LPS_TO_RAS, Volume
+from fedclient.data.volume import LPS_TO_RAS, ON_GRID, Volume
 from shared_models.errors import ImageUnreadable, StudyInvalid
 
 Labels = NDArray[np.uint8]
@@ -23,7 +23,6 @@ Overlap = Literal["refuse", "first", "last"]  # who wins a voxel of two structur
 Mapped = (
     Mapping[str, int] | Mapping[int, int] | Mapping[str | int, int]
 )  # name, number or code of a structure -> label value
-ON_GRID = 0.1  # of a voxel; positions are written with two or three decimals, and a series may breathe by 1 %
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,18 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
-from fedclient.data.volume import MAX_VOXELS, Volume, contiguous, turn_to_ras, turned
+from fedclient.data.volume import MAX_VOXELS, Volume, contiguous, turn_to_ras, turned, voxels_apart
 from shared_models.errors import ImageUnreadable
 
 MAX_OFFSET_BYTES = 64 * 1024**2  # of the voxels in the file: room for extensions
+MAX_REST_BYTES = 4 * MAX_VOXELS  # behind the voxels that are wanted: further volumes
+CHUNK_BYTES = 1 << 20
 BROKEN = (
     OSError, EOFError, ValueError, LookupError, struct.error, zlib.error, ImageFileError, HeaderDataError,
     WrapStructError, OrientationError,
 )  # fmt: skip
 _MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units & 7: unsaid, metres, millimetres, micrometres
+UNLIKE = 0.1  # share by which two statements of a voxel size differ in more than rounding
 SHEAR = 0.02  # cosine between two axes: 1.1 degrees from a right angle
 
 
@@ -49,11 +52,11 @@ def nifti_values(path: Path, part: int | None = None) -> tuple[NDArray[Any], NDA
     """Values [I, J, K] in RAS+ and their affine in mm: whole numbers as stored, where the header scales none; else
     float32, finite or not."""
     try:
-        with _opened(path) as (file, version):
+        with _opened(path) as (file, version, pixdim):
             image: Any = (nibabel.Nifti2Image if version == 2 else nibabel.Nifti1Image).from_stream(file)
             header = image.header
             _check_values(header)
-            affine_ras = _affine(header)
+            affine_ras = _affine(header, pixdim)
             shape = _shape(header, part)  # before a header that lies makes room for its voxels
             values = _values(file, image.dataobj, shape, part or 0)
             turn = turn_to_ras(affine_ras, shape)
@@ -67,10 +70,10 @@ def nifti_values(path: Path, part: int | None = None) -> tuple[NDArray[Any], NDA
 def stored_grid(path: Path, part: int | None = None) -> tuple[tuple[int, ...], NDArray[np.float64]]:
     """Shape (three axes) and affine in mm of a NIfTI image as it lies in the file, before it is turned."""
     try:
-        with _opened(path) as (file, version):
+        with _opened(path) as (file, version, pixdim):
             kind: Any = nibabel.Nifti2Header if version == 2 else nibabel.Nifti1Header
             header = kind.from_fileobj(file)
-            return _shape(header, part), _affine(header)
+            return _shape(header, part), _affine(header, pixdim)
     except BROKEN as e:
         raise ImageUnreadable(
             f"NIfTI: the file is broken or cut short ({type(e).__name__}). Copy or export it again."
@@ -87,6 +90,8 @@ def _values(file: Any, stored: Any, shape: tuple[int, ...], part: int) -> NDArra
     content = file.read(count * kind.itemsize)
     if len(content) < count * kind.itemsize:
         raise EOFError
+    if isinstance(file, gzip.GzipFile):
+        _check_rest(file)
     values = np.frombuffer(content, kind).reshape(shape, order="F")
     if (stored.slope, stored.inter) == (1.0, 0.0) and kind.kind in "iu":
         return values
@@ -99,9 +104,21 @@ def _values(file: Any, stored: Any, shape: tuple[int, ...], part: int) -> NDArra
         return scaled
 
 
+def _check_rest(file: gzip.GzipFile) -> None:
+    """Reads on to the end of a packed file: the checksum stands there, and wrong bytes unpack without a word."""
+    for _ in range(0, MAX_REST_BYTES, CHUNK_BYTES):
+        if not file.read(CHUNK_BYTES):
+            return
+    raise ImageUnreadable(
+        f"NIfTI: more than {MAX_REST_BYTES} bytes follow on the voxels that are wanted. Split it into its volumes.",
+        code="INPUT_TOO_LARGE",
+    )
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, int]]:
-    """The unpacked file at its beginning, whatever its name, and the version of its header."""
+def _opened(path: Path) -> Iterator[tuple[Any, int, NDArray[np.floating[Any]]]]:
+    """The unpacked file at its beginning, whatever its name, the version of its header, and the voxel size that it
+    states, of which nibabel makes 1 where it is 0."""
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
@@ -118,7 +135,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, int]]:
                 code="INPUT_TOO_LARGE",
             )
         stream.seek(0)
-        yield stream, version
+        pixdim = np.frombuffer(head, order + ("f8" if version == 2 else "f4"), 4, 104 if version == 2 else 76)[1:]
+        yield stream, version, pixdim
 
 
 def _shape(header: Any, part: int | None) -> tuple[int, ...]:
@@ -153,7 +171,7 @@ def _check_values(header: Any) -> None:
         )
 
 
-def _affine(header: Any) -> NDArray[np.float64]:
+def _affine(header: Any, pixdim: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """sform if its code is set, else qform (domain rule); in mm."""
     sform, sform_code = header.get_sform(coded=True)
     affine = sform if sform_code > 0 else header.get_qform(coded=True)[0]
@@ -162,6 +180,12 @@ def _affine(header: Any) -> NDArray[np.float64]:
             "NIfTI: sform_code and qform_code are both 0, so nobody knows left from right. "
             "Export it again with its orientation (dcm2niix writes it).",
             code="GEOMETRY_MISSING",
+        )
+    if sform_code <= 0 and any(n > 1 and not mm > 0 for n, mm in zip(header.get_data_shape(), pixdim, strict=False)):
+        raise ImageUnreadable(
+            f"NIfTI: the header states voxels of {_shown(pixdim)} mm (pixdim), from which the qform has its scale. "
+            f"Export it again.",
+            code="GEOMETRY_INVALID",
         )
     mm = np.array(affine, dtype=np.float64)
     mm[:3] *= _MM.get(int(header["xyzt_units"]) & 7, 1.0)
@@ -183,22 +207,36 @@ def _affine(header: Any) -> NDArray[np.float64]:
 
 
 def twofold(path: Path) -> str:
-    """How sform and qform of a NIfTI header contradict each other in which way the patient lies; empty if they do not.
+    """How a NIfTI header contradicts itself in which way the patient lies, where, or at which voxel size; empty if it
+    does not.
 
-    Programs differ in which of the two they go by, so a mask drawn in another one may lie mirrored.
+    Programs differ in what they go by, so a mask drawn in another one may lie mirrored or elsewhere.
     """
     try:
-        with _opened(path) as (file, version):
+        with _opened(path) as (file, version, pixdim):
             kind: Any = nibabel.Nifti2Header if version == 2 else nibabel.Nifti1Header
             header = kind.from_fileobj(file)
         (sform, first), (qform, second) = header.get_sform(coded=True), header.get_qform(coded=True)
-        if first == 0 or second == 0:
+        if first == 0:
             return ""
         axes: Any = nibabel.orientations.io_orientation
-        ours, theirs = axes(sform), axes(qform)
+        alike = second == 0 or np.array_equal(axes(sform), axes(qform))
+        last = [n - 1 for n in (*header.get_data_shape(), 1, 1)[:3]]
+        apart = 0.0 if second == 0 else voxels_apart(last, qform, sform)
     except (*BROKEN, ImageUnreadable):  # its reader tells
         return ""
-    if np.array_equal(ours, theirs):
-        return ""
-    mirrored = np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
-    return "mirrored" if mirrored else "turned by a quarter or more"
+    if not alike:
+        mirrored = np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
+        how = "mirrored" if mirrored else "turned by a quarter or more"
+        return f"by its qform a NIfTI file lies {how} beside its sform, which counts"
+    size = np.linalg.norm(sform[:3, :3], axis=0)
+    stated = np.where((pixdim > 0) & (np.array(last) > 0), pixdim, size)  # 0, or of a single plane: not stated
+    if (np.abs(stated - size) > UNLIKE * size).any():
+        return f"a NIfTI file states voxels of {_shown(stated)} (pixdim), and {_shown(size)} by its sform, which counts"
+    if apart > 1:
+        return f"by its qform a NIfTI file lies up to {apart:.3g} voxels beside its sform, which counts"
+    return ""
+
+
+def _shown(size: NDArray[np.floating[Any]]) -> str:
+    return " x ".join(f"{edge:.4g}" for edge in size.tolist())

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
 
-from fedclient.data.labels import ON_GRID, Labels, Mapped, Overlap, Structure, choose, indices, paint, refused
+from fedclient.data.labels import Labels, Mapped, Overlap, Structure, choose, indices, paint, refused
 from fedclient.data.objects import Referenced, opened, references
 from fedclient.data.polygons import enclosed
-from fedclient.data.volume import Volume
+from fedclient.data.volume import ON_GRID, Volume
 from shared_models.errors import ImageUnreadable
 
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"

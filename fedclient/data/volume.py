@@ -1,5 +1,7 @@
 """What every reader gives: voxels, where they lie in the patient, and what may be known of how they were made."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclient.data.provenance import UNKNOWN, Provenance
+from shared_models.errors import ImageUnreadable
 
 MAX_PIXELS = 64 * 1024**2  # of a picture or a slice; the largest mammograms have 27 million
 MAX_VOXELS = 1024**3  # of a volume: 4 GiB as float32
@@ -15,6 +18,7 @@ MAX_VOXELS = 1024**3  # of a volume: 4 GiB as float32
 # feet and its columns to the patient's left, one millimetre a pixel.
 FRONTAL_RAS = np.array([[0, -1, 0, 0], [0, 0, 1, 0], [-1, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
 PLANES = 8  # of DICOM, put in place at a time
+ON_GRID = 0.1  # of a voxel; positions are written with two or three decimals, and a series may breathe by 1 %
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 PICTURE_PIXELS = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=np.float64)
 _orientations: Any = nibabel.orientations  # has no types
@@ -50,6 +54,26 @@ class Volume:
     def left_right_axis(self) -> int:
         """0 if I runs between the patient's left and right (volumes), 1 if J does (pictures)."""
         return left_right_axis(self.affine_ras)
+
+
+def voxels_apart(shape: Sequence[int], affine_ras: NDArray[np.float64], like: NDArray[np.float64]) -> float:
+    """How far the corners of a grid of that shape lie apart under two affines, in voxels of `like`, along an axis."""
+    corners = np.array([[i, j, k, 1] for i in (0, shape[0]) for j in (0, shape[1]) for k in (0, shape[2])])
+    return float(np.abs(corners @ (np.linalg.solve(like, affine_ras) - np.eye(4)).T).max())
+
+
+def check_resampled(volume: Volume, spacing_mm: Sequence[float] | None) -> None:
+    """Raises ImageUnreadable (INPUT_TOO_LARGE) for an image that is too large to be kept whole at a study's voxel size,
+    as one is whose header says metres."""
+    larger = math.prod(mm / wanted for mm, wanted in zip(volume.spacing_mm, spacing_mm or (), strict=False))
+    count = math.prod(volume.voxels.shape[1:]) * larger
+    if count > MAX_VOXELS:
+        own, wanted = (" x ".join(f"{mm:.4g}" for mm in each) for each in (volume.spacing_mm, spacing_mm or ()))
+        raise ImageUnreadable(
+            f"its voxels are of {own} mm; at the study's {wanted} mm it would have {count:.2g} of them, and "
+            f"{MAX_VOXELS} can be kept. Is the unit in its header right? Mend that, or leave the case out.",
+            code="INPUT_TOO_LARGE",
+        )
 
 
 def left_right_axis(affine_ras: NDArray[np.float64]) -> int:

@@ -23,6 +23,7 @@ class Needs:
         channels: as the study names them.
         labels: what masks are to mark.
         spacing_mm: voxel size that images are resampled to, if they are.
+        patches: they are kept whole at it, for patches to be drawn from.
         task: that is answered by something else than masks: classes, follow-up, lesions.
         table_only: the network sees a case's table and no image.
         unlabelled: it learns from training cases without labels too.
@@ -37,6 +38,7 @@ class Needs:
     table_only: bool = False
     unlabelled: bool = False
     tile_features: int | None = None
+    patches: bool = False
 
     @property
     def wants_labels(self) -> bool:
@@ -63,11 +65,16 @@ def needs_of(study: Study | None) -> Needs:
     spacing_mm = None if study.table_only or study.of_bags else study.preprocess.spacing_mm
     tiles = study.model.features[0] if study.of_bags else None
     unlabelled = study.unlabelled.method != "none"
+    patches = spacing_mm is not None and study.preprocess.fit == "patches"
     if study.task.kind == "segmentation":
-        return Needs(study.modality, study.channels, study.task.labels, spacing_mm, unlabelled=unlabelled)
+        return Needs(
+            study.modality, study.channels, study.task.labels, spacing_mm, unlabelled=unlabelled, patches=patches
+        )
     if study.task.kind == "reconstruction":  # it looks at no label
         return Needs(study.modality, study.channels, (), spacing_mm)
-    return Needs(study.modality, study.channels, (), spacing_mm, study.task, study.table_only, unlabelled, tiles)
+    return Needs(
+        study.modality, study.channels, (), spacing_mm, study.task, study.table_only, unlabelled, tiles, patches
+    )
 
 
 def takes_part(case: Case, needs: Needs) -> bool:

@@ -18,7 +18,7 @@ from fedclient.data.nifti import SHEAR, twofold
 from fedclient.data.objects import is_object
 from fedclient.data.pictures import is_coloured
 from fedclient.data.truths import classes_of, covariates_of, follow_up, has_truth
-from fedclient.data.volume import Volume
+from fedclient.data.volume import Volume, check_resampled
 from fedclient.gate.facts import Drawn, Facts, Looked, Needs, takes_part
 from fedclient.gate.letters import letters
 from fedclient.gate.pixels import bands, clipped, pixel_seal, projections, sample, sealed, small_picture
@@ -69,6 +69,8 @@ def look_at(case: Case, root: Path, needs: Needs, secret: str) -> Looked:
 def _looked(case: Case, root: Path, needs: Needs, secret: str, state: str, said: Said) -> Looked:
     first = case.channels[0].files
     volume = read_case(case, needs.channels or tuple(c.name for c in case.channels if len(case.channels) > 1))
+    if needs.patches:
+        check_resampled(volume, needs.spacing_mm)
     picture = first[0].is_file() and is_picture(first[0])
     ct = volume.modality == "CT" or (volume.modality is None and needs.modality == "ct" and not picture)
     found = [*_of_headers(case, said), *_of_paths(case, root, said)]
@@ -240,7 +242,7 @@ def _of_geometry(case: Case, volume: Volume, needs: Needs, picture: bool) -> Ite
     drawn = [case.label.file] if isinstance(case.label, Mask) else []
     for path in dict.fromkeys([*(channel.files[0] for channel in case.channels), *drawn]):
         if path.is_file() and format_of(path) == "nifti" and (how := twofold(path)):
-            what = f"its header says two things: by its qform a NIfTI file lies {how} beside its sform, which counts."
+            what = f"its header says two things: {how}."
             yield finding("ORIENTATION_ODD", what, case=case.key, row=case.row)
             break
     spacing = volume.spacing_mm
