@@ -178,6 +178,21 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, text: str | bytes
     assert words in complaint(folder_with(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    "rest", ['secret-patient,b.png,,"12 mm\nP3,c.png,,', 'P2,b.png,,"unsure\nP3,c.png,,see note"', 'P2,b.png,,"12" mm']
+)
+def test_a_stray_quote_swallows_no_row(tmp_path: Path, rest: str) -> None:
+    said = complaint(folder_with(tmp_path, f"patient_id,image,mask,comment\nP1,a.png,,ok\n{rest}\n"))
+    assert "row 3 is not CSV" in said
+    assert 'Take a stray `"` or line break out' in said
+
+
+def test_quoted_commas_and_quotes_are_read_as_they_are_meant(tmp_path: Path) -> None:
+    text = 'patient_id,image,mask,comment\r\n"P1","a.png",,"left, 3"" wide"\r\nP2,b.png,,3" wide\r\n'
+    cases = {c.patient: c for c in read_manifest(folder_with(tmp_path, text), None, "salt")}
+    assert [cases[p].facts for p in ("P1", "P2")] == [{"comment": 'left, 3" wide'}, {"comment": '3" wide'}]
+
+
 def test_a_manifest_beyond_all_bounds_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "manifest.csv").write_text("patient_id,image,mask\n" + "p,a.png,m.png\n" * 10)
     monkeypatch.setattr(manifest, "MAX_BYTES", 100)

@@ -10,7 +10,6 @@ names a patient or a file, only rows (the heading is row 1).
 
 import csv
 import hmac
-import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Protocol, TypeVar, cast, get_args
 from fedclient.data.boxes import EDGES, box_of
 from fedclient.data.cases import Boxes, Case, Channel, Label, Marks, Mask, Shown, Split
 from fedclient.data.marked import read_marked
-from fedclient.data.tables import Line
+from fedclient.data.tables import Line, csv_rows
 from fedclient.data.where import inside
 from shared_models.errors import ImageUnreadable, ManifestInvalid
 
@@ -161,13 +160,11 @@ def _rows(folder: Path) -> list[_Row]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ManifestInvalid(f"{path}: it has more than {MAX_BYTES} bytes. Split it.")
-        table = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+        table = csv_rows(path.read_bytes())
     except OSError as e:
         raise ManifestInvalid(f"{path}: it cannot be read ({type(e).__name__}). Mend its rights.") from None
-    except UnicodeDecodeError as e:
-        raise ManifestInvalid(f"{path}: byte {e.start} is not UTF-8. Save it as `CSV UTF-8`.") from None
     except csv.Error as e:
-        raise ManifestInvalid(f"{path}: not CSV: {e}. Save it as `CSV UTF-8`.") from None
+        raise ManifestInvalid(f"{path}: {e}") from None
     columns = [name.strip() for name in table[0]] if table else []
     missing = [name for name in ("patient_id", "image", "mask") if name not in columns]
     if "patient_id" in missing or (missing and not {*columns} - OWN):

@@ -6,7 +6,6 @@ does not fit it is refused; a table may tell of more patients than a manifest. A
 table and is left alone.
 """
 
-import csv
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from shared_models.errors import ManifestInvalid
 
 NAME = "nodules.csv"
 COLUMNS = ("patient_id", "x_mm", "y_mm", "z_mm", "diameter_mm")
+MOST_HEADING = 1 << 16  # characters
 EXCEL = "a spreadsheet turns 007 into 7: import the column as text"
 ImagesOf = Mapping[str, tuple[str, ...]]  # patient -> his images, as the manifest names them
 
@@ -42,8 +42,9 @@ def read_marked(folder: Path, every: ImagesOf, here: ImagesOf) -> dict[str, Mark
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ManifestInvalid(f"{NAME}: it is a link out of the data folder. Put the file itself there.", "PATH_ESCAPE")
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        if not {*COLUMNS} <= {name.strip() for name in next(csv.reader(file), [])}:
-            return None
+        heading = file.readline(MOST_HEADING).replace('"', "").split(",")
+    if not {*COLUMNS} <= {name.strip() for name in heading}:
+        return None
     found: defaultdict[str, list[Mark]] = defaultdict(list)
     try:
         lines = read_table(path, NAME, COLUMNS)
