@@ -41,6 +41,17 @@ def test_rows_become_cases_and_other_columns_are_ignored(tmp_path: Path) -> None
     assert (cases["P2"].split, cases["P2"].row, cases["P2"].label) == ("train", 4, None)
 
 
+def test_a_name_composed_and_decomposed_is_one_patient_of_one_split(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "patient_id,image,mask\nM\u00fcller,a.png,\nMu\u0308ller,b.png,\n")
+    marks = "patient_id,image,x_mm,y_mm,z_mm,diameter_mm\nMu\u0308ller,a.png,1,2,3,4\n"
+    (folder / "nodules.csv").write_text(marks, encoding="utf-8")
+    one, two = read_manifest(folder, None, "salt")
+    assert (one.patient, one.split) == (two.patient, two.split)
+    assert sorted(len(case.marks.nodules or ()) for case in (one, two) if case.marks) == [0, 1]
+    text = "patient_id,image,mask,split\nM\u00fcller,a.png,,train\nMu\u0308ller,b.png,,test\n"
+    assert "1 of 1 patients are in more than one split" in complaint(folder_with(tmp_path, text))
+
+
 def test_neither_key_nor_repr_tells_the_patient_and_both_need_the_salt(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, "patient_id,image,mask\nDOE-JOHN,a.png,m.png\nDOE-JOHN,b.png,m.png\n")
     one, two = read_manifest(folder, None, "salt")

@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar, cast, get_args
 from fedclient.data.boxes import EDGES, box_of
 from fedclient.data.cases import Boxes, Case, Channel, Label, Marks, Mask, Shown, Split
 from fedclient.data.marked import read_marked
-from fedclient.data.tables import Line, csv_rows
+from fedclient.data.tables import Line, by_column, csv_rows
 from fedclient.data.where import inside
 from shared_models.errors import ImageUnreadable, ManifestInvalid
 
@@ -181,7 +181,7 @@ def _rows(folder: Path) -> list[_Row]:
             raise ManifestInvalid(
                 f"{path}: row {number} has {len(values)} fields, the heading {len(columns)}. Quote fields with commas."
             )
-        rows.append(_Row(number, {name: value.strip() for name, value in zip(columns, values, strict=True)}))
+        rows.append(_Row(number, by_column(columns, values)))
     if not rows:
         raise ManifestInvalid(f"{path}: it has a heading and no rows. Add a row for each image.")
     return rows

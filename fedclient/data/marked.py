@@ -6,14 +6,13 @@ does not fit it is refused; a table may tell of more patients than a manifest. A
 table and is left alone.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from fedclient.data.cases import Marks
 from fedclient.data.luna16 import Mark
-from fedclient.data.tables import Line, each_row, read_table
+from fedclient.data.tables import Line, alike, each_row, read_table
 from shared_models.errors import ManifestInvalid
 
 NAME = "nodules.csv"
@@ -53,12 +52,12 @@ def read_marked(folder: Path, every: ImagesOf, here: ImagesOf) -> dict[str, Mark
             raise
         lines = []
 
-    alike = {_alike(patient) for patient in every}
+    known = {alike(patient) for patient in every}
 
     def parse(line: Line) -> tuple[str, Mark] | None:
         patient, named = line.text("patient_id"), line.values.get("image", "")
         if patient not in every:
-            if _alike(patient) in alike:
+            if alike(patient) in known:
                 raise line.wrong("patient_id", f"is written otherwise in the manifest. Write it as there ({EXCEL})")
             return None
         images = [image for image in every[patient] if not named or PurePosixPath(image) == PurePosixPath(named)]
@@ -86,8 +85,3 @@ def read_marked(folder: Path, every: ImagesOf, here: ImagesOf) -> dict[str, Mark
         if each is not None:
             found[each[0]].append(each[1])
     return {image: Marks(tuple(found[image])) for images in here.values() for image in images}
-
-
-def _alike(patient: str) -> str:
-    """What stays of a name through a spreadsheet: `P-007` and `p 7` are one."""
-    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"[^0-9a-z]+", " ", patient.casefold()).strip())

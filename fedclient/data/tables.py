@@ -7,6 +7,7 @@ import csv
 import io
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -112,6 +113,21 @@ def csv_rows(content: bytes) -> list[list[str]]:
     return rows
 
 
+def by_column(heading: Sequence[str], values: Sequence[str]) -> dict[str, str]:
+    """Column -> value without spaces around it; a patient's name in NFC, as it can be written in several ways."""
+    row = {name: value.strip() for name, value in zip(heading, values, strict=True)}
+    if "patient_id" in row:
+        row["patient_id"] = unicodedata.normalize("NFC", row["patient_id"])
+    return row
+
+
+def alike(patient: str) -> str:
+    """What stays of a patient's name however it is written: `P-007`, `p007` and `P 7` are one."""
+    words = re.sub(r"[\W_]+", " ", unicodedata.normalize("NFC", patient).casefold()).strip()
+    apart = re.sub(r"(?<!\d) | (?!\d)", "", words)  # `1-11` and `11-1` are two
+    return re.sub(r"(?<!\d)0+(?=\d)", "", apart) or patient
+
+
 def read_table(path: Path, what: str, columns: Sequence[str]) -> list[Line]:
     """The rows of a CSV file that has at least these columns; blank rows are left out.
 
@@ -144,7 +160,7 @@ def read_table(path: Path, what: str, columns: Sequence[str]) -> list[Line]:
             raise _broken(
                 what, f"row {number} has {len(values)} fields, the heading {len(heading)}. Quote fields with commas."
             )
-        lines.append(Line(what, number, {name: v.strip() for name, v in zip(heading, values, strict=True)}))
+        lines.append(Line(what, number, by_column(heading, values)))
     if not lines:
         raise ManifestInvalid(f"{what}: it has a heading and no rows. Add a row for each case.", code="LABEL_EMPTY")
     return lines
