@@ -123,6 +123,18 @@ def test_a_case_without_labels_stops_nobody(tmp_path: Path) -> None:
     assert ("INTENSITY_INVALID", "warn") in {(f.code, f.severity) for f in found.findings}
 
 
+@pytest.mark.parametrize("same_patient", [False, True])
+def test_one_mask_copied_for_the_image_of_another_patient_is_told(tmp_path: Path, same_patient: bool) -> None:
+    made = Set(tmp_path / "data")
+    made.nifti(0, patient="p")
+    made.nifti(1, patient="p" if same_patient else "q", lung=person(0).lung)
+    for n in (2, 3):  # nothing drawn is no copy
+        made.nifti(n, lung=person(n).lung * 0)
+    found = check(site_of(made.finish(), tmp_path / "site"), NEEDS)
+    told = [(f.row, f.severity) for f in found.findings if f.code == "DUPLICATE"]
+    assert told in ([[]] if same_patient else [[(2, "warn")], [(3, "warn")]])
+
+
 def test_a_patient_of_two_splits_is_told_for_the_case_that_is_not_trained_on() -> None:
     cases = [Case(f"{n:016x}", "same", (Channel(),), None, split) for n, split in enumerate(("train", "val", "test"))]  # type: ignore[arg-type]
     assert [(f.case[-1], f.severity) for f in torn_patients(cases)] == [("1", "block"), ("2", "block")]

@@ -74,7 +74,7 @@ CATALOGUE: dict[str, Kind] = {
     ),
     "LEAKAGE_PATIENT": Kind("block", "one patient in training and in test", "Give a patient's cases one split."),
     "LEAKAGE_PIXEL": Kind("block", "the same picture in training and in test", "Remove the copy."),
-    "DUPLICATE": Kind("warn", "the same picture twice", "Remove the copy."),
+    "DUPLICATE": Kind("warn", "the same picture or labels twice", "Remove the copy."),
     "CLASS_ABSENT": Kind("warn", "a label that no training case has", "Ask whether this site labels it."),
     "DATASET_TOO_SMALL": Kind("block", "too few patients to train or to test on", "Add cases."),
     # identifiers

@@ -71,6 +71,7 @@ def together(seen: Sequence[Seen], needs: Needs) -> Iterator[Finding]:
     yield from _alike_patients([each.case for each in seen])
     yield from _shared_ids(readable)
     yield from _copies(readable)
+    yield from _same_masks(readable)
     yield from _sizes(readable)
     yield from _odd_parts(readable)
     yield from _odd_turns(readable)
@@ -130,6 +131,18 @@ def _copies(readable: Sequence[tuple[Case, Facts]]) -> Iterator[Finding]:
         elif same or one.patient != other.patient:  # two takes of one patient may look alike
             what = f"it holds {how} case {one.key}."
             yield finding("DUPLICATE", what, case=other.key, row=other.row)
+
+
+def _same_masks(readable: Sequence[tuple[Case, Facts]]) -> Iterator[Finding]:
+    """Labels that two patients share voxel by voxel; where the pictures are copies, that has been told."""
+    first: dict[str, tuple[Case, Facts]] = {}
+    for case, facts in readable:
+        if not facts.mask:
+            continue
+        other, of_other = first.setdefault(facts.mask, (case, facts))
+        if other.patient != case.patient and of_other.pixels != facts.pixels:
+            what = f"its labels are those of case {other.key}, of another patient: were they drawn on its image?"
+            yield finding("DUPLICATE", what, case=case.key, row=case.row)
 
 
 def _alike(facts: Sequence[Facts]) -> Iterator[tuple[int, int]]:
