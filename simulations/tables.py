@@ -4,6 +4,7 @@ import csv
 import io
 from pathlib import Path
 
+from fedclient.data.tables import csv_rows
 from shared_models.errors import ManifestInvalid
 from shared_models.files import write_atomic
 
@@ -12,11 +13,14 @@ def join_tables(folder: Path, out: Path, patient: str) -> Path:
     """Writes OUT/manifest.csv from every SITE.csv of `folder`: its columns, with `patient` as `patient_id`, and `site`.
 
     Raises:
-        ManifestInvalid: no table, tables of unlike columns, or without the column `patient`.
+        ManifestInvalid: no table, one that is no CSV, tables of unlike columns, or without the column `patient`.
     """
-    tables = {
-        path.stem: list(csv.reader(io.StringIO(path.read_text("utf-8-sig")))) for path in sorted(folder.glob("*.csv"))
-    }
+    tables: dict[str, list[list[str]]] = {}
+    for path in sorted(folder.glob("*.csv")):
+        try:
+            tables[path.stem] = csv_rows(path.read_bytes())
+        except csv.Error as e:
+            raise ManifestInvalid(f"{path}: {e}") from None
     if not tables:
         raise ManifestInvalid(f"{folder}: holds no table. Put a SITE.csv for each site there.")
     heading = next(iter(tables.values()))[0]

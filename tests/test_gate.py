@@ -18,8 +18,8 @@ from fedclient.data.findings import CATALOGUE
 from fedclient.data.identifiers import identifying_path
 from fedclient.gate import ready as gate
 from fedclient.gate import run
-from fedclient.gate.across import torn_patients
-from fedclient.gate.facts import Needs, needs_of
+from fedclient.gate.across import together, torn_patients
+from fedclient.gate.facts import Looked, Needs, Seen, needs_of
 from fedclient.gate.inspect import look_at
 from fedclient.gate.page import render
 from fedclient.gate.pixels import bands, shrunk
@@ -123,10 +123,36 @@ def test_a_case_without_labels_stops_nobody(tmp_path: Path) -> None:
     assert ("INTENSITY_INVALID", "warn") in {(f.code, f.severity) for f in found.findings}
 
 
+@pytest.mark.parametrize("same_patient", [False, True])
+def test_one_mask_copied_for_the_image_of_another_patient_is_told(tmp_path: Path, same_patient: bool) -> None:
+    made = Set(tmp_path / "data")
+    made.nifti(0, patient="p")
+    made.nifti(1, patient="p" if same_patient else "q", lung=person(0).lung)
+    for n in (2, 3):  # nothing drawn is no copy
+        made.nifti(n, lung=person(n).lung * 0)
+    found = check(site_of(made.finish(), tmp_path / "site"), NEEDS)
+    told = [(f.row, f.severity) for f in found.findings if f.code == "DUPLICATE"]
+    assert told in ([[]] if same_patient else [[(2, "warn")], [(3, "warn")]])
+
+
 def test_a_patient_of_two_splits_is_told_for_the_case_that_is_not_trained_on() -> None:
     cases = [Case(f"{n:016x}", "same", (Channel(),), None, split) for n, split in enumerate(("train", "val", "test"))]  # type: ignore[arg-type]
     assert [(f.case[-1], f.severity) for f in torn_patients(cases)] == [("1", "block"), ("2", "block")]
     assert not list(torn_patients(cases[:1] * 3))
+
+
+@pytest.mark.parametrize(
+    ("trained", "tested", "told"),
+    [("P001", "p001", True), ("P001", "P-001", True), ("P-007", "p 7", True), ("Müller", "MÜLLER", True),
+     ("Müller", "Möller", False), ("1-11", "11-1", False), ("P1", "P10", False), ("王伟", "李娜", False)],
+)  # fmt: skip
+def test_patients_of_two_splits_who_may_be_one_are_told_and_stop_nobody(trained: str, tested: str, told: bool) -> None:
+    pair = zip("01", (trained, tested), ("train", "test"), strict=True)
+    cases = [Case(n * 16, patient, (Channel(),), None, split) for n, patient, split in pair]  # type: ignore[arg-type]
+    seen = [Seen(case, Looked("", None, ())) for case in cases]
+    found = [each for each in together(seen, Needs()) if each.code == "LEAKAGE_PATIENT"]
+    assert [(each.case, each.severity) for each in found] == [("1" * 16, "warn")] * told
+    assert not any(name in each.what for each in found for name in (trained, tested))
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,8 @@ def test_classes_are_read_from_one_column_or_from_one_column_each(tmp_path: Path
         ("image;label\nDOE.png;mass\n", "LABEL_UNREADABLE", "commas"),
         ("image,label\nDOE.png,mass,more\n", "LABEL_UNREADABLE", "row 2 has 3 fields"),
         ("image,label\n", "LABEL_EMPTY", "no rows"),
+        ('image,label\na.png,mass\nDOE.png,"mass\nb.png,none\n', "LABEL_UNREADABLE", "row 3 is not CSV"),
+        ('image,label,n\na.png,mass,"l\nDOE.png,mass,r"\n', "LABEL_UNREADABLE", "row 2 is not CSV"),
     ],
 )
 def test_class_tables_are_refused_by_row_and_without_names(tmp_path: Path, text: str, code: str, words: str) -> None:

@@ -48,7 +48,9 @@ def test_channels_and_labels_are_known_by_their_names(tmp_path: Path, layout: st
     folder = write(tmp_path, "Task01_Brain", examples(3, 2), LABELS, channels=["FLAIR", "T1gd"])
     found = listing(folder)
     title = {"decathlon": "Medical Segmentation Decathlon", "nnunet": "nnU-Net raw data"}[layout]
-    assert (found.layout, found.findings) == (f"{title}, 3 training cases", ())
+    assert (found.layout, [*told(found)]) == (f"{title}, 3 training cases", ["PATIENT_UNKNOWN"])
+    assert "dataset.json does not say which patient" in told(found)["PATIENT_UNKNOWN"]
+    assert found.findings[0].severity == "warn"
     case = of(found, "case_01")
     assert [channel.name for channel in case.channels] == ["flair", "t1gd"]
     image = read_case(case, ("t1ce", "flair"))  # BraTS's word for T1 with gadolinium
@@ -91,8 +93,9 @@ def test_dataset_json_cannot_name_files_outside_its_folder(tmp_path: Path, escap
     edit(folder, training=[training[0] | {"image": escape.format(outside=outside)}, training[1]])
     found = listing(folder)
     assert len(found.cases) == 1
-    assert told(found) == {"PATH_ESCAPE": "entry 1 of `training`: its image must be a path inside the data folder, "
-                           "without `..`"}  # fmt: skip
+    assert told(found).keys() == {"PATH_ESCAPE", "PATIENT_UNKNOWN"}
+    what = "entry 1 of `training`: its image must be a path inside the data folder, without `..`"
+    assert told(found)["PATH_ESCAPE"] == what
 
 
 def test_the_decathlons_junk_and_its_unlabelled_test_cases_are_known(tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_the_decathlons_junk_and_its_unlabelled_test_cases_are_known(tmp_path: P
     edit(folder, training=[junk, *training, training[0]], numTraining=9)
     found = listing(folder)
     assert (of(found, "case_03").split, of(found, "case_03").label) == ("test", None)
-    assert told(found).keys() == {"SERIES_LEFT_OUT", "DUPLICATE", "FILE_MISSING"}
+    assert told(found).keys() == {"SERIES_LEFT_OUT", "DUPLICATE", "FILE_MISSING", "PATIENT_UNKNOWN"}
     assert told(found)["FILE_MISSING"] == "dataset.json speaks of 10 cases and lists 5"
 
 
@@ -253,6 +256,11 @@ south,images/1.png,,q,test
     assert told(south) == {"MANIFEST_INVALID": "row 6: `split` is none of train, val, test"}
     rows = text.splitlines()
     rows[2:5] = ["north,images/1.png,masks/1.png,q,train"]
+    both = list_cases(Where(table(tmp_path, "\n".join(rows) + "\n"), ("north",)), "salt")
+    assert len(both.cases) == 2
+    assert told(both) == {"DUPLICATE": "row 3: the same mask as in row 2, of another patient. Give each a file of its "
+                          "own, an empty one too"}  # fmt: skip
+    rows[2] = rows[2].replace(",q,", ",p,")
     both = list_cases(Where(table(tmp_path, "\n".join(rows) + "\n"), ("north",)), "salt")
     assert both.findings == ()
     label = by_row(both)[2].label

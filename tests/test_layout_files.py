@@ -81,7 +81,8 @@ def test_luna16_nodules_lie_where_their_millimetres_say_whichever_way_the_scan_w
     tmp_path: Path, turned: bool
 ) -> None:
     found = listing(luna(tmp_path, turned))
-    assert (found.layout, found.findings, len(found.cases)) == ("LUNA16, 2 subsets", (), 2)
+    assert (found.layout, len(found.cases)) == ("LUNA16, 2 subsets", 2)
+    assert [(each.code, each.severity) for each in found.findings] == [("PATIENT_UNKNOWN", "warn")]
     assert (read_case(of(found, "1.1")).voxels == scan(1).voxels).all()
     labels = labels_of(of(found, "1.1"), "nodule")
     assert np.argwhere(labels == 1).tolist() == [[5, 3, 2]]
@@ -129,7 +130,7 @@ def test_luna16_series_that_are_torn_twice_or_away_are_told_and_the_others_stay(
         shutil.copy(root / "subset0" / name, root / "subset1" / name)
     found = listing(root)
     assert [case.patient for case in found.cases] == ["1.1"]
-    assert told(found).keys() == {"DUPLICATE", "FILE_MISSING", "LABEL_ORPHAN"}
+    assert told(found).keys() == {"DUPLICATE", "FILE_MISSING", "LABEL_ORPHAN", "PATIENT_UNKNOWN"}
     assert "1 series that are not here" in told(found)["LABEL_ORPHAN"]
     assert "1.2" not in str(told(found))
 
@@ -138,7 +139,7 @@ def test_luna16_voxels_outside_the_folder_are_not_read(tmp_path: Path) -> None:
     root = luna(tmp_path / "data")
     (root / "subset0" / "1.1.raw").rename(tmp_path / "x.raw")
     (root / "subset0" / "1.1.raw").symlink_to(tmp_path / "x.raw")
-    assert told(listing(root)).keys() == {"PATH_ESCAPE"}
+    assert told(listing(root)).keys() == {"PATH_ESCAPE", "PATIENT_UNKNOWN"}
 
 
 # BraTS

@@ -338,6 +338,18 @@ def test_a_patient_of_several_images_needs_to_have_them_named(tmp_path: Path):
     assert [each.label for each in found["2.nii"].nodules or ()] == ["mass"]
 
 
+@pytest.mark.parametrize("quote", ['"left', '"left\nb,1,-2,3.5,6,right"'])
+def test_a_stray_quote_leaves_no_patient_without_his_nodules(tmp_path: Path, quote: str):
+    manifest(tmp_path, [{"patient_id": p, "image": f"{p}.nii", "mask": ""} for p in "abc"])
+    rows = f"patient_id,x_mm,y_mm,z_mm,diameter_mm,note\na,1,-2,3.5,6,{quote}\nc,1,-2,3.5,6,\n"
+    (tmp_path / "nodules.csv").write_text(rows)
+    with pytest.raises(ManifestInvalid, match=r"nodules\.csv: row 2 is not CSV"):
+        read_manifest(tmp_path, None, "salt")
+    (tmp_path / "nodules.csv").write_text('patient_id,"x_mm,y_mm,z_mm,diameter_mm\na,1,-2,3.5,6\n')
+    with pytest.raises(ManifestInvalid, match=r"nodules\.csv: row 1 is not CSV"):
+        read_manifest(tmp_path, None, "salt")
+
+
 def test_a_table_of_that_name_with_other_columns_is_left_alone(tmp_path: Path):
     manifest(tmp_path, [{"patient_id": "a", "image": "a.nii", "mask": ""}])
     manifest(tmp_path, [{"patient_id": "a", "count": 3}], "nodules.csv")

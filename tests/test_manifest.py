@@ -41,6 +41,17 @@ def test_rows_become_cases_and_other_columns_are_ignored(tmp_path: Path) -> None
     assert (cases["P2"].split, cases["P2"].row, cases["P2"].label) == ("train", 4, None)
 
 
+def test_a_name_composed_and_decomposed_is_one_patient_of_one_split(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "patient_id,image,mask\nM\u00fcller,a.png,\nMu\u0308ller,b.png,\n")
+    marks = "patient_id,image,x_mm,y_mm,z_mm,diameter_mm\nMu\u0308ller,a.png,1,2,3,4\n"
+    (folder / "nodules.csv").write_text(marks, encoding="utf-8")
+    one, two = read_manifest(folder, None, "salt")
+    assert (one.patient, one.split) == (two.patient, two.split)
+    assert sorted(len(case.marks.nodules or ()) for case in (one, two) if case.marks) == [0, 1]
+    text = "patient_id,image,mask,split\nM\u00fcller,a.png,,train\nMu\u0308ller,b.png,,test\n"
+    assert "1 of 1 patients are in more than one split" in complaint(folder_with(tmp_path, text))
+
+
 def test_neither_key_nor_repr_tells_the_patient_and_both_need_the_salt(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, "patient_id,image,mask\nDOE-JOHN,a.png,m.png\nDOE-JOHN,b.png,m.png\n")
     one, two = read_manifest(folder, None, "salt")
@@ -154,6 +165,13 @@ def test_a_patient_in_two_splits_is_counted_and_not_named(tmp_path: Path) -> Non
     assert "1 of 2 patients" in complaint(folder)
 
 
+def test_a_mask_of_two_patients_is_refused_and_images_of_one_may_share_it(tmp_path: Path) -> None:
+    rows = "patient_id,image,mask,split\nsecret-patient,a.png,m.png,train\nsecret-patient,b.png,m.png,train\n"
+    assert len(read_manifest(folder_with(tmp_path, rows), None, "salt")) == 2
+    said = complaint(folder_with(tmp_path, rows + "other,c.png,./m.png,test\n"))
+    assert "row 4: the same mask as in row 2, of another patient" in said
+
+
 def test_the_first_five_of_many_complaints_are_shown(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, "patient_id,image,mask\n" + "secret-patient,gone.png,\n" * 8)
     said = complaint(folder)
@@ -176,6 +194,21 @@ def test_the_first_five_of_many_complaints_are_shown(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, text: str | bytes, words: str) -> None:
     assert words in complaint(folder_with(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "rest", ['secret-patient,b.png,,"12 mm\nP3,c.png,,', 'P2,b.png,,"unsure\nP3,c.png,,see note"', 'P2,b.png,,"12" mm']
+)
+def test_a_stray_quote_swallows_no_row(tmp_path: Path, rest: str) -> None:
+    said = complaint(folder_with(tmp_path, f"patient_id,image,mask,comment\nP1,a.png,,ok\n{rest}\n"))
+    assert "row 3 is not CSV" in said
+    assert 'Take a stray `"` or line break out' in said
+
+
+def test_quoted_commas_and_quotes_are_read_as_they_are_meant(tmp_path: Path) -> None:
+    text = 'patient_id,image,mask,comment\r\n"P1","a.png",,"left, 3"" wide"\r\nP2,b.png,,3" wide\r\n'
+    cases = {c.patient: c for c in read_manifest(folder_with(tmp_path, text), None, "salt")}
+    assert [cases[p].facts for p in ("P1", "P2")] == [{"comment": 'left, 3" wide'}, {"comment": '3" wide'}]
 
 
 def test_a_manifest_beyond_all_bounds_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,6 +319,17 @@ def test_rows_of_a_table_get_their_risks_and_one_without_a_number_fails_alone(tm
     assert not any(NAME in path.read_text() for path in (tmp_path / "out").iterdir())
 
 
+def test_a_stray_quote_in_a_table_takes_no_row_for_text(tmp_path):
+    task = Task(kind="prognosis", labels=("death",), loss="hazard", intervals_days=(100.0, 200.0),
+                covariates=(Covariate("age", 50.0, 10.0),))  # fmt: skip
+    study = Study(name="t", task=task, model=Model("mlp", features=(), norm="none"))
+    (tmp_path / "people.csv").write_text(f'age,note\n60,ok\n61,"{NAME}\n62,"\n63,ok\n')
+    (failed,) = predict_table(model(study, lambda table: table), [tmp_path / "people.csv"], tmp_path / "out", ("csv",))
+    assert isinstance(failed, Failed)
+    assert "row 3 is not CSV" in failed.why
+    assert NAME not in failed.why
+
+
 # ---- uncertainty ----
 
 

@@ -259,6 +259,9 @@ def test_tables_of_unlike_columns_are_refused(tmp_path):
     (tmp_path / "b.csv").write_text("pid,event\n")
     with pytest.raises(ManifestInvalid, match="other columns"):
         join_tables(tmp_path, tmp_path / "out", "pid")
+    (tmp_path / "b.csv").write_text('pid,time\n1,"5\n2,6\n')
+    with pytest.raises(ManifestInvalid, match=r"b\.csv: row 2 is not CSV"):
+        join_tables(tmp_path, tmp_path / "out", "pid")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ def test_hippocampi_of_the_decathlon_train_the_ready_study_by_the_names_of_their
     }
     (tmp_path / "dataset.json").write_text(json.dumps(facts))
     listing = list_cases(Where(tmp_path), "salt")
-    assert (listing.layout, listing.findings) == ("Medical Segmentation Decathlon, 6 training cases", ())
+    assert listing.layout == "Medical Segmentation Decathlon, 6 training cases"
+    assert [each.code for each in listing.findings] == ["PATIENT_UNKNOWN"]
     data = prepare(listing.cases, load_study("hippocampus"), tmp_path / "cache")
     for case in data.by_case():
         assert case.images.shape == (1, 1, 48, 64, 48)

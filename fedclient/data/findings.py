@@ -76,7 +76,7 @@ CATALOGUE: dict[str, Kind] = {
     ),
     "LEAKAGE_PATIENT": Kind("block", "one patient in training and in test", "Give a patient's cases one split."),
     "LEAKAGE_PIXEL": Kind("block", "the same picture in training and in test", "Remove the copy."),
-    "DUPLICATE": Kind("warn", "the same picture twice", "Remove the copy."),
+    "DUPLICATE": Kind("warn", "the same picture or labels twice", "Remove the copy."),
     "CLASS_ABSENT": Kind("warn", "a label that no training case has", "Ask whether this site labels it."),
     "DATASET_TOO_SMALL": Kind("block", "too few patients to train or to test on", "Add cases."),
     # identifiers
@@ -108,3 +108,12 @@ def finding(code: str, what: str, *, case: str = "", row: int = 0, severity: Sev
     """A finding as the catalogue has it; KeyError for a code that is not there."""
     kind = CATALOGUE[code]
     return Finding(code, case, what, kind.mend, severity or kind.severity, row)
+
+
+def patients_untold(where: str, each: str = "case") -> Finding:
+    """What is told of a data set that does not say which of its cases are of one patient."""
+    what = (
+        f"{where} does not say which patient a {each} is of: each is taken for another patient's, and may be in "
+        f"another split. Where a patient has several, list them in a manifest.csv with patient_id"
+    )
+    return finding("PATIENT_UNKNOWN", what, severity="warn")

@@ -10,7 +10,6 @@ names a patient or a file, only rows (the heading is row 1).
 
 import csv
 import hmac
-import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Protocol, TypeVar, cast, get_args
 from fedclient.data.boxes import EDGES, box_of
 from fedclient.data.cases import Boxes, Case, Channel, Label, Marks, Mask, Shown, Split
 from fedclient.data.marked import read_marked
-from fedclient.data.tables import Line
+from fedclient.data.tables import Line, by_column, csv_rows
 from fedclient.data.where import inside
 from shared_models.errors import ImageUnreadable, ManifestInvalid
 
@@ -65,7 +64,7 @@ def read_manifest(folder: Path, site: str | None, salt: str) -> tuple[Case, ...]
 
     Raises:
         ManifestInvalid: a missing or empty column, an unknown split or site, a file that is missing or lies outside
-            the folder, an image listed twice, or a patient in two splits.
+            the folder, an image listed twice, a mask listed for two patients, or a patient in two splits.
     """
     path = folder / "manifest.csv"
     every = _rows(folder)
@@ -161,13 +160,11 @@ def _rows(folder: Path) -> list[_Row]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ManifestInvalid(f"{path}: it has more than {MAX_BYTES} bytes. Split it.")
-        table = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+        table = csv_rows(path.read_bytes())
     except OSError as e:
         raise ManifestInvalid(f"{path}: it cannot be read ({type(e).__name__}). Mend its rights.") from None
-    except UnicodeDecodeError as e:
-        raise ManifestInvalid(f"{path}: byte {e.start} is not UTF-8. Save it as `CSV UTF-8`.") from None
     except csv.Error as e:
-        raise ManifestInvalid(f"{path}: not CSV: {e}. Save it as `CSV UTF-8`.") from None
+        raise ManifestInvalid(f"{path}: {e}") from None
     columns = [name.strip() for name in table[0]] if table else []
     missing = [name for name in ("patient_id", "image", "mask") if name not in columns]
     if "patient_id" in missing or (missing and not {*columns} - OWN):
@@ -184,7 +181,7 @@ def _rows(folder: Path) -> list[_Row]:
             raise ManifestInvalid(
                 f"{path}: row {number} has {len(values)} fields, the heading {len(columns)}. Quote fields with commas."
             )
-        rows.append(_Row(number, {name: value.strip() for name, value in zip(columns, values, strict=True)}))
+        rows.append(_Row(number, by_column(columns, values)))
     if not rows:
         raise ManifestInvalid(f"{path}: it has a heading and no rows. Add a row for each image.")
     return rows
@@ -299,14 +296,26 @@ def _inside(root: Path, row: _Row, column: str) -> Path:
 
 
 def _twice(cases: Sequence[Case]) -> list[str]:
+    """An image of two rows; a mask of two patients (several images of one may lie on one grid, and share it)."""
     first: dict[Path | str, int] = {}
+    drawn: dict[Path, Case] = {}
     found: list[str] = []
     for case in cases:
         image = case.channels[0].files[0] if case.channels else None
         row = first.setdefault(image or case.patient, case.row)
         if row != case.row:
             found.append(f"row {case.row}: the same {'image' if image else 'patient'} as in row {row}")
+        elif isinstance(case.label, Mask) and (other := shared_mask(case, case.label, drawn)):
+            found.append(f"row {case.row}: {other}")
     return found
+
+
+def shared_mask(case: Case, mask: Mask, drawn: dict[Path, Case]) -> str:
+    """What to tell of a mask that an earlier case of another patient has; empty where none has. Adds it to `drawn`."""
+    other = drawn.setdefault(mask.file, case)
+    if other.patient == case.patient:
+        return ""
+    return f"the same mask as in row {other.row}, of another patient. Give each a file of its own, an empty one too"
 
 
 def check_splits(cases: Sequence[Case], path: Path) -> None:

@@ -6,19 +6,18 @@ does not fit it is refused; a table may tell of more patients than a manifest. A
 table and is left alone.
 """
 
-import csv
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from fedclient.data.cases import Marks
 from fedclient.data.luna16 import Mark
-from fedclient.data.tables import Line, each_row, read_table
+from fedclient.data.tables import Line, alike, each_row, read_table
 from shared_models.errors import ManifestInvalid
 
 NAME = "nodules.csv"
 COLUMNS = ("patient_id", "x_mm", "y_mm", "z_mm", "diameter_mm")
+MOST_HEADING = 1 << 16  # characters
 EXCEL = "a spreadsheet turns 007 into 7: import the column as text"
 ImagesOf = Mapping[str, tuple[str, ...]]  # patient -> his images, as the manifest names them
 
@@ -42,8 +41,9 @@ def read_marked(folder: Path, every: ImagesOf, here: ImagesOf) -> dict[str, Mark
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ManifestInvalid(f"{NAME}: it is a link out of the data folder. Put the file itself there.", "PATH_ESCAPE")
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        if not {*COLUMNS} <= {name.strip() for name in next(csv.reader(file), [])}:
-            return None
+        heading = file.readline(MOST_HEADING).replace('"', "").split(",")
+    if not {*COLUMNS} <= {name.strip() for name in heading}:
+        return None
     found: defaultdict[str, list[Mark]] = defaultdict(list)
     try:
         lines = read_table(path, NAME, COLUMNS)
@@ -52,12 +52,12 @@ def read_marked(folder: Path, every: ImagesOf, here: ImagesOf) -> dict[str, Mark
             raise
         lines = []
 
-    alike = {_alike(patient) for patient in every}
+    known = {alike(patient) for patient in every}
 
     def parse(line: Line) -> tuple[str, Mark] | None:
         patient, named = line.text("patient_id"), line.values.get("image", "")
         if patient not in every:
-            if _alike(patient) in alike:
+            if alike(patient) in known:
                 raise line.wrong("patient_id", f"is written otherwise in the manifest. Write it as there ({EXCEL})")
             return None
         images = [image for image in every[patient] if not named or PurePosixPath(image) == PurePosixPath(named)]
@@ -85,8 +85,3 @@ def read_marked(folder: Path, every: ImagesOf, here: ImagesOf) -> dict[str, Mark
         if each is not None:
             found[each[0]].append(each[1])
     return {image: Marks(tuple(found[image])) for images in here.values() for image in images}
-
-
-def _alike(patient: str) -> str:
-    """What stays of a name through a spreadsheet: `P-007` and `p 7` are one."""
-    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"[^0-9a-z]+", " ", patient.casefold()).strip())

@@ -7,6 +7,7 @@ import csv
 import io
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -89,25 +90,61 @@ class Line:
         return ManifestInvalid(f"row {self.number}: `{column}` {why}", code="LABEL_VALUES")
 
 
+def csv_rows(content: bytes) -> list[list[str]]:
+    """The fields of each row of a CSV file, where a row is a line.
+
+    Raises:
+        csv.Error: it is not UTF-8; or, with the row, quotes that do not pair up or a field that holds a line break: a
+            stray `"` takes the rows after it for text.
+    """
+    rows: list[list[str]] = []
+    try:
+        for row in csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True):
+            if any("\n" in value or "\r" in value for value in row):
+                raise csv.Error("a field holds a line break")
+            rows.append(row)
+    except UnicodeDecodeError as e:
+        raise csv.Error(f"byte {e.start} is not UTF-8. Save it as `CSV UTF-8`.") from None
+    except csv.Error as e:
+        raise csv.Error(
+            f'row {len(rows) + 1} is not CSV: {e}. Take a stray `"` or line break out of it, write a `"` that is meant '
+            f"as two in a quoted field, and save it as `CSV UTF-8`."
+        ) from None
+    return rows
+
+
+def by_column(heading: Sequence[str], values: Sequence[str]) -> dict[str, str]:
+    """Column -> value without spaces around it; a patient's name in NFC, as it can be written in several ways."""
+    row = {name: value.strip() for name, value in zip(heading, values, strict=True)}
+    if "patient_id" in row:
+        row["patient_id"] = unicodedata.normalize("NFC", row["patient_id"])
+    return row
+
+
+def alike(patient: str) -> str:
+    """What stays of a patient's name however it is written: `P-007`, `p007` and `P 7` are one."""
+    words = re.sub(r"[\W_]+", " ", unicodedata.normalize("NFC", patient).casefold()).strip()
+    apart = re.sub(r"(?<!\d) | (?!\d)", "", words)  # `1-11` and `11-1` are two
+    return re.sub(r"(?<!\d)0+(?=\d)", "", apart) or patient
+
+
 def read_table(path: Path, what: str, columns: Sequence[str]) -> list[Line]:
     """The rows of a CSV file that has at least these columns; blank rows are left out.
 
     Raises:
-        ManifestInvalid: LABEL_UNREADABLE, not a table in UTF-8, a column that is missing or there twice, a ragged row;
-            LABEL_EMPTY, no row.
+        ManifestInvalid: LABEL_UNREADABLE, what `csv_rows` refuses, a column that is missing or there twice, a ragged
+            row; LABEL_EMPTY, no row.
     """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise _broken(what, f"it has more than {MAX_BYTES} bytes. Split it.")
-        table = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+        table = csv_rows(content)
     except OSError as e:
         raise _broken(what, f"it cannot be read ({type(e).__name__}). Put it there, or mend its rights.") from None
-    except UnicodeDecodeError as e:
-        raise _broken(what, f"byte {e.start} is not UTF-8. Save it as `CSV UTF-8`.") from None
-    except csv.Error:
-        raise _broken(what, "it is not CSV. Save it as `CSV UTF-8`.") from None
+    except csv.Error as e:
+        raise _broken(what, str(e)) from None
     heading = [name.strip() for name in table[0]] if table else []
     missing = [name for name in columns if name not in heading]
     if missing:
@@ -123,7 +160,7 @@ def read_table(path: Path, what: str, columns: Sequence[str]) -> list[Line]:
             raise _broken(
                 what, f"row {number} has {len(values)} fields, the heading {len(heading)}. Quote fields with commas."
             )
-        lines.append(Line(what, number, {name: v.strip() for name, v in zip(heading, values, strict=True)}))
+        lines.append(Line(what, number, by_column(heading, values)))
     if not lines:
         raise ManifestInvalid(f"{what}: it has a heading and no rows. Add a row for each case.", code="LABEL_EMPTY")
     return lines

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedclient.data.cases import Case
 from fedclient.data.findings import Finding, Severity, finding
+from fedclient.data.tables import alike
 from fedclient.gate.facts import Facts, Needs, Seen, takes_part
 from fedclient.gate.pixels import EDGE
 
@@ -47,12 +48,30 @@ def torn_patients(cases: Sequence[Case]) -> Iterator[Finding]:
             yield finding("LEAKAGE_PATIENT", what, case=case.key, row=case.row)
 
 
+def _alike_patients(cases: Sequence[Case]) -> Iterator[Finding]:
+    """Patients of more than one split whose names are nearly the same: one patient, or two."""
+    by_name: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        by_name[alike(case.patient)].append(case)
+    for same in by_name.values():
+        for case in same:
+            others = {each.split for each in same if each.patient != case.patient} - {case.split}
+            if others and case.split != "train":
+                what = (
+                    f"it is in {case.split}, and its patient's name differs from that of one in "
+                    f"{' and '.join(sorted(others))} by capitals, zeros or signs alone. Are they one patient?"
+                )
+                yield finding("LEAKAGE_PATIENT", what, case=case.key, row=case.row, severity="warn")
+
+
 def together(seen: Sequence[Seen], needs: Needs) -> Iterator[Finding]:
     """All findings about cases of which each may be fine alone."""
     readable = [(each.case, facts) for each in seen if (facts := each.looked.facts) is not None]
     yield from torn_patients([each.case for each in seen])
+    yield from _alike_patients([each.case for each in seen])
     yield from _shared_ids(readable)
     yield from _copies(readable)
+    yield from _same_masks(readable)
     yield from _sizes(readable)
     yield from _odd_parts(readable)
     yield from _odd_turns(readable)
@@ -112,6 +131,18 @@ def _copies(readable: Sequence[tuple[Case, Facts]]) -> Iterator[Finding]:
         elif same or one.patient != other.patient:  # two takes of one patient may look alike
             what = f"it holds {how} case {one.key}."
             yield finding("DUPLICATE", what, case=other.key, row=other.row)
+
+
+def _same_masks(readable: Sequence[tuple[Case, Facts]]) -> Iterator[Finding]:
+    """Labels that two patients share voxel by voxel; where the pictures are copies, that has been told."""
+    first: dict[str, tuple[Case, Facts]] = {}
+    for case, facts in readable:
+        if not facts.mask:
+            continue
+        other, of_other = first.setdefault(facts.mask, (case, facts))
+        if other.patient != case.patient and of_other.pixels != facts.pixels:
+            what = f"its labels are those of case {other.key}, of another patient: were they drawn on its image?"
+            yield finding("DUPLICATE", what, case=case.key, row=case.row)
 
 
 def _alike(facts: Sequence[Facts]) -> Iterator[tuple[int, int]]:

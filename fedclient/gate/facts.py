@@ -108,6 +108,7 @@ class Facts:
         bands: HMACs of the parts of a perceptual hash; None for a part without contrast.
         axial, coronal: 16 x 16 grey values of its projections, for telling which way it lies.
         person: HMAC of the PatientID in its headers; empty where there is none.
+        mask: HMAC of its labels, voxel by voxel; empty where none are drawn.
         shown: labels of the study that the case shows: classes, lesions, or that the event came.
     """
 
@@ -131,6 +132,7 @@ class Facts:
     person: str = ""
     drawn: Mapping[str, Drawn] = field(default_factory=dict)
     shown: tuple[str, ...] = ()
+    mask: str = ""
 
     def has(self, label: str) -> bool:
         """Whether the case shows a label of the study."""

@@ -21,7 +21,7 @@ from fedclient.data.truths import classes_of, covariates_of, follow_up, has_trut
 from fedclient.data.volume import Volume, check_resampled
 from fedclient.gate.facts import Drawn, Facts, Looked, Needs, takes_part
 from fedclient.gate.letters import letters
-from fedclient.gate.pixels import bands, clipped, pixel_seal, projections, sample, sealed, small_picture
+from fedclient.gate.pixels import bands, clipped, mask_seal, pixel_seal, projections, sample, sealed, small_picture
 from fedclient.gate.plausible import exchanged, misplaced
 from shared_models.errors import ImageUnreadable, StudyInvalid
 from shared_models.study import COLOURS, Task
@@ -121,6 +121,7 @@ def _looked(case: Case, root: Path, needs: Needs, secret: str, state: str, said:
         person=sealed(secret, "person", said.patient.encode()) if said.patient else "",
         drawn=drawn,
         shown=shown,
+        mask=mask_seal(labels, secret) if labels is not None else "",
     )
     turned = picture or (volume.voxels.shape[3] == 1 and volume.left_right_axis == 1)
     return Looked(state, facts, tuple(found), small_picture(grey, labels, turned))

@@ -33,6 +33,15 @@ def pixel_seal(volume: Volume, secret: str) -> str:
     return sealed(secret, "pixels", content.digest())
 
 
+def mask_seal(labels: NDArray[np.uint8], secret: str) -> str:
+    """Of the labels on their grid; empty where nothing is drawn."""
+    if not labels.any():
+        return ""
+    content = hashlib.sha256(repr(labels.shape).encode())
+    content.update(np.ascontiguousarray(labels).data)
+    return sealed(secret, "mask", content.digest())
+
+
 def sample(voxels: NDArray[np.float32], most: int = 1 << 20) -> NDArray[np.float32]:
     """At most about so many of the voxels [I, J, K], evenly spread."""
     step = max(1, round((voxels.size / most) ** (1 / max(1, sum(n > 1 for n in voxels.shape)))))

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedclient.data.cases import Case
+from fedclient.data.tables import csv_rows
 from fedclient.data.truths import covariates_of
 from fedclient.predict.model import Model
 from shared_models.errors import ImageUnreadable
@@ -38,28 +38,30 @@ def risks(model: Model, table: Path) -> Iterator[Risk | tuple[str, int, ImageUnr
         raise ImageUnreadable(f"the table is larger than {MOST_BYTES} bytes. Split it.", "INPUT_TOO_LARGE")
     named = sha256(table.name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            lines: Any = csv.DictReader(file)
-            wanted = [covariate.column for covariate in task.covariates]
-            lacking = [column for column in wanted if column not in (lines.fieldnames or [])]
-            if lacking:
-                raise ImageUnreadable(
-                    f"the table has no column {lacking[0]!r}, which the network sees. It wants: {', '.join(wanted)}.",
-                    "LABEL_MISSING",
-                )
-            for row, line in enumerate(lines, start=2):
-                name = f"row-{named}-{row}"
-                facts = {column: line[column] for column in wanted if line.get(column)}
-                case = replace(Case(name, "", (), None, "test"), facts=facts, row=row)
-                try:
-                    seen = covariates_of(case, task)[None]
-                except ImageUnreadable as e:
-                    yield name, row, e
-                    continue
-                logits = model.through(seen)
-                if model.temperatures is not None:
-                    logits = logits / model.temperatures
-                came = 1 - np.cumprod(1 - chances_of(task, logits).astype(np.float64), axis=1)[0]
-                yield Risk(name, row, dict(zip(map(float, task.intervals_days), came.tolist(), strict=True)))
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise ImageUnreadable(f"the table is no CSV in UTF-8 ({type(e).__name__}).", "IMAGE_UNREADABLE") from None
+        lines = csv_rows(table.read_bytes())
+    except csv.Error as e:
+        raise ImageUnreadable(f"the table: {e}", "IMAGE_UNREADABLE") from None
+    heading = lines[0] if lines else []
+    wanted = [covariate.column for covariate in task.covariates]
+    lacking = [column for column in wanted if column not in heading]
+    if lacking:
+        raise ImageUnreadable(
+            f"the table has no column {lacking[0]!r}, which the network sees. It wants: {', '.join(wanted)}.",
+            "LABEL_MISSING",
+        )
+    for row, values in enumerate(lines[1:], start=2):
+        if not values:
+            continue
+        name, line = f"row-{named}-{row}", dict(zip(heading, values, strict=False))
+        facts = {column: line[column] for column in wanted if line.get(column)}
+        case = replace(Case(name, "", (), None, "test"), facts=facts, row=row)
+        try:
+            seen = covariates_of(case, task)[None]
+        except ImageUnreadable as e:
+            yield name, row, e
+            continue
+        logits = model.through(seen)
+        if model.temperatures is not None:
+            logits = logits / model.temperatures
+        came = 1 - np.cumprod(1 - chances_of(task, logits).astype(np.float64), axis=1)[0]
+        yield Risk(name, row, dict(zip(map(float, task.intervals_days), came.tolist(), strict=True)))

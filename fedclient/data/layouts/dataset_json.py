@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedclient.data.cases import Case, Channel, Mask, Split
-from fedclient.data.findings import Finding, finding
+from fedclient.data.findings import Finding, finding, patients_untold
 from fedclient.data.images import IGNORE
 from fedclient.data.layouts.peek import Peek
 from fedclient.data.manifest import case_key, check_splits, split_of, train_or_val
@@ -148,6 +148,8 @@ def listed(
         else:
             cases[entry.name, case.split] = case
     check_splits([*cases.values()], root / NAME)
+    if cases:
+        findings.append(patients_untold(NAME))
     return tuple(cases.values()), findings
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import cast
 
 from fedclient.data.cases import Case, Channel, Label, Listing, Mask, Shown, Split
-from fedclient.data.findings import finding
+from fedclient.data.findings import finding, patients_untold
 from fedclient.data.layouts.peek import Peek
 from fedclient.data.manifest import case_key, check_splits, rows_of_site
 from fedclient.data.tables import Line, read_table
@@ -55,12 +55,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One of the data sets: its table and the columns of it that are read, and how its rows become entries."""
+    """One of the data sets: its table and the columns of it that are read, and how its rows become entries.
+
+    Attributes:
+        patients: whether each case is a patient.
+    """
 
     title: str
     tables: tuple[str, ...]
     columns: tuple[str, ...]
     entries: Callable[[Path, Sequence[Line]], Iterator[Entry]]
+    patients: bool = True
 
 
 def _brains(root: Path, lines: Sequence[Line]) -> Iterator[Entry]:
@@ -120,6 +125,7 @@ KEPT: Mapping[str, Kept] = {
         ("train_test_split", "train_test_split.csv"),
         ("image", "target", "center", "fold"),
         _skins,
+        patients=False,
     ),
     "fed-camelyon16": Kept("Fed-Camelyon16", ("metadata.csv",), ("label", "hospital_corrected", "slide_name"), _slides),
 }
@@ -170,8 +176,10 @@ def cases(name: str) -> Callable[[Where, str], Listing]:
             )
         check_splits(made, where.folder / lines[0].what)
         what = f"{lines[0].what} names {len(chosen)} cases, {len(made)} are there"
-        missing = [finding("FILE_MISSING", what, severity="warn")] if len(made) < len(chosen) else []
-        return Listing(f"{kept.title}, {len(made)} cases", tuple(made), tuple(missing))
+        findings = [finding("FILE_MISSING", what, severity="warn")] if len(made) < len(chosen) else []
+        if not kept.patients:
+            findings.append(patients_untold(lines[0].what, "picture"))
+        return Listing(f"{kept.title}, {len(made)} cases", tuple(made), tuple(findings))
 
     return of
 

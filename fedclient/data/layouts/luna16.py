@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fedclient.data.cases import Case, Channel, Listing, Marks
-from fedclient.data.findings import Finding, finding
+from fedclient.data.findings import Finding, finding, patients_untold
 from fedclient.data.layouts.peek import Peek
 from fedclient.data.luna16 import Mark, read_annotations, read_excluded
 from fedclient.data.manifest import case_key, split_of
@@ -66,6 +66,8 @@ def cases(where: Where, salt: str) -> Listing:
     elif away := len(nodules.keys() - there):
         what = f"annotations.csv marks nodules in {away} series that are not here"
         findings.append(finding("LABEL_ORPHAN", what, severity="note"))
+    if listed:
+        findings.append(patients_untold("LUNA16", "series"))
     return Listing(f"LUNA16, {len(subsets)} subset{'s' * (len(subsets) != 1)}", tuple(listed), tuple(findings))
 
 
