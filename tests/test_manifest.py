@@ -165,13 +165,6 @@ def test_a_patient_in_two_splits_is_counted_and_not_named(tmp_path: Path) -> Non
     assert "1 of 2 patients" in complaint(folder)
 
 
-def test_a_mask_of_two_patients_is_refused_and_images_of_one_may_share_it(tmp_path: Path) -> None:
-    rows = "patient_id,image,mask,split\nsecret-patient,a.png,m.png,train\nsecret-patient,b.png,m.png,train\n"
-    assert len(read_manifest(folder_with(tmp_path, rows), None, "salt")) == 2
-    said = complaint(folder_with(tmp_path, rows + "other,c.png,./m.png,test\n"))
-    assert "row 4: the same mask as in row 2, of another patient" in said
-
-
 def test_the_first_five_of_many_complaints_are_shown(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, "patient_id,image,mask\n" + "secret-patient,gone.png,\n" * 8)
     said = complaint(folder)

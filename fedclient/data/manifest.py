@@ -64,7 +64,7 @@ def read_manifest(folder: Path, site: str | None, salt: str) -> tuple[Case, ...]
 
     Raises:
         ManifestInvalid: a missing or empty column, an unknown split or site, a file that is missing or lies outside
-            the folder, an image listed twice, a mask listed for two patients, or a patient in two splits.
+            the folder, an image listed twice, or a patient in two splits.
     """
     path = folder / "manifest.csv"
     every = _rows(folder)
@@ -296,26 +296,14 @@ def _inside(root: Path, row: _Row, column: str) -> Path:
 
 
 def _twice(cases: Sequence[Case]) -> list[str]:
-    """An image of two rows; a mask of two patients (several images of one may lie on one grid, and share it)."""
     first: dict[Path | str, int] = {}
-    drawn: dict[Path, Case] = {}
     found: list[str] = []
     for case in cases:
         image = case.channels[0].files[0] if case.channels else None
         row = first.setdefault(image or case.patient, case.row)
         if row != case.row:
             found.append(f"row {case.row}: the same {'image' if image else 'patient'} as in row {row}")
-        elif isinstance(case.label, Mask) and (other := shared_mask(case, case.label, drawn)):
-            found.append(f"row {case.row}: {other}")
     return found
-
-
-def shared_mask(case: Case, mask: Mask, drawn: dict[Path, Case]) -> str:
-    """What to tell of a mask that an earlier case of another patient has; empty where none has. Adds it to `drawn`."""
-    other = drawn.setdefault(mask.file, case)
-    if other.patient == case.patient:
-        return ""
-    return f"the same mask as in row {other.row}, of another patient. Give each a file of its own, an empty one too"
 
 
 def check_splits(cases: Sequence[Case], path: Path) -> None:

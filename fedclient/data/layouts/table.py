@@ -11,7 +11,7 @@ from fedclient.data.boxes import EDGES
 from fedclient.data.cases import Case, Channel, Label, Listing, Mask, Shown
 from fedclient.data.findings import Finding, finding
 from fedclient.data.layouts.peek import Peek
-from fedclient.data.manifest import SPLITS, boxes_of, case_key, check_splits, rows_of_site, shared_mask, split_of
+from fedclient.data.manifest import SPLITS, boxes_of, case_key, check_splits, rows_of_site, split_of
 from fedclient.data.tables import Line, read_table
 from fedclient.data.where import Where, inside
 from shared_models.errors import ManifestInvalid
@@ -62,7 +62,6 @@ def _of_rows(root: Path, lines: Sequence[Line], label_of: LabelOf, salt: str) ->
     listed: list[Case] = []
     findings: list[Finding] = []
     taken: dict[Path, int] = {}
-    drawn: dict[Path, Case] = {}
     for image, rows in by_image.items():
         row = rows[0].number
         try:
@@ -70,8 +69,6 @@ def _of_rows(root: Path, lines: Sequence[Line], label_of: LabelOf, salt: str) ->
             first = taken.setdefault(case.channels[0].files[0], row)
             if first != row:
                 raise ManifestInvalid(f"row {row}: the same image as in row {first}", "DUPLICATE")
-            if isinstance(case.label, Mask) and (other := shared_mask(case, case.label, drawn)):
-                findings.append(finding("DUPLICATE", f"row {row}: {other}", case=case.key, row=row))
             listed.append(case)
         except ManifestInvalid as e:
             findings.append(finding(e.code, str(e), case=case_key(salt, _patient(rows), image), row=row))
