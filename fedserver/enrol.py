@@ -375,7 +375,8 @@ def enrol(federation: Federation, request: bytes, register_node: RegisterNode, n
         redeem_invite(federation.state, invited, joined, certificate_row(certificate, now), sealer(federation))
     except EnrolmentFailed as error:  # perhaps by these very keys: who lost patience asked again meanwhile
         invited = _invite_of(federation, asked)
-        return (invited and _certificate_again(federation, asked, invited)) or refused(409, str(error))
+        again = _certificate_again(federation, asked, invited) if invited else None
+        return again or refused(409, str(error))
     except FederationError as error:
         return refused(503, f"{error} The invite is still good: join again when the coordinator has mended this.")
     _log_enrolled(federation, site)

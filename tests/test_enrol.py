@@ -16,7 +16,7 @@ from fedclient.ask import ask as put
 from fedclient.enrol import join
 from fedserver import admission
 from fedserver import enrol as coordinator
-from fedserver.enrol import INVITE_S, Federation, enrol, init_federation, invite, open_federation
+from fedserver.enrol import INVITE_S, Federation, Reply, enrol, init_federation, invite, open_federation
 from fedserver.lifecycle import revoke
 from fedserver.state import find_site, list_certificates, used_certificate
 from shared_models.errors import EnrolmentFailed, ProcessFailed, StateInvalid
@@ -181,7 +181,7 @@ def test_a_request_whose_answer_was_lost_gets_the_same_certificate_again_and_nob
 
 def test_the_same_request_twice_at_once_is_answered_twice_and_logged_once(federation: Federation) -> None:
     content = write_message(request_for(invite(federation, "north")))
-    quicker = []
+    quicker: list[Reply] = []
 
     def overtaken(public_key: bytes, site: str) -> None:
         quicker.append(enrol(federation, content, accept))
