@@ -4,7 +4,6 @@ import hashlib
 import shutil
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from shared_models.invite import (
 from shared_models.transfer import trusting
 
 ROSTER = "roster.json"  # in the site's folder: the newest epoch that it has seen
+MAKING = ".keys."  # in the site's folder: keys that are being made
 UNANSWERED = ".unanswered."  # in the site's folder: keys that have asked with an invite, by the digest of its token
 NEVER = (400, 403, 409, 410)  # an invite and keys that were refused like this are refused for ever
 
@@ -107,12 +107,10 @@ def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
     ca = _fetch_authority(asked)
     context, root = trusting(ca), read_authority(ca).root
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    part = Path(tempfile.mkdtemp(prefix=".keys.", dir=folder))  # before the invite is spent: the disk may be full
     unanswered = folder / f"{UNANSWERED}{hashlib.sha256(asked.token.encode()).hexdigest()[:16]}"
-    sent = unanswered.exists()
+    again = unanswered.exists()  # the same keys get the answer that was lost
+    part = unanswered if again else Path(tempfile.mkdtemp(prefix=MAKING, dir=folder))
     try:
-        if sent:
-            unanswered.replace(part)  # the same keys get the answer that was lost
         new = new_site_keys()
         for name, key in (("tls.next", new.tls), ("node.key", new.node), ("identity.key", new.identity)):
             if not (part / name).exists():
@@ -129,11 +127,13 @@ def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
             identity_public_key=identity_public_key(made.identity).hex(),
         )
         signed = replace(request, signature=sign(made.identity, PURPOSE, statement(request)).hex())
-        sent = True
+        part = part.rename(unanswered)  # before the invite is spent: whoever is killed meanwhile can do nothing more
+        sync_folder(folder)
         content = ask(asked.address, context, "POST", "/enrol", write_message(signed))
         answer = read_message(JoinAnswer, content, f"coordinator at {asked.address}")
+        if not (part / "tls.next").exists():
+            raise StateInvalid(f"{keys}: another join with this invite was quicker. See `fedclient doctor`.")
         facts = store_certificate(part / "tls.pem", answer.certificate.encode(), made.tls, asked.site)
-        (part / "tls.next").unlink()
         if keys.exists():
             for left in ("session.json", "order.pb"):  # of the old node, which the coordinator lets go
                 (folder / "node" / left).unlink(missing_ok=True)
@@ -142,12 +142,11 @@ def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
             keys.rename(folder / f"keys.{time.time_ns()}")
         part.rename(keys)
     except BaseException as error:
-        if sent and not (isinstance(error, TurnedAway) and error.status in NEVER):
-            with suppress(OSError):
-                part.rename(unanswered)
-        shutil.rmtree(part, ignore_errors=True)
+        if part != unanswered or (isinstance(error, TurnedAway) and error.status in NEVER):
+            shutil.rmtree(part, ignore_errors=True)
         raise
-    for path in folder.glob(f"{UNANSWERED}*"):
+    (keys / "tls.next").unlink()
+    for path in (*folder.glob(f"{MAKING}*"), *folder.glob(f"{UNANSWERED}*")):
         shutil.rmtree(path, ignore_errors=True)
     sync_folder(folder)
     return Joined(

@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -68,6 +69,7 @@ from shared_models.supervise import kept_secret
 INVITE_S = 72 * 3600
 MAX_BLOB_BYTES = 2 << 30
 MOST_DAYS = 398.0  # of a site's certificate
+LOGGING = threading.Lock()
 FEDERATION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
 
 # Lets a node into the SuperLink: public key in OpenSSH form and site -> Flower's node id, if it tells. It raises a
@@ -352,18 +354,15 @@ def enrol(federation: Federation, request: bytes, register_node: RegisterNode, n
         check_site_name(asked.site)
     except EnrolmentFailed as error:
         return refused(400, str(error))
-    sent = _sha256(asked.token)
-    known = [row for row in list_invites(federation.state, asked.site) if hmac.compare_digest(row.token_sha256, sent)]
-    if not known:
+    invited = _invite_of(federation, asked)
+    if invited is None:
         return refused(
             403, f"invite of {asked.site!r}: not known here, or replaced by a newer one. Ask the coordinator for one."
         )
-    if known[0].used_at is not None:
-        again = _certificate_again(federation, asked, known[0])
-        if again is None:
-            return refused(409, f"invite of {asked.site!r}: was used already. Ask the coordinator for a new one.")
-        return Reply(200, write_message(JoinAnswer(federation.name, asked.site, again)))
-    if known[0].expires_at <= now:
+    if invited.used_at is not None:
+        why = f"invite of {asked.site!r}: was used already. Ask the coordinator for a new one."
+        return _certificate_again(federation, asked, invited) or refused(409, why)
+    if invited.expires_at <= now:
         return refused(410, f"invite of {asked.site!r}: has expired. Ask the coordinator for a new one.")
     try:
         site, certificate = _examine(federation, asked, now)
@@ -373,22 +372,34 @@ def enrol(federation: Federation, request: bytes, register_node: RegisterNode, n
         # First, because a node that is registered and of no active site cannot pass the gateway, and does no harm.
         node_id = register_node(asked.node_public_key.encode(), site.name)
         joined = replace(site, flower_node_id=node_id)
-        redeem_invite(federation.state, known[0], joined, certificate_row(certificate, now), sealer(federation))
-    except EnrolmentFailed as error:
-        return refused(409, str(error))
+        redeem_invite(federation.state, invited, joined, certificate_row(certificate, now), sealer(federation))
+    except EnrolmentFailed as error:  # perhaps by these very keys: who lost patience asked again meanwhile
+        invited = _invite_of(federation, asked)
+        again = _certificate_again(federation, asked, invited) if invited else None
+        return again or refused(409, str(error))
     except FederationError as error:
         return refused(503, f"{error} The invite is still good: join again when the coordinator has mended this.")
     _log_enrolled(federation, site)
     return Reply(200, write_message(JoinAnswer(federation.name, site.name, certificate.decode())))
 
 
+def _invite_of(federation: Federation, asked: JoinRequest) -> InviteRow | None:
+    sent = _sha256(asked.token)
+    known = [row for row in list_invites(federation.state, asked.site) if hmac.compare_digest(row.token_sha256, sent)]
+    return known[0] if known else None
+
+
 def _log_enrolled(federation: Federation, site: Site) -> None:
-    facts = {"certificate": site.certificate_fingerprint, "identity": site.identity_public_key}
-    open_log(federation).add("enrolled", site=site.name, **facts)
+    """One line for each certificate, whichever of several requests for it comes to write it."""
+    with LOGGING:
+        lines = every_event(federation.folder, ("enrolled",))
+        if not any(line["facts"].get("certificate") == site.certificate_fingerprint for line in lines):
+            facts = {"certificate": site.certificate_fingerprint, "identity": site.identity_public_key}
+            open_log(federation).add("enrolled", site=site.name, **facts)
 
 
-def _certificate_again(federation: Federation, asked: JoinRequest, invite: InviteRow) -> str | None:
-    """The certificate (PEM) that these very keys have got for `invite`; None for any other keys, and once it is over.
+def _certificate_again(federation: Federation, asked: JoinRequest, invite: InviteRow) -> Reply | None:
+    """The certificate that these very keys have got for `invite`; None for any other keys, and once it is over.
 
     It is of use to who holds the keys alone, so that it may be given to whoever repeats the request. What was killed
     before it could answer may have been killed before it wrote its line in the log.
@@ -405,10 +416,8 @@ def _certificate_again(federation: Federation, asked: JoinRequest, invite: Invit
         return None
     if key != read_certificate(rows[-1].pem.encode()).key_sha256:
         return None
-    lines = every_event(federation.folder, ("enrolled",))
-    if not any(line["facts"].get("certificate") == site.certificate_fingerprint for line in lines):
-        _log_enrolled(federation, site)
-    return rows[-1].pem
+    _log_enrolled(federation, site)
+    return Reply(200, write_message(JoinAnswer(federation.name, asked.site, rows[-1].pem)))
 
 
 def _proven(asked: JoinRequest) -> bytes:

@@ -20,6 +20,7 @@ from .preprocess import Geometry, preprocess, restore
 
 Data = dict[str, Any]
 KINDS = ("nii", "mha", "mhd", "nrrd", "nhdr", "hdr", "img", "dcm", "png", "jpg", "jpeg", "bmp", "tif", "tiff")
+REMEMBERED = 100_000  # names of images; what serves for years forgets the oldest
 
 
 class Preprocessed:
@@ -43,7 +44,7 @@ class Preprocessed:
         at = examples.geometry
         place = [*at.shape, *at.spacing_mm, *at.size, *at.start, *at.step]
         source = Path(str(getattr(image, "meta", {}).get("filename_or_obj", "image")))
-        named = f"{source.parent.name}.nii.gz" if self.by_folder else source.name
+        named = f"{source.parent}.nii.gz" if self.by_folder else str(source)
         told = {"place": torch.tensor(place, dtype=torch.float64), "affine": torch.from_numpy(affine), "source": named}
         return {**data, "image": torch.from_numpy(examples.images), **told}
 
@@ -72,7 +73,7 @@ class Restored:
     """`pred`, probabilities [N, L, *size], comes onto the image's own grid: [L, I, J, K] with its affine and name."""
 
     def __init__(self) -> None:
-        self.taken: set[str] = set()
+        self.taken: dict[str, str] = {}
 
     def __call__(self, data: Data) -> Data:
         place = [float(number) for number in data["place"]]
@@ -98,7 +99,7 @@ class Told:
 
     def __init__(self, out: str, names: Sequence[str], survival: bool = False) -> None:
         self.out, self.names, self.survival = Path(out), list(names), survival
-        self.taken: set[str] = set()
+        self.taken: dict[str, str] = {}
 
     def __call__(self, data: Data) -> Data:
         chances = np.asarray(data["pred"].cpu(), dtype=np.float64)
@@ -110,22 +111,25 @@ class Told:
         return data
 
 
-def _case_name(source: str, taken: set[str]) -> str:
-    """The name of a file without `.gz` and the suffix of an image, which joins those that are taken.
+def _case_name(source: str, taken: dict[str, str]) -> str:
+    """The name of a file without `.gz` and the suffix of an image, which joins `taken`: name -> source.
 
-    Names hold dots: a UID has a dozen.
+    Names hold dots: a UID has a dozen. The same image may come again, and its answer is written anew.
 
     Raises:
-        ValueError: it is taken.
+        ValueError: another image has it.
     """
     name = Path(source).name
     name = name[:-3] if name.lower().endswith(".gz") else name
     stem, _, kind = name.rpartition(".")
     name = stem if stem and kind.lower() in KINDS else name
-    if name in taken:
+    earlier = taken.setdefault(name, source)
+    if earlier != source:
+        apart = "lies in another folder" if Path(earlier).name == Path(source).name else "has another suffix"
         raise ValueError(
-            f"case {len(taken) + 1} has the name of an earlier one but for its suffix, and would overwrite its answer. "
-            "Rename one of the two."
+            f"{source}: an earlier image of the same name {apart}, and its answer would be overwritten. "
+            "Rename one of the two, or run them apart, each with an output folder of its own."
         )
-    taken.add(name)
+    if len(taken) > REMEMBERED:
+        del taken[next(iter(taken))]
     return name

@@ -95,7 +95,14 @@ def split_address(address: str) -> tuple[str, int]:
             f"address {address!r}: expected host:port as the hospitals dial it, "
             "for example 'federation.example.org:8443' or '[2001:db8::1]:8443'."
         )
-    return found[1] or found[2], int(found[3])
+    host = found[1] or found[2]
+    try:
+        host.encode("idna")  # as every dialling does
+    except UnicodeError as error:
+        raise EnrolmentFailed(
+            f"address {address!r}: a host's name has 1 to 63 characters between two dots. Look for a slip."
+        ) from error
+    return host, int(found[3])
 
 
 # Certificates

@@ -373,6 +373,11 @@ class Study:
                 raise ValueError(f'{key} is {given}; it is for preprocess.fit = "patches", {why_not}')
 
     @property
+    def fewest(self) -> int:
+        """Examples that a batch needs to be trained on: two, where batch norm sees one value of a channel of each."""
+        return 2 if self.model.name in ENCODERS and self.model.norm == "batch" and self._ends < 2 else 1
+
+    @property
     def _ends(self) -> int:
         """Values that the last norm of an encoder sees of a channel of one example."""
         name = self.model.name
@@ -387,11 +392,11 @@ class Study:
             least = SMALLEST_EDGE if model.norm != "instance" else 2 * SMALLEST_EDGE  # one value has no deviation
             if min(size) < least:
                 raise ValueError(f'preprocess.size {list(size)}: model.name = "{model.name}" wants {least} or more')
-            if model.norm == "batch" and self._ends < 2:
+            if self.train.batch_size < self.fewest:
                 raise ValueError(
                     f'preprocess.size {list(size)} leaves one value at the end of model.name = "{model.name}" for '
-                    f'model.norm = "batch" to normalise where a batch holds one example; make an edge '
-                    f"{2 * SMALLEST_EDGE} or more"
+                    f'model.norm = "batch" to normalise where a batch holds one example; make train.batch_size 2 or '
+                    f"more, or an edge {2 * SMALLEST_EDGE} or more"
                 )
             return
         if any(edge % divisor for edge, divisor in zip(size, divisors, strict=True)):

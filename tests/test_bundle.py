@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle.scripts import run, verify_metadata, verify_net_in_out
+from monai.data.meta_tensor import MetaTensor
 from monai.transforms.io.array import SaveImage
 
 from fedserver.publish.bundle import FOLDER
-from shared_models.bundle_steps import Restored, Told
+from shared_models.bundle_steps import Preprocessed, Restored, Told
 from shared_models.files import canonical_json
 from shared_models.parity import ARRAYS
+from shared_models.parse import plain
 from shared_models.release import CALIBRATION
 from shared_models.weights import load
 from tests.releases import made_release, tiny_study
@@ -166,15 +168,34 @@ def test_an_answer_has_the_whole_name_of_its_image_but_for_the_suffix(source, na
     assert [path.name for path in (tmp_path / "masks").iterdir()] == [f"{name}_mask.nii.gz"]
 
 
-def test_two_images_of_one_name_do_not_overwrite_each_others_answers(tmp_path):
-    told, restored = Told(str(tmp_path), ["cyst"]), Restored()
-    told({"pred": torch.tensor([[0.25]]), "source": "scan.png"})
-    restored(example("scan.png"))
-    with pytest.raises(ValueError, match="case 2 has the name of an earlier one"):
-        told({"pred": torch.tensor([[0.75]]), "source": "scan.jpg"})
-    with pytest.raises(ValueError, match="case 2 has the name of an earlier one"):
-        restored(example("scan.jpg"))
-    assert json.loads((tmp_path / "scan.json").read_text()) == {"cyst": 0.25}
+@pytest.mark.parametrize(
+    ("second", "why"),
+    [("/in/p1/ct.png", "has another suffix"), ("/in/p2/ct.nii.gz", "lies in another folder")],
+)
+def test_two_images_of_one_name_do_not_overwrite_each_others_answers(second, why, tmp_path):
+    told, restored, first = Told(str(tmp_path), ["cyst"]), Restored(), "/in/p1/ct.nii.gz"
+    told({"pred": torch.tensor([[0.25]]), "source": first})
+    restored(example(first))
+    with pytest.raises(ValueError, match=f"{second}: an earlier image of the same name {why}"):
+        told({"pred": torch.tensor([[0.75]]), "source": second})
+    with pytest.raises(ValueError, match=why):
+        restored(example(second))
+    assert json.loads((tmp_path / "ct.json").read_text()) == {"cyst": 0.25}
+    told({"pred": torch.tensor([[0.5]]), "source": first})
+    restored(example(first))
+    assert json.loads((tmp_path / "ct.json").read_text()) == {"cyst": 0.5}, "the same image again"
+
+
+@pytest.mark.parametrize("by_folder", [False, True])
+def test_an_image_is_known_by_the_folder_that_it_came_from(by_folder, tmp_path):
+    seen, restored = Preprocessed(plain(tiny_study().preprocess), by_folder), Restored()
+    of = [tmp_path / folder / "ct.nii.gz" for folder in ("p1/t", "p2/t")]
+    pictures = [MetaTensor(torch.zeros(1, 32, 32, 1), meta={"filename_or_obj": str(path)}) for path in of]
+    first, second = (seen({"image": picture}) for picture in pictures)
+    for data in (first, first):
+        restored({**data, "pred": data["image"]})
+    with pytest.raises(ValueError, match="lies in another folder"):
+        restored({**second, "pred": second["image"]})
 
 
 def example(source: str) -> dict[str, Any]:

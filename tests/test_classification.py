@@ -11,10 +11,12 @@ from torch import nn
 
 from fedclient.data.cases import Case, Shown
 from fedclient.data.truths import classes_of, has_truth
+from fedclient.site import open_site
+from fedclient.training.learner import ImageLearner
 from shared_models import nets
 from shared_models.class_counts import ClassCounts
 from shared_models.errors import ImageUnreadable
-from shared_models.study import Evaluate, Model, Preprocess, Rounds, Study, Task, Train
+from shared_models.study import Evaluate, Model, Personal, Preprocess, Rounds, Study, Task, Train
 from shared_models.tasks.chosen import functions_of
 from shared_models.tasks.functions import CaseAnswer
 from simulations.run import machine, node_configs, simulate
@@ -147,3 +149,19 @@ def test_a_classification_learns_and_its_results_have_the_shape_of_every_task(tm
     page = Path(found["report"]).read_text()
     assert "balanced accuracy" in page
     assert "ResNet-18 in 2-D that tells apart spot" in page
+
+
+@pytest.mark.usefixtures("settings_of_torch")
+def test_batch_norm_at_the_smallest_size_trains_though_one_example_is_left_for_the_last_batch(tmp_path):
+    study = Study(
+        name="spots",
+        modality="xray",
+        task=Task(kind="classification", labels=("spot",)),
+        model=Model(name="resnet18", norm="batch"),
+        preprocess=Preprocess(size=(32, 32), intensity="percentile"),
+        train=Train(batch_size=9, deterministic=True),
+        personal=Personal(keep=("norm",)),
+    )
+    nodes = node_configs(tmp_path, [picture_folder(tmp_path)], machine("local", 0, 1, "cpu"), None)
+    learned = ImageLearner().learn(open_site(nodes["north"]), study, 1, nets.initial_weights(study))
+    assert (learned.examples, learned.steps) == (10, study.train.steps(10)), "as the coordinator expects"

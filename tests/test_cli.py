@@ -203,6 +203,7 @@ def test_wrong_names_are_told(federation):
     assert "is not empty" in refused("fedserver", "init")
     assert "federation name" in refused("fedserver", "init", "--federation", "f2", "--name", "[bold]\n")
     assert "expected host:port" in refused("fedserver", "init", "--federation", "f2", "--address", "nowhere")
+    assert "between two dots" in refused("fedserver", "init", "--federation", "f2", "--address", "fed..x.org:1")
     assert "a name is lower-case" in refused("fedserver", "run", "lung-ct-quick", "--name", "../x")
     assert not Path("f2").exists()
 

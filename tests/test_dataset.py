@@ -249,6 +249,14 @@ def test_an_epoch_shows_every_example_once_and_keeps_the_short_batch(data: DataS
     assert batches[0].masks.dtype == np.uint8
 
 
+def test_a_last_batch_of_too_few_is_filled_up_with_the_first_of_its_epoch(data: DataSet) -> None:
+    short, filled = (list(data.batches(2, np.random.default_rng(0), epochs=2, fewest=n)) for n in (1, 2))
+    assert [len(b.images) for b in filled] == [2] * 6
+    for epoch in (slice(0, 3), slice(3, 6)):
+        of, full = (np.concatenate([b.images for b in batches[epoch]]) for batches in (short, filled))
+        np.testing.assert_array_equal(full, np.concatenate([of, of[:1]]))
+
+
 def test_steps_are_full_batches_from_a_reshuffled_stream(data: DataSet) -> None:
     batches = list(data.batches(4, np.random.default_rng(0), steps=5))
     assert [len(b.images) for b in batches] == [4] * 5

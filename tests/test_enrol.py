@@ -1,6 +1,10 @@
 import base64
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +15,8 @@ from fedclient import enrol as joining
 from fedclient.ask import ask as put
 from fedclient.enrol import join
 from fedserver import admission
-from fedserver.enrol import INVITE_S, Federation, enrol, init_federation, invite, open_federation
+from fedserver import enrol as coordinator
+from fedserver.enrol import INVITE_S, Federation, Reply, enrol, init_federation, invite, open_federation
 from fedserver.lifecycle import revoke
 from fedserver.state import find_site, list_certificates, used_certificate
 from shared_models.errors import EnrolmentFailed, ProcessFailed, StateInvalid
@@ -172,6 +177,28 @@ def test_a_request_whose_answer_was_lost_gets_the_same_certificate_again_and_nob
         assert (status, "was used already" in why) == (409, True)
     revoke(federation, "north", "test")
     assert refusal(federation, good)[0] == 409
+
+
+def test_the_same_request_twice_at_once_is_answered_twice_and_logged_once(federation: Federation) -> None:
+    content = write_message(request_for(invite(federation, "north")))
+    quicker: list[Reply] = []
+
+    def overtaken(public_key: bytes, site: str) -> None:
+        quicker.append(enrol(federation, content, accept))
+
+    slower = enrol(federation, content, overtaken)
+    assert (slower.status, [slower]) == (200, quicker)
+    assert [line["event"] for line in read_lines(federation.audit)].count("enrolled") == 1
+
+
+def test_who_comes_second_with_other_keys_is_refused(federation: Federation) -> None:
+    word = invite(federation, "north")
+
+    def overtaken(public_key: bytes, site: str) -> None:
+        assert enrol(federation, write_message(request_for(word)), accept).status == 200
+
+    late = enrol(federation, write_message(request_for(word, OTHER)), overtaken)
+    assert (late.status, b"was used a moment ago" in late.content) == (409, True)
 
 
 def test_only_the_digest_of_a_token_is_kept(federation: Federation) -> None:
@@ -365,6 +392,53 @@ def test_a_join_whose_answer_was_lost_is_run_again_with_the_same_keys(
     assert edge.nodes == ["north"]
     assert [path.name for path in home.iterdir()] == ["keys"]
     assert sorted(path.name for path in site.keys.iterdir()) == ["ca.pem", "identity.key", "node.key", "tls.pem"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_a_join_that_is_stopped_while_the_coordinator_thinks_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: signal.Signals
+) -> None:
+    with running_edge(tmp_path / "federation") as edge:
+        word, home = invite(edge.federation, "north"), tmp_path / "north"
+        asked, asked_again, redeem = threading.Event(), threading.Event(), coordinator.redeem_invite
+
+        def slow(*words: object) -> None:
+            if not asked.is_set():
+                asked.set()
+                assert asked_again.wait(30)
+            else:
+                asked_again.set()
+                time.sleep(0.5)
+            redeem(*words)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(coordinator, "redeem_invite", slow)
+        code = f"from fedclient.enrol import join; from pathlib import Path; join({word!r}, Path({str(home)!r}))"
+        first = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        assert asked.wait(30)
+        first.send_signal(stop)
+        first.wait(30)
+        site = join(word, home)
+        assert ask(edge, site_context(site.keys), "GET", "/health").status == 200
+    assert [path.name for path in home.iterdir()] == ["keys"]
+    assert sorted(path.name for path in site.keys.iterdir()) == ["ca.pem", "identity.key", "node.key", "tls.pem"]
+
+
+def test_of_two_joins_at_once_the_slower_leaves_the_keys_of_the_quicker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_edge(tmp_path / "federation") as edge:
+        word, home = invite(edge.federation, "north"), tmp_path / "north"
+
+        def overtaken(*words: object) -> bytes:
+            monkeypatch.setattr(joining, "ask", put)
+            join(word, home)
+            return put(*words)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(joining, "ask", overtaken)
+        with pytest.raises(StateInvalid, match="another join with this invite was quicker"):
+            join(word, home)
+        assert ask(edge, site_context(home / "keys"), "GET", "/health").status == 200
+    assert [path.name for path in home.iterdir()] == ["keys"]
 
 
 def test_an_unreachable_coordinator_is_named(tmp_path: Path) -> None:

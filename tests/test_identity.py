@@ -211,6 +211,10 @@ def test_addresses_are_host_and_port() -> None:
     for wrong in ("fed.example.org", "https://fed:1", "fed:0", "fed:70000", ":1", "a b:1"):
         with pytest.raises(EnrolmentFailed, match="host:port"):
             split_address(wrong)
+    for slip in ("fed..example.org:1", ".fed:1", f"fed.{'a' * 64}:1"):
+        with pytest.raises(EnrolmentFailed, match="1 to 63 characters between two dots"):
+            split_address(slip)
+    assert split_address(f"fed.{'a' * 63}.:1") == (f"fed.{'a' * 63}.", 1)
 
 
 def test_a_statement_is_the_coordinator_s_if_its_authority_vouches_for_the_key_that_signed_it() -> None:

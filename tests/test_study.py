@@ -168,8 +168,9 @@ def test_what_is_wrong_is_told_with_file_key_what_was_found_and_what_is_allowed(
         ),
         (
             'name = "s"\n[task]\nkind = "classification"\nlabels = ["a"]\nloss = "bce"\n[model]\nname = "densenet121"\n'
-            'norm = "batch"\n[preprocess]\nintensity = "window"\nsize = [32, 63]\n[personal]\nkeep = ["norm"]',
-            r'one value at the end of .* for model.norm = "batch" .* make an edge 64 or more',
+            'norm = "batch"\n[preprocess]\nintensity = "window"\nsize = [32, 63]\n'
+            '[train]\nbatch_size = 1\n[personal]\nkeep = ["norm"]',
+            r'one value at the end of .* for model.norm = "batch" .* make train.batch_size 2 or more, or an edge 64',
         ),
         (
             'name = "s"\n[task]\nlabels = ["heart", "left-lung", "right-lung"]\n[augment]\nflip_left_right = true',

@@ -101,6 +101,7 @@ class DataSet:
         augment: Augment = NO_AUGMENT,
         ahead: bool = False,
         later: bool = False,
+        fewest: int = 1,
     ) -> Iterator[Batch]:
         """Shuffled batches of whole `epochs` (the last of each may be short), or `steps` full ones from an endless
         reshuffled stream. All chance is `rng`'s, which belongs to this iterator until it ends.
@@ -111,6 +112,7 @@ class DataSet:
                 (117 -> 145 ms a step).
             later: leave it to the caller to augment, by each batch's `change`: a GPU does in one millisecond what takes
                 a core fifty.
+            fewest: examples of a batch; a last one of less is filled up with the first of its epoch.
 
         Raises:
             ManifestInvalid: there are no examples.
@@ -118,7 +120,7 @@ class DataSet:
         if not len(self):
             raise ManifestInvalid("there is no case to train on. Give some rows of the manifest `split` = train.")
         if epochs is not None and steps is None:
-            order = _epochs(len(self), batch_size, epochs, rng)
+            order = _epochs(len(self), batch_size, epochs, rng, fewest)
         elif steps is not None and epochs is None:
             order = _steps(len(self), batch_size, steps, rng)
         else:
@@ -232,11 +234,14 @@ def _prepared(case: Case, folder: Path, older: Sequence[Path], make: Maker) -> S
     return stored
 
 
-def _epochs(examples: int, batch_size: int, epochs: int, rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:
+def _epochs(
+    examples: int, batch_size: int, epochs: int, rng: np.random.Generator, fewest: int
+) -> Iterator[NDArray[np.intp]]:
     for _ in range(epochs):
         order = rng.permutation(examples)
         for begin in range(0, examples, batch_size):
-            yield order[begin : begin + batch_size]
+            chosen = order[begin : begin + batch_size]
+            yield np.concatenate([chosen, order[: max(0, fewest - len(chosen))]])
 
 
 def _steps(examples: int, batch_size: int, steps: int, rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:

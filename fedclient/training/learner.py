@@ -158,7 +158,14 @@ def drawn(
     hiding = draw.spawn(1)[0] if study.task.kind == "reconstruction" else None
     later = ahead and hiding is None  # what is hidden is hidden of the image as it was changed
     for batch in cases.batches(
-        study.train.batch_size, draw, epochs=epochs, steps=steps, augment=study.augment, ahead=ahead, later=later
+        study.train.batch_size,
+        draw,
+        epochs=epochs,
+        steps=steps,
+        augment=study.augment,
+        ahead=ahead,
+        later=later,
+        fewest=study.fewest,
     ):
         site.go_on()
         yield batch if hiding is None else Batch(*hidden(batch.images, study.task, hiding))
