@@ -11,11 +11,12 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
 from fedclient.data.dicom import find_series, read_series
+from fedclient.data.dicom_header import MOST_PASSED
 from fedclient.data.images import read_image
 from fedclient.data.listing import list_cases
 from fedclient.data.where import Where, files_below
 from shared_models.errors import ImageUnreadable, ManifestInvalid
-from tests.dicoms import ORIGIN_MM, SLICES, STEP_MM, Edit, putting, slice_of, write, write_series
+from tests.dicoms import ORIGIN_MM, SLICES, STEP_MM, Edit, putting, slice_of, with_empty_items, write, write_series
 from tests.test_dicom import enhanced, radiograph
 
 
@@ -177,6 +178,17 @@ def test_what_is_no_image_is_counted_and_passed_over(tmp_path: Path) -> None:
     assert [path.name for path in found.unreadable] == ["broken.dcm"]
 
 
+def test_a_head_of_which_too_much_would_have_to_be_read_is_not_called_broken(tmp_path: Path) -> None:
+    write_series(tmp_path)
+    with_empty_items(tmp_path / "9.dcm", MOST_PASSED)
+    assert [error.code for error in find_series(tmp_path).unreadable.values()] == ["INPUT_TOO_LARGE"]
+    (finding,) = list_cases(Where(tmp_path), "salt").findings
+    assert (finding.code, finding.what.split()[:4]) == ("INPUT_TOO_LARGE", ["1", "files", "of", "DICOM"])
+    with pytest.raises(ImageUnreadable, match="to know what it is") as e:
+        read_image(tmp_path)
+    assert e.value.code == "INPUT_TOO_LARGE"
+
+
 def test_films_and_files_of_many_frames_stand_alone(tmp_path: Path) -> None:
     for n in range(2):
         write(tmp_path / f"film{n}", radiograph())
@@ -189,7 +201,7 @@ def test_what_macos_leaves_beside_each_file_is_no_broken_slice(tmp_path: Path) -
     for path in write_series(tmp_path):
         path.with_name(f"._{path.name}.dcm").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(200))
     found = find_series(tmp_path)
-    assert (found.unreadable, found.ignored) == ((), {"not DICOM": SLICES})
+    assert (found.unreadable, found.ignored) == ({}, {"not DICOM": SLICES})
     assert read_image(tmp_path).voxels.shape[3] == SLICES
 
 

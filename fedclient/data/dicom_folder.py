@@ -38,14 +38,15 @@ class Found:
 
     Attributes:
         objects: DICOM files that are no images (SEG, RTSTRUCT, SR, ...), for whoever reads labels.
-        unreadable: DICOM, or named `.dcm`, but broken.
+        unreadable: DICOM, or named `.dcm`, but broken (DICOM_UNREADABLE), or with a head of which more would have to be
+            read than is (INPUT_TOO_LARGE).
         ignored: how many files of what kind were passed over: `not DICOM`, `DICOMDIR`, `localiser`, `link`,
             `no file`.
     """
 
     series: tuple[Series, ...]
     objects: tuple[Path, ...] = field(repr=False)
-    unreadable: tuple[Path, ...] = field(repr=False)
+    unreadable: Mapping[Path, ImageUnreadable] = field(repr=False)
     ignored: Mapping[str, int]
 
 
@@ -85,12 +86,12 @@ def series_among(paths: Iterable[Path], ignored: Counter[str]) -> Found:
     """
     groups: dict[tuple[str, ...], list[_Head]] = {}
     objects: list[Path] = []
-    unreadable: list[Path] = []
+    unreadable: dict[Path, ImageUnreadable] = {}
     for path in paths:
         try:
             data = _head(path)
-        except ImageUnreadable:
-            unreadable.append(path)
+        except ImageUnreadable as e:
+            unreadable[path] = e.with_traceback(None)
             continue
         if data is None:
             ignored["not DICOM"] += 1
@@ -99,8 +100,12 @@ def series_among(paths: Iterable[Path], ignored: Counter[str]) -> Found:
         elif text(data, "Modality") in OBJECTS:
             objects.append(path)
         elif not (number(data, "Rows") and number(data, "Columns")):
-            whole = "SOPClassUID" in data and text(data, "Modality") not in MODALITIES
-            (objects if whole else unreadable).append(path)
+            if "SOPClassUID" in data and text(data, "Modality") not in MODALITIES:
+                objects.append(path)
+            else:
+                unreadable[path] = ImageUnreadable(
+                    "DICOM: the file is broken or cut short. Copy or export it again.", "DICOM_UNREADABLE"
+                )
         elif "LOCALIZER" in text(data, "ImageType").split("\\"):
             ignored["localiser"] += 1
         else:
@@ -110,7 +115,7 @@ def series_among(paths: Iterable[Path], ignored: Counter[str]) -> Found:
     uids = ["" if stack[0].alone else stack[0].key[0] for stack in stacks]
     images = Counter(uids)
     series = [_series(stack, images[uid] - 1 if uid else 0) for stack, uid in zip(stacks, uids, strict=True)]
-    return Found(tuple(series), tuple(objects), tuple(unreadable), dict(ignored))
+    return Found(tuple(series), tuple(objects), unreadable, dict(ignored))
 
 
 def _head(path: Path) -> Dataset | None:
