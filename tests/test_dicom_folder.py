@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +71,31 @@ def test_takes_one_behind_the_other_are_one_series(tmp_path: Path) -> None:
     assert read_series(series.files).spacing_mm[2] == pytest.approx(STEP_MM)
 
 
-def moving(mm: float, take: int) -> Edit:
+def moving(mm: float, take: int, **others: object) -> Edit:
     """Another acquisition, of slices that lie `mm` higher."""
 
     def edit(k: int, data: Dataset) -> None:
         data.AcquisitionNumber, data.SOPInstanceUID = take, f"1.2.{take}.{k + 1}"
         data.ImagePositionPatient = [*ORIGIN_MM[:2], ORIGIN_MM[2] + STEP_MM * k + mm]
+        for keyword, value in others.items():
+            setattr(data, keyword, value)
 
     return edit
 
 
+def half_and_half(**others: object) -> Sequence[Edit]:
+    """Two acquisitions, the second half a step higher."""
+    return moving(0, 1, **others), moving(STEP_MM / 2, 2, **others)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"SliceThickness": STEP_MM},
+        {"SliceThickness": 2.0, "SpacingBetweenSlices": STEP_MM},  # of MR, with a gap
+        {"SliceThickness": None, "SpacingBetweenSlices": STEP_MM},
+    ],
+)
 @pytest.mark.parametrize(
     "edit",
     [
@@ -92,9 +107,9 @@ def moving(mm: float, take: int) -> Edit:
     ],
 )
 def test_slices_that_lie_in_turn_are_one_series_however_their_acquisitions_are_counted(
-    edit: Edit, tmp_path: Path
+    edit: Edit, sizes: Mapping[str, object], tmp_path: Path
 ) -> None:
-    write_series(tmp_path, 12, edit=edit)
+    write_series(tmp_path, 12, edit=lambda k, data: (edit(k, data), data.update(sizes)))
     (series,) = find_series(tmp_path).series
     assert series.siblings == 0
     assert [each.where.position_mm[2] for each in series.slices if each.where is not None] == pytest.approx(
@@ -103,10 +118,17 @@ def test_slices_that_lie_in_turn_are_one_series_however_their_acquisitions_are_c
     assert read_series(series.files).spacing_mm[2] == pytest.approx(STEP_MM)
 
 
+def test_slices_that_fill_the_holes_of_others_are_of_one_series_also_where_they_overlap(tmp_path: Path) -> None:
+    """As reconstructions of CT do: 3 mm every 2.5 mm."""
+    write_series(tmp_path, 12, edit=lambda k, data: setattr(data, "AcquisitionNumber", 2 if k in (4, 8, 9) else 1))
+    assert [(len(series.files), series.siblings) for series in find_series(tmp_path).series] == [(12, 0)]
+
+
 def test_time_points_whose_acquisitions_lie_in_turn_are_a_series_each(tmp_path: Path) -> None:
     def at(time: int) -> Edit:
         def edit(k: int, data: Dataset) -> None:
             data.TemporalPositionIdentifier, data.AcquisitionNumber = time, time + k % 2
+            data.SliceThickness = STEP_MM
 
         return edit
 
@@ -123,6 +145,11 @@ def test_time_points_whose_acquisitions_lie_in_turn_are_a_series_each(tmp_path: 
         (moving(0, 1), moving(0.9, 2)),  # phases of contrast medium, each whole
         (moving(0, 1), moving(STEP_MM / 2, 2)),
         (moving(0, 1), moving(STEP_MM * 2.5, 2)),
+        half_and_half(SliceThickness=None),
+        half_and_half(SliceThickness=2),  # of MR, with a gap in each
+        half_and_half(SliceThickness=2, SpacingBetweenSlices=STEP_MM),
+        half_and_half(SliceThickness=0.25),  # thin slices far apart, in and out of breath
+        half_and_half(SliceThickness=0.25, SpacingBetweenSlices=STEP_MM),
         (lambda k, data: setattr(data, "EchoTime", 1 + k % 2),),
         (lambda k, data: setattr(data, "ImageType", ["ORIGINAL" if k % 2 else "DERIVED", "PRIMARY", "AXIAL"]),),
         (putting("PatientID", "other", (4, 5)),),

@@ -26,7 +26,7 @@ from simulations.fixtures import (
     write_rtstruct,
     write_seg,
 )  # fmt: skip
-from tests.dicoms import SLICES, putting, write_series
+from tests.dicoms import SLICES, STEP_MM, putting, write_series
 
 AFFINE = np.array([[2.0, 0, 0, -15], [0, 2, 0, -15], [0, 0, 3, 30], [0, 0, 0, 1]])
 SQUARE = np.zeros((16, 16, 3), np.bool_)
@@ -129,7 +129,9 @@ def test_a_series_that_was_exported_twice_is_one(tmp_path: Path) -> None:
 
 
 def test_slices_in_turn_are_one_case_also_where_they_were_exported_twice(tmp_path: Path) -> None:
-    write_series(tmp_path / "a", edit=lambda k, data: setattr(data, "AcquisitionNumber", 1 + k % 2))
+    write_series(
+        tmp_path / "a", edit=lambda k, data: data.update({"SliceThickness": STEP_MM, "AcquisitionNumber": 1 + k % 2})
+    )
     shutil.copytree(tmp_path / "a", tmp_path / "again")
     found = listing(tmp_path)
     (case,) = found.cases
