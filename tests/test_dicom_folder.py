@@ -137,6 +137,25 @@ def test_time_points_whose_acquisitions_lie_in_turn_are_a_series_each(tmp_path: 
     assert [(len(series.files), series.siblings) for series in find_series(tmp_path).series] == [(SLICES, 1)] * 2
 
 
+@pytest.mark.parametrize("keyword", ["EchoTime", "TemporalPositionIdentifier", "DiffusionBValue"])
+@pytest.mark.parametrize("slices", [3, SLICES])
+def test_takes_of_which_each_slice_has_an_acquisition_number_of_its_own_are_a_series_each(
+    slices: int, keyword: str, tmp_path: Path
+) -> None:
+    def counted(take: int) -> Edit:
+        def edit(k: int, data: Dataset) -> None:
+            data.AcquisitionNumber, data.SOPInstanceUID, data.SliceThickness = 2 * k + take, f"1.2.{take}.{k}", None
+            setattr(data, keyword, take)
+
+        return edit
+
+    for take in (1, 2):
+        write_series(tmp_path / str(take), slices, edit=counted(take))
+    found = find_series(tmp_path).series
+    assert [(len(series.files), series.siblings) for series in found] == [(slices, 1)] * 2
+    assert read_series(found[0].files).spacing_mm[2] == pytest.approx(STEP_MM)
+
+
 @pytest.mark.parametrize(
     "edits",
     [

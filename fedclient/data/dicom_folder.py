@@ -209,7 +209,8 @@ def _woven(stacks: Sequence[Sequence[_Head]]) -> list[_Head] | None:
 
     Whole acquisitions may lie in turn by chance, such as phases of a contrast medium, or thin slices far apart in and
     out of breath: each is at equal distances on its own, and together they overlap or leave gaps still. So where each
-    is, those are joined that are as far apart as they are thick, or as they state.
+    is, those are joined that are as far apart as they are thick, or as they state. Where most slices lie alone, each
+    was counted as an acquisition.
     """
     heads = [head for stack in stacks for head in stack]
     planes = [head.slice.where for head in heads if head.slice.where is not None]
@@ -222,7 +223,9 @@ def _woven(stacks: Sequence[Sequence[_Head]]) -> list[_Head] | None:
     apart_mm = np.diff(sorted(height for each in own for height in each))
     if len(apart_mm) == 0 or apart_mm.min() < TOLERANCE_MM or not even(apart_mm):
         return None
-    if all(len(each) == 1 or even(np.diff(each)) for each in own):
+    alone = sum(len(each) == 1 for each in own)
+    counted = alone >= 3 and 2 * alone > sum(map(len, own))
+    if not counted and all(len(each) == 1 or even(np.diff(each)) for each in own):
         usual_mm, hole_mm = np.median(apart_mm), max(np.diff(each).max(initial=0) for each in own)
         thickness_mm = max(head.thickness_mm for head in heads)
         stated_mm = max(head.stated_mm for head in heads)
