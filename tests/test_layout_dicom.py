@@ -144,7 +144,7 @@ def test_a_series_that_holds_several_images_is_told(tmp_path: Path) -> None:
     write_dicom_series(tmp_path / "b", volume(), series="2")
     found = listing(tmp_path)
     assert len(found.cases) == 3
-    assert said(found, "SERIES_SPLIT").startswith("1 DICOM series hold 2 images")
+    assert said(found, "SERIES_SEVERAL").startswith("1 DICOM series hold 2 images")
 
 
 def test_labels_of_a_series_that_is_not_there_are_told_and_one_broken_object_stops_nothing(tmp_path: Path) -> None:

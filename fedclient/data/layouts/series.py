@@ -85,7 +85,7 @@ def _gathered(root: Path) -> Gathered:
         findings.append(finding("DUPLICATE", f"{copies} files are copies of others", severity="note"))
     if several := [n for n in Counter(each.uid for each in series if each.siblings).values() if n > 1]:
         what = f"{len(several)} DICOM series hold {sum(several)} images, by patient, kind, orientation or acquisition"
-        findings.append(finding("SERIES_SPLIT", f"{what}; each is a case of its own"))
+        findings.append(finding("SERIES_SEVERAL", f"{what}; each is a case of its own"))
     return Gathered(tuple(series), held.objects, tuple(findings))
 
 
