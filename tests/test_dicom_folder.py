@@ -109,7 +109,12 @@ def half_and_half(**others: object) -> Sequence[Edit]:
 def test_slices_that_lie_in_turn_are_one_series_however_their_acquisitions_are_counted(
     edit: Edit, sizes: Mapping[str, object], tmp_path: Path
 ) -> None:
-    write_series(tmp_path, 12, edit=lambda k, data: (edit(k, data), data.update(sizes)))
+    def sized(k: int, data: Dataset) -> None:
+        edit(k, data)
+        for keyword, value in sizes.items():
+            setattr(data, keyword, value)
+
+    write_series(tmp_path, 12, edit=sized)
     (series,) = find_series(tmp_path).series
     assert series.siblings == 0
     assert [each.where.position_mm[2] for each in series.slices if each.where is not None] == pytest.approx(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom.dataset import Dataset
 
 import fedclient.data.layouts.series as series_module
 from fedclient.data.cases import Case, Drawn, LidcReads, Listing, read_case, read_case_labels
@@ -129,9 +130,10 @@ def test_a_series_that_was_exported_twice_is_one(tmp_path: Path) -> None:
 
 
 def test_slices_in_turn_are_one_case_also_where_they_were_exported_twice(tmp_path: Path) -> None:
-    write_series(
-        tmp_path / "a", edit=lambda k, data: data.update({"SliceThickness": STEP_MM, "AcquisitionNumber": 1 + k % 2})
-    )
+    def in_turn(k: int, data: Dataset) -> None:
+        data.AcquisitionNumber, data.SliceThickness = 1 + k % 2, STEP_MM
+
+    write_series(tmp_path / "a", edit=in_turn)
     shutil.copytree(tmp_path / "a", tmp_path / "again")
     found = listing(tmp_path)
     (case,) = found.cases
