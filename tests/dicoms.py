@@ -1,5 +1,6 @@
 """DICOM files for tests, written by pydicom (and recoded by gdcm), and a second opinion on what they hold."""
 
+import struct
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def set_pixels(data: Dataset, values: NDArray[Any], bits: int) -> Dataset:
     data.PixelData = values.tobytes()
     data["PixelData"].VR = "OB" if values.itemsize == 1 else "OW"
     return data
+
+
+def with_empty_items(path: Path, count: int, group: int = 8) -> Path:
+    """A slice with a sequence of no stated length, and so many items, at the begin of a group."""
+    content = write(path, slice_of(0)).read_bytes()
+    at = content.index(b"\x02\0\x02\0UI" if group == 2 else b"\x08\0\x08\0CS")
+    items = struct.pack("<HHL", 0xFFFE, 0xE000, 0) * count + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    sequence = struct.pack("<HH2sHL", group, 1 if group == 2 else 6, b"SQ", 0, 0xFFFFFFFF)
+    path.write_bytes(content[:at] + sequence + items + content[at:])
+    return path
 
 
 def write(path: Path, data: Dataset, syntax: UID = ExplicitVRLittleEndian) -> Path:

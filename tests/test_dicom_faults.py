@@ -4,6 +4,7 @@ import struct
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,9 @@ from pydicom.uid import (
     MPEG2MPML,
     UID,
     DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGLosslessSV1,
@@ -26,7 +29,7 @@ from pydicom.uid import (
 )
 
 from fedclient.data import dicom_header, dicom_pixels
-from fedclient.data.dicom import read_enhanced, read_series
+from fedclient.data.dicom import find_series, read_enhanced, read_series
 from fedclient.data.images import read_image
 from fedclient.data.stack import TILT_DEG, Plane, plane, stack
 from shared_models.errors import ImageUnreadable
@@ -40,6 +43,7 @@ from tests.dicoms import (
     set_pixels,
     slice_of,
     stored_pixels,
+    with_empty_items,
     without,
     write,
     write_series,
@@ -288,22 +292,65 @@ def test_of_a_deflated_file_no_more_is_unpacked_than_its_head(tmp_path: Path) ->
         tracemalloc.stop()
 
 
-def with_empty_items(path: Path, count: int) -> Path:
-    """A slice that begins with a sequence of no stated length, and so many items."""
-    content = write(path, slice_of(0)).read_bytes()
-    at = content.index(b"\x08\0\x08\0CS")
-    items = struct.pack("<HHL", 0xFFFE, 0xE000, 0) * count + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
-    path.write_bytes(content[:at] + struct.pack("<HH2sHL", 8, 6, b"SQ", 0, 0xFFFFFFFF) + items + content[at:])
-    return path
-
-
-def test_a_head_of_items_without_number_is_refused_before_they_are_objects(tmp_path: Path) -> None:
-    def seen(count: int) -> str:
+@pytest.mark.parametrize("group", [2, 8])
+def test_items_without_number_are_no_objects_but_passed_over_or_refused(group: int, tmp_path: Path) -> None:
+    def seen(path: Path) -> str:
         with dicom_header.unbroken():
-            return str(dicom_header.load_head(with_empty_items(tmp_path / "x", count), [0x00080060]).Modality)
+            return str(dicom_header.load_head(path, [0x00080060]).Modality)
 
-    assert seen(2000) == "CT"
-    assert "4 MiB" in refusal(lambda: seen(100_000), "INPUT_TOO_LARGE")
+    assert seen(with_empty_items(tmp_path / "few", 2000, group)) == "CT"
+    many = with_empty_items(tmp_path / "many", dicom_header.MOST_PASSED, group)
+    assert "4 MiB" in refusal(lambda: seen(many), "INPUT_TOO_LARGE")
+    some = with_empty_items(tmp_path / "some", 50_000, group)
+    tracemalloc.start()
+    try:
+        with suppress(ImageUnreadable):
+            seen(some)
+        assert tracemalloc.get_traced_memory()[1] < 5 * dicom_header.MOST_HEAD
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("stated", [False, True])
+@pytest.mark.parametrize(
+    "syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
+)
+def test_a_derived_slice_may_name_thousands_that_it_is_made_of(syntax: UID, stated: bool, tmp_path: Path) -> None:
+    """A projection through a thin CT, as most scanners write it: sequences and items without a stated length."""
+    (purpose,) = item(CodeValue="121322", CodingSchemeDesignator="DCM", CodeMeaning="Source image")
+    (source,) = item(ReferencedSOPClassUID="1.2.840.10008.5.1.4.1.1.2", ReferencedSOPInstanceUID="1.2.3.4" * 8)
+    source.PurposeOfReferenceCodeSequence = [purpose]
+    source.add_new(0x00090010, "LO", "PRIVATE")
+    source.add_new(0x00091010, "OB", struct.pack("<HHL", 0xFFFE, 0xE0DD, 0) * 4)  # looks like an end, and is none
+    data = slice_of(0)
+    data.SourceImageSequence = [source] * 3000
+    for of, keyword in ((source, "PurposeOfReferenceCodeSequence"), (data, "SourceImageSequence")):
+        of[keyword].is_undefined_length = not stated
+    source.is_undefined_length_sequence_item = purpose.is_undefined_length_sequence_item = not stated
+    path = write(tmp_path / "x.dcm", data, syntax)
+    with dicom_header.unbroken():
+        head = dicom_header.load_head(path, [0x00080060, 0x00280010])
+    assert (head.Modality, head.Rows) == ("CT", data.Rows)
+    assert not find_series(tmp_path).unreadable
+
+
+def test_a_sequence_of_unknown_vr_is_passed_over_as_implicit_and_one_cut_short_is_refused(tmp_path: Path) -> None:
+    inner = struct.pack("<HHL", 8, 0x1155, 4) + b"1.2\0" + struct.pack("<HHL", 0x0008, 0x1140, 0xFFFFFFFF)
+    inner += struct.pack("<HHL", 0xFFFE, 0xE000, 0xFFFFFFFF) + struct.pack("<HHL", 0xFFFE, 0xE00D, 0)
+    inner += struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    items = struct.pack("<HHL", 0xFFFE, 0xE000, len(inner)) + inner + struct.pack("<HHL", 0xFFFE, 0xE000, 0xFFFFFFFF)
+    items += inner + struct.pack("<HHL", 0xFFFE, 0xE00D, 0) + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    content = write(tmp_path / "x", slice_of(0)).read_bytes()
+    at = content.index(b"\x08\0\x08\0CS")
+    begin = content[:at] + struct.pack("<HH2sHL", 8, 7, b"UN", 0, 0xFFFFFFFF)
+
+    def seen(what: bytes) -> str:
+        (tmp_path / "x").write_bytes(what)
+        with dicom_header.unbroken():
+            return str(dicom_header.load_head(tmp_path / "x", [0x00080060]).Modality)
+
+    assert seen(begin + items + content[at:]) == "CT"
+    refusal(lambda: seen(begin + items[:-8]), "DICOM_UNREADABLE")
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])

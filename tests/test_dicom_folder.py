@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,12 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
 from fedclient.data.dicom import find_series, read_series
+from fedclient.data.dicom_header import MOST_PASSED
 from fedclient.data.images import read_image
 from fedclient.data.listing import list_cases
 from fedclient.data.where import Where, files_below
 from shared_models.errors import ImageUnreadable, ManifestInvalid
-from tests.dicoms import ORIGIN_MM, SLICES, STEP_MM, Edit, putting, slice_of, write, write_series
+from tests.dicoms import ORIGIN_MM, SLICES, STEP_MM, Edit, putting, slice_of, with_empty_items, write, write_series
 from tests.test_dicom import enhanced, radiograph
 
 
@@ -70,16 +71,31 @@ def test_takes_one_behind_the_other_are_one_series(tmp_path: Path) -> None:
     assert read_series(series.files).spacing_mm[2] == pytest.approx(STEP_MM)
 
 
-def moving(mm: float, take: int) -> Edit:
+def moving(mm: float, take: int, **others: object) -> Edit:
     """Another acquisition, of slices that lie `mm` higher."""
 
     def edit(k: int, data: Dataset) -> None:
         data.AcquisitionNumber, data.SOPInstanceUID = take, f"1.2.{take}.{k + 1}"
         data.ImagePositionPatient = [*ORIGIN_MM[:2], ORIGIN_MM[2] + STEP_MM * k + mm]
+        for keyword, value in others.items():
+            setattr(data, keyword, value)
 
     return edit
 
 
+def half_and_half(**others: object) -> Sequence[Edit]:
+    """Two acquisitions, the second half a step higher."""
+    return moving(0, 1, **others), moving(STEP_MM / 2, 2, **others)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"SliceThickness": STEP_MM},
+        {"SliceThickness": 2.0, "SpacingBetweenSlices": STEP_MM},  # of MR, with a gap
+        {"SliceThickness": None, "SpacingBetweenSlices": STEP_MM},
+    ],
+)
 @pytest.mark.parametrize(
     "edit",
     [
@@ -91,9 +107,14 @@ def moving(mm: float, take: int) -> Edit:
     ],
 )
 def test_slices_that_lie_in_turn_are_one_series_however_their_acquisitions_are_counted(
-    edit: Edit, tmp_path: Path
+    edit: Edit, sizes: Mapping[str, object], tmp_path: Path
 ) -> None:
-    write_series(tmp_path, 12, edit=edit)
+    def sized(k: int, data: Dataset) -> None:
+        edit(k, data)
+        for keyword, value in sizes.items():
+            setattr(data, keyword, value)
+
+    write_series(tmp_path, 12, edit=sized)
     (series,) = find_series(tmp_path).series
     assert series.siblings == 0
     assert [each.where.position_mm[2] for each in series.slices if each.where is not None] == pytest.approx(
@@ -102,16 +123,42 @@ def test_slices_that_lie_in_turn_are_one_series_however_their_acquisitions_are_c
     assert read_series(series.files).spacing_mm[2] == pytest.approx(STEP_MM)
 
 
+def test_slices_that_fill_the_holes_of_others_are_of_one_series_also_where_they_overlap(tmp_path: Path) -> None:
+    """As reconstructions of CT do: 3 mm every 2.5 mm."""
+    write_series(tmp_path, 12, edit=lambda k, data: setattr(data, "AcquisitionNumber", 2 if k in (4, 8, 9) else 1))
+    assert [(len(series.files), series.siblings) for series in find_series(tmp_path).series] == [(12, 0)]
+
+
 def test_time_points_whose_acquisitions_lie_in_turn_are_a_series_each(tmp_path: Path) -> None:
     def at(time: int) -> Edit:
         def edit(k: int, data: Dataset) -> None:
             data.TemporalPositionIdentifier, data.AcquisitionNumber = time, time + k % 2
+            data.SliceThickness = STEP_MM
 
         return edit
 
     for time in (1, 2):
         write_series(tmp_path / str(time), edit=at(time))
     assert [(len(series.files), series.siblings) for series in find_series(tmp_path).series] == [(SLICES, 1)] * 2
+
+
+@pytest.mark.parametrize("keyword", ["EchoTime", "TemporalPositionIdentifier", "DiffusionBValue"])
+@pytest.mark.parametrize("slices", [3, SLICES])
+def test_takes_of_which_each_slice_has_an_acquisition_number_of_its_own_are_a_series_each(
+    slices: int, keyword: str, tmp_path: Path
+) -> None:
+    def counted(take: int) -> Edit:
+        def edit(k: int, data: Dataset) -> None:
+            data.AcquisitionNumber, data.SOPInstanceUID, data.SliceThickness = 2 * k + take, f"1.2.{take}.{k}", None
+            setattr(data, keyword, take)
+
+        return edit
+
+    for take in (1, 2):
+        write_series(tmp_path / str(take), slices, edit=counted(take))
+    found = find_series(tmp_path).series
+    assert [(len(series.files), series.siblings) for series in found] == [(slices, 1)] * 2
+    assert read_series(found[0].files).spacing_mm[2] == pytest.approx(STEP_MM)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +169,11 @@ def test_time_points_whose_acquisitions_lie_in_turn_are_a_series_each(tmp_path: 
         (moving(0, 1), moving(0.9, 2)),  # phases of contrast medium, each whole
         (moving(0, 1), moving(STEP_MM / 2, 2)),
         (moving(0, 1), moving(STEP_MM * 2.5, 2)),
+        half_and_half(SliceThickness=None),
+        half_and_half(SliceThickness=2),  # of MR, with a gap in each
+        half_and_half(SliceThickness=2, SpacingBetweenSlices=STEP_MM),
+        half_and_half(SliceThickness=0.25),  # thin slices far apart, in and out of breath
+        half_and_half(SliceThickness=0.25, SpacingBetweenSlices=STEP_MM),
         (lambda k, data: setattr(data, "EchoTime", 1 + k % 2),),
         (lambda k, data: setattr(data, "ImageType", ["ORIGINAL" if k % 2 else "DERIVED", "PRIMARY", "AXIAL"]),),
         (putting("PatientID", "other", (4, 5)),),
@@ -177,6 +229,17 @@ def test_what_is_no_image_is_counted_and_passed_over(tmp_path: Path) -> None:
     assert [path.name for path in found.unreadable] == ["broken.dcm"]
 
 
+def test_a_head_of_which_too_much_would_have_to_be_read_is_not_called_broken(tmp_path: Path) -> None:
+    write_series(tmp_path)
+    with_empty_items(tmp_path / "9.dcm", MOST_PASSED)
+    assert [error.code for error in find_series(tmp_path).unreadable.values()] == ["INPUT_TOO_LARGE"]
+    (finding,) = list_cases(Where(tmp_path), "salt").findings
+    assert (finding.code, finding.what.split()[:4]) == ("INPUT_TOO_LARGE", ["1", "files", "of", "DICOM"])
+    with pytest.raises(ImageUnreadable, match="to know what it is") as e:
+        read_image(tmp_path)
+    assert e.value.code == "INPUT_TOO_LARGE"
+
+
 def test_films_and_files_of_many_frames_stand_alone(tmp_path: Path) -> None:
     for n in range(2):
         write(tmp_path / f"film{n}", radiograph())
@@ -189,7 +252,7 @@ def test_what_macos_leaves_beside_each_file_is_no_broken_slice(tmp_path: Path) -
     for path in write_series(tmp_path):
         path.with_name(f"._{path.name}.dcm").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(200))
     found = find_series(tmp_path)
-    assert (found.unreadable, found.ignored) == ((), {"not DICOM": SLICES})
+    assert (found.unreadable, found.ignored) == ({}, {"not DICOM": SLICES})
     assert read_image(tmp_path).voxels.shape[3] == SLICES
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom.dataset import Dataset
 
 import fedclient.data.layouts.series as series_module
 from fedclient.data.cases import Case, Drawn, LidcReads, Listing, read_case, read_case_labels
@@ -26,7 +27,7 @@ from simulations.fixtures import (
     write_rtstruct,
     write_seg,
 )  # fmt: skip
-from tests.dicoms import SLICES, putting, write_series
+from tests.dicoms import SLICES, STEP_MM, putting, write_series
 
 AFFINE = np.array([[2.0, 0, 0, -15], [0, 2, 0, -15], [0, 0, 3, 30], [0, 0, 0, 1]])
 SQUARE = np.zeros((16, 16, 3), np.bool_)
@@ -129,7 +130,10 @@ def test_a_series_that_was_exported_twice_is_one(tmp_path: Path) -> None:
 
 
 def test_slices_in_turn_are_one_case_also_where_they_were_exported_twice(tmp_path: Path) -> None:
-    write_series(tmp_path / "a", edit=lambda k, data: setattr(data, "AcquisitionNumber", 1 + k % 2))
+    def in_turn(k: int, data: Dataset) -> None:
+        data.AcquisitionNumber, data.SliceThickness = 1 + k % 2, STEP_MM
+
+    write_series(tmp_path / "a", edit=in_turn)
     shutil.copytree(tmp_path / "a", tmp_path / "again")
     found = listing(tmp_path)
     (case,) = found.cases
@@ -142,7 +146,7 @@ def test_a_series_that_holds_several_images_is_told(tmp_path: Path) -> None:
     write_dicom_series(tmp_path / "b", volume(), series="2")
     found = listing(tmp_path)
     assert len(found.cases) == 3
-    assert said(found, "SERIES_SPLIT").startswith("1 DICOM series hold 2 images")
+    assert said(found, "SERIES_SEVERAL").startswith("1 DICOM series hold 2 images")
 
 
 def test_labels_of_a_series_that_is_not_there_are_told_and_one_broken_object_stops_nothing(tmp_path: Path) -> None:

@@ -409,7 +409,7 @@ def test_an_image_beyond_every_case_of_the_release_is_flagged_with_its_distance(
 def test_an_image_of_a_series_that_holds_several_is_doubted(tmp_path):
     write_series(tmp_path, edit=putting("PatientID", "other", (4, 5)))
     found = [predict_case(model(), source) for source in sources(tmp_path) if isinstance(source, Source)]
-    assert [codes(each) for each in found] == [{"SERIES_SPLIT"}] * 2
+    assert [codes(each) for each in found] == [{"SERIES_SEVERAL"}] * 2
     assert "holds 2 images" in found[0].doubts[0].words
     assert "this one has 2 slices" in found[1].doubts[0].words
 

@@ -25,12 +25,13 @@ from pydicom.uid import UID, CTImageStorage, DeflatedExplicitVRLittleEndian, Exp
 from pynetdicom import AE, build_context
 from uvicorn.server import ServerState
 
+from fedclient.data.findings import CATALOGUE
 from fedclient.serving.back import Back, NotTaken, store
 from fedclient.serving.commands import _say
 from fedclient.serving.guard import guarded
 from fedclient.serving.handed import Before, Handed
-from fedclient.serving.intake import Intake
-from fedclient.serving.jobs import Jobs, Overloaded, Room
+from fedclient.serving.intake import REPLACED, SPLIT, Intake
+from fedclient.serving.jobs import INCOMPLETE, Jobs, Overloaded, Room
 from fedclient.serving.multipart import BodyRefused, parts_of, time_left
 from fedclient.serving.receiver import Receiver, command_bytes, received, server_context
 from fedclient.serving.service import Service, listener
@@ -513,6 +514,10 @@ def with_facts(folder):
     """A worker's answer with a result.json."""
     write_json(folder / "out" / "image-1" / "result.json", {"notice": "n"})
     return {"images": [image("seg.dcm")], "unread": []}
+
+
+def test_what_was_withheld_is_told_by_codes_that_no_finding_or_doubt_has():
+    assert not {SPLIT, REPLACED, INCOMPLETE} & CATALOGUE.keys()
 
 
 def test_a_series_split_by_silence_is_predicted_on_again_as_a_whole(tmp_path, series):

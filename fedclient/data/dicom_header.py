@@ -10,7 +10,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +28,9 @@ from shared_models.errors import ImageUnreadable
 MAX_BYTES = 4 * 1024**3  # of a file, and of what a deflated one unpacks to
 MOST_HEAD = 1 << 22  # bytes that are read of a file for its head; what is passed over does not count
 MOST_VALUE = 1 << 18  # bytes of one value in a head
+MOST_PASSED = 1 << 19  # elements and items that are passed over in a head; as many take a second
 EACH_READ = 1 << 7  # what a read counts beside its bytes: of an item, be it empty, pydicom makes a kilobyte of objects
+_UNDEFINED = 0xFFFFFFFF  # the length of what a delimiter ends
 _LONG_VRS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
 BROKEN = (
     InvalidDicomError, BytesLengthException, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError,
@@ -67,8 +69,8 @@ def load_head(path: Path, tags: list[int]) -> Dataset:
     """Some elements of the groups up to 0028, without what comes after. For use inside `unbroken`.
 
     Raises:
-        ImageUnreadable: INPUT_TOO_LARGE, more than `MOST_HEAD` would have to be read, or a value of more than
-            `MOST_VALUE`: a sequence without a stated length cannot be passed over.
+        ImageUnreadable: INPUT_TOO_LARGE, more than `MOST_HEAD` would have to be read, a value of more than
+            `MOST_VALUE`, or sequences without a stated length passed over that hold more than `MOST_PASSED`.
     """
     with path.open("rb") as file:
         begin = _doubt(file)
@@ -76,7 +78,7 @@ def load_head(path: Path, tags: list[int]) -> Dataset:
         if begin:
             return _deflated_head(file, begin, tags)
         with _bounded(file) as head:
-            found = read_partial(head, _after_group_0028, force=True, specific_tags=list(tags))
+            found = read_partial(head, _stop(head, tags), force=True, specific_tags=list(tags))
         found.buffer = None
         return found
 
@@ -86,7 +88,7 @@ def _deflated_head(file: IO[bytes], begin: int, tags: list[int]) -> Dataset:
         meta = read_partial(head, force=True).file_meta
     unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(MOST_HEAD + MOST_VALUE), MOST_HEAD)
     with _bounded(io.BytesIO(unpacked), len(unpacked) < MOST_HEAD) as head:
-        found = read_dataset(head, False, True, stop_when=_after_group_0028, specific_tags=list(tags))
+        found = read_dataset(head, False, True, stop_when=_stop(head, tags), specific_tags=list(tags))
     found.file_meta = meta
     return found
 
@@ -101,7 +103,7 @@ class _Head:
     def __init__(self, file: IO[bytes], whole: bool = True) -> None:
         self.file, self.whole = file, whole
         self.seek, self.tell = file.seek, file.tell
-        self.read_bytes = 0
+        self.read_bytes = self.passed = 0
         self.spent = False
 
     def read(self, size: int = -1) -> bytes:
@@ -113,6 +115,37 @@ class _Head:
         self.spent = len(found) < size and not self.whole
         return found
 
+    def pass_over(self, explicit: bool) -> None:
+        """From the first item of a value without a stated length to its delimiter, of which pydicom makes no objects.
+
+        Args:
+            explicit: elements state their VR, but for those that stand in one of VR UN.
+        """
+        order, depth = "", 1
+        while len(begin := self.file.read(8)) == 8 and self.passed < MOST_PASSED:
+            self.passed += 1
+            if not order:
+                if begin[:2] not in (b"\xfe\xff", b"\xff\xfe"):  # no items: pydicom looks for the delimiter
+                    self.file.seek(-8, os.SEEK_CUR)
+                    return
+                order = "<" if begin[:1] == b"\xfe" else ">"
+            group, element, length = struct.unpack(f"{order}HHL", begin)
+            if (group, element) == (0xFFFE, 0xE0DD):
+                depth -= 1
+                if depth == 0:
+                    self.file.seek(-8, os.SEEK_CUR)
+                    return
+            elif group != 0xFFFE:
+                if explicit and begin[4:6].isalpha() and begin[4:6].isupper():
+                    if begin[4:6] in _LONG_VRS:
+                        (length,) = struct.unpack(f"{order}L", self.file.read(4))
+                    else:
+                        (length,) = struct.unpack(f"{order}H", begin[6:])
+                depth += length == _UNDEFINED
+            if length != _UNDEFINED:
+                self.file.seek(length, os.SEEK_CUR)
+        self.spent = len(begin) == 8 or not self.whole
+
 
 @contextmanager
 def _bounded(file: IO[bytes], whole: bool = True) -> Iterator[Any]:
@@ -123,8 +156,8 @@ def _bounded(file: IO[bytes], whole: bool = True) -> Iterator[Any]:
     finally:
         if head.spent:
             raise ImageUnreadable(
-                f"DICOM: more than {MOST_HEAD >> 20} MiB would have to be read to know what it is. Export it again "
-                f"without private elements.",
+                f"DICOM: more than {MOST_HEAD >> 20} MiB, or than {MOST_PASSED} elements of sequences, would have to "
+                f"be read to know what it is. Export it again without private elements.",
                 code="INPUT_TOO_LARGE",
             ) from None
 
@@ -160,8 +193,15 @@ def text(data: Dataset, keyword: str) -> str:
         return ""
 
 
-def _after_group_0028(tag: BaseTag, vr: str | None, length: int) -> bool:
-    return tag.group > 0x0028
+def _stop(head: _Head, tags: Container[int]) -> Callable[[BaseTag, str | None, int], bool]:
+    """Tells pydicom to end after group 0028, and takes `head` past sequences that are not among `tags`."""
+
+    def stop(tag: BaseTag, vr: str | None, length: int) -> bool:
+        if tag.group <= 0x0028 and length == _UNDEFINED and tag not in tags:
+            head.pass_over(vr is not None)
+        return tag.group > 0x0028
+
+    return stop
 
 
 def _doubt(file: IO[bytes]) -> int:

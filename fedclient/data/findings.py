@@ -44,7 +44,7 @@ CATALOGUE: dict[str, Kind] = {
     "SERIES_TILT": Kind("block", "a series taken with a tilted gantry", "Resample it upright, or leave it out."),
     "SERIES_DUPLICATE": Kind("block", "a series with slices twice", "Remove the copies."),
     "SERIES_MIXED": Kind("block", "several series where one is wanted", "Give each series a folder of its own."),
-    "SERIES_SPLIT": Kind(
+    "SERIES_SEVERAL": Kind(
         "warn", "a series that holds several images", "Look whether each is whole, and no part of another."
     ),
     "GEOMETRY_MISSING": Kind("block", "an image that does not say how it lies", "Export it with its orientation."),

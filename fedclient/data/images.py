@@ -77,6 +77,8 @@ def _read_folder(folder: Path) -> Volume:
     from fedclient.data.dicom import find_series, read_series
 
     found = find_series(folder)
+    if large := [str(error) for error in found.unreadable.values() if error.code == "INPUT_TOO_LARGE"]:
+        raise ImageUnreadable(large[0], "INPUT_TOO_LARGE")
     if found.unreadable:
         raise ImageUnreadable(
             f"DICOM: {len(found.unreadable)} files of the folder are broken. Copy or export the series again.",

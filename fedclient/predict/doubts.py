@@ -72,7 +72,7 @@ def _of_series(case: Case) -> list[Doubt]:
         f"its DICOM series holds {series.siblings + 1} images, by patient, kind, orientation or acquisition, of which "
         f"each is answered on its own; this one has {len(series.slices)} slices. Is it whole?"
     )
-    return [Doubt("SERIES_SPLIT", words)]
+    return [Doubt("SERIES_SEVERAL", words)]
 
 
 def _of_kind(study: Study, volume: Volume, picture: bool) -> list[Doubt]:

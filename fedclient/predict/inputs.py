@@ -150,9 +150,8 @@ def _series(paths: Sequence[Path], givens: dict[Path, int], given: int, study: S
 
     found = series_among(paths, inputs.passed)
     inputs.passed["object"] += len(found.objects)
-    for path in found.unreadable:
-        why = "DICOM: the file is broken or cut short. Copy or export it again."
-        inputs.found.append(Unread(_name("file", path), givens.get(path, given), "DICOM_UNREADABLE", why))
+    for path, error in found.unreadable.items():
+        inputs.found.append(Unread(_name("file", path), givens.get(path, given), error.code, str(error)))
     if not found.series and found.objects and not found.unreadable:
         why = f"DICOM: {len(found.objects)} objects and no image among them. Give the series itself."
         inputs.found.append(Unread("objects", given, "MODALITY_MISMATCH", why))

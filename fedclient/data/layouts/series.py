@@ -21,7 +21,10 @@ NOTES = {  # why files were passed over -> what they are
     "localiser": "files of localisers",
     "link": "links within the folder, passed over",
 }
-
+WHY = {  # of the codes of `Found.unreadable`
+    "DICOM_UNREADABLE": "are broken or cut short",
+    "INPUT_TOO_LARGE": "of DICOM say more of themselves than is read to know what they are",
+}
 
 KEPT = 16  # folders whose series stay in memory
 
@@ -75,14 +78,14 @@ def _gathered(root: Path) -> Gathered:
     findings = [
         finding("SERIES_LEFT_OUT", f"{count} {NOTES[why]}") for why, count in held.ignored.items() if why in NOTES
     ]
-    if held.unreadable:
-        findings.append(finding("DICOM_UNREADABLE", f"{len(held.unreadable)} files are broken or cut short"))
+    refused = Counter(error.code for error in held.unreadable.values())
+    findings += [finding(code, f"{count} files {WHY[code]}") for code, count in sorted(refused.items())]
     series, copies = _once(held)
     if copies:
         findings.append(finding("DUPLICATE", f"{copies} files are copies of others", severity="note"))
     if several := [n for n in Counter(each.uid for each in series if each.siblings).values() if n > 1]:
         what = f"{len(several)} DICOM series hold {sum(several)} images, by patient, kind, orientation or acquisition"
-        findings.append(finding("SERIES_SPLIT", f"{what}; each is a case of its own"))
+        findings.append(finding("SERIES_SEVERAL", f"{what}; each is a case of its own"))
     return Gathered(tuple(series), held.objects, tuple(findings))
 
 
