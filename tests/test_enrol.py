@@ -18,7 +18,7 @@ from fedserver import admission
 from fedserver import enrol as coordinator
 from fedserver.enrol import INVITE_S, Federation, Reply, enrol, init_federation, invite, open_federation
 from fedserver.lifecycle import revoke
-from fedserver.state import find_site, list_certificates, used_certificate
+from fedserver.state import find_site, list_certificates, redeem_invite, used_certificate
 from shared_models.errors import EnrolmentFailed, ProcessFailed, StateInvalid
 from shared_models.files import read_lines
 from shared_models.identity import (
@@ -400,7 +400,7 @@ def test_a_join_that_is_stopped_while_the_coordinator_thinks_is_run_again(
 ) -> None:
     with running_edge(tmp_path / "federation") as edge:
         word, home = invite(edge.federation, "north"), tmp_path / "north"
-        asked, asked_again, redeem = threading.Event(), threading.Event(), coordinator.redeem_invite
+        asked, asked_again = threading.Event(), threading.Event()
 
         def slow(*words: object) -> None:
             if not asked.is_set():
@@ -409,7 +409,7 @@ def test_a_join_that_is_stopped_while_the_coordinator_thinks_is_run_again(
             else:
                 asked_again.set()
                 time.sleep(0.5)
-            redeem(*words)  # type: ignore[arg-type]
+            redeem_invite(*words)  # type: ignore[arg-type]
 
         monkeypatch.setattr(coordinator, "redeem_invite", slow)
         code = f"from fedclient.enrol import join; from pathlib import Path; join({word!r}, Path({str(home)!r}))"
