@@ -43,6 +43,9 @@ from simulations.fixtures.dicom import write_dicom_series
 from simulations.fixtures.sown import person
 from tests.test_serving import SEG_FILE, Hands, Told, data_unit, heard, image, put, queue, stowed, until, web, whole
 
+# pynetdicom leaves sockets to the collector
+leaves_sockets = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def series(tmp_path_factory):
@@ -203,6 +206,8 @@ def test_stow_lets_a_series_under_way_finish_while_too_many_cases_wait_and_puts_
     with web(tmp_path, worker) as (ask, jobs, intake):
         body, headers = stowed([series[0].read_bytes()])
         assert ask("POST", "/dicom-web/studies", content=body, headers=headers).status_code == 200
+        running = put(jobs)
+        until(lambda: jobs.find(running).state == "running")  # it leaves the queue by that
         while not jobs.full:
             put(jobs)
         body, headers = stowed([path.read_bytes() for path in series[1:]])
@@ -251,9 +256,7 @@ def association(port: int) -> Association:
     return entity.associate("127.0.0.1", port, ae_title="FEDIMAGING")
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # pynetdicom leaves sockets to the collector
+@leaves_sockets
 @pytest.mark.parametrize(
     ("end", "expected"), [("release", WAITS), ("abort", WITHHELD), ("reset", WITHHELD), ("quota", WITHHELD)]
 )
@@ -304,9 +307,7 @@ def cut(link: Association, path: Path) -> None:
     plug.close()
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # pynetdicom leaves sockets to the collector
+@leaves_sockets
 @pytest.mark.parametrize("answered", [False, True])
 def test_an_object_that_is_cut_off_on_a_connection_of_its_own_is_known_to_lack(tmp_path, series, answered):
     with queue(tmp_path, Told(), done=lambda _: None, join_s=60.0) as (jobs, room):
@@ -595,9 +596,7 @@ def pacs(*classes: UID, status: Callable[[], int] = lambda: 0) -> Iterator[tuple
         server.shutdown()
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # pynetdicom leaves sockets to the collector
+@leaves_sockets
 def test_a_pacs_that_takes_no_segmentations_gets_the_other_results_and_the_log_says_so_once(series, caplog):
     with pacs(CTImageStorage) as (to, came):
         for _ in range(2):
@@ -724,9 +723,7 @@ def test_what_a_dicomweb_service_took_is_known_where_it_refused_another(series):
     assert refused.value.taken == [series[0]]
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # pynetdicom leaves sockets to the collector
+@leaves_sockets
 def test_one_result_that_pacs_refuses_keeps_no_other_from_it_and_none_is_sent_twice(tmp_path, series):
     files = {"seg.dcm": SEG_FILE, "a.dcm": series[0], "b.dcm": series[1]}
 
@@ -750,9 +747,7 @@ def test_one_result_that_pacs_refuses_keeps_no_other_from_it_and_none_is_sent_tw
     gc.collect()
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # pynetdicom leaves sockets to the collector
+@leaves_sockets
 @pytest.mark.parametrize("only", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
 def test_a_pacs_that_takes_one_encoding_alone_gets_results_in_it(tmp_path, only, monkeypatch):
     monkeypatch.setattr("pynetdicom._config.STORE_RECV_CHUNKED_DATASET", False)  # which a receiver has set
@@ -778,9 +773,7 @@ def test_a_pacs_that_takes_one_encoding_alone_gets_results_in_it(tmp_path, only,
     gc.collect()
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # pynetdicom leaves sockets to the collector
+@leaves_sockets
 def test_who_does_not_know_the_sender_is_told_apart_from_who_is_not_there():
     with pacs(SegmentationStorage) as (to, _), pytest.raises(NotTaken, match="Does it know the AE title US"):
         store(destination(str(to).replace("PACS", "ANOTHER")), [SEG_FILE], "US")
