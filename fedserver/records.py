@@ -7,7 +7,7 @@ from typing import Any
 
 from fedserver.state import list_rosters
 from shared_models.audit import HEAD, AuditLog
-from shared_models.audit_files import every_event
+from shared_models.audit_files import closings, every_event
 from shared_models.errors import UpdateRejected
 from shared_models.identity import verify
 from shared_models.roster import Roster, checked, read_signed
@@ -35,9 +35,7 @@ class Records:
 
     def closed(self, run: str, number: int) -> Mapping[str, Any] | None:
         """What the log, or one of an earlier key, says last of how a round of a run was closed; None where nothing."""
-        closed = (line["facts"] for line in every_event(self.log.path.parent, ("round-closed",)))
-        found = [facts for facts in closed if (facts.get("run"), facts.get("round")) == (run, number)]
-        return found[-1] if found else None
+        return closings(every_event(self.log.path.parent, ("round-closed",))).get((run, number))
 
     def roster(self) -> Roster | None:
         """The newest epoch, its signature verified once; None before a site has joined.

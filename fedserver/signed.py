@@ -4,13 +4,13 @@ It is kept as it came, so that years later anybody can tell with the hospital's 
 order was its, and the digest of the tensors that it sent: `round-closed` of the audit log names each by its envelope.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation
 from fedserver.state import list_rosters
 from shared_models.answers import SignedAnswer, envelope_of
-from shared_models.audit_files import every_event
+from shared_models.audit_files import closings, every_event
 from shared_models.envelope import Asked, Envelope
 from shared_models.errors import StateInvalid
 from shared_models.files import append_json, read_lines
@@ -39,17 +39,10 @@ def signed_lines(folder: RunFolder) -> Iterator[tuple[SignedAnswer, Envelope]]:
 
 
 def counted_answers(federation: Federation) -> dict[str, dict[str, int]]:
-    """Run -> SHA-256 of each envelope that the audit log, of earlier keys too, says was counted, and in which round.
-
-    Of a round that was done again, after its run's folder was restored from a backup, those count that it ended with.
-    """
-    rounds = dict[tuple[str, int], Iterable[str]]()
-    for closed in every_event(federation.folder, ("round-closed",)):
-        facts = closed["facts"]
-        rounds[facts["run"], facts["round"]] = facts.get("signed", {}).values()
+    """Run -> SHA-256 of each envelope that the audit log, of earlier keys too, says was counted, and in which round."""
     found: dict[str, dict[str, int]] = {}
-    for (run, number), envelopes in rounds.items():
-        found.setdefault(run, {}).update(dict.fromkeys(envelopes, number))
+    for (run, number), facts in closings(every_event(federation.folder, ("round-closed",))).items():
+        found.setdefault(run, {}).update(dict.fromkeys(facts.get("signed", {}).values(), number))
     return found
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,13 @@ def every_event(folder: Path, of: Collection[str]) -> Iterator[Mapping[str, Any]
     """The lines of some kinds of all logs of a party, in order, whatever key they were signed with."""
     for path in logs_of(folder):
         yield from events(path, of)
+
+
+def closings(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """(run, round) -> what the log says of how it closed: of a round that was done again, after its run's folder was
+    restored from a backup, as it ended last."""
+    closed = (line["facts"] for line in lines if line["event"] == "round-closed")
+    return {(facts["run"], facts["round"]): facts for facts in closed}
 
 
 def unnamed(folder: Path) -> Path | None:

@@ -23,6 +23,7 @@ from pydantic import Field
 from shared_models.answers import SignedAnswer, envelope_of
 from shared_models.audit import HEAD, LINE
 from shared_models.audit_check import Sealed, key_in, sealed
+from shared_models.audit_files import closings
 from shared_models.errors import FederationError, ReleaseInvalid, StateInvalid
 from shared_models.files import canonical_json
 from shared_models.identity import verify, vouched
@@ -197,8 +198,7 @@ def _check_audit(release: Release, key: bytes) -> list[str]:
     own = [line for line in lines if line["facts"]["run"] == origin.run]
     opened = [line["facts"]["study"] for line in lines if line["event"] == "run-opened"]
     plans = [line["facts"]["plan"] for line in own if line["event"] == "plan-made"]
-    closings = [line["facts"] for line in lines if line["event"] == "round-closed"]
-    rounds = {(facts["run"], facts["round"]): facts for facts in closings}  # one that was done again: as it ended last
+    rounds, closed = closings(lines), sum(line["event"] == "round-closed" for line in lines)
     ended = [line["facts"]["weights"] for line in own if line["event"] == "run-finished"]
     if set(opened) - {origin.study_sha256} or not opened:
         raise ReleaseInvalid(f"{AUDIT}: the log knows the run by another study than the manifest.", AUDIT)
@@ -217,7 +217,7 @@ def _check_audit(release: Release, key: bytes) -> list[str]:
     if more := sorted(site for site, rounds in counted.items() if rounds > origin.sites.get(site, 0)):
         raise ReleaseInvalid(f"{AUDIT}: the log counts {more[0]!r} more often than the manifest does.", AUDIT)
     signed = _check_answers(release, rounds.values())
-    again = f" (in {len(closings)} lines, for some were done again)" if len(closings) > len(rounds) else ""
+    again = f" (in {closed} lines, for some were done again)" if closed > len(rounds) else ""
     logs = f"; they go back to {len(extract.earlier)} logs of keys before, each sealed by the next"
     return [
         f"{len(lines)} lines of the coordinator's log are signed and in its tree of {extract.size} lines "
