@@ -11,16 +11,18 @@ round. So an order that comes again, an update that came too late and a process 
 
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedclient.site import Site
 from shared_models.errors import OrderRefused
 from shared_models.files import canonical_json, write_atomic
-from shared_models.parse import STRICT
-from shared_models.study import Study, canonical
+from shared_models.parse import STRICT, plain
+from shared_models.study import Study, canonical, from_json
 from shared_models.weights import Array, Arrays, load, save_arrays
 
+FINAL, FINAL_STUDY = "final.safetensors", "final.json"
+SENT = "sent.json"
 MOST_UNCOUNTED = 3  # rounds that were trained and not counted, whose update may still be counted late
 
 
@@ -63,8 +65,14 @@ def remember(folder: Path, round_number: int, counted: int, memory: Arrays) -> N
 
 def keep_final(folder: Path, study: Study, weights: Arrays) -> None:
     """Keeps what the run came to, so that the site can ask later what it was worth (`fedclient worth`)."""
-    write_atomic(folder / "final.json", canonical(study))
-    save_arrays(folder / "final.safetensors", weights)  # last: where it is there, both are
+    write_atomic(folder / FINAL_STUDY, canonical(study))
+    save_arrays(folder / FINAL, weights)  # last: where it is there, both are
+
+
+def final_study(folder: Path) -> Study:
+    """The study of a finished run, as it was trained."""
+    path = folder / FINAL_STUDY
+    return from_json(path.read_bytes(), str(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,7 @@ class Sent:
 
 def keep_sent(folder: Path, sent: Sent) -> None:
     """Replaces what is known of the order before: its weights are let go of."""
-    write_atomic(folder / "sent.json", canonical_json(asdict(sent)))
+    write_atomic(folder / SENT, canonical_json(plain(sent)))
 
 
 def own_path(folder: Path, base_sha256: str) -> Path:

@@ -16,7 +16,7 @@ from fedclient.alone import Told, plain_study, train_alone
 from fedclient.comparing import Kind, compared
 from fedclient.consent import Asked
 from fedclient.gate.run import usable_cases
-from fedclient.memory import memory_folder
+from fedclient.memory import FINAL, final_study, memory_folder
 from fedclient.site import Site
 from fedclient.worth import AnyScores
 from fedclient.worth_page import CALIBRATION, Page, sentence, texts, worth_page
@@ -25,7 +25,7 @@ from shared_models.figure_text import value_text
 from shared_models.files import locked, private_folder, write_atomic, write_json
 from shared_models.protect.privacy import Protect
 from shared_models.scores import NAMES, measure_of, row_of, value_in
-from shared_models.study import Study, from_json, sha256
+from shared_models.study import Study, sha256
 from shared_models.weights import Arrays, load
 
 NAMED = {
@@ -59,7 +59,7 @@ def left_of(site: Site, asked: Asked, run: str = "") -> Left:
     if asked.decision is None or asked.decision.verdict == "refused":
         raise StateInvalid(f"study {asked.study.name!r}: this site has not taken part in it ({asked.state}).")
     names = (asked.sha256, asked.sha256[:16])  # and as an earlier version has named it
-    found = [path for name in names for path in site.folder.glob(f"states/*-{name}/{site.name}/final.safetensors")]
+    found = [path for name in names for path in site.folder.glob(f"states/*-{name}/{site.name}/{FINAL}")]
     known = sorted(found, key=_time)
     runs = {path.parent.parent.name.rsplit("-", 1)[0]: path for path in known}
     if run and run not in runs:
@@ -71,9 +71,8 @@ def left_of(site: Site, asked: Asked, run: str = "") -> Left:
         )
     name = run or list(runs)[-1]
     folder = memory_folder(site, name, asked.sha256)
-    study = from_json((folder / "final.json").read_text(encoding="utf-8"), str(folder / "final.json"))
     own = sorted(folder.glob("own-*.safetensors"), key=_time)
-    return Left(name, study, load(folder / "final.safetensors"), load(own[-1]) if own else None)
+    return Left(name, final_study(folder), load(folder / FINAL), load(own[-1]) if own else None)
 
 
 def _time(path: Path) -> int:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedclient.data.cases import Case, Channel, read_case
+from fedclient.memory import FINAL, FINAL_STUDY, final_study
 from fedclient.overlay import Panel, displayed, drawn
 from fedclient.training.maps import Explained, Method, channel_of, explain
 from fedclient.training.sanity import LIMITS
@@ -109,13 +110,13 @@ def model_at(path: Path, study: str = "") -> Trained:
                 f"Give the folder of the run, which does; at a site that of a finished run is site/states/RUN-.../SITE."
             )
         return Trained(named, (path,))
-    left = path / "final.json"
-    if not left.is_file() and not (path / "study.json").is_file():
+    left = (path / FINAL_STUDY).is_file()
+    if not left and not (path / "study.json").is_file():
         raise StateInvalid(f"{path}: is neither a weights file nor the folder of a run. Give one of them.")
     if study:
         raise StudyInvalid(f"{path}: a run has a study of its own. Leave --study out.")
-    if left.is_file():
-        return Trained(from_json(left.read_bytes(), str(left)), (path / "final.safetensors",))
+    if left:
+        return Trained(final_study(path), (path / FINAL,))
     made = from_json((path / "study.json").read_bytes(), str(path / "study.json"))
     if made.plan == "federated":
         if not (path / "plan.json").is_file():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedclient.data.cases import Case, read_case
 from fedclient.data.truths import has_truth
 from fedclient.gate.run import usable_cases
-from fedclient.memory import Sent
+from fedclient.memory import FINAL, SENT, Sent
 from fedclient.site import Site
 from fedclient.training.explaining import Trained, around, model_at
 from fedclient.training.uncertainty import augmented
@@ -172,7 +172,7 @@ def received(site: Site, study: Study, digest: str) -> Received:
     newest = sorted(site.folder.glob(f"states/*-{digest}/{site.name}"), key=_came_ns, reverse=True)
     for folder in newest:
         run = folder.parent.name.removesuffix(f"-{digest}")
-        note, final = folder / "sent.json", folder / "final.safetensors"
+        note, final = folder / SENT, folder / FINAL
         if note.exists():
             sent = parse_json(Sent, note.read_bytes(), str(note), StateInvalid)
             blob = site.folder / "blobs" / sent.sha256
@@ -188,7 +188,7 @@ def received(site: Site, study: Study, digest: str) -> Received:
 
 
 def _came_ns(folder: Path) -> int:
-    files = [folder / "sent.json", folder / "final.safetensors"]
+    files = [folder / SENT, folder / FINAL]
     return max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)
 
 
