@@ -204,13 +204,14 @@ def released(fingerprint: Fingerprint, smallest_count: int) -> Fingerprint:
     """The fingerprint, if it may leave its site as it is.
 
     Raises:
-        OrderRefused: `FEW_CASES`: of fewer cases than `smallest_count` only a sum with other sites may be seen.
+        OrderRefused: `FEW_CASES`: of fewer cases than `smallest_count`, all of them or those in whose labels grey
+            levels were counted, only a sum with other sites may be seen.
     """
-    if fingerprint.cases < smallest_count:
+    if min(fingerprint.cases, fingerprint.labelled) < smallest_count:
         raise OrderRefused(
             "FEW_CASES",
-            f"{fingerprint.cases} cases for training, counts of fewer than {smallest_count} do not leave this site. "
-            f"Add cases, or take part in studies whose plan is given.",
+            f"{fingerprint.cases} cases for training, something is marked in {fingerprint.labelled}; counts of fewer "
+            f"than {smallest_count} do not leave this site. Add cases, or take part in studies whose plan is given.",
         )
     return fingerprint
 

@@ -272,10 +272,13 @@ def test_a_site_cannot_claim_a_million_cases_or_another_modality_or_no_label(one
 
 
 def test_a_site_with_few_cases_keeps_its_counts(one):
-    with pytest.raises(OrderRefused, match="1 cases for training, counts of fewer than 11 do not leave") as found:
+    with pytest.raises(OrderRefused, match=r"1 cases for training, .*; counts of fewer than 11 do not leave") as found:
         released(one, 11)
     assert found.value.code == "FEW_CASES"
     assert released(one, 1) is one
+    none = replace(one, labelled=0, intensity=(0,) * len(one.intensity), present=(0,) * len(one.present))
+    with pytest.raises(OrderRefused, match="100 cases for training, something is marked in 1;"):
+        released(total([one, *[none] * 99]), 11)  # the grey levels of its lesions are those of one patient
 
 
 # --- the planner
