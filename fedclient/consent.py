@@ -34,6 +34,8 @@ MOST_PENDING = 200  # studies that nobody has decided on; a coordinator that sen
 DAY_S = 86400.0  # in which the policy decides on MOST_A_DAY new studies
 POLICY = "policy"  # who decided, where nobody was asked
 
+MOST_REASON = 500  # characters
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -44,7 +46,7 @@ class Decision:
     by: Annotated[str, Field(max_length=200)]
     at_s: float
     until_s: float | None = None
-    reason: Annotated[str, Field(max_length=500)] = ""
+    reason: Annotated[str, Field(max_length=MOST_REASON)] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +167,11 @@ def decide(
         also_alike: approves a study although it reads the same as another one, and secure sums hide less for that.
 
     Raises:
-        StateInvalid: a study outside the policy cannot be approved, nor one that is like another unless `also_alike`.
+        StateInvalid: a study outside the policy cannot be approved, nor one that is like another unless `also_alike`;
+            a reason that is too long to be read back.
     """
+    if len(reason) > MOST_REASON:
+        raise StateInvalid(f"a reason of {len(reason)} characters: give at most {MOST_REASON}.")
     study = read_asked(site, digest).study if verdict == "approved" else None
     if study is not None and (found := list(objections(site.policy, study))):
         raise StateInvalid(

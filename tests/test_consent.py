@@ -244,6 +244,8 @@ def test_a_study_waits_until_somebody_approves_it(edge, hospitals):
     assert refused(order(edge), site).code == "APPROVAL_PENDING"
     (asked,) = list_asked(site)
     assert (asked.study, asked.state) == (STUDY, "pending")
+    with pytest.raises(StateInvalid, match="at most 500"):
+        decide(site, asked.sha256, "approved", "x" * 501)
     decide(site, asked.sha256, "approved", "ethics vote 12")
     assert admitted(order(edge), site).name == "north"
     assert admitted(order(edge, run="again"), site).name == "north"
