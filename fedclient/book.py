@@ -118,12 +118,22 @@ class Book:
             if line["event"] in ALARMS:
                 self.alarms.append(line)
                 return
+            line = self._told_whose(line)
             if line["event"] == "sent":
                 self._sent({"time": float(line["time"]), **line["facts"]})
             elif line["event"] == "order-refused":
                 self.refused, self.last_refused = self.refused + 1, told_of(line)
             self.work = worked(self.work, line)
             self._run(line)
+
+    def _told_whose(self, line: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A bare error code, whose line names no run, ends the order under way: it failed before there was a reply."""
+        if line["event"] != "sent" or line["facts"].get("kind") != "code":
+            return line
+        whose = {key: self.work[key] for key in ("run", "round")} if self.work is not None else {}
+        line = {**line, "facts": {**line["facts"], **whose}}
+        self.refused, self.last_refused = self.refused + 1, told_of(line)
+        return line
 
     def _sent(self, line: dict[str, Any]) -> None:
         size, kind = int(line["bytes"]), str(line["kind"])

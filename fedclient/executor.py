@@ -299,18 +299,16 @@ def _answer_lost_task(address: str, path: Path) -> None:
     with _client(address, token=kept["token"]) as client, suppress(httpx.HTTPError):
         waiting = client.PullMessages(PullAppMessagesRequest()).messages_list  # one that was not taken before
         protos = [*waiting, *(MessageProto.FromString(base64.b64decode(kept[k])) for k in ("order",) if k in kept)]
-        lost = Error(EXECUTOR_LOST, "EXECUTOR_RESTARTED")
+        number, code = EXECUTOR_LOST, "EXECUTOR_RESTARTED"
         if is_over(kept):  # the coordinator does not ask such a site again in this round
-            lost = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, TRAIN_TIMEOUT)
-            release_code(path.parent.parent, TRAIN_TIMEOUT)
+            number, code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION, TRAIN_TIMEOUT
         for order in map(message_from_proto, protos[:1]):
-            reply = Message(lost, reply_to=order)
+            release_code(path.parent.parent, code)
+            reply = Message(Error(number, code), reply_to=order)
             run_id, node_id = order.metadata.run_id, order.metadata.dst_node_id
             flower.push_message(client, reply, Context(run_id, node_id, {}, RecordDict(), {}))
-            log.warning(
-                "told the node that the order of message %s ended as %s", order.metadata.message_id, lost.reason
-            )
-        flower.push_task_output(client=client, context=None, sub_status="failed", details=lost.reason)
+            log.warning("told the node that the order of message %s ended as %s", order.metadata.message_id, code)
+        flower.push_task_output(client=client, context=None, sub_status="failed", details=code)
     path.unlink(missing_ok=True)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from fedclient.book import MOST_RUNS, MOST_SENT, Book
+from fedclient.book import MOST_RUNS, MOST_SENT, Book, newest
 from fedclient.consent import list_asked
 from fedclient.gpus import Gpu, gpus
 from fedclient.ledger import Reservation, open_ledger
@@ -167,6 +167,17 @@ def test_what_a_run_waits_for_here_is_told_by_its_last_event(site):
         ("spoilt", "bad", "order refused"),
         ("toy", "good", "scoring the model done"),
     ]
+
+
+def test_an_order_that_failed_before_it_had_a_reply_is_not_under_way(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    line(path, "order", 1.0, run="a", round=3, kind="train", study="0" * 64)
+    line(path, "sent", 2.0, kind="code", bytes=13, sha256="x", code="OUT_OF_MEMORY")
+    book = Book(tmp_path)
+    book.look()
+    assert book.work is None
+    assert (book.refused, book.last_refused) == (1, {**(book.last_refused or {}), "run": "a", "code": "OUT_OF_MEMORY"})
+    assert [(run.state, run.code, run.rounds) for run in newest(book)] == [("refused", "OUT_OF_MEMORY", 0)]
 
 
 def test_a_study_that_waits_for_a_person_stands_first_and_is_counted(site):
