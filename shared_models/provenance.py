@@ -14,7 +14,7 @@ A hospital that keeps heads of the coordinator's log (`fedclient audit verify`) 
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -227,11 +227,13 @@ def _check_audit(release: Release, key: bytes) -> list[str]:
     ]
 
 
-def _check_answers(release: Release, rounds: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every update that the log says was counted was signed by its hospital, for that round of that run."""
+def _check_answers(release: Release, rounds: Collection[Mapping[str, Any]]) -> list[str]:
+    """Every update that the log says a hospital signed was signed by it, for that round of that run; how many were
+    counted without that is told."""
+    unsigned = sum(len({*facts["counted"]} - _on_time(facts.get("signed", {}))) for facts in rounds)
     named = [(digest, label, facts) for facts in rounds for label, digest in facts.get("signed", {}).items()]
-    if not named:  # of releases before hospitals signed their answers
-        return []
+    if not named:
+        return [f"{unsigned} updates were counted, and none of them is signed by its hospital"] if unsigned else []
     found = parse_json(Answers, _bytes(release, ANSWERS), ANSWERS, ReleaseInvalid).answers
     known = {answer.sha256: answer for answer in found}
     roster = read_signed(_bytes(release, ROSTER), ROSTER).roster
@@ -250,9 +252,16 @@ def _check_answers(release: Release, rounds: Iterable[Mapping[str, Any]]) -> lis
             raise ReleaseInvalid(f"{ANSWERS}: {site!r} signed round {facts['round']} of another run or study.", ANSWERS)
         earlier += roster.sites.get(site) != answer.key
     gone = f"; {earlier} under keys that its roster no longer has" if earlier else ""
+    bare = f"; {unsigned} more were counted that no hospital has signed" if unsigned else ""
     return [
-        f"{len(named)} updates that were counted are signed by their hospitals, each for its round of its run{gone}"
+        f"{len(named)} updates that were counted are signed by their hospitals, each for its round of its run"
+        f"{gone}{bare}"
     ]
+
+
+def _on_time(signed: Iterable[str]) -> set[str]:
+    """The sites of labels of `round-closed` that are not of late answers."""
+    return {site for site, _, late in map(_labelled, signed) if not late}
 
 
 def _labelled(label: str) -> tuple[str, str, str]:

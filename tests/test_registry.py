@@ -56,6 +56,7 @@ from shared_models.provenance import (
     ROSTER,
     Extract,
     Leaf,
+    _check_answers,
     _check_audit,
     against_kept,
     check_provenance,
@@ -173,6 +174,13 @@ def test_what_a_hospital_has_not_signed_counts_for_nothing_in_the_evidence(copy,
         found = spoilt(Path(shutil.copytree(copy, tmp_path / str(n))), hospitals, ANSWERS, change)
         assert found.file == ANSWERS
         assert words in str(found)
+
+
+def test_what_was_counted_and_no_hospital_signed_is_told(copy, trust):
+    release = open_release(copy, trust)
+    lines = [{"run": "lung", "round": 1, "counted": ["north", "ghost"], "signed": {}, "weights": "x"}]
+    assert _check_answers(release, lines) == ["2 updates were counted, and none of them is signed by its hospital"]
+    assert _check_answers(release, [{**lines[0], "counted": []}]) == []
 
 
 def spoilt(copy: Path, hospitals: Hospitals, name: str, change: Any) -> ReleaseInvalid:
