@@ -184,7 +184,8 @@ def _is_left_out(name: str) -> bool:
     """Of a file, or of a folder whose name ends with a slash: what is secret, not needed, or there for a moment."""
     base = PurePosixPath(name).name
     journal = base.endswith((".db-wal", ".db-shm", ".db-journal"))
-    passing = base.endswith((".part", ".lock")) or base.startswith(".making.") or "/spool/" in name
+    spooled = PurePosixPath(name).parts[2:3] == ("spool",)  # of runs/RUN, and not a run of that name
+    passing = base.endswith((".part", ".lock")) or base.startswith(".making.") or spooled
     return journal or passing or name.startswith((*SECRET, *LEFT_OUT))
 
 

@@ -87,6 +87,16 @@ def test_what_comes_back_is_what_was_there(federation, tmp_path):
     assert happened == ["opened", "founded", "invited", "run-queued", "restored"]
 
 
+def test_a_run_that_is_called_spool_is_in_the_backup_and_what_runs_have_spooled_is_not(federation, tmp_path):
+    for name in ("spool/state.json", "toy-1/spool/update.safetensors"):
+        (federation.folder / "runs" / name).parent.mkdir(parents=True)
+        (federation.folder / "runs" / name).write_text("{}")
+    backup(federation, tmp_path / "b.tar", WORDS)
+    restore(tmp_path / "b.tar", tmp_path / "again", WORDS)
+    found = [p.relative_to(tmp_path / "again").as_posix() for p in (tmp_path / "again" / "runs").rglob("*.*")]
+    assert found == ["runs/spool/state.json"]
+
+
 class Stopped(Exception):
     """The machine went away here."""
 
