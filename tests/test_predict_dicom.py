@@ -290,9 +290,13 @@ def test_results_carry_the_patient_and_the_study_and_their_messages_do_not(tmp_p
     assert NAME not in repr(found)
 
 
-def test_a_header_without_what_dicom_asks_for_still_bears_results(tmp_path):
-    bare = [without(keyword) for keyword in ("StudyInstanceUID",)]
-    write_series(tmp_path / "ct", edit=lambda k, data: [edit(k, data) for edit in bare])
+def _empty_study(_: int, data: Dataset) -> None:
+    data.StudyInstanceUID = ""
+
+
+@pytest.mark.parametrize("edit", [without("StudyInstanceUID"), _empty_study])
+def test_a_header_without_its_study_bears_no_dicom_result(tmp_path, edit):
+    write_series(tmp_path / "ct", edit=edit)
     found = predict_case(model(), tmp_path / "ct")
     with pytest.raises(Exception, match="does not bear a result"):
         write_case(found, "case", tmp_path, DICOM)

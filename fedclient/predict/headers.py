@@ -28,6 +28,7 @@ EMPTY = (  # type 2: what results repeat must be there, and may be empty
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "ReferringPhysicianName", "PositionReferenceIndicator",
 )  # fmt: skip
+UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")  # type 1
 WHEN: Mapping[str, Callable[[Any], object]] = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
 SEXES = ("M", "F", "O")
 SHARED = ("PlaneOrientationSequence", "PixelMeasuresSequence")
@@ -79,6 +80,9 @@ def read_headers(source: Source) -> Headers:
         if not all({"ReferencedSOPClassUID", "ReferencedSOPInstanceUID"} <= {*item.dir()} for item in _studies(first)):
             del first.ReferencedStudySequence  # results repeat it, and half a reference is none
         _empty_what_is_malformed(first)
+        for keyword in UIDS:
+            if keyword in first and not first.get(keyword):
+                delattr(first, keyword)  # an empty one refers to nothing: no result without it
         _say_in_utf8(first)
         if len(source.files) == 1:  # of many frames, or of one whose place stands in functional groups
             _share(first)
