@@ -46,7 +46,8 @@ class Refusals:
             self.counts.setdefault((code, site if known else ""), Count()).untold += 1
 
     def write(self, all_of_it: bool = False) -> None:
-        """Writes a line for each kind whose turn has come, or for all that is not told yet."""
+        """Writes a line for each kind whose turn has come, or for all that is not told yet; what cannot be written is
+        kept."""
         now, due = self.clock(), list[tuple[str, str, int]]()
         with self.lock:
             for (code, site), count in list(self.counts.items()):
@@ -56,5 +57,15 @@ class Refusals:
                     count.pause_s = min(2 * count.pause_s, LONGEST_PAUSE_S)
                 elif now >= count.next_at + count.pause_s:  # it has ended
                     del self.counts[code, site]
-        for code, site, times in due:
-            self.log().add("refused", code=code, times=times, **({"site": site} if site else {}))
+        due.reverse()  # the first is written first
+        while due:
+            code, site, times = due[-1]
+            try:
+                self.log().add("refused", code=code, times=times, **({"site": site} if site else {}))
+            except Exception:  # a full disk: they are told once there is room
+                with self.lock:
+                    for kind, name, untold in due:
+                        count = self.counts.setdefault((kind, name), Count())
+                        count.untold, count.next_at = count.untold + untold, now
+                raise
+            due.pop()

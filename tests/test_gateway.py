@@ -1,4 +1,7 @@
+"""The one door: who is let in, what is found behind it, and its bounds in bytes, time and connections."""
+
 import asyncio
+import errno
 import hashlib
 import http.client
 import logging
@@ -699,6 +702,26 @@ def test_what_is_refused_stands_in_the_audit_log_and_a_flood_of_it_as_a_count(tm
     for number in range(2 * MOST_KINDS):
         refusals.note("NOT_ENROLLED", f"s{number}")
     assert len(refusals.counts) <= MOST_KINDS + 1
+
+
+def test_refusals_that_a_full_disk_keeps_from_the_log_are_told_once_there_is_room(tmp_path: Path) -> None:
+    log, full = AuditLog(tmp_path / "audit.jsonl", "Test", new_site_keys().identity), [True]
+
+    def opened() -> AuditLog:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return log
+
+    refusals = Refusals(opened, clock=lambda: 0.0)
+    for _ in range(5000):
+        refusals.note("NO_CERTIFICATE")
+        refusals.note("NODE_KEY", "south")
+    with pytest.raises(OSError, match="No space"):
+        refusals.write()
+    full.clear()
+    refusals.write()
+    told = [line["facts"] for line in read_lines(log.path)[1:]]
+    assert told == [{"code": "NO_CERTIFICATE", "times": 5000}, {"code": "NODE_KEY", "times": 5000, "site": "south"}]
 
 
 def test_an_allowance_is_spent_and_comes_back() -> None:
