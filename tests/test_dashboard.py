@@ -402,6 +402,17 @@ def test_a_listener_gets_every_section_and_then_an_id():
     played(story)
 
 
+def test_a_page_that_nobody_has_looked_at_yet_tells_of_no_look():
+    async def story(feed: Feed, _: Changing) -> None:
+        stream = feed.events("lung-1", "", lambda: True)
+        frames = [await anext(stream) for _ in range(5)]
+        states = [json.loads(each["data"]) for each in events(frames) if each.get("event") == "state"]
+        assert states
+        assert all(state["looked"] > 0 for state in states), "not as of 1970"
+
+    played(story)
+
+
 def test_no_content_begins_a_field_of_its_own():
     content = "x\n\nevent: state\nid: 9\ndata: {}\r\rretry: 1"
     (told,) = events([feeds.frame("section", {"html": content})])

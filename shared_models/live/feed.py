@@ -156,6 +156,8 @@ class Feed:
         sent = self.heard(last_id)
         try:
             yield f"retry: {RETRY_MS}\n\n".encode()
+            while not page.looked_s and not page.trouble and allowed():  # nothing was looked at yet, so nothing is told
+                await self._hear(self.number)
             while allowed():
                 upto, told = self.number, page.trouble
                 for name, (changed, html) in sorted(page.sections.items(), key=lambda item: item[1][0]):
@@ -180,8 +182,8 @@ class Feed:
 
 
 def _sign(page: Page) -> dict[str, float]:
-    """The time now and of the last look, by this machine's clock."""
-    return {"now": time.time(), "looked": page.looked_s}
+    """The time now and of the last look, where there was one, by this machine's clock."""
+    return {"now": time.time(), **({"looked": page.looked_s} if page.looked_s else {})}
 
 
 def frame(event: str, content: Mapping[str, object], number: str | None = None) -> bytes:

@@ -128,7 +128,7 @@ function lose() {
   warn("lost", "The process that serves this page does not answer: it has ended or hangs.");
 }
 
-function hear({ now, looked, trouble }) {
+function hear({ now, looked = Date.parse(asof.dateTime) / 1000, trouble }) {
   heard = Date.now();
   ahead = Math.abs(now * 1000 - heard) < 1000 ? 0 : now * 1000 - heard;
   asof.dateTime = new Date(looked * 1000).toISOString();
