@@ -204,7 +204,10 @@ def memory_bytes(proc: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/f
     limit, used = groups / "memory.max", groups / "memory.current"
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         most = int(limit.read_text())
-        total, free = min(total, most), min(free, max(0, most - int(used.read_text())))
+        stat = groups / "memory.stat"
+        rows = dict(row.split() for row in stat.read_text().splitlines()) if stat.exists() else {}
+        taken = int(used.read_text()) - int(rows.get("inactive_file", 0))  # files read: given up as soon as one asks
+        total, free = min(total, most), min(free, max(0, most - taken))
     return total, free
 
 

@@ -260,6 +260,8 @@ def test_memory_is_that_of_the_container_where_that_is_less(tmp_path):
     assert memory_bytes(tmp_path / "meminfo", tmp_path) == (8 << 30, 4 << 30)
     (tmp_path / "memory.max").write_text(f"{2 << 30}\n")
     assert memory_bytes(tmp_path / "meminfo", tmp_path) == (2 << 30, 1 << 30)
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {1 << 29}\n")
+    assert memory_bytes(tmp_path / "meminfo", tmp_path) == (2 << 30, 3 << 29), "files that were read are given up"
 
 
 @pytest.fixture
