@@ -81,6 +81,13 @@ def write_json(path: Path, value: object) -> None:
     write_atomic(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
 
 
+def write_named(folder: Path, name: str, value: object) -> Path:
+    """FOLDER/NAME-HASH.json, called by its content, so that another one never takes the place of one in use."""
+    path = folder / f"{name}-{hashlib.sha256(canonical_json(value)).hexdigest()[:12]}.json"
+    write_json(path, value)
+    return path
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 

@@ -9,7 +9,7 @@ from fedclient.data.listing import list_cases
 from fedclient.data.truths import has_truth
 from fedclient.site import open_site
 from shared_models.errors import StudyInvalid
-from shared_models.files import write_json
+from shared_models.files import write_named
 from shared_models.study import Study
 from simulations.engine import NodeConfig
 
@@ -19,8 +19,8 @@ def hidden(
 ) -> Mapping[str, NodeConfig]:
     """What the nodes are told, so that of each only a `share` of the training patients, rounded up, has labels.
 
-    Who has is a function of the patient: a smaller share is a part of a larger one. Writes FOLDER/hidden.json, the
-    keys of the cases whose labels are hidden, for all nodes; validation and test patients keep theirs.
+    Who has is a function of the patient: a smaller share is a part of a larger one. Writes FOLDER/hidden-HASH.json,
+    the keys of the cases whose labels are hidden, for all nodes; validation and test patients keep theirs.
 
     Raises:
         StudyInvalid: a share that is not above 0, or above 1.
@@ -38,8 +38,7 @@ def hidden(
         kept = set(ordered[: ceil(share * len(ordered))])
         keys |= {case.key for case in cases if case.patient not in kept}
         say(f"{name}: labels of {len(kept)} of {len(ordered)} training patients")
-    path = folder / "hidden.json"
-    write_json(path, {"hidden": sorted(keys)})
+    path = write_named(folder, "hidden", {"hidden": sorted(keys)})
     return {name: {**config, "hidden": str(path)} for name, config in nodes.items()}
 
 

@@ -25,7 +25,7 @@ from fedclient.data.manifest import Progress
 from fedclient.data.truths import classes_of, has_truth, number_in
 from fedclient.site import open_site
 from shared_models.errors import ImageUnreadable, StudyInvalid
-from shared_models.files import write_json
+from shared_models.files import write_named
 from shared_models.seeds import rng
 from shared_models.study import Study
 from simulations.engine import NodeConfig
@@ -151,7 +151,7 @@ def partitioned(
 ) -> dict[str, NodeConfig]:
     """Site -> what its node is told, of `sites` made-up sites over all cases of `nodes`.
 
-    Writes FOLDER/partition.json: the keys of each site's cases. They say nothing without the data.
+    Writes FOLDER/partition-HASH.json: the keys of each site's cases. They say nothing without the data.
 
     Raises:
         StudyInvalid: too few patients.
@@ -166,8 +166,9 @@ def partitioned(
     for name, part in zip(names, parts, strict=True):
         of = Counter(person.split for person in part)
         say(f"{name}: {', '.join(f'{of[split]} {split}' for split in SPLITS)} patients")
-    path = folder / "partition.json"
-    write_json(path, {"kind": how.kind, "alpha": str(how.alpha), "seed": study.seed, "sites": keys})
+    path = write_named(
+        folder, "partition", {"kind": how.kind, "alpha": str(how.alpha), "seed": study.seed, "sites": keys}
+    )
     whole = pooled([*nodes.values()])
     return {name: {**whole, "site": name, "chosen": str(path), "part": name} for name in names}
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from fedclient.data.listing import list_cases
 from fedclient.site import open_site
 from shared_models.errors import StudyInvalid
-from shared_models.files import read_json
 from shared_models.study import Model, Study
 from shared_models.task_table import Task
 from simulations.engine import NodeConfig
@@ -121,7 +120,11 @@ def test_made_up_sites_share_the_cases_of_a_table_and_pooled_training_has_them_a
     assert len(of_all) == 48
     assert sorted(keys(pooled([*made.values()]))) == of_all
     assert [line.partition(":")[0] for line in said] == ["part-01", "part-02", "part-03", "part-04"]
-    assert "p00" not in str(read_json(tmp_path / "out" / "partition.json"))
+    [written] = (tmp_path / "out").glob("partition-*.json")
+    assert "p00" not in written.read_text()
+    partitioned(STUDY, real, partition_named("dirichlet:0.1"), 4, tmp_path / "out", said.append)
+    assert sorted(key for config in made.values() for key in keys(config)) == of_all
+    assert len({*(tmp_path / "out").glob("partition-*.json")}) == 2, "the sites of a run that goes on stay as they were"
 
 
 def test_classes_of_a_patient_are_those_of_all_its_images(tmp_path):
