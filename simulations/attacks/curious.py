@@ -6,6 +6,7 @@ both sides: every masked vector and every message is kept, and what the shares t
 is taken off again.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,6 +170,7 @@ def listened(study: Study, nodes: Mapping[str, NodeConfig], folder: Path, name: 
         train=replace(study.train, local_steps=STEPS),
         rounds=replace(study.rounds, count=1, quorum=len(nodes), cohort=1.0),
     )
+    shutil.rmtree(folder / name, ignore_errors=True)  # of an attack before, or of one that was stopped
     run = create_run(folder / name, "round", short, nets.initial_weights(short))
     listening: Any = Listening()
     run_local(run.path, {site: {**config, "work": str(folder)} for site, config in nodes.items()}, app=listening)
