@@ -65,7 +65,10 @@ def join(
     from fedclient.site import Data, SiteFile, site_toml
 
     if (site / "site.toml").exists():
-        raise EnrolmentFailed(f"{site}: belongs to a federation already. Use another folder with --site.")
+        raise EnrolmentFailed(
+            f"{site}: belongs to a federation already. To change its data, edit [data] of "
+            f"{site / 'site.toml'}; to join another federation, use another folder with --site."
+        )
     if not data.is_dir():
         raise EnrolmentFailed(f"{data}: is no folder. Point --data to the folder that holds the images.")
     if not _is_text(str(data.resolve())):  # before the invite is spent: site.toml is UTF-8

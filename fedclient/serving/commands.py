@@ -90,7 +90,7 @@ def serve_model(
 ) -> None:
     """Answers images from PACS, DICOMweb, REST and a page with a released model, until Ctrl-C. Not for diagnosis.
 
-    Options go before [serve] of site.toml. Nothing received is trained on, and nothing leaves but to --return-to.
+    Options go before \\[serve] of site.toml. Nothing received is trained on, and nothing leaves but to --return-to.
     """
     from fedclient.serving.logs import own_lines_only
     from fedclient.serving.service import Service
