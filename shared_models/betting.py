@@ -106,9 +106,3 @@ class _Bets:
         np.put_along_axis(self.counts[:begun], at, held + 1, axis=4)
         wealth: NDArray[np.float64] = np.exp(np.minimum(self.log, 600.0)).mean(axis=(0, 1))
         return wealth
-
-
-def windows(profiles: Sequence[Profile], cases: Sequence[Cells], digest: str) -> list[Window]:
-    """All cases of a release, a window at a time; the last may be short."""
-    begins = range(0, len(cases), WINDOW)
-    return [watched(profiles, cases[n : n + WINDOW], (digest, n // WINDOW)) for n in begins]

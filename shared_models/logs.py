@@ -24,7 +24,6 @@ MOST_WORDS = 4000  # characters of one message
 MOST_RUN_LOGS = 50  # a process for each run has a log of its own
 POLL_S = 0.5
 SECRETS = re.compile(r"fl1\.[A-Za-z0-9_.=-]+|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*-----|$)", re.DOTALL)
-LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 @dataclass(slots=True)

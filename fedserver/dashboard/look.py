@@ -25,7 +25,6 @@ from shared_models.identity import identity_public_key
 from shared_models.live import pages
 
 SECTIONS = ("alarms", "summary", "now", "run", "charts", "matrix", "cost", "studies", "sites", "audit", "releases")
-OF_RUN = ("run", "charts", "matrix", "cost")  # follow from the run that is looked at; the others are the same for all
 KEPT_REPORTS = 32
 
 

@@ -16,7 +16,6 @@ from shared_models.parse import STRICT, RunId, Sha256, SiteName, plain
 from shared_models.protect.prg import derive, framed
 from shared_models.protect.ring import MOST_SITES, Encoding
 
-PROTOCOL = "sfl-secagg/1"
 LEAST_SITES = 3  # of two, each knows the other's update from the sum
 PositiveFloat = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 
