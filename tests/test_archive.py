@@ -1,3 +1,5 @@
+"""The app as Flower ships it: the same bytes everywhere, no code in it; Flower quiet, pinned and off the proxy."""
+
 import hashlib
 import io
 import types

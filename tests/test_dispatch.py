@@ -1,3 +1,5 @@
+"""Runs and their processes: what a death, a pause, a full disk or another archive does to a run."""
+
 import sys
 import threading
 import time

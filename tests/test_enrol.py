@@ -1,3 +1,5 @@
+"""From an invite to a certificate: once, for the right site and keys, and again when an answer was lost."""
+
 import base64
 import json
 import shutil

@@ -1,3 +1,5 @@
+"""The executor answers orders of its own release alone, and failures leave as a code without words."""
+
 import errno
 import time
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Certificates, node keys, signatures and key files: what each is good for, and what is refused."""
+
 import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path

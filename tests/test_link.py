@@ -1,3 +1,5 @@
+"""The SuperLink: its secret, its database, and how one that does not answer is named."""
+
 import asyncio
 import sqlite3
 from collections.abc import MutableMapping

@@ -1,3 +1,5 @@
+"""The node: sessions, renewed certificates, pauses, and orders that lost their task."""
+
 import os
 import socket
 import ssl

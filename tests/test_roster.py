@@ -1,3 +1,5 @@
+"""Rosters are followed by signature and epoch; a rollback or second history is refused."""
+
 from dataclasses import replace
 
 import pytest

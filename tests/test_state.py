@@ -1,3 +1,5 @@
+"""The coordinator's state file: invites, sites and runs, each change once, and damage named."""
+
 import sqlite3
 import threading
 from collections.abc import Sequence

@@ -1,3 +1,5 @@
+"""Processes are started again, told of, killed with their children; logs, ports and secrets stay bounded."""
+
 import json
 import os
 import signal

@@ -1,3 +1,5 @@
+"""Blobs fetched and sent over mutual TLS: resumed, checked, bounded, refused."""
+
 import hashlib
 import os
 import shutil
