@@ -168,7 +168,7 @@ def _rows(folder: Path) -> list[_Row]:
     columns = [name.strip() for name in table[0]] if table else []
     missing = [name for name in ("patient_id", "image", "mask") if name not in columns]
     if "patient_id" in missing or (missing and not {*columns} - OWN):
-        mend = "Separate the columns by commas, or save it as CSV with commas" if len(columns) < 2 else "Add them"
+        mend = "The columns must be separated by commas" if len(columns) < 2 else "Add them"
         raise ManifestInvalid(f"{path}: row 1 lacks the columns {', '.join(missing)}. {mend}.")
     doubled = [name for name, times in Counter(columns).items() if name and times > 1]
     if doubled:

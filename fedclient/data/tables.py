@@ -148,7 +148,7 @@ def read_table(path: Path, what: str, columns: Sequence[str]) -> list[Line]:
     heading = [name.strip() for name in table[0]] if table else []
     missing = [name for name in columns if name not in heading]
     if missing:
-        mend = "Separate the columns by commas, or save it as CSV with commas" if len(heading) < 2 else "Add them"
+        mend = "The columns must be separated by commas" if len(heading) < 2 else "Add them"
         raise _broken(what, f"row 1 lacks the columns {', '.join(missing)}. {mend}.")
     if any(times > 1 for name, times in Counter(heading).items() if name):
         raise _broken(what, "row 1 has a column twice. Remove one.")

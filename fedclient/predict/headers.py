@@ -80,15 +80,14 @@ def read_headers(source: Source) -> Headers:
         if not all({"ReferencedSOPClassUID", "ReferencedSOPInstanceUID"} <= {*item.dir()} for item in _studies(first)):
             del first.ReferencedStudySequence  # results repeat it, and half a reference is none
         _empty_what_is_malformed(first)
-        for keyword in UIDS:
-            if keyword in first and not first.get(keyword):
-                delattr(first, keyword)  # an empty one refers to nothing: no result without it
+        _leave_out_empty_uids(first)
         _say_in_utf8(first)
         if len(source.files) == 1:  # of many frames, or of one whose place stands in functional groups
             _share(first)
             return Headers(first, (first,))
         slices = [load_head(path, _TAGS) for path in source.files]
         for each in slices:
+            _leave_out_empty_uids(each)
             _say_in_utf8(each)
             if "ImageOrientationPatient" in each and "ImageOrientationPatient" in slices[0]:
                 each.ImageOrientationPatient = slices[0].ImageOrientationPatient  # the reader found them parallel
@@ -98,6 +97,13 @@ def read_headers(source: Source) -> Headers:
             "DICOM: slices of more than one frame of reference. Give each on its own.", "SERIES_MIXED"
         )
     return Headers(first, slices)
+
+
+def _leave_out_empty_uids(data: Dataset) -> None:
+    """An empty UID refers to nothing; without it, no result is written."""
+    for keyword in UIDS:
+        if keyword in data and not data.get(keyword):
+            delattr(data, keyword)
 
 
 def _empty_what_is_malformed(first: Dataset) -> None:
