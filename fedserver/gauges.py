@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -21,6 +22,7 @@ from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation, open_federation
 from fedserver.overview import overview
 from shared_models.audit_files import every_event
+from shared_models.errors import FederationError
 from shared_models.files import read_lines
 from shared_models.identity import load_credential, read_certificate
 from shared_models.loopback import loopback_app, page_main
@@ -128,7 +130,10 @@ def metrics_app(folder: Path) -> FastAPI:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        return Response(exposition(folder), media_type=CONTENT_TYPE_LATEST)
+        try:
+            return Response(exposition(folder), media_type=CONTENT_TYPE_LATEST)
+        except FederationError as error:
+            return PlainTextResponse(f"{error}\n", 503)
 
     return app
 

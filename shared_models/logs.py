@@ -139,7 +139,7 @@ def read(logs: Path, process: str | None = None, last: int = 0) -> list[Entry]:
     for path in files_of(logs, process):
         when = ""
         for part in (path.with_name(f"{path.name}.1"), path):
-            for text in part.read_text(errors="replace").splitlines() if part.exists() else ():
+            for text in part.read_text(errors="replace").split("\n") if part.exists() else ():
                 entry = parsed(path.stem, text)
                 if entry is not None:
                     when = entry.time or when
@@ -164,7 +164,7 @@ def follow(
                 file.seek(place)
                 whole, newline, _ = file.read(size - place).rpartition(b"\n")
             places[path] = place + len(whole) + len(newline)
-            for text in whole.decode(errors="replace").splitlines():
+            for text in whole.decode(errors="replace").split("\n"):
                 entry = parsed(path.stem, text)
                 if entry is not None:
                     yield entry

@@ -123,6 +123,13 @@ def test_what_a_library_printed_unasked_stays_behind_the_line_before_it(folder):
     assert words(read(folder)) == ["first", "second", "third", "fourth", "free(): invalid pointer[31m", "fifth"]
 
 
+def test_separators_of_lines_in_words_tear_no_line(folder):
+    words = "study \u2028 a title \x85 of three lines"
+    line = {"time": "2026-01-01T00:00:00Z", "level": "INFO", "words": words}
+    (folder / "torn.log").write_text(json.dumps(line, ensure_ascii=False) + "\n")
+    assert [entry.words for entry in read(folder, "torn")] == [words]
+
+
 def test_a_line_for_people(folder):
     entry = read(folder)[0]
     assert in_words(entry) == "2026-11-26 02:00:01 INFO    node: first"

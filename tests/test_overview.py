@@ -281,3 +281,10 @@ def test_the_coordinators_figures_are_served_to_this_machine_alone(played):
     client = Browser(gauges.metrics_app(played.federation.folder), "http://localhost:9100")
     assert client.get("/metrics").status_code == 200
     assert client.get("/metrics", headers={"host": "evil.example"}).status_code == 421
+
+
+def test_figures_of_a_folder_that_cannot_be_read_are_refused_with_the_reason(tmp_path):
+    client = Browser(gauges.metrics_app(tmp_path), "http://localhost:9100")
+    answer = client.get("/metrics")
+    assert answer.status_code == 503
+    assert str(tmp_path) in answer.text
