@@ -60,10 +60,16 @@ def join(
 ) -> None:
     """Makes this site's keys here, gets its certificate, and writes site.toml."""
     from fedclient.data.listing import described
+    from fedclient.enrol import Joined
     from fedclient.enrol import join as enrol
     from fedclient.policy import Policy
     from fedclient.site import Data, SiteFile, site_toml
 
+    if (site / "site.toml").exists() and not (site / "keys").exists():
+        raise EnrolmentFailed(
+            f"{site}: has settings and no keys: its join was cut off, or they are lost. End it with that invite, or "
+            f"a new one: `fedclient rejoin INVITE`."
+        )
     if (site / "site.toml").exists():
         raise EnrolmentFailed(
             f"{site}: belongs to a federation already. To change its data, edit [data] of "
@@ -74,11 +80,14 @@ def join(
     if not _is_text(str(data.resolve())):  # before the invite is spent: site.toml is UTF-8
         raise EnrolmentFailed(f"{str(data)!r}: its name is not UTF-8. Rename the folder.")
     laid_out = described(data.resolve(), layout, manifest_site)  # before the invite is spent, too
-    joined = enrol(_line(invite), site)
     held = Data(str(data.resolve()), manifest_site, layout)
     allowed = Policy(approval=approve.value)
-    file = SiteFile(joined.site, joined.address, joined.federation, held, policy=allowed)
-    write_atomic(site / "site.toml", site_toml(file).encode())
+
+    def settle(joined: Joined) -> None:
+        file = SiteFile(joined.site, joined.address, joined.federation, held, policy=allowed)
+        write_atomic(site / "site.toml", site_toml(file).encode())
+
+    joined = enrol(_line(invite), site, settle)
     if as_json:
         print_json({**asdict(joined), "keys": str(joined.keys), "settings": str(site / "site.toml"), "data": laid_out})
         return

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,11 +69,14 @@ class Joined:
     expires_at_s: float
 
 
-def join(invite: str, folder: Path) -> Joined:
+def join(invite: str, folder: Path, settle: Callable[[Joined], None] = lambda joined: None) -> Joined:
     """Makes this site's keys, has the certificate signed and stores them in `folder`/keys, all of them or none.
 
     The private keys never leave this machine. After a failure the same invite can be tried again unless the message
     says that it is used; keys whose answer was lost are kept for that.
+
+    Args:
+        settle: writes the site's settings, before the keys get their place: who is killed in between can `rejoin`.
 
     Raises:
         EnrolmentFailed: what the invite, the coordinator's certificate or its answer lack.
@@ -83,7 +87,7 @@ def join(invite: str, folder: Path) -> Joined:
         raise StateInvalid(
             f"{keys}: this site has joined already. To join anew, ask for a new invite, then `fedclient rejoin INVITE`."
         )
-    return _enrol(read_invite(invite), folder, keys)
+    return _enrol(read_invite(invite), folder, keys, settle)
 
 
 def rejoin(invite: str, folder: Path, site: str, address: str) -> Joined:
@@ -100,10 +104,10 @@ def rejoin(invite: str, folder: Path, site: str, address: str) -> Joined:
             f"invite: is for {asked.site!r} at {asked.address}, and {folder} is {site!r} at {address}. "
             "Join in another folder with --site."
         )
-    return _enrol(asked, folder, folder / "keys")
+    return _enrol(asked, folder, folder / "keys", lambda joined: None)
 
 
-def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
+def _enrol(asked: Invite, folder: Path, keys: Path, settle: Callable[[Joined], None]) -> Joined:
     ca = _fetch_authority(asked)
     context, root = trusting(ca), read_authority(ca).root
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -140,6 +144,16 @@ def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
             if (keys / ROOT).read_bytes() != root:  # founded anew, with a history of its own
                 (folder / ROSTER).unlink(missing_ok=True)
             keys.rename(folder / f"keys.{time.time_ns()}")
+        joined = Joined(
+            federation=answer.federation,
+            site=asked.site,
+            address=asked.address,
+            keys=keys,
+            authority_words=fingerprint_words(asked.ca),
+            certificate_words=fingerprint_words(facts.fingerprint),
+            expires_at_s=facts.expires_at_s,
+        )
+        settle(joined)
         part.rename(keys)
     except BaseException as error:
         if part != unanswered or (isinstance(error, TurnedAway) and error.status in NEVER):
@@ -149,15 +163,7 @@ def _enrol(asked: Invite, folder: Path, keys: Path) -> Joined:
     for path in (*folder.glob(f"{MAKING}*"), *folder.glob(f"{UNANSWERED}*")):
         shutil.rmtree(path, ignore_errors=True)
     sync_folder(folder)
-    return Joined(
-        federation=answer.federation,
-        site=asked.site,
-        address=asked.address,
-        keys=keys,
-        authority_words=fingerprint_words(asked.ca),
-        certificate_words=fingerprint_words(facts.fingerprint),
-        expires_at_s=facts.expires_at_s,
-    )
+    return joined
 
 
 def _fetch_authority(invite: Invite) -> bytes:

@@ -20,7 +20,7 @@ from fedclient.site import Data, SiteFile, site_toml
 from fedserver.enrol import open_federation
 from fedserver.state import change_run, find_run
 from shared_models.cli import guarded
-from shared_models.errors import FederationError
+from shared_models.errors import EnrolmentFailed, FederationError
 from shared_models.files import write_atomic
 from shared_models.invite import Invite, write_invite
 from shared_models.protect.accounting import Spend, epsilon
@@ -413,6 +413,26 @@ def test_a_hospital_joins_looks_at_its_data_and_asks_how_it_stands(tmp_path, dat
     status = parsed("fedclient", "status", "--json")
     assert (status["site"], status["finished_work"]) == ("north", [])
     assert "stopped; `fedclient start` starts it" in call("fedclient", "status")[1]
+
+
+def test_a_join_that_is_cut_off_before_its_keys_have_their_place_is_ended_with_the_same_invite(
+    tmp_path, data, monkeypatch
+):
+    with running_edge(tmp_path / "served") as edge:
+        line = parsed("fedserver", "invite", "north", "--federation", edge.federation.folder, "--json")["invite"]
+        words = ["fedclient", "join", line, "--data", data, "--manifest-site", "north"]
+
+        def cut_off(path: Path, content: bytes) -> None:
+            write_atomic(path, content)
+            raise EnrolmentFailed("the power is gone")
+
+        with monkeypatch.context() as cut:
+            cut.setattr(fedclient.cli, "write_atomic", cut_off)
+            assert "the power is gone" in refused(*words)
+        assert "`fedclient rejoin INVITE`" in refused(*words)
+        assert parsed("fedclient", "rejoin", line, "--json")["site"] == "north"
+    assert parsed("fedclient", "check", "--json", "--study", "lung-ct-quick")["cases"] == 4
+    assert parsed("fedclient", "status", "--json")["site"] == "north"
 
 
 @pytest.mark.parametrize(
