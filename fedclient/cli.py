@@ -65,12 +65,12 @@ def join(
     from fedclient.policy import Policy
     from fedclient.site import Data, SiteFile, site_toml
 
-    if (site / "site.toml").exists() and not (site / "keys").exists():
-        raise EnrolmentFailed(
-            f"{site}: has settings and no keys: its join was cut off, or they are lost. End it with that invite, or "
-            f"a new one: `fedclient rejoin INVITE`."
-        )
     if (site / "site.toml").exists():
+        if not (site / "keys").exists():
+            raise EnrolmentFailed(
+                f"{site}: has settings and no keys: its join was cut off, or they are lost. End it with that invite, "
+                f"or a new one: `fedclient rejoin INVITE`."
+            )
         raise EnrolmentFailed(
             f"{site}: belongs to a federation already. To change its data, edit [data] of "
             f"{site / 'site.toml'}; to join another federation, use another folder with --site."

@@ -33,7 +33,6 @@ Verdict = Literal["approved", "refused", "withdrawn"]
 MOST_PENDING = 200  # studies that nobody has decided on; a coordinator that sends more fills no disk
 DAY_S = 86400.0  # in which the policy decides on MOST_A_DAY new studies
 POLICY = "policy"  # who decided, where nobody was asked
-
 MOST_REASON = 500  # characters
 
 

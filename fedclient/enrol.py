@@ -69,7 +69,7 @@ class Joined:
     expires_at_s: float
 
 
-def join(invite: str, folder: Path, settle: Callable[[Joined], None] = lambda joined: None) -> Joined:
+def join(invite: str, folder: Path, settle: Callable[[Joined], None] | None = None) -> Joined:
     """Makes this site's keys, has the certificate signed and stores them in `folder`/keys, all of them or none.
 
     The private keys never leave this machine. After a failure the same invite can be tried again unless the message
@@ -104,10 +104,10 @@ def rejoin(invite: str, folder: Path, site: str, address: str) -> Joined:
             f"invite: is for {asked.site!r} at {asked.address}, and {folder} is {site!r} at {address}. "
             "Join in another folder with --site."
         )
-    return _enrol(asked, folder, folder / "keys", lambda joined: None)
+    return _enrol(asked, folder, folder / "keys")
 
 
-def _enrol(asked: Invite, folder: Path, keys: Path, settle: Callable[[Joined], None]) -> Joined:
+def _enrol(asked: Invite, folder: Path, keys: Path, settle: Callable[[Joined], None] | None = None) -> Joined:
     ca = _fetch_authority(asked)
     context, root = trusting(ca), read_authority(ca).root
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -153,7 +153,8 @@ def _enrol(asked: Invite, folder: Path, keys: Path, settle: Callable[[Joined], N
             certificate_words=fingerprint_words(facts.fingerprint),
             expires_at_s=facts.expires_at_s,
         )
-        settle(joined)
+        if settle is not None:
+            settle(joined)
         part.rename(keys)
     except BaseException as error:
         if part != unanswered or (isinstance(error, TurnedAway) and error.status in NEVER):

@@ -25,7 +25,6 @@ import httpx
 
 from fedclient.authorities import refresh
 from fedclient.clock import await_clock
-from fedclient.egress import release_code
 from fedclient.overdue import is_over
 from fedclient.own_log import log_of
 from fedclient.renewal import Keeper, certificate_of, check_keys
@@ -357,6 +356,8 @@ def _answer_lost_order(files: NodeFiles, send: Any, push_object: Any) -> None:
 
     if not files.order.exists():
         return
+    from fedclient.egress import release_code  # imports what reads images, which the node else does not
+
     order = message_from_proto(MessageProto.FromString(files.order.read_bytes()))
     release_code(files.site, "NODE_RESTARTED")
     reply = Message(Error(NODE_LOST, "NODE_RESTARTED"), reply_to=order)

@@ -57,15 +57,13 @@ class Refusals:
                     count.pause_s = min(2 * count.pause_s, LONGEST_PAUSE_S)
                 elif now >= count.next_at + count.pause_s:  # it has ended
                     del self.counts[code, site]
-        due.reverse()  # the first is written first
-        while due:
-            code, site, times = due[-1]
-            try:
+        written = 0
+        try:
+            for code, site, times in due:
                 self.log().add("refused", code=code, times=times, **({"site": site} if site else {}))
-            except Exception:  # a full disk: they are told once there is room
-                with self.lock:
-                    for kind, name, untold in due:
-                        count = self.counts.setdefault((kind, name), Count())
-                        count.untold, count.next_at = count.untold + untold, now
-                raise
-            due.pop()
+                written += 1
+        finally:
+            with self.lock:  # what a full disk keeps out is told once there is room
+                for code, site, times in due[written:]:
+                    count = self.counts.setdefault((code, site), Count())
+                    count.untold, count.next_at = count.untold + times, now
