@@ -1,5 +1,6 @@
 """Training and prediction on a GPU, where there is one, beside those on a CPU."""
 
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from fedclient.data.augment import Change, draw
 from fedclient.data.volume import Volume
+from fedclient.limits import Limits
 from fedclient.predict.case import predict_case
 from fedclient.predict.explained import explainer_of
 from fedclient.predict.inputs import Source, list_inputs
@@ -18,10 +20,12 @@ from fedclient.site import Site, open_site
 from fedclient.training.device import free_memory, try_gpu
 from fedclient.training.learner import ImageLearner, sorted_by_label
 from fedclient.training.micro import Room
+from fedclient.training.scoring import score_cases
 from fedclient.training.trainer import stepper
 from fedclient.work import Learned
 from shared_models import nets
 from shared_models.release import open_release
+from shared_models.scores import row_of
 from shared_models.study import Augment, Evaluate, Model, Preprocess, Rounds, Study, Train, Unlabelled
 from shared_models.tasks.segmentation import dice_bce
 from simulations.fixtures.dicom import write_dicom_series
@@ -49,11 +53,13 @@ STUDY = Study(
 def _settings_of_torch() -> Iterator[None]:
     """Without TF32, so that both devices compute the same; what a test changes is put back."""
     deterministic, tf32 = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
+    memory = resource.getrlimit(resource.RLIMIT_DATA)
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = tf32
     torch.use_deterministic_algorithms(deterministic)
     torch.cuda.set_per_process_memory_fraction(1.0)
+    resource.setrlimit(resource.RLIMIT_DATA, memory)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +107,16 @@ def test_a_site_learns_on_the_gpu_what_it_learns_on_the_cpu(data, tmp_path):
     assert there.losses == pytest.approx(here.losses, rel=1e-3)
     for name, array in here.weights.items():
         np.testing.assert_allclose(there.weights[name], array, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_a_hospitals_node_trains_and_scores_on_its_gpu_within_its_limits(data, tmp_path, device):
+    site = replace(site_at(data, tmp_path, device), deployed=True, limits=Limits(memory_gib=64.0, gpu_memory_share=0.5))
+    begun = nets.initial_weights(STUDY)
+    assert ImageLearner().learn(site, STUDY, 1, begun).device == "cuda"
+    assert torch.cuda.get_per_process_memory_fraction(0) == 0.5
+    scores, _, _ = score_cases(site, STUDY, begun, "test")
+    assert row_of(scores["lung"])["dice"] is not None
 
 
 def test_a_deterministic_study_trains_to_the_same_bits_twice(data, tmp_path):

@@ -72,7 +72,7 @@ class ImageLearner:
             fitted = train_privately(
                 net, cases, people, loss, study, train, rates_of(net, study.transfer, round_number), site.go_on
             )
-            return Learned(nets.arrays_of(net), 0, fitted.steps, device=str(device)), {}
+            return Learned(nets.arrays_of(net), 0, fitted.steps, device=device.type), {}
         words = (study.seed, study.name, round_number, site.name)
         kept: Arrays = {}
         if study.personal.head_epochs:
@@ -93,7 +93,7 @@ class ImageLearner:
         done = train_round(start, batches, task.loss if len(labelled) else nothing, further, watches)
         fitted = done.fitted
         examples = worth(len(labelled), len(unlabelled), study, round_number)
-        learned = Learned(done.tensors, examples, fitted.steps, fitted.losses, str(device), done.variance)
+        learned = Learned(done.tensors, examples, fitted.steps, fitted.losses, device.type, done.variance)
         return learned, {**done.memory, **kept}
 
     def own(self, site: Site, study: Study, weights: Arrays, memory: Arrays, tuned: bool) -> Arrays | None:
@@ -177,20 +177,20 @@ def gpus() -> int:
 
 
 def device_of(site: Site) -> torch.device:
-    """The device that the site's file names.
+    """The device that the site's file names; a GPU by its number, as PyTorch wants it where memory is bounded.
 
     Raises:
         OrderRefused: a GPU that is not there.
     """
-    if site.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = site.device.partition(":")
     there = gpus()
-    if kind == "cuda" and int(number or 0) >= there:
+    if kind == "cpu" or (kind == "auto" and not there):
+        return torch.device("cpu")
+    if int(number or 0) >= there:
         raise OrderRefused(
             "DEVICE_MISSING", f'site.toml asks for {site.device}, PyTorch sees {there} GPUs. Set device = "cpu".'
         )
-    return torch.device(site.device)
+    return torch.device("cuda", int(number or 0))
 
 
 def settle(site: Site, study: Study, seed: int) -> None:
