@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedserver.state import list_rosters
-from shared_models.audit import HEAD, AuditLog
+from shared_models.audit import HEAD, UNSEEN, AuditLog, Seen
 from shared_models.audit_files import closings, every_event
 from shared_models.errors import UpdateRejected
 from shared_models.identity import verify
@@ -27,7 +27,7 @@ class Records:
     log: AuditLog
     state: Path
     authority: Callable[[], bytes]
-    seen: dict[str, tuple[str | None, int]] = field(default_factory=dict)
+    seen: dict[str, Seen] = field(default_factory=dict)
     _newest: dict[int, Roster] = field(default_factory=dict, repr=False)
 
     def add(self, event: str, **facts: Any) -> None:
@@ -68,7 +68,7 @@ class Records:
             "order", site=site, run=order.run, round=order.round, kind=order.kind, attempt=order.attempt,
             study=order.study_sha256, weights=order.base_sha256, nonce=order.nonce,
         )  # fmt: skip
-        return replace(order, head=self.log.head(*self.seen.get(site, (None, 0)), about=site))
+        return replace(order, head=self.log.head(self.seen.get(site, UNSEEN), about=site))
 
     def heard(self, site: str, reply: Reply, key: bytes) -> None:
         """Keeps the head that came with a reply that the site has signed by `key` (32 bytes).
@@ -90,5 +90,5 @@ class Records:
             raise UpdateRejected(
                 "HEAD_SIGNATURE", f"site {site!r}: the head of its audit log is not signed by its key. Ask it why."
             )
-        self.seen[site] = reply.head.seen_log, reply.head.seen_size
+        self.seen[site] = reply.head.seen
         self.log.witness(site, reply.head, key.hex())

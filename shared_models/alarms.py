@@ -14,7 +14,7 @@ PROBLEMS = {
     "LOG_CUT": "its end was cut off",
     "LOG_FORKED": "lines that were vouched for have been written anew",
     "LOG_REPLACED": "another log was begun in its place",
-    "OWN_LOG_CUT": "has more lines of ours than we have: ours was cut, or put back from a backup",
+    "OWN_LOG_CUT": "has lines of ours that we do not have: ours was cut, or put back from a backup",
     "witness-unsigned": "what vouches for it is not signed by its key",
     "witness-missing": "nothing vouches for it any more",
 }

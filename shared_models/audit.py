@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -26,8 +26,19 @@ from shared_models.parse import STRICT, Count, Sha256, plain
 
 LINE, HEAD = "audit-line", "audit-head"  # purposes of signatures
 FIRST = "0" * 64  # `prev` of the first line
-CUT = "OWN_LOG_CUT"  # another party keeps the head of a longer log than one has
+CUT = "OWN_LOG_CUT"  # another party keeps a head of lines that one does not have
 MOST_PROOF = 64  # hashes; 2 * log2 of more lines than a disk holds
+
+
+class Seen(NamedTuple):
+    """The last head that one party keeps of another's log; its root is None where that is not told."""
+
+    log: str | None = None
+    size: int = 0
+    root: str | None = None
+
+
+UNSEEN = Seen()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +50,7 @@ class Head:
         time: seconds since the epoch.
         certificate: of the signer where the other side knows no key but the authority's (PEM).
         since, proof: consistency proof from the head of that size (RFC 6962 section 2.1.2); 0 proves nothing.
-        seen_log, seen_size: the last head that the sender keeps of the receiver's log.
+        seen_log, seen_size, seen_root: the last head that the sender keeps of the receiver's log.
     """
 
     __pydantic_config__ = STRICT
@@ -53,6 +64,11 @@ class Head:
     proof: Annotated[tuple[Sha256, ...], Field(max_length=MOST_PROOF, fail_fast=True)] = ()
     seen_log: Sha256 | None = None
     seen_size: Count = 0
+    seen_root: Sha256 | None = None
+
+    @property
+    def seen(self) -> Seen:
+        return Seen(self.seen_log, self.seen_size, self.seen_root)
 
     @property
     def statement(self) -> bytes:
@@ -94,7 +110,7 @@ class AuditLog:
     last_time: float = 0.0
     log: str = ""
     kept: dict[str, Kept] = field(default_factory=dict, repr=False)
-    complained: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False)
+    complained: set[tuple[str, str]] = field(default_factory=set, repr=False)  # peers and problems
 
     def add(self, event: str, **facts: Any) -> int:
         """Writes one line, on disk before this returns; its number.
@@ -104,16 +120,15 @@ class AuditLog:
         with self._turn():
             return self._write(event, facts)
 
-    def head(self, seen_log: str | None = None, seen_size: int = 0, about: str | None = None) -> Head:
-        """The signed head as it stands, for a party who keeps the one of `seen_size`.
+    def head(self, seen: Seen = UNSEEN, about: str | None = None) -> Head:
+        """The signed head as it stands, for a party who keeps the one that is `seen`.
 
         Args:
             about: the party whose last head is named in it as seen.
         """
         with self._turn():
-            since = seen_size if seen_log == self.log and seen_size <= self.tree.size else 0
-            if seen_log == self.log and seen_size > self.tree.size:
-                self._complain(about or "?", CUT, {"keeps": seen_size, "has": self.tree.size})
+            since = seen.size if seen.log == self.log and seen.size <= self.tree.size else 0
+            self._look_back(seen, about or "?")
             made = self._head()
             theirs = self.kept.get(about or "")
             return replace(
@@ -122,14 +137,14 @@ class AuditLog:
                 proof=tuple(part.hex() for part in self.tree.consistency(since)),
                 seen_log=theirs.log if theirs else None,
                 seen_size=theirs.size if theirs else 0,
+                seen_root=theirs.roots[theirs.size] if theirs else None,
             )
 
-    def was_cut(self, seen_log: str | None, seen_size: int, about: str) -> bool:
-        """Whether another party keeps the head of a longer log than this one, now or ever since it began."""
+    def was_cut(self, seen: Seen, about: str) -> bool:
+        """Whether another party keeps a head of lines that this log does not have, now or ever since it began."""
         with self._turn():
-            if seen_log == self.log and seen_size > self.tree.size:
-                self._complain(about, CUT, {"keeps": seen_size, "has": self.tree.size})
-            return self.complained.get(about, ("", ""))[0] == CUT
+            self._look_back(seen, about)
+            return (about, CUT) in self.complained
 
     def witness(self, peer: str, head: Head, key: str) -> str | None:
         """Keeps the head of another party's log, whose signature by `key` was verified; or says what is wrong with it.
@@ -139,7 +154,7 @@ class AuditLog:
         """
         with self._turn():
             last = self.kept.get(peer)
-            facts = {"peer": peer, "key": key, **plain(replace(head, certificate="", seen_log=None, seen_size=0))}
+            facts = {"peer": peer, "key": key, **_lasting(replace(head, certificate=""))}
             wrong = None if last is None else _doubt(last, head, key)
             if wrong == "":
                 return None
@@ -169,7 +184,7 @@ class AuditLog:
 
     def _vouch(self) -> None:
         with replacing(self.path.with_suffix(".head.json"), synced=False) as file:
-            file.write(canonical_json(plain(self._head())))
+            file.write(canonical_json(_lasting(self._head())))
 
     def _take(self, content: bytes, line: Mapping[str, Any]) -> None:
         if not self.tree.size:
@@ -184,12 +199,21 @@ class AuditLog:
             roots[facts["size"]] = facts["root"]
             self.kept[facts["peer"]] = Kept(facts["log"], facts["key"], facts["size"], facts["time"], roots)
         elif line["event"] == "witness-refused":
-            self.complained[facts["peer"]] = facts["problem"], canonical_json(facts["head"]).decode()
+            self.complained.add((facts["peer"], facts["problem"]))
+
+    def _look_back(self, seen: Seen, about: str) -> None:
+        """Writes it down if the lines that another party keeps the head of are not, or no longer, those of this log.
+
+        A log that was put back from a backup and written on may be as long as the lost one: only the root tells.
+        """
+        if seen.log != self.log:
+            return
+        if seen.size > self.tree.size or seen.root not in (None, self.tree.root(seen.size).hex()):
+            self._complain(about, CUT, {"keeps": seen.size, "root": seen.root, "has": self.tree.size})
 
     def _complain(self, peer: str, problem: str, head: Mapping[str, Any]) -> None:
-        """Once for the same problem of the same log: an order comes every few seconds."""
-        told = self.complained.get(peer)
-        if told is None or told[0] != problem:
+        """Once for the same problem of the same party: an order comes every few seconds."""
+        if (peer, problem) not in self.complained:
             self._write("witness-refused", {"peer": peer, "problem": problem, "head": dict(head)})
 
     def _head(self) -> Head:
@@ -334,6 +358,11 @@ def _ended(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             head = {name: value for name, value in told["facts"].items() if name != "clock_back_s"}
             kept[head["peer"]] = {**head, "since": 0, "proof": []}
     return {"before": log, "before_size": tree.size, "before_root": tree.root().hex()}, list(kept.values())
+
+
+def _lasting(head: Head) -> dict[str, Any]:
+    """A head as it is kept on disk: without what it says of the receiver's log, which is told for the moment."""
+    return {name: value for name, value in plain(head).items() if not name.startswith("seen_")}
 
 
 def _doubt(last: Kept, head: Head, key: str) -> str | None:

@@ -36,7 +36,7 @@ from shared_models.protect.messages import (
 from shared_models.scores import AnyScore
 from shared_models.weights import Array, Arrays
 
-PROTOCOL = 3
+PROTOCOL = 4
 MOST_ENVELOPE = 2048  # bytes
 MOST_FACTS = 2 << 20  # bytes of a reply; one that scores 32 labels three times over a million cases each has 1.3 MB
 MOST_KEYS = 10_000  # in it; such a reply has 2,000, and each that is wrong costs half a kilobyte to find out

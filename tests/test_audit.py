@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_models.audit import HEAD, LINE, AuditLog, Head
+from shared_models.audit import HEAD, LINE, UNSEEN, AuditLog, Head, Seen
 from shared_models.audit_check import Verdict, compare, verify_log
 from shared_models.audit_files import earlier_logs, every_event
 from shared_models.errors import StateInvalid
@@ -383,13 +383,17 @@ def pair(tmp_path: Path) -> tuple[AuditLog, AuditLog]:
     return new_log(tmp_path / "site"), new_log(tmp_path / "fed", THEIRS, "coordinator")
 
 
+def seen_by(fed: AuditLog) -> Seen:
+    """What the coordinator's next order says of the site's log."""
+    return fed.head(about="north").seen
+
+
 def exchange(site: AuditLog, fed: AuditLog, times: int = 1) -> list[str | None]:
     """Replies of the site, each with the head proven from the one that the coordinator keeps."""
     told: list[str | None] = []
     for _ in range(times):
         site.add("order")
-        kept = fed.kept.get("north")
-        head = site.head(kept.log if kept else None, kept.size if kept else 0, about="coordinator")
+        head = site.head(seen_by(fed), about="coordinator")
         assert verify(PUBLIC, bytes.fromhex(head.signature), HEAD, head.statement)
         told.append(fed.witness("north", head, PUBLIC.hex()))
     return told
@@ -455,15 +459,59 @@ def test_heads_that_overtake_each_other_are_no_fraud(pair):
 
 def _later(site: AuditLog, log: str, size: int) -> Head:
     site.add("order")
-    return site.head(log, size)
+    return site.head(Seen(log, size))
 
 
 def test_a_log_that_its_owner_finds_shorter_than_others_keep_says_so_itself(pair):
     site, fed = pair
     exchange(site, fed, 5)
     again = rewritten(site, 3)
-    again.head(fed.kept["north"].log, fed.kept["north"].size, about="coordinator")
+    again.head(seen_by(fed), about="coordinator")
     assert json.loads(lines_of(again)[-1])["facts"]["problem"] == "OWN_LOG_CUT"
+
+
+@pytest.mark.parametrize("more", [0, 2, 3, 4, 100])  # it had six lines; three are as long as before
+def test_a_log_that_was_cut_says_so_itself_however_long_it_has_grown_since(pair, more):
+    site, fed = pair
+    exchange(site, fed, 5)
+    assert seen_by(fed) == (site.log, 6, site.tree.root().hex())
+    again = rewritten(site, 3)
+    for _ in range(more):
+        again.add("order", other=True)
+    assert again.was_cut(seen_by(fed), "coordinator")
+    assert again.was_cut(seen_by(fed), "coordinator")
+    assert events(again).count("witness-refused") == 1
+    assert again.was_cut(UNSEEN, "coordinator"), "what was found once holds though it is not told again"
+    assert new_log(again.path.parent).was_cut(UNSEEN, "coordinator"), "and in the next process"
+
+
+def test_that_a_log_was_cut_is_not_forgotten_over_what_is_found_wrong_with_the_other_one(pair):
+    site, fed = pair
+    for _ in range(5):
+        exchange(site, fed)
+        theirs = fed.head(site.head(about="coordinator").seen, about="north")
+        assert site.witness("coordinator", theirs, THEIRS_PUBLIC.hex()) is None
+    backup = joined(lines_of(fed)[:2])
+    again = rewritten(site, 5)
+    assert again.was_cut(seen_by(fed), "coordinator")
+    fed.path.write_bytes(backup)  # both were put back, and the older coordinator knows no more than the older site
+    older = new_log(fed.path.parent, THEIRS, "coordinator", at=9000.0)
+    older.add("order", other=True)
+    assert again.witness("coordinator", older.head(about="north"), THEIRS_PUBLIC.hex()) == "LOG_FORKED"
+    assert again.was_cut(seen_by(older), "coordinator")
+
+
+def test_a_log_that_only_grew_was_not_cut_whatever_older_head_is_kept_of_it(pair):
+    site, fed = pair
+    heads = [UNSEEN, seen_by(fed)]
+    for _ in range(7):
+        exchange(site, fed)
+        heads.append(seen_by(fed))  # each may be what a coordinator that was put back from a backup still knows
+    assert len(set(heads)) == 8
+    assert not any(site.was_cut(seen, "coordinator") for seen in heads)
+    renewed = new_log(site.path.parent, new_site_keys().identity)  # as after `fedclient rejoin`
+    assert not renewed.was_cut(heads[-1], "coordinator")
+    assert "witness-refused" not in events(site) + events(renewed)
 
 
 def test_two_logs_side_by_side_name_the_line_from_which_one_was_cut(pair):

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from shared_models.audit import AuditLog
+from shared_models.audit import AuditLog, Seen
 from shared_models.audit_check import verify_log
 from shared_models.files import append_json
 from shared_models.identity import identity_public_key, new_site_keys, sign, verify
@@ -31,7 +31,7 @@ def main() -> None:
         wrote_s = (time.perf_counter() - began) / EVENTS
         began = time.perf_counter()
         for number in range(HEADS):
-            log.head(log.log, 1 + number * EVENTS // HEADS)
+            log.head(Seen(log.log, 1 + number * EVENTS // HEADS))
         head_s = (time.perf_counter() - began) / HEADS
         content, head = log.path.read_bytes(), log.path.with_suffix(".head.json").read_bytes()
         began = time.perf_counter()
