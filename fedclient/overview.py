@@ -73,16 +73,21 @@ def connection(folder: Path, running: Mapping[str, Any], now: float) -> dict[str
     contact = NodeFiles(folder).contact
     at = contact.stat().st_mtime if contact.exists() else None
     why = refused_words(folder)
+    lately = at is not None and abs(now - at) < QUIET_S
+    if at is None:
+        since = "never"
+    else:
+        since = f"not for {now - at:.0f} s" if now >= at else "not since this machine's clock was set back"
     if running.get("supervisor") is None:
         state, words = "stopped", "the node does not run; `fedclient start` starts it"
     elif why is not None:
         state, words = "refused", why
-    elif NodeFiles(folder).order.exists():
-        state, words = "working", "connected, and at work on an order"
-    elif at is not None and now - at < QUIET_S:
+    elif NodeFiles(folder).order.exists():  # until it is answered
+        told = f"the coordinator, which is spoken to again with the answer, was heard of {since}"
+        state, words = "working", "connected, and at work on an order" if lately else f"at work on an order; {told}"
+    elif lately:
         state, words = "connected", "connected, and waiting for orders"
     else:
-        since = "never" if at is None else f"not for {now - at:.0f} s"
         state, words = "away", f"the coordinator was heard of {since}; `fedclient doctor` looks for the cause"
     return {"state": state, "words": words, "heard_at": at}
 

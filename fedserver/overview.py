@@ -184,13 +184,15 @@ def overview(federation: Federation) -> dict[str, Any]:
 
 
 def _site(state: Path, site: Site, now: float) -> dict[str, Any]:
-    online = site.state == "active" and site.seen_at is not None and now - site.seen_at < ONLINE_S
+    online = site.state == "active" and site.seen_at is not None and abs(now - site.seen_at) < ONLINE_S
     if site.state == "revoked":
         reason = f"{revoked_words(site)}: {site.revoked_reason}"
     elif site.state != "active" or online:
         reason = ""
     elif site.seen_at is None:
         reason = "has joined and never connected; is `fedclient start` running there?"
+    elif site.seen_at > now:
+        reason = "not heard of since this machine's clock was set back"
     else:
         reason = f"last heard of {now - site.seen_at:.0f} s ago"
     fingerprint = site.certificate_fingerprint

@@ -230,14 +230,22 @@ def test_the_connection_is_told_by_what_the_node_has_noted(played, tmp_path):
     def state(now: float = 1000.0) -> str:
         return str(site_overview.connection(site, runs, now)["state"])
 
+    def words(now: float) -> str:
+        return str(site_overview.connection(site, runs, now)["words"])
+
     assert site_overview.connection(site, {"supervisor": None}, 0.0)["state"] == "stopped"
     assert state() == "away"
     (site / "node/contact").touch()
     now = (site / "node/contact").stat().st_mtime
     assert state(now + 10) == "connected"
     assert state(now + 100) == "away"
+    assert state(now - 3600) == "away"
+    assert "the coordinator was heard of not since this machine's clock was set back" in words(now - 3600)
     (site / "node/order.pb").touch()
     assert state(now + 100) == "working"
+    assert words(now + 10) == "connected, and at work on an order"
+    assert words(now + 100).startswith("at work on an order; the coordinator")
+    assert words(now + 100).endswith("was heard of not for 100 s")
     write_json(site / "node/refused.json", {"refused": "was revoked", "at": 1.0})
     assert state(now + 10) == "refused"
 
