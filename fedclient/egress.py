@@ -16,7 +16,7 @@ from fedclient.own_log import lines_of, log_of
 from fedclient.records import hear, own_head
 from fedclient.site import Site, read_site_file
 from fedclient.work import study_of
-from shared_models.class_counts import ClassCounts
+from shared_models.class_counts import ClassCounts, least_of
 from shared_models.detection_counts import DetectionCounts
 from shared_models.envelope import signed
 from shared_models.errors import FederationError, OrderRefused
@@ -134,7 +134,7 @@ def check_reply(reply: Reply, order: Order, site: Site) -> None:
     if scores and (strange := {label for label, _ in scores} - set(study_of(order).task.answers)):
         refuse(f"scores of {len(strange)} labels that the study does not have")
     if any(_distribution_of(score) < site.smallest_count for _, score in scores):
-        refuse(f"a distribution of fewer than {site.smallest_count} cases")
+        refuse(f"a distribution of fewer than {site.smallest_count} cases on a side")
     if reply.profile is not None and reply.profile.cases < site.smallest_count:
         refuse(f"a profile of fewer than {site.smallest_count} cases")
     if reply.fingerprint is not None:  # perhaps counted before the policy wanted more of them
@@ -142,15 +142,16 @@ def check_reply(reply: Reply, order: Order, site: Site) -> None:
 
 
 def _distribution_of(score: Score) -> float:
-    """Of how many cases `score` tells a distribution; infinity where it tells none."""
+    """Of how many cases `score` tells a distribution, on the side that has fewest; infinity where it tells none."""
     told: list[tuple[int, tuple[tuple[int, ...], ...]]]
     if isinstance(score, ClassCounts):
         curve = (score.cell_cases, score.cell_positives, score.cell_micro)
-        told = [(score.cases, (score.positive, score.negative, *curve))]
+        told = [(least_of(score.positives, score.negatives), (score.positive, score.negative, *curve))]
     elif isinstance(score, SurvivalCounts):
-        told = [(score.told_cases, (score.predicted_micro, score.at_risk, score.came))]
+        of = least_of(score.events, score.told_cases - score.events)
+        told = [(of, (score.predicted_micro, score.at_risk, score.came))]
     elif isinstance(score, DetectionCounts):
-        told = [(score.told_scans, (score.hits, score.false))]
+        told = [(least_of(score.told_scans, score.told_lesions), (score.hits, score.false))]
     elif isinstance(score, RestoredCounts):
         told = []
     else:

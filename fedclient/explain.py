@@ -16,6 +16,10 @@ from shared_models.scores import NAMES, measure_of
 from shared_models.study import Study
 
 MIB = 2**20
+SIDES = {
+    "classification": ", and so are those that show it and those that do not",
+    "prognosis": ", and so are those with the event and those without",
+}
 
 
 def explained(site: Site, asked: Asked) -> dict[str, Any]:
@@ -71,7 +75,7 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
     if study.plan == "federated":
         yield (
             f"Once, before training{summed}: counts of spacing, size and grey values over all training cases, no "
-            f"image. Nothing of fewer than {site.smallest_count} cases."
+            f"image. Nothing of fewer than {site.smallest_count} patients."
         )
         yield "Each round: the change of each weight. The counts decide the network, so its size is not known before."
     else:
@@ -95,19 +99,20 @@ def _leaves(site: Site, study: Study) -> Iterator[str]:
         yield (
             f"Every {study.evaluate.every} rounds and at the end{summed}, for each of "
             f"{', '.join(study.task.answers)}: number of scans, of lesions, of those found and of false marks; and how "
-            f"their scores are distributed if there are {site.smallest_count} scans or more."
+            f"their scores are distributed if there are lesions in {site.smallest_count} patients or more, or in none."
         )
     elif study.evaluate.every:
         yield (
             f"Every {study.evaluate.every} rounds and at the end{summed}, for each "
             f"of {', '.join(study.task.answers)}: number of cases and sums of {NAMES[measure_of(study.task)]} over "
-            f"them, and how they are distributed if there are {site.smallest_count} or more."
+            f"them, and how they are distributed if they are of {site.smallest_count} patients or more"
+            f"{SIDES.get(study.task.kind, '')}."
         )
     if study.evaluate.reference:
         yield (
             "At the end, for those who use the model to tell a drift by: how many validation and test cases have which "
             "voxel size, size, grey values and answers, on coarse grids, if there are "
-            f"{site.smallest_count} cases or more. Users of the release see it, without this site's name."
+            f"{site.smallest_count} patients or more. Users of the release see it, without this site's name."
         )
 
 

@@ -6,6 +6,7 @@ from fedclient.data.cases import Case, read_case, read_case_labels
 from fedclient.data.manifest import Progress, usable
 from fedclient.data.truths import has_truth
 from fedclient.gate.run import usable_cases
+from fedclient.policy import least_cases
 from fedclient.site import Site
 from shared_models.errors import OrderRefused
 from shared_models.plan import Fingerprint, fingerprint_of, released, total
@@ -18,7 +19,7 @@ def site_fingerprint(site: Site, study: Study, progress: Progress | None = None)
     Validation and test patients have no part in it: the plan decides how images are normalised.
 
     Raises:
-        OrderRefused: `NO_CASES`, or `FEW_CASES` where the site's policy wants more of them.
+        OrderRefused: `NO_CASES`, or `FEW_CASES` where the site's policy wants more patients.
         ImageUnreadable: files that cannot be used, by their rows.
     """
     cases = usable_cases(site)
@@ -31,7 +32,8 @@ def site_fingerprint(site: Site, study: Study, progress: Progress | None = None)
         if progress is not None:
             progress(done, of)
 
-    return released(fingerprint_of_cases(labelled, study, tell), site.smallest_count)
+    least = least_cases(site.smallest_count, (case.patient for case in labelled))
+    return released(fingerprint_of_cases(labelled, study, tell), least)
 
 
 def fingerprint_of_cases(cases: Sequence[Case], study: Study, progress: Progress | None = None) -> Fingerprint:

@@ -1,7 +1,8 @@
 """What a hospital allows: `[policy]` of site.toml, asked for every order, and never sent."""
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, time
 from typing import Annotated, Literal, TypeAlias, get_args
@@ -30,7 +31,8 @@ class Policy:
     """`[policy]`: what may be done with this site's images, and what may leave.
 
     Attributes:
-        smallest_count: a distribution leaves only of so many cases (CMS and PCORnet: 11).
+        smallest_count: a distribution leaves only of so many patients (CMS and PCORnet: 11): of those with what is
+            looked for, and of those without.
         approval: `ask` leaves each new study to a person (`fedclient approve`); `inside-policy` takes part in every
             study that the other keys allow, `MOST_A_DAY` new ones a day; beyond these it leaves them to a person too.
         approval_days: after so many days a study is asked for anew.
@@ -82,6 +84,12 @@ class Policy:
         """Whether `at_s` (seconds since the epoch) lies in the hours; a window may pass midnight."""
         now = datetime.fromtimestamp(at_s, ZoneInfo(self.time_zone)).time().replace(microsecond=0)
         return not self.hours or any(_within(now, *_ends(window)) for window in self.hours)
+
+
+def least_cases(smallest_count: int, patients: Iterable[str]) -> int:
+    """So many cases are of `smallest_count` patients or more, whichever they are; `patients`: whose each case is."""
+    most = sorted(Counter(patients).values(), reverse=True)
+    return max(smallest_count, sum(most[: smallest_count - 1]) + 1)
 
 
 def _ends(window: str) -> tuple[time, time]:
@@ -151,5 +159,5 @@ def in_words(policy: Policy) -> list[str]:
         f"A secure sum needs three or more sites, and {policy.least_threshold:.0%} or more of them to its end.",
         f"In a secure sum count {', '.join(policy.partners) or 'all sites of the roster'}.",
         f"Work is done {f'{hours} ({policy.time_zone})' if hours else 'at any hour'}.",
-        f"A distribution leaves only of {policy.smallest_count} or more cases.",
+        f"A distribution leaves only of {policy.smallest_count} or more patients: with a finding, and without.",
     ]

@@ -36,21 +36,27 @@ def verify(
     site: Annotated[Path, typer.Option("--site", envvar="FEDCLIENT_SITE", help="Folder of this node.")] = Path("site"),
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Checks a release offline: every byte, the signature, the approvals, the evidence; names what is wrong."""
-    from shared_models.provenance import against_kept, check_provenance
+    """Checks a release offline: every byte, the signature, the approvals, the evidence; names what is wrong.
+
+    Exits with 1 too where hospitals' signatures in it are under keys that nothing ties to them.
+    """
+    from fedclient.renewal import read_roster
+    from shared_models.provenance import against_kept, against_roster, check_provenance, untied
 
     trust = trust_in(site, authority or (), research)
     with tempfile.TemporaryDirectory(prefix="fedclient-verify-") as scratch:
         opened = open_release(release, trust, scratch=Path(scratch))
         shown = [*check_provenance(opened, trust.authorities), *against_kept(opened, kept_heads(site))]
         watch = Watch(site, opened, groups_of(site, authority or ()), status)
-        warnings = watch.warnings()
+        shown += against_roster(opened, trust.authorities, read_roster(site))
+        doubts = untied(opened)
+        warnings = [*watch.warnings(), *doubts]
         shown += [watch.said()] if opened.manifest.origin.kind == "federation" else []
         figures = _run(opened) if run else None
     facts = facts_of(opened)
     if as_json:
         print_json({**facts, "shown": shown, "warnings": warnings, "parity": figures})
-        return
+        raise typer.Exit(1 if doubts else 0)
     console.print(f"[bold]{opened.name}[/] version {opened.version}: {facts['words']}", highlight=False)
     for words in shown:
         console.print(f"  {words}", highlight=False, markup=False)
@@ -59,6 +65,7 @@ def verify(
     for name, figure in (figures or {}).items():
         console.print(f"  {name} answers as the network does, within {figure['logits']:.2g}", highlight=False)
     console.print(f"digest {opened.digest}", highlight=False)
+    raise typer.Exit(1 if doubts else 0)
 
 
 def kept_heads(site: Path) -> list[dict[str, Any]]:

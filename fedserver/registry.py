@@ -22,12 +22,12 @@ from fedserver.checkpoint import RunFolder
 from fedserver.enrol import Federation, open_log, signer
 from fedserver.publish.card import Words
 from fedserver.publish.lineage import ancestors
-from fedserver.publish.proofs import answers_extract, audit_extract, newest_roster
+from fedserver.publish.proofs import answers_extract, audit_extract, earlier_rosters, newest_roster
 from shared_models.errors import ReleaseInvalid, StateInvalid
 from shared_models.files import locked, read_json, sync_folder, write_json
 from shared_models.identity import identity_public_key
 from shared_models.parse import STRICT, parse, parse_json, plain, printable
-from shared_models.provenance import ANSWERS, AUDIT, ROSTER, check_provenance
+from shared_models.provenance import ANSWERS, AUDIT, ROSTER, ROSTERS, check_provenance
 from shared_models.release import (
     SUFFIX,
     Manifest,
@@ -155,6 +155,8 @@ def _register(
     roster, signed = newest_roster(federation)
     approvals, approvers = approval_rules(federation)
     lineage = ancestors(run) | ({} if round_number is None else {run.id: round_number})
+    answers = answers_extract(federation, lineage)
+    before = earlier_rosters(federation, signed.roster, answers)
     maker = Maker(
         kind="federation",
         name=federation.name,
@@ -163,8 +165,9 @@ def _register(
         trust=federation.authority,
         evidence={
             AUDIT: audit_extract(federation, lineage),
-            ANSWERS: answers_extract(federation, lineage),
+            ANSWERS: answers,
             ROSTER: roster,
+            **({} if before is None else {ROSTERS: before}),
         },
         roster=(signed.roster.epoch, signed.roster.sha256),
         approvals=approvals,

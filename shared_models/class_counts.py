@@ -40,7 +40,8 @@ class ClassCounts:
             and once those that tie.
         pairs: how many such pairs there are; sites merged have none across sites, the histograms have.
         square_micro: sum of (score - truth)^2, each in millionths (Brier 1950).
-        positive, negative: cases by the bin of their score; empty where the site withholds them for want of cases.
+        positive, negative: cases by the bin of their score; empty where the site withholds them for want of cases of
+            either kind.
         cell_cases, cell_positives, cell_micro: by cell of the reliability curve: cases, positives, and the sum of
             scores in millionths; withheld together with the histograms.
 
@@ -135,10 +136,10 @@ def class_counts(
 ) -> ClassCounts:
     """The counts of one site from probabilities float64[N], truth bool[N] and decisions bool[N].
 
-    Histograms and curve are withheld below `smallest_count` cases.
+    Histograms and curve are withheld where there are positives or negatives, and fewer than `smallest_count` of them.
     """
     positives, negatives = int(truth.sum()), int((~truth).sum())
-    kept = len(scores) >= max(1, smallest_count)
+    kept = least_of(positives, negatives) >= max(1, smallest_count)
     cell = np.minimum((scores * CELLS).astype(int), CELLS - 1)
     micro = np.rint(scores * MICRO).astype(np.int64)
     return ClassCounts(
@@ -156,6 +157,12 @@ def class_counts(
         cell_micro=tuple(int(micro[cell == c].sum()) for c in range(CELLS)) if kept else (),
         specificity=specificity,
     )
+
+
+def least_of(*sides: int) -> int:
+    """Cases of the smallest side that has any, 0 where none has. A distribution that is told by side hides each patient
+    among those of his side only."""
+    return min((cases for cases in sides if cases), default=0)
 
 
 def bin_of(scores: Floats) -> NDArray[np.intp]:

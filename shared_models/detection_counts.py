@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from shared_models.class_counts import BINS, bin_of
+from shared_models.class_counts import BINS, bin_of, least_of
 from shared_models.parse import STRICT
 
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false marks a scan (Setio et al. 2017, section 3.4)
@@ -52,7 +52,7 @@ class DetectionCounts:
         ignored: marks in what counts neither way.
         off_um: sum over the found lesions of how far the mark's diameter is off, in µm.
         hits, false: lesions by the bin of their best mark, and false marks by theirs; empty where the site withholds
-            them for want of scans.
+            them for want of scans, or of scans with lesions.
         told_scans, told_lesions: scans and lesions behind `hits` and `false`.
 
     Raises:
@@ -156,13 +156,15 @@ def binned(scan: ScanMarks) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def detection_counts(scans: Sequence[ScanMarks], smallest_count: int = 1) -> DetectionCounts:
-    """The counts of one site; histograms are withheld below `smallest_count` scans."""
+    """The counts of one site; histograms are withheld below `smallest_count` scans, or of scans with lesions where
+    there are any."""
     hits, false = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
     for scan in scans:
         of_scan = binned(scan)
         hits += of_scan[0]
         false += of_scan[1]
-    lesions, kept = sum(len(scan.best) for scan in scans), len(scans) >= max(1, smallest_count)
+    lesions, with_lesions = sum(len(scan.best) for scan in scans), sum(len(scan.best) > 0 for scan in scans)
+    kept = least_of(len(scans), with_lesions) >= max(1, smallest_count)
     return DetectionCounts(
         scans=len(scans),
         lesions=lesions,

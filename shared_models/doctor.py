@@ -197,18 +197,29 @@ def memory(limit_bytes: int | None = None) -> Line:
     return Line("memory", "ok", f"{words}.")
 
 
-def memory_bytes(proc: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """(all, available) bytes of this machine, or of the control group that this process is in where that has less."""
+def memory_bytes(
+    proc: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> tuple[int, int]:
+    """(all, available) bytes of this machine, or of the least of the control groups that this process is in, where that
+    has less."""
     facts = dict(row.split(":", 1) for row in proc.read_text().splitlines() if ":" in row)
     total, free = (int(facts[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
-    limit, used = groups / "memory.max", groups / "memory.current"
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        most = int(limit.read_text())
-        stat = groups / "memory.stat"
-        rows = dict(row.split() for row in stat.read_text().splitlines()) if stat.exists() else {}
-        taken = int(used.read_text()) - int(rows.get("inactive_file", 0))  # files read: given up as soon as one asks
-        total, free = min(total, most), min(free, max(0, most - taken))
+    for group in _groups(groups, own):
+        limit, used, stat = group / "memory.max", group / "memory.current", group / "memory.stat"
+        if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+            most = int(limit.read_text())
+            rows = dict(row.split() for row in stat.read_text().splitlines()) if stat.exists() else {}
+            taken = int(used.read_text()) - int(rows.get("inactive_file", 0))  # files read: given up when one asks
+            total, free = min(total, most), min(free, max(0, most - taken))
     return total, free
+
+
+def _groups(groups: Path, own: Path) -> list[Path]:
+    """The folder of this process's control group (version 2) and those above it; in a container its root alone, where
+    `own` says nothing else or tells the path on the host."""
+    told = [row[3:].strip("/") for row in own.read_text().splitlines() if row.startswith("0::")] if own.exists() else []
+    inner = Path(told[0]) if told and ".." not in told[0].split("/") else Path()
+    return [groups / inner, *(groups / above for above in inner.parents)]
 
 
 def clock_moved_back(last_s: float, where: str, now_s: float | None = None) -> Line:

@@ -23,6 +23,7 @@ from shared_models.errors import FederationError, StateInvalid
 MOST_WORDS = 4000  # characters of one message
 MOST_RUN_LOGS = 50  # a process for each run has a log of its own
 POLL_S = 0.5
+TABLE = r"manifest\.csv"  # in a folder of images
 SECRETS = re.compile(r"fl1\.[A-Za-z0-9_.=-]+|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*-----|$)", re.DOTALL)
 
 
@@ -56,9 +57,14 @@ def _origin(record: logging.LogRecord) -> str:
 
 
 def scrubbed(text: str, hidden: Iterable[str]) -> str:
-    """`text` without invites and keys, nor what lies in the folders of `hidden`: to a quotation mark, colon or end."""
+    """`text` without invites and keys, nor what lies in the folders of `hidden`.
+
+    What follows such a folder goes to the end of the line, for a name may hold any sign that could end it; only what is
+    said of the folder itself, or of its table, stays.
+    """
     for folder in hidden:
-        text = re.sub(re.escape(folder) + r"""[^'"\n]*?(?=: |['"\n]|$)""", "[data]", text)
+        inside = re.escape(folder.rstrip("/"))
+        text = re.sub(rf"{inside}((/{TABLE})?(?=: )|.*)", "[data]", text)
     return SECRETS.sub("[secret]", text)
 
 

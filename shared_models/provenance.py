@@ -4,12 +4,14 @@
                                head; likewise of the logs of keys before, where the run was begun under one
     evidence/answers.json      what each hospital has signed of the updates that were counted
     evidence/roster.json       the signed roster as the release was made
+    evidence/rosters.json      rosters before it, each named by the next, back to those under whose keys was signed
     evidence/study.json        the study as the hospitals approved it
     evidence/plan.json         the plan that its sites' counts gave, where the study asks for one
     evidence/environment.json  every installed package with its version
     evidence/cards/SITE.json   data cards that were handed in
 
-A hospital that keeps heads of the coordinator's log (`fedclient audit verify`) can tell whether it is the same log.
+A hospital that keeps heads of the coordinator's log (`fedclient audit verify`) can tell whether it is the same log, and
+by the newest roster that it keeps, whether it is the same history of keys. A roster itself is the coordinator's word.
 """
 
 import hashlib
@@ -33,11 +35,11 @@ from shared_models.plan import Plan
 from shared_models.planned import planned
 from shared_models.release import MOST_JSON, SIGNATURE, STUDY, WEIGHTS, Release
 from shared_models.release_facts import Signature64, Signed
-from shared_models.roster import checked, read_signed
+from shared_models.roster import Roster, SignedRoster, checked, read_signed
 from shared_models.study import canonical, from_json
 from shared_models.study import sha256 as study_sha256
 
-ANSWERS = "evidence/answers.json"
+ANSWERS, ROSTERS = "evidence/answers.json", "evidence/rosters.json"
 AUDIT, ROSTER, APPROVED = "evidence/audit.json", "evidence/roster.json", "evidence/study.json"
 PLAN, ENVIRONMENT, CARDS = "evidence/plan.json", "evidence/environment.json", "evidence/cards"
 EVENTS = ("run-queued", "run-retrained", "run-opened", "plan-made", "round-closed", "run-finished")
@@ -82,6 +84,14 @@ class Answers:
 
     __pydantic_config__ = STRICT
     answers: Annotated[tuple[SignedAnswer, ...], Field(max_length=100_000)]
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """evidence/rosters.json: the newest first."""
+
+    __pydantic_config__ = STRICT
+    rosters: Annotated[tuple[Roster, ...], Field(max_length=100_000)]
 
 
 def wanted(line: Mapping[str, Any], runs: Mapping[str, int | None]) -> bool:
@@ -140,6 +150,67 @@ def against_kept(release: Release, heads: Iterable[Mapping[str, Any]]) -> list[s
                 AUDIT,
             )
     return [f"the log is the one of which this site keeps {len(same)} heads"] if same else []
+
+
+def against_roster(release: Release, authorities: tuple[bytes, ...], seen: SignedRoster | None) -> list[str]:
+    """What the release's rosters are to a site that keeps the newest that it has seen.
+
+    Raises:
+        ReleaseInvalid: another of the same epoch, of the same coordinator.
+    """
+    if seen is None or ROSTER not in release.manifest.files:
+        return []
+    try:
+        known = checked(seen, _signer(release, authorities)[1])
+    except StateInvalid:  # of another federation
+        return []
+    for roster in _rosters(release):
+        if (roster.federation, roster.epoch) == (known.federation, known.epoch):
+            if roster.sha256 != known.sha256:
+                raise ReleaseInvalid(
+                    f"{ROSTER}: epoch {known.epoch} of the coordinator's roster was another when this site saw it: two "
+                    "histories are told. Ask the coordinator by telephone.",
+                    ROSTER,
+                )
+            return [f"the roster of epoch {known.epoch} is the one that this site has seen"]
+    return []
+
+
+def untied(release: Release) -> list[str]:
+    """What to doubt of the hospitals' signatures, a sentence: keys that no roster of an opened release has for them."""
+    if ANSWERS not in release.manifest.files:
+        return []
+    keys = _keys(release)
+    answers = parse_json(Answers, _bytes(release, ANSWERS), ANSWERS, ReleaseInvalid).answers
+    strange = [answer.site for answer in answers if (answer.site, answer.key) not in keys]
+    if not strange:
+        return []
+    return [
+        f"{len(strange)} of {len(answers)} signatures of hospitals ({', '.join(sorted(set(strange)))}) are under keys "
+        f"that no roster in the release has for them. Whoever made the release can have made these keys too: such "
+        f"signatures prove nothing about who signed. Ask the coordinator to release the run again: `fedserver release` "
+        f"of this version adds the rosters of its time."
+    ]
+
+
+def _keys(release: Release) -> set[tuple[str, str]]:
+    """Every site with each identity key that a roster of the release has for it."""
+    return {known for roster in _rosters(release) for known in roster.sites.items()}
+
+
+def _rosters(release: Release) -> list[Roster]:
+    """The roster of a release and those before it that it carries, each the one that the next names: so the signature
+    of the newest holds for all."""
+    try:
+        found = [read_signed(_bytes(release, ROSTER), ROSTER).roster]
+    except StateInvalid as error:
+        raise ReleaseInvalid(f"{ROSTER}: {error}", ROSTER) from None
+    if ROSTERS in release.manifest.files:
+        for before in parse_json(Earlier, _bytes(release, ROSTERS), ROSTERS, ReleaseInvalid).rosters:
+            if (before.epoch, before.sha256) != (found[-1].epoch - 1, found[-1].previous_sha256):
+                raise ReleaseInvalid(f"{ROSTERS}: epoch {before.epoch} is not what the next one names.", ROSTERS)
+            found.append(before)
+    return found
 
 
 def _signer(release: Release, authorities: tuple[bytes, ...]) -> tuple[bytes, bytes]:
@@ -236,8 +307,7 @@ def _check_answers(release: Release, rounds: Collection[Mapping[str, Any]]) -> l
         return [f"{unsigned} updates were counted, and none of them is signed by its hospital"] if unsigned else []
     found = parse_json(Answers, _bytes(release, ANSWERS), ANSWERS, ReleaseInvalid).answers
     known = {answer.sha256: answer for answer in found}
-    roster = read_signed(_bytes(release, ROSTER), ROSTER).roster
-    earlier = 0
+    keys, strange = _keys(release), 0
     for digest, label, facts in named:
         site, _, late = _labelled(label)
         answer = known.get(digest)
@@ -250,8 +320,10 @@ def _check_answers(release: Release, rounds: Collection[Mapping[str, Any]]) -> l
         about = (asked.run, asked.study_sha256, f"(round {asked.round})")
         if about != (facts["run"], release.manifest.origin.study_sha256, late or f"(round {facts['round']})"):
             raise ReleaseInvalid(f"{ANSWERS}: {site!r} signed round {facts['round']} of another run or study.", ANSWERS)
-        earlier += roster.sites.get(site) != answer.key
-    gone = f"; {earlier} under keys that its roster no longer has" if earlier else ""
+        strange += (site, answer.key) not in keys
+    gone = f"; {strange} of them under keys that no roster here has, which prove nothing about who signed" * (
+        strange > 0
+    )
     bare = f"; {unsigned} more were counted that no hospital has signed" if unsigned else ""
     return [
         f"{len(named)} updates that were counted are signed by their hospitals, each for its round of its run"

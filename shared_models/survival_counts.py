@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from shared_models.class_counts import least_of
 from shared_models.parse import STRICT
 
 MICRO = 1_000_000
@@ -30,7 +31,8 @@ class SurvivalCounts:
         wins: over all comparable pairs twice those that the risks order rightly, and once those that tie.
         pairs: of two cases, the first of which is known to have had its event earlier (Harrell et al. 1982).
         square_micro: at the end of each interval the weighted sum of (survived - predicted)^2, in millionths.
-        predicted_micro: sum of the predicted survival there; withheld with the next two for want of cases.
+        predicted_micro: sum of the predicted survival there; withheld with the next two for want of cases with the
+            event or without.
         at_risk, came: cases that were followed through each interval or had the event in it, and those that had it.
         told_cases: cases behind these three; sites of earlier versions tell them of all their cases and do not say so.
 
@@ -106,14 +108,17 @@ def _sum(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 def survival_counts(
     survival: Floats, time: Floats, event: NDArray[np.bool_], ends: Floats, smallest_count: int = 1
 ) -> SurvivalCounts:
-    """The counts of one site: predicted survival float64[N, J] at `ends` [J], time [N] in days, event bool[N]."""
+    """The counts of one site: predicted survival float64[N, J] at `ends` [J], time [N] in days, event bool[N].
+
+    Curves are withheld where there are cases with the event or without it, and fewer than `smallest_count` of them.
+    """
     wins, pairs = pairs_of(-survival.sum(axis=1), time, event)
     had = event[:, None] & (time[:, None] <= ends)
     followed = (time[:, None] >= ends) & ~had
     begins = np.concatenate([[0.0], ends[:-1]])
     came = had & (time[:, None] > begins)
     squares = (followed_weights(time, event, ends) * (followed.astype(float) - survival) ** 2).sum(axis=0)
-    kept = len(time) >= max(1, smallest_count)
+    kept = least_of(int(event.sum()), int((~event).sum())) >= max(1, smallest_count)
     return SurvivalCounts(
         cases=len(time),
         events=int(event.sum()),

@@ -48,6 +48,15 @@ def test_the_order_of_the_work_and_how_it_is_cut_do_not_matter():
     assert epsilon([], 1e-5) == epsilon_bound([], 1e-5) == 0.0
 
 
+def test_a_delta_rarer_than_a_distribution_tells_has_a_figure_and_a_noise_for_it():
+    spends = [Spend(1 + n / 10, 0.01, 500) for n in range(5)]
+    figures = [epsilon(spends, delta) for delta in (1e-5, 1e-12, 1e-14, 1e-15, 1e-30, 1e-300)]
+    assert figures == sorted(figures)
+    assert figures[-1] == epsilon_bound(spends, 1e-300) < 1000
+    noise = noise_for(2.0, 0.01, 100, 1e-20)
+    assert epsilon([Spend(noise, 0.01, 100)], 1e-20) <= 2.0 < epsilon([Spend(0.99 * noise, 0.01, 100)], 1e-20)
+
+
 @settings(max_examples=5, deadline=None)
 @given(st.floats(0.8, 8), st.floats(0.001, 1), st.integers(1, 50))
 def test_more_steps_cost_more_and_more_noise_costs_less(noise, rate, steps):

@@ -151,6 +151,16 @@ def test_curves_of_few_cases_are_withheld_and_figures_of_the_site_are_not():
     assert row["brier"] is not None
 
 
+@pytest.mark.parametrize(
+    ("positives", "told"), [(0, True), (1, False), (10, False), (11, True), (29, True), (30, False)]
+)
+def test_the_score_of_one_positive_patient_among_many_does_not_leave(positives, told):
+    scores, _ = drawn(1, 40, 1.0, 1.0)
+    found = of(scores, np.arange(40) < positives, smallest_count=11)
+    assert (bool(found.positive), bool(found.negative), bool(found.cell_cases)) == (told, told, told)
+    assert (found.positives, of(scores, np.arange(40) < positives).cases) == (positives, 40)
+
+
 def test_without_one_of_the_classes_there_is_no_figure():
     only = class_counts(np.array([0.4, 0.6]), np.array([True, True]), np.array([False, True]))
     assert math.isnan(only.value)

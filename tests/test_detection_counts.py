@@ -165,6 +165,13 @@ def test_a_site_that_withholds_its_histograms_leaves_the_curve_of_the_others():
     assert (both.scans, both.lesions, both.value) == (8, 6, told.value)
 
 
+def test_the_marks_of_one_patient_with_lesions_among_many_without_do_not_leave():
+    hit, clean = judged(marks((0.5, 0, 0, 0)), balls((0, 0, 0, 4)), NOTHING), judged(marks(), NOTHING, NOTHING)
+    assert detection_counts([clean] * 12, 11).told_scans == 12
+    assert detection_counts([hit] + [clean] * 12, 11).hits == ()
+    assert detection_counts([hit] * 11 + [clean], 11).told_lesions == 11
+
+
 def test_a_site_with_few_scans_tells_no_distribution_and_its_sums():
     withheld = detection_counts(worked(), smallest_count=5)
     assert (withheld.hits, withheld.told_scans, math.isnan(withheld.value)) == ((), 0, True)

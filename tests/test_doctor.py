@@ -254,14 +254,41 @@ def test_a_limit_beyond_the_machine_is_told(site):
 
 def test_memory_is_that_of_the_container_where_that_is_less(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 8388608 kB\nMemFree: 1 kB\nMemAvailable: 4194304 kB\n")
-    assert memory_bytes(tmp_path / "meminfo", tmp_path) == (8 << 30, 4 << 30)
+    assert memory_bytes(tmp_path / "meminfo", tmp_path, tmp_path / "own") == (8 << 30, 4 << 30)
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1073741824\n")
-    assert memory_bytes(tmp_path / "meminfo", tmp_path) == (8 << 30, 4 << 30)
+    assert memory_bytes(tmp_path / "meminfo", tmp_path, tmp_path / "own") == (8 << 30, 4 << 30)
     (tmp_path / "memory.max").write_text(f"{2 << 30}\n")
-    assert memory_bytes(tmp_path / "meminfo", tmp_path) == (2 << 30, 1 << 30)
+    assert memory_bytes(tmp_path / "meminfo", tmp_path, tmp_path / "own") == (2 << 30, 1 << 30)
     (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {1 << 29}\n")
-    assert memory_bytes(tmp_path / "meminfo", tmp_path) == (2 << 30, 3 << 29), "files that were read are given up"
+    assert memory_bytes(tmp_path / "meminfo", tmp_path, tmp_path / "own") == (2 << 30, 3 << 29), (
+        "files that were read are given up"
+    )
+
+
+def test_memory_is_that_of_the_systemd_unit_or_of_the_least_slice_above_it(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 8388608 kB\nMemFree: 1 kB\nMemAvailable: 4194304 kB\n")
+    own, groups = tmp_path / "own", tmp_path / "groups"
+    unit = groups / "system.slice/fedclient.service"
+    unit.mkdir(parents=True)
+    own.write_text("0::/system.slice/fedclient.service\n")
+
+    def limited(group: Path, most_gib: int, used_gib: int) -> None:
+        (group / "memory.max").write_text(f"{most_gib << 30}\n")
+        (group / "memory.current").write_text(f"{used_gib << 30}\n")
+
+    limited(unit, 4, 1)
+    assert memory_bytes(tmp_path / "meminfo", groups, own) == (4 << 30, 3 << 30)
+    limited(unit.parent, 3, 1)
+    assert memory_bytes(tmp_path / "meminfo", groups, own) == (3 << 30, 2 << 30)
+    (unit / "memory.current").write_text(f"{7 << 29}\n")
+    assert memory_bytes(tmp_path / "meminfo", groups, own) == (3 << 30, 1 << 29), (
+        "the unit has less left than its slice"
+    )
+    limited(groups, 2, 1)
+    for elsewhere in ("0::/\n", "0::/docker/abc\n", "0::/../x\n", "4:memory:/x\n"):
+        own.write_text(elsewhere)
+        assert memory_bytes(tmp_path / "meminfo", groups, own) == (2 << 30, 1 << 30)
 
 
 @pytest.fixture

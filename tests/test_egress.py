@@ -23,6 +23,7 @@ from fedclient.work import refusal
 from fedserver.enrol import open_log
 from fedserver.records import Records
 from shared_models.audit_check import verify_log
+from shared_models.class_counts import class_counts
 from shared_models.errors import OrderRefused
 from shared_models.files import read_lines
 from shared_models.identity import identity_public_key
@@ -79,6 +80,7 @@ def north(hospitals: Hospitals) -> Site:
         {"own_scores": {"Jane Doe": DiceCounts()}},
         {"scores": {"lung": counts([0.5] * 10)}},
         {"own_scores": {"lung": counts([0.5] * 10)}},
+        {"scores": {"lung": class_counts(np.full(20, 0.5), np.arange(20) < 1, np.zeros(20, bool))}},
     ],
 )
 def test_what_is_not_on_the_list_stays(north, change):

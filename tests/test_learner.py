@@ -196,6 +196,26 @@ def test_a_site_withholds_the_histogram_of_few_cases(north, weights):
     assert scored(replace(north, smallest_count=3), STUDY, weights, "test")["lung"].histogram == ()
 
 
+def test_two_images_of_one_patient_are_one_patient_to_the_policy(data, work, weights, tmp_path):
+    once = Path(shutil.copytree(data, tmp_path / "data"))
+    with (once / "manifest.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    tested = [row for row in rows if row["split"] == "test" and row["site"] == "north"]
+    north = replace(site_at(once, tmp_path / "two", "north"), smallest_count=2)
+    assert scored(north, STUDY, weights, "test")["lung"].histogram
+    assert LEARNER.profile(north, STUDY, weights)
+    for row in tested:
+        row["patient_id"] = tested[0]["patient_id"]
+    with (once / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    north = replace(site_at(once, tmp_path / "one", "north"), smallest_count=2)
+    found = scored(north, STUDY, weights, "test")["lung"]
+    assert (found.cases, found.histogram) == (2, ())
+    assert LEARNER.profile(replace(north, smallest_count=3), STUDY, weights) is None  # 3 cases of 2 patients
+
+
 def test_the_threshold_is_the_studys(north, weights):
     everything = scored(north, replace(STUDY, evaluate=Evaluate(threshold=1e-6)), weights, "test")["lung"]
     nothing = scored(north, replace(STUDY, evaluate=Evaluate(threshold=1 - 1e-6)), weights, "test")["lung"]

@@ -49,7 +49,12 @@ def test_the_module_that_a_process_was_started_with_is_named_and_not_main():
     ("text", "left"),
     [
         (f"{DATA}/Doe, Jane/1.dcm", "[data]"),
-        (f"cannot read '{DATA}/Jane Doe.nii.gz', skipped", "cannot read '[data]', skipped"),
+        (f"cannot read '{DATA}/Jane Doe.nii.gz', skipped", "cannot read '[data]"),
+        (f"{DATA}/O'Brien^Mary: x/1.dcm: is no DICOM", "[data]"),
+        (f'cannot read "{DATA}/Doe" Jane/1.dcm"', 'cannot read "[data]'),
+        (f"{DATA}/manifest.csv: row 1 lacks the column image", "[data]: row 1 lacks the column image"),
+        (f"{DATA}: row 3 is {DATA}/Jane: Doe.dcm", "[data]: row 3 is [data]"),
+        (f"{DATA}/manifest.csv of Jane: broken", "[data]"),
         (f"{DATA}/a\nsecond line", "[data]\nsecond line"),
         ("join fl1.eyJhIjoxfQ_-x.y now", "join [secret] now"),
         ("-----BEGIN PRIVATE KEY-----\nMIGH\n-----END PRIVATE KEY-----", "[secret]"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedclient.fingerprint import site_fingerprint
-from fedclient.site import Site, open_site
+from fedclient.site import Once, Site, open_site
 from shared_models.errors import ImageUnreadable, OrderRefused, StudyInvalid, UpdateRejected
 from shared_models.files import canonical_json
 from shared_models.parse import parse_json, plain
@@ -423,6 +423,10 @@ def test_a_site_counts_its_training_cases_alone_and_says_how_far_it_is(sites, tm
     assert heard == [(1, 2), (2, 2)]
     with pytest.raises(OrderRefused, match="fewer than 3"):
         site_fingerprint(replace(here, smallest_count=3), STUDY)
+    rows = (tmp_path / "manifest.csv").read_text().replace("p3,", "p0,")
+    (tmp_path / "manifest.csv").write_text(rows)
+    with pytest.raises(OrderRefused, match="in 2; counts of fewer than 3"):  # of one patient
+        site_fingerprint(replace(here, smallest_count=2, once=Once()), STUDY)
 
 
 def test_counting_for_a_plan_ends_between_two_cases_once_it_may_not_go_on(sites, tmp_path):

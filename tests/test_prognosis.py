@@ -155,6 +155,12 @@ def test_curves_of_few_cases_are_withheld_and_pairs_are_not():
     assert as_row(NO_SURVIVAL)["c_index"] is None
 
 
+def test_the_interval_of_one_patients_event_or_going_does_not_leave():
+    survival, time, _ = drawn(1, 40)
+    for events, told in ((0, True), (1, False), (11, True), (29, True), (39, False), (40, True)):
+        assert bool(survival_counts(survival, time, np.arange(40) < events, ENDS, 11).came) == told
+
+
 def test_a_site_that_withholds_its_curves_lowers_nobody_elses():
     survival = np.array([0.9, 0.8, 0.7])
     told, shut = (

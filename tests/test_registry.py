@@ -23,7 +23,7 @@ from fedserver.cli import app as fedserver
 from fedserver.cohort import Presence
 from fedserver.enrol import Federation, authority_of, open_federation, open_log, signer
 from fedserver.publish.card import Words
-from fedserver.publish.proofs import audit_extract
+from fedserver.publish.proofs import audit_extract, newest_roster
 from fedserver.records import Records
 from fedserver.setting import note_closed
 from fedserver.signed import check_signed, counted_answers, signed_lines
@@ -54,15 +54,18 @@ from shared_models.provenance import (
     AUDIT,
     ENVIRONMENT,
     ROSTER,
+    ROSTERS,
     Extract,
     Leaf,
     _check_answers,
     _check_audit,
     against_kept,
+    against_roster,
     check_provenance,
     wanted,
 )
 from shared_models.release import MANIFEST, Manifest, Trust, open_release, read_approvals, seal
+from shared_models.roster import sign_roster
 from shared_models.standing import read_standings
 from shared_models.study import Model, Study, Transfer, canonical, sha256
 from simulations.release import research_release
@@ -176,6 +179,39 @@ def test_what_a_hospital_has_not_signed_counts_for_nothing_in_the_evidence(copy,
         assert words in str(found)
 
 
+def test_a_signature_under_a_key_that_its_maker_made_up_proves_nothing_and_verify_says_so(copy, hospitals, trust):
+    site = str(hospitals.sites["north"])
+    assert not json.loads(typed(fedclient, "verify", str(copy), "--site", site, "--json"))["warnings"]
+    mine = new_site_keys().identity
+
+    def forge(facts: Any) -> None:
+        for answer in facts["answers"]:
+            if answer["site"] == "north":
+                answer["signature"] = sign(mine, "answer", answer["envelope"].encode()).hex()
+                answer["key"] = identity_public_key(mine).hex()
+
+    resealed(copy, hospitals, ANSWERS, forge)
+    shown = check_provenance(open_release(copy, trust), trust.authorities)
+    assert any("; 3 of them under keys that no roster here has" in words for words in shown)
+    said = " ".join(typed(fedclient, "verify", str(copy), "--site", site, code=1).split())
+    assert "3 of 7 signatures of hospitals (north) are under keys that no roster in the release has" in said
+    assert "prove nothing about who signed" in said
+    told = json.loads(typed(fedclient, "verify", str(copy), "--site", site, "--json", code=1))
+    assert "prove nothing" in told["warnings"][0]
+
+
+def test_another_roster_than_the_site_has_seen_of_that_epoch_is_told(copy, hospitals, trust):
+    opened, federation = open_release(copy, trust), hospitals.edge.federation
+    seen = newest_roster(federation)[1]
+    (words,) = against_roster(opened, trust.authorities, seen)
+    assert words == f"the roster of epoch {seen.roster.epoch} is the one that this site has seen"
+    assert against_roster(opened, trust.authorities, None) == []
+    other = sign_roster(signer(federation), replace(seen.roster, sites={"north": "0" * 64}))
+    with pytest.raises(ReleaseInvalid, match="two histories are told"):
+        against_roster(opened, trust.authorities, other)
+    assert against_roster(opened, trust.authorities, replace(other, signature="0" * 128)) == []  # of nobody it trusts
+
+
 def test_what_was_counted_and_no_hospital_signed_is_told(copy, trust):
     release = open_release(copy, trust)
     lines = [{"run": "lung", "round": 1, "counted": ["north", "ghost"], "signed": {}, "weights": "x"}]
@@ -183,22 +219,29 @@ def test_what_was_counted_and_no_hospital_signed_is_told(copy, trust):
     assert _check_answers(release, [{**lines[0], "counted": []}]) == []
 
 
-def spoilt(copy: Path, hospitals: Hospitals, name: str, change: Any) -> ReleaseInvalid:
-    """A coordinator that signs evidence which is not so."""
-    facts = json.loads((copy / name).read_bytes())
-    change(facts)
-    (copy / name).write_text(json.dumps(facts, sort_keys=True, separators=(",", ":")))
-    return contradiction(copy, hospitals)
-
-
-def contradiction(copy: Path, hospitals: Hospitals, **origin: Any) -> ReleaseInvalid:
+def resealed(copy: Path, hospitals: Hospitals, name: str, change: Any, **origin: Any) -> bytes:
+    """A coordinator signs evidence that it has changed; the certificate of its authority."""
     federation = hospitals.edge.federation
     authority = federation.ca_certificate.read_bytes()
+    if name:
+        facts = json.loads((copy / name).read_bytes())
+        change(facts)
+        (copy / name).write_text(json.dumps(facts, sort_keys=True, separators=(",", ":")))
     manifest = parse_json(Manifest, (copy / MANIFEST).read_bytes(), MANIFEST)
     seal(copy, replace(manifest, origin=replace(manifest.origin, **origin)), signer(federation), authority)
+    return authority
+
+
+def spoilt(copy: Path, hospitals: Hospitals, name: str, change: Any, **origin: Any) -> ReleaseInvalid:
+    """A coordinator that signs evidence which is not so."""
+    authority = resealed(copy, hospitals, name, change, **origin)
     with pytest.raises(ReleaseInvalid) as found:
         check_provenance(open_release(copy, Trust((authority,))), (authority,))
     return found.value
+
+
+def contradiction(copy: Path, hospitals: Hospitals, **origin: Any) -> ReleaseInvalid:
+    return spoilt(copy, hospitals, "", None, **origin)
 
 
 def test_a_line_that_was_edited_moved_or_cut_from_the_tree_is_found(copy, hospitals, tmp_path):
@@ -659,6 +702,19 @@ def test_a_release_that_is_made_after_a_site_has_left_says_so_and_the_list_too(h
     listed = read_standings(holding.status_list(federation, 30), authorities, "list").releases
     words_of = {standing.label: standing.words for standing in listed.values()}
     assert (words_of["tiny-lung-late"], words_of["tiny-lung-early"]) == (holding.SITE_LEFT, "")
+
+    made, site = tmp_path / "tiny-lung-late", str(hospitals.sites["north"])
+    assert json.loads(typed(fedclient, "verify", str(made), "--site", site, "--json"))["warnings"] == []
+    assert not (tmp_path / "tiny-lung-early" / ROSTERS).exists()
+
+    def swap(facts: Any) -> None:
+        facts["rosters"][-1]["sites"]["east"] = "0" * 64
+
+    assert "is not what the next one names" in str(spoilt(made, hospitals, ROSTERS, swap))
+    (made / ROSTERS).unlink()  # as releases were made before
+    resealed(made, hospitals, "", None)
+    said = " ".join(typed(fedclient, "verify", str(made), "--site", site, code=1).split())
+    assert "1 of 7 signatures of hospitals (east) are under keys that no roster" in said
 
 
 def test_a_site_that_is_left_out_of_a_run_is_not_asked_in_it(hospitals):

@@ -96,7 +96,7 @@ def test_the_page_tells_of_all_that_a_hospital_asks(page):
         "GiB taken of a quota of 100",
         "Privacy ledger No budget is set",
         "Data card None yet",
-        "A distribution leaves only of 11 or more cases.",
+        "A distribution leaves only of 11 or more patients: with a finding, and without.",
         "tensors 2 (544 B)",
         "toy, round 2",
     ):

@@ -15,6 +15,7 @@ from fedclient.data.dataset import Batch, DataSet, prepare
 from fedclient.data.manifest import Progress
 from fedclient.data.truths import has_truth
 from fedclient.gate.run import usable_cases
+from fedclient.policy import least_cases
 from fedclient.site import Site
 from fedclient.training.depth import rates_of
 from fedclient.training.device import limit
@@ -123,11 +124,11 @@ class ImageLearner:
         net = nets.network(study)
         nets.load_arrays(net, weights)
         task, cases = functions_of(study.task, site.labelled), data_set(site, study, split)
-        return evaluate(net.to(device), cases, study, task, device, site.smallest_count, site.go_on)
+        return evaluate(net.to(device), cases, study, task, device, least_told(site, study, split), site.go_on)
 
     def profile(self, site: Site, study: Study, weights: Arrays) -> Profile | None:
         kept = [case for case in _cases(site) if case.split != "train"]
-        if len(kept) < site.smallest_count:
+        if len({case.patient for case in kept}) < site.smallest_count:
             return None
         device = device_of(site)
         settle(site, study, 0)
@@ -216,6 +217,12 @@ def data_set(site: Site, study: Study, split: str) -> DataSet:
     if not cases and split == "train":
         raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Run `fedclient check`.")
     return _prepared(site, study, cases, split, len(labelled) + len(unlabelled))
+
+
+def least_told(site: Site, study: Study, split: str) -> int:
+    """Of so many cases of a split a distribution may leave: `policy.smallest_count` counts patients."""
+    labelled, _ = sorted_by_label(site, study)
+    return least_cases(site.smallest_count, (case.patient for case in labelled if split in (case.split, ALL)))
 
 
 def to_train_on(site: Site, study: Study) -> tuple[DataSet, DataSet]:

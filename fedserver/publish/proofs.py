@@ -16,9 +16,10 @@ from shared_models.errors import StateInvalid
 from shared_models.evidence import earlier_verdicts, in_words, verdict_of
 from shared_models.files import canonical_json
 from shared_models.identity import identity_public_key
-from shared_models.parse import plain
-from shared_models.provenance import Answers, Extract, Leaf, wanted
-from shared_models.roster import SignedRoster, read_signed
+from shared_models.parse import parse_json, plain
+from shared_models.provenance import ANSWERS, Answers, Earlier, Extract, Leaf, wanted
+from shared_models.release import MOST_JSON
+from shared_models.roster import Roster, SignedRoster, read_signed
 
 
 def audit_extract(federation: Federation, runs: Mapping[str, int | None]) -> bytes:
@@ -81,6 +82,21 @@ def answers_extract(federation: Federation, runs: Mapping[str, int | None]) -> b
             )
         found += kept.values()
     return canonical_json(plain(Answers(tuple(found))))
+
+
+def earlier_rosters(federation: Federation, newest: Roster, answers: bytes) -> bytes | None:
+    """evidence/rosters.json: back from `newest` to the last one that has the key of each of the answers; as far as one
+    file may go. None where `newest` has them all."""
+    listed = parse_json(Answers, answers, ANSWERS).answers
+    sought = {(answer.site, answer.key) for answer in listed} - set(newest.sites.items())
+    found, size = list[Roster](), 0
+    for content in reversed(list_rosters(federation.state, 0, newest.epoch - 1)[1]):
+        size += len(content)
+        if not sought or size > MOST_JSON:
+            break
+        found.append(read_signed(content, str(federation.state)).roster)
+        sought -= set(found[-1].sites.items())
+    return canonical_json(plain(Earlier(tuple(found)))) if found else None
 
 
 def newest_roster(federation: Federation) -> tuple[bytes, SignedRoster]:

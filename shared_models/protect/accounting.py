@@ -41,8 +41,13 @@ class Spend:
 
 
 def epsilon(spends: Iterable[Spend], delta: float) -> float:
-    """Epsilon at `delta` of all of `spends` together, by privacy loss distributions; 0 for none."""
-    return _epsilon(_merged(spends), delta, "pld")
+    """Epsilon at `delta` of all of `spends` together, by privacy loss distributions; 0 for none.
+
+    They cut off what is rarer than about 1e-15 a distribution, count it as lost and say infinity of a smaller delta;
+    the bound is the lesser one there.
+    """
+    together = _merged(spends)
+    return min(_epsilon(together, delta, "pld"), _epsilon(together, delta, "rdp"))
 
 
 def epsilon_bound(spends: Iterable[Spend], delta: float) -> float:
