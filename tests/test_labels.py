@@ -41,7 +41,7 @@ def table(path: Path, text: str) -> Path:
 def on_grid(labels: Labels, affine_ras: NDArray[np.float64], like: Volume) -> Labels:
     """A label map on its image's grid."""
     moved = np.zeros(like.voxels.shape[1:], np.uint8)
-    place(labels, np.linalg.solve(like.affine_ras, affine_ras), moved)
+    place(labels, np.asarray(np.linalg.solve(like.affine_ras, affine_ras), np.float64), moved)
     return moved
 
 
