@@ -72,6 +72,30 @@ def csv_rows(content: bytes) -> list[list[str]]:
     return rows
 
 
+def lacks(heading: Sequence[str], missing: Sequence[str]) -> str:
+    """The complaint about a heading without the columns `missing`."""
+    mend = "The columns must be separated by commas" if len(heading) < 2 else "Add them"
+    return f"row 1 lacks the columns {', '.join(missing)}. {mend}."
+
+
+def rows_below(heading: Sequence[str], table: Sequence[Sequence[str]]) -> list[tuple[int, dict[str, str]]]:
+    """Number and values of each row below the heading that is not blank.
+
+    Raises:
+        csv.Error: with the row, one that is longer or shorter than the heading.
+    """
+    rows: list[tuple[int, dict[str, str]]] = []
+    for number, values in enumerate(table[1:], start=2):
+        if not any(value.strip() for value in values):
+            continue
+        if len(values) != len(heading):
+            raise csv.Error(
+                f"row {number} has {len(values)} fields, the heading {len(heading)}. Quote fields with commas."
+            )
+        rows.append((number, by_column(heading, values)))
+    return rows
+
+
 def by_column(heading: Sequence[str], values: Sequence[str]) -> dict[str, str]:
     """Column -> value without spaces around it; a patient's name in NFC, as it can be written in several ways."""
     row = {name: value.strip() for name, value in zip(heading, values, strict=True)}
@@ -100,26 +124,17 @@ def read_table(path: Path, what: str, columns: Sequence[str]) -> list[Line]:
         if len(content) > MAX_BYTES:
             raise _broken(what, f"it has more than {MAX_BYTES} bytes. Split it.")
         table = csv_rows(content)
+        heading = [name.strip() for name in table[0]] if table else []
+        missing = [name for name in columns if name not in heading]
+        if missing:
+            raise _broken(what, lacks(heading, missing))
+        if any(times > 1 for name, times in Counter(heading).items() if name):
+            raise _broken(what, "row 1 has a column twice. Remove one.")
+        lines = [Line(what, number, values) for number, values in rows_below(heading, table)]
     except OSError as e:
         raise _broken(what, f"it cannot be read ({type(e).__name__}). Put it there, or mend its rights.") from None
     except csv.Error as e:
         raise _broken(what, str(e)) from None
-    heading = [name.strip() for name in table[0]] if table else []
-    missing = [name for name in columns if name not in heading]
-    if missing:
-        mend = "The columns must be separated by commas" if len(heading) < 2 else "Add them"
-        raise _broken(what, f"row 1 lacks the columns {', '.join(missing)}. {mend}.")
-    if any(times > 1 for name, times in Counter(heading).items() if name):
-        raise _broken(what, "row 1 has a column twice. Remove one.")
-    lines: list[Line] = []
-    for number, values in enumerate(table[1:], start=2):
-        if not any(value.strip() for value in values):
-            continue
-        if len(values) != len(heading):
-            raise _broken(
-                what, f"row {number} has {len(values)} fields, the heading {len(heading)}. Quote fields with commas."
-            )
-        lines.append(Line(what, number, by_column(heading, values)))
     if not lines:
         raise ManifestInvalid(f"{what}: it has a heading and no rows. Add a row for each case.", code="LABEL_EMPTY")
     return lines
