@@ -36,7 +36,7 @@ def site_fingerprint(site: Site, study: Study, progress: Progress | None = None)
     return released(fingerprint_of_cases(labelled, study, tell), least)
 
 
-def fingerprint_of_cases(cases: Sequence[Case], study: Study, progress: Progress | None = None) -> Fingerprint:
+def fingerprint_of_cases(cases: Sequence[Case], study: Study, progress: Progress | None) -> Fingerprint:
     """The sum of the cases' fingerprints; one image and one mask are in memory at a time."""
     return total(usable(cases, lambda case: _fingerprint(case, study), progress))
 

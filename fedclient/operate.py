@@ -21,16 +21,9 @@ PAGE_PORT = 8471
 def doctor(site: Folder = Path("site"), as_json: AsJson = False) -> None:
     """Looks at network, machine, data and settings; says how each trouble is mended; exits with 1 on a fail."""
     from fedclient.doctor import examine
-    from shared_models.doctor import as_json as facts
-    from shared_models.doctor import tell, worst
+    from shared_models.doctor import tell
 
-    if as_json:
-        lines = list(examine(site))
-        print_json(facts(lines))
-        found = worst(lines)
-    else:
-        found = tell(examine(site), console)
-    if found == "fail":
+    if tell(examine(site), console, as_json) == "fail":
         raise typer.Exit(1)
 
 

@@ -19,7 +19,7 @@ from fedclient.renewal import fetch_roster, read_roster
 from fedclient.secagg import Held, Member, check_context
 from fedclient.site import Site
 from fedclient.sums import Sums, open_sums
-from fedclient.work import Gate, Learner, carry_out, study_of
+from fedclient.work import Gate, Learner, carry_out, reply_to, study_of
 from shared_models.errors import OrderRefused, StateInvalid
 from shared_models.files import canonical_json, file_sha256, replacing, write_atomic
 from shared_models.identity import load_secret
@@ -73,14 +73,7 @@ def summed(
         if done.reply.kind == "update":
             check_tensors(done.delta, received, study_of(order))
         keep(done.reply, done.delta, kept)
-    return _answer(order, site, "ready"), None
-
-
-def _answer(order: Order, site: Site, kind: Any, **told: Any) -> Reply:
-    digests = (order.study_sha256, order.base_sha256)
-    return Reply(
-        kind, site.name, order.run, order.round, order.attempt, *digests, plan_sha256=order.plan_sha256, **told
-    )
+    return reply_to(order, site, "ready"), None
 
 
 def _step(order: Order, site: Site, study: Study, kept: Path) -> tuple[Reply, Path | None]:
@@ -96,22 +89,22 @@ def _step(order: Order, site: Site, study: Study, kept: Path) -> tuple[Reply, Pa
     sums = open_sums(_member(site, roster), site.sums)
     vector: Path | None = None
     if order.kind == "advertise":
-        reply = _answer(order, site, "advert", advert=_advertise(order, study, kept, sums))
+        reply = reply_to(order, site, "advert", advert=_advertise(order, study, kept, sums))
     else:
         _same_order(order, sums, context_id)
         if order.kind == "share":
-            reply = _answer(order, site, "sealed", sealed=sums.share(asked))
+            reply = reply_to(order, site, "sealed", sealed=sums.share(asked))
         elif order.kind == "mask":
             vector = said.with_suffix(".vector")
-            reply = _answer(order, site, "masked", blob=_masked(order, asked, study, kept, sums, vector))
+            reply = reply_to(order, site, "masked", blob=_masked(order, asked, study, kept, sums, vector))
         elif order.kind == "confirm":
-            reply = _answer(order, site, "confirmation", confirmation=sums.confirm(asked))
+            reply = reply_to(order, site, "confirmation", confirmation=sums.confirm(asked))
         else:
 
             def keep_answer(told: Revealed) -> None:
-                write_atomic(said, dump(_answer(order, site, "revealed", revealed=told)))
+                write_atomic(said, dump(reply_to(order, site, "revealed", revealed=told)))
 
-            reply = _answer(order, site, "revealed", revealed=sums.unmask(asked, keep_answer))
+            reply = reply_to(order, site, "revealed", revealed=sums.unmask(asked, keep_answer))
     write_atomic(said, dump(reply))
     return reply, vector
 

@@ -4,13 +4,13 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from fedclient.memory import keep_final, memory_folder, own_path, recall, remember
 from fedclient.site import Site
-from fedclient.spending import check_budget, check_order, reserved
+from fedclient.spending import Spending, check_budget, check_order, reserved
 from shared_models.authority import read_files
 from shared_models.control import without_control
 from shared_models.drift import Profile
@@ -209,16 +209,7 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
     study = study_of(order)
     check_asked(order, study, site)
     private = study.protect.privacy is not None
-    reply = Reply(
-        kind="hello",
-        site=site.name,
-        run=order.run,
-        round=order.round,
-        attempt=order.attempt,
-        study_sha256=order.study_sha256,
-        base_sha256=order.base_sha256,
-        plan_sha256=order.plan_sha256,
-    )
+    reply = reply_to(order, site, "hello")
     if order.kind == "hello":
         untold = private or study.protect.secure_aggregation is not None  # neither tells of one site by itself
         held = Holding() if untold else learner.holding(site, study)
@@ -237,20 +228,60 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         found = site_fingerprint(site, study)
         return Answer(replace(reply, kind="statistics", fingerprint=found, seconds=time.monotonic() - began))
     study = planned_study(order, study)
+    alone = without_control(weights)
     if order.evaluate is not None:
-        alone = without_control(weights)
-        reply = replace(reply, scored=order.evaluate, scores=learner.score(site, study, alone, order.evaluate))
-        own = own_model(order, study, alone, site, learner)
-        if own is not None:
-            reply = replace(reply, own_scores=learner.score(site, study, own, order.evaluate))
+        reply = _scored(reply, order, study, alone, site, learner, order.evaluate)
     if order.kind == "evaluate":
-        if study.task.kind == "classification" and order.evaluate == "test":
-            reply = replace(reply, validation=learner.score(site, study, without_control(weights), "val"))
-        reply = replace(reply, profile=_profile(order, study, weights, site, learner))
+        reply = replace(reply, profile=_profile(order, study, alone, site, learner))
         if site.deployed:
-            keep_final(memory_folder(site, order.run, order.study_sha256), study, without_control(weights))
+            keep_final(memory_folder(site, order.run, order.study_sha256), study, alone)
         return Answer(replace(reply, kind="evaluation", seconds=time.monotonic() - began))
     spending = reserved(order, study, site, patients) if private else None
+    learned, sent = _trained(order, study, weights, site, learner, spending)
+    done = replace(reply, kind="update", steps=learned.steps, device=learned.device)
+    if spending is not None:  # all else follows from the patients, and carries no noise
+        spending.settle()
+        return Answer(done, sent)
+    done = replace(done, examples=learned.examples, losses=learned.losses, variance=learned.variance)
+    return Answer(replace(done, seconds=time.monotonic() - began), sent)
+
+
+def reply_to(order: Order, site: Site, kind: Any, **told: Any) -> Reply:
+    """A reply that says whose it is and to which order, and what is `told`."""
+    return Reply(
+        kind=kind,
+        site=site.name,
+        run=order.run,
+        round=order.round,
+        attempt=order.attempt,
+        study_sha256=order.study_sha256,
+        base_sha256=order.base_sha256,
+        plan_sha256=order.plan_sha256,
+        **told,
+    )
+
+
+def _scored(
+    reply: Reply, order: Order, study: Study, weights: Arrays, site: Site, learner: Learner, split: Split
+) -> Reply:
+    """`reply` with the scores of the shared model, and those of the site's own where it has one."""
+    reply = replace(reply, scored=split, scores=learner.score(site, study, weights, split))
+    own = own_model(order, study, weights, site, learner)
+    if own is not None:
+        reply = replace(reply, own_scores=learner.score(site, study, own, split))
+    if order.kind == "evaluate" and study.task.kind == "classification" and split == "test":
+        reply = replace(reply, validation=learner.score(site, study, weights, "val"))
+    return reply
+
+
+def _trained(
+    order: Order, study: Study, weights: Arrays, site: Site, learner: Learner, spending: Spending | None
+) -> tuple[Learned, Arrays]:
+    """What training gave, and its delta as the study protects it; what the site remembers is kept.
+
+    Raises:
+        OrderRefused: of the learner; or it left numbers that are not finite.
+    """
     folder = memory_folder(site, order.run, order.study_sha256)
     try:
         if remembers(study):
@@ -275,19 +306,14 @@ def carry_out(order: Order, weights: Arrays, site: Site, learner: Learner, gate:
         sent, _ = outgoing(study.protect, delta, {})
     if memory:
         remember(folder, order.round, order.counted, memory)
-    done = replace(reply, kind="update", steps=learned.steps, device=learned.device)
-    if spending is not None:  # all else follows from the patients, and carries no noise
-        spending.settle()
-        return Answer(done, sent)
-    done = replace(done, examples=learned.examples, losses=learned.losses, variance=learned.variance)
-    return Answer(replace(done, seconds=time.monotonic() - began), sent)
+    return learned, sent
 
 
 def _profile(order: Order, study: Study, weights: Arrays, site: Site, learner: Learner) -> Profile | None:
     """What the final evaluation counts for drift, where the study wants it and there are cases enough to tell it."""
     if not study.evaluate.reference or order.evaluate != "test" or not isinstance(learner, Profiler):
         return None
-    return learner.profile(site, study, without_control(weights))
+    return learner.profile(site, study, weights)
 
 
 def own_model(order: Order, study: Study, weights: Arrays, site: Site, learner: Learner) -> Arrays | None:
@@ -317,16 +343,4 @@ def _rememberer(learner: Learner) -> Rememberer:
 
 def refusal(order: Order, site: Site, code: str, keys: tuple[str, ...] = (), accused: str | None = None) -> Reply:
     """A refused order; the reason's words stay in the site's log."""
-    return Reply(
-        kind="refusal",
-        site=site.name,
-        run=order.run,
-        round=order.round,
-        attempt=order.attempt,
-        study_sha256=order.study_sha256,
-        base_sha256=order.base_sha256,
-        plan_sha256=order.plan_sha256,
-        refusal=code,
-        refusal_keys=keys,
-        accused=accused,
-    )
+    return reply_to(order, site, "refusal", refusal=code, refusal_keys=keys, accused=accused)

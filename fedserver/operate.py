@@ -24,16 +24,9 @@ DASHBOARD_PORT = 9472
 def doctor(federation: Folder = HERE, as_json: AsJson = False) -> None:
     """Looks at ports, certificates, disk, backup, clock, versions; says how each is mended; exits with 1 on a fail."""
     from fedserver.doctor import examine
-    from shared_models.doctor import as_json as facts
-    from shared_models.doctor import tell, worst
+    from shared_models.doctor import tell
 
-    if as_json:
-        lines = list(examine(federation))
-        print_json(facts(lines))
-        found = worst(lines)
-    else:
-        found = tell(examine(federation), console)
-    if found == "fail":
+    if tell(examine(federation), console, as_json) == "fail":
         raise typer.Exit(1)
 
 

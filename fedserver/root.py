@@ -200,13 +200,13 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 # The coordinator
 
 
-def founding(folder: Path, passphrase: str, days: float = ISSUER_DAYS) -> Found:
+def founding(folder: Path, passphrase: str) -> Found:
     """For `init_federation`: makes the root in `folder`, and of it what the coordinator needs."""
 
     def found(made: Federation) -> Credential:
         root = make_root(folder, made.name, passphrase)
         write_atomic(made.ca_certificate, root.authority)
-        _take(made, certify(root, request(made), days))
+        _take(made, certify(root, request(made), ISSUER_DAYS))
         _forget_request(made)
         return Credential(root.authority, _pem(root.key))
 

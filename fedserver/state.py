@@ -268,7 +268,7 @@ def forget_node(path: Path, flower_node_id: int) -> None:
 
 
 def renew_certificate(
-    path: Path, certificate: CertificateRow, fingerprint: str, seal: Seal, signed_by: str, identity: str | None = None
+    path: Path, certificate: CertificateRow, fingerprint: str, seal: Seal, signed_by: str, identity: str | None
 ) -> None:
     """Stores a further certificate of an active site, the newest from now on, and a new epoch.
 

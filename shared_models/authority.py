@@ -59,9 +59,9 @@ class Authority:
         """What a TLS context is to trust, PEM; the root itself is not among it where it is offline."""
         return b"".join(self.issuers).decode("ascii")
 
-    def check_current(self, now_s: float | None = None) -> None:
+    def check_current(self) -> None:
         """Raises StateInvalid once the list has ended: nobody knows then what was revoked since."""
-        if self.until_s < (time.time() if now_s is None else now_s):
+        if self.until_s < time.time():
             day = date_text(self.until_s)
             raise StateInvalid(
                 f"revocation list {self.number} of the federation's authority has ended on {day}, so nobody can tell "
@@ -160,11 +160,11 @@ def newer(known: bytes, offered: bytes) -> bool:
 # What a root signs
 
 
-def new_root(name: str, days: float, now: datetime | None = None) -> tuple[bytes, ec.EllipticCurvePrivateKey]:
+def new_root(name: str, days: float) -> tuple[bytes, ec.EllipticCurvePrivateKey]:
     """A root (P-384) that certifies issuing keys and no further authority, PEM, and its key."""
     key = ec.generate_private_key(ec.SECP384R1())
-    at = now or datetime.now(UTC)
-    return authority_certificate(x509.Name(_named(name, "root")), key.public_key(), days, at, 1, None, key), key
+    now = datetime.now(UTC)
+    return authority_certificate(x509.Name(_named(name, "root")), key.public_key(), days, now, 1, None, key), key
 
 
 def requested_key(request: bytes) -> CertificatePublicKeyTypes | None:

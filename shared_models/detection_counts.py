@@ -94,9 +94,6 @@ class DetectionCounts:
         return cpm(*froc(np.array(self.hits), np.array(self.false), self.told_lesions, self.told_scans))
 
 
-NO_DETECTION = DetectionCounts()
-
-
 def merge(a: DetectionCounts, b: DetectionCounts) -> DetectionCounts:
     """Counts of both; histograms that one side withholds leave the other's standing alone, with its own scans."""
     return DetectionCounts(

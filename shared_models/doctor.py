@@ -3,17 +3,18 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
 
 from shared_models.archive import PACKAGE, flower_module
+from shared_models.cli import print_json
 from shared_models.errors import FederationError
 from shared_models.flower_names import NAMES
 from shared_models.identity import load_secret
@@ -67,8 +68,12 @@ def worst(lines: Iterable[Line]) -> State:
     return "fail" if "fail" in states else "warn" if "warn" in states else "ok"
 
 
-def tell(lines: Iterable[Line], console: Console) -> State:
-    """Prints each line as it is found, and the sum of all; returns the worst state."""
+def tell(lines: Iterable[Line], console: Console, as_json: bool = False) -> State:
+    """Prints each line as it is found, and the sum of all, or all as JSON at the end; returns the worst state."""
+    if as_json:
+        listed = list(lines)
+        print_json({"state": worst(listed), "lines": [asdict(line) for line in listed]})
+        return worst(listed)
     told: list[Line] = []
     for line in lines:
         told.append(line)
@@ -79,11 +84,6 @@ def tell(lines: Iterable[Line], console: Console) -> State:
     count = {state: sum(line.state == state for line in told) for state in MARKS}
     console.print(Text(f"{count['ok']} ok, {count['warn']} to look at, {count['fail']} to mend."))
     return worst(told)
-
-
-def as_json(lines: Sequence[Line]) -> dict[str, Any]:
-    """For `--json`: the worst state, and every line."""
-    return {"state": worst(lines), "lines": [asdict(line) for line in lines]}
 
 
 # Checks of both ends

@@ -108,14 +108,14 @@ def split_address(address: str) -> tuple[str, int]:
 # Certificates
 
 
-def new_authority(name: str, now: datetime | None = None) -> Credential:
+def new_authority(name: str) -> Credential:
     """A certificate authority (P-384, ten years) that signs leaves only."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name(
         [x509.NameAttribute(NameOID.ORGANIZATION_NAME, name), x509.NameAttribute(NameOID.COMMON_NAME, "CA")]
     )
     certificate = (
-        _leaf(subject, subject, key.public_key(), AUTHORITY_DAYS, now or datetime.now(UTC))
+        _leaf(subject, subject, key.public_key(), AUTHORITY_DAYS, datetime.now(UTC))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(certificates=True), critical=True)
         .sign(key, hashes.SHA384())

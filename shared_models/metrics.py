@@ -1,13 +1,12 @@
 """Measures that add up: a site sends whole-number counts, and the federation's figure follows from their sum.
 
-`merge` is associative and commutative with `NO_DICE` as zero, and the counts of two sites merged are the counts of
+`merge` is associative and commutative with `DiceCounts()` as zero, and the counts of two sites merged are the counts of
 their cases together, to the last digit; so any grouping of sites gives the same result and secure aggregation can carry
 the counts.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import reduce
 from math import sqrt
 from typing import Annotated, Any, Literal
 
@@ -72,9 +71,6 @@ class DiceCounts:
         return sqrt(max(0.0, self.square_micro / MICRO / self.cases - self.mean**2))
 
 
-NO_DICE = DiceCounts()
-
-
 def merge(a: DiceCounts, b: DiceCounts) -> DiceCounts:
     """Counts of both; a histogram that one side withholds leaves the other's standing alone."""
     if a.histogram and b.histogram:
@@ -89,10 +85,6 @@ def merge(a: DiceCounts, b: DiceCounts) -> DiceCounts:
         histogram,
         merge_surfaces(a.surface, b.surface),
     )
-
-
-def total(parts: Iterable[DiceCounts]) -> DiceCounts:
-    return reduce(merge, parts, NO_DICE)
 
 
 def dice(predicted: NDArray[np.bool_], truth: NDArray[np.bool_], valid: NDArray[np.bool_]) -> float | None:

@@ -77,9 +77,6 @@ class SurvivalCounts:
         return self.wins / 2 / self.pairs if self.pairs else nan
 
 
-NO_SURVIVAL = SurvivalCounts()
-
-
 def merge(a: SurvivalCounts, b: SurvivalCounts) -> SurvivalCounts:
     """Counts of both; curves that one side withholds leave the other's standing alone, with its own cases.
 

@@ -12,6 +12,18 @@ from shared_models.cli import guarded, print_json
 from shared_models.errors import StudyInvalid
 from shared_models.files import write_json
 from shared_models.study import load_study, ready_studies
+from simulations.options import (
+    DeviceInTurn,
+    JsonTo,
+    Labelled,
+    Layout,
+    Partition,
+    RunsAtOnce,
+    Seeds,
+    Shift,
+    TestLabels,
+    ThreadsOfEach,
+)
 from simulations.run_commands import CACHE, candidates, explain
 from simulations.scenario_command import scenario, scenarios
 
@@ -34,19 +46,15 @@ def run(
         list[Path] | None,
         typer.Option(help="A data set, or a folder of data sets; repeated, a site each. Without it, the phantom."),
     ] = None,
-    layout: Annotated[str, typer.Option(help="How data is laid out (brats-2023, pacs, ...); auto finds it.")] = "auto",
+    layout: Layout = "auto",
     sites: Annotated[
         int | None, typer.Option(min=1, help="How many sites; all of the data, or 3 of the phantom.")
     ] = None,
-    partition: Annotated[
-        str, typer.Option(help="natural, or made-up sites: iid, dirichlet:ALPHA (labels), quantity:ALPHA.")
-    ] = "natural",
-    shift: Annotated[str, typer.Option(help="What sites of the phantom differ in: both, image or label.")] = "both",
-    test_labels: Annotated[str, typer.Option(help="The phantom's test labels: site or truth.")] = "site",
-    labelled: Annotated[
-        float, typer.Option(help="Share of each site's training patients whose labels are used.")
-    ] = 1.0,
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, from the study's seed on.")] = 1,
+    partition: Partition = "natural",
+    shift: Shift = "both",
+    test_labels: TestLabels = "site",
+    labelled: Labelled = 1.0,
+    seeds: Seeds = 1,
     out: Annotated[Path | None, typer.Option(help="Folder for results; runs in it go on where they were.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for many GPUs or machines.")] = "local",
     workers: Annotated[
@@ -61,9 +69,7 @@ def run(
     weights: Annotated[
         Path | None, typer.Option(help="Pretrained weights that the study names: .safetensors, or .pth of tensors.")
     ] = None,
-    json_to: Annotated[
-        Path | None, typer.Option("--json", help="Write the results as JSON; - is standard output.")
-    ] = None,
+    json_to: JsonTo = None,
 ) -> None:
     """Runs a study: federated, pooled and each site alone, every model scored on every site's test patients."""
     from simulations import run as simulation  # imports the data readers
@@ -107,16 +113,12 @@ def compare(
     data: Annotated[
         list[str] | None, typer.Option(help="As for `fedsim run`; STUDY=DIR is for one of the studies.")
     ] = None,
-    layout: Annotated[str, typer.Option(help="How data is laid out; auto finds it.")] = "auto",
+    layout: Layout = "auto",
     sites: Annotated[int | None, typer.Option(min=2, help="How many sites.")] = None,
-    partition: Annotated[
-        str, typer.Option(help="natural, or made-up sites: iid, dirichlet:ALPHA (labels), quantity:ALPHA.")
-    ] = "natural",
-    shift: Annotated[str, typer.Option(help="What sites of the phantom differ in: both, image or label.")] = "both",
-    test_labels: Annotated[str, typer.Option(help="The phantom's test labels: site or truth.")] = "site",
-    labelled: Annotated[
-        float, typer.Option(help="Share of each site's training patients whose labels are used.")
-    ] = 1.0,
+    partition: Partition = "natural",
+    shift: Shift = "both",
+    test_labels: TestLabels = "site",
+    labelled: Labelled = 1.0,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions, from each study's seed on.")] = 1,
     folds: Annotated[
         int,
@@ -128,14 +130,10 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for results; what is done there is not done again.")] = Path(
         "runs/compare"
     ),
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Runs at once; 0 is this process alone. Default: cores, or 2 a GPU.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="PyTorch threads of each (1).")] = None,
-    device: Annotated[str, typer.Option(help="auto (each GPU in turn), cpu or cuda:N.")] = "auto",
-    json_to: Annotated[
-        Path | None, typer.Option("--json", help="Write the results as JSON; - is standard output.")
-    ] = None,
+    workers: RunsAtOnce = None,
+    threads: ThreadsOfEach = None,
+    device: DeviceInTurn = "auto",
+    json_to: JsonTo = None,
 ) -> None:
     """Compares settings of a study over seeds: tables, figures, and whether it was worth it for each site."""
     from simulations import compare_run  # imports the data readers
@@ -238,7 +236,7 @@ def privacy(
 def attack(
     study: Annotated[str, typer.Argument(help="A ready study or the path of a study.toml; its images are attacked.")],
     data: Annotated[list[Path] | None, typer.Option(help="As for `fedsim run`. Without it, the phantom.")] = None,
-    layout: Annotated[str, typer.Option(help="How data is laid out; auto finds it.")] = "auto",
+    layout: Layout = "auto",
     sites: Annotated[int | None, typer.Option(min=3, help="How many sites; all of the data, or 3.")] = None,
     attacks: Annotated[
         str, typer.Option(help="inversion, imprint, membership, claim, curious, separated by commas; or all.")

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from fedclient.data.cases import Case, read_case, read_case_labels
 from fedclient.data.lesions import lesions_of
 from fedclient.data.listing import list_cases
-from fedclient.data.manifest import Progress
 from fedclient.data.truths import classes_of, has_truth, number_in
 from fedclient.site import open_site
 from shared_models.errors import ImageUnreadable, StudyInvalid
@@ -147,7 +146,6 @@ def partitioned(
     sites: int,
     folder: Path,
     say: Say,
-    progress: Progress | None = None,
 ) -> dict[str, NodeConfig]:
     """Site -> what its node is told, of `sites` made-up sites over all cases of `nodes`.
 
@@ -159,7 +157,7 @@ def partitioned(
     """
     if how.kind == "natural":
         return dict(nodes)
-    people = people_of(study, nodes, how.kind == "dirichlet", progress)
+    people = people_of(study, nodes, how.kind == "dirichlet")
     names = [f"part-{n:02d}" for n in range(1, sites + 1)]
     parts = split_people(people, how, sites, study.seed)
     keys = {name: sorted(key for p in part for key in p.keys) for name, part in zip(names, parts, strict=True)}
@@ -173,9 +171,7 @@ def partitioned(
     return {name: {**whole, "site": name, "chosen": str(path), "part": name} for name in names}
 
 
-def people_of(
-    study: Study, nodes: Mapping[str, NodeConfig], labelled: bool, progress: Progress | None = None
-) -> list[Person]:
+def people_of(study: Study, nodes: Mapping[str, NodeConfig], labelled: bool) -> list[Person]:
     """Every patient of the nodes, with the keys of its cases; its label only where `labelled`, as images must be read.
 
     Patients of unlike data folders are different people, whatever they are called there.
@@ -185,15 +181,12 @@ def people_of(
         site = open_site(config)
         for case in list_cases(site.where, site.salt).cases:
             cases.setdefault(json.dumps([str(config["data"]), case.patient]), []).append(case)
-    done, numbers = 0, dict[str, list[str | float]]()
+    numbers: dict[str, list[str | float]] = {}
     for who, mine in cases.items():
         numbers[who] = []
         for case in mine if labelled else ():
             if has_truth(case, study.task):
                 numbers[who].append(statistic(case, study))
-            done += 1
-            if progress is not None:
-                progress(done, sum(map(len, cases.values())))
     labels = _labels(numbers)
     return [
         Person(who, mine[0].split, labels[who], tuple(sorted(case.key for case in mine))) for who, mine in cases.items()

@@ -29,9 +29,9 @@ class Work:
 def work_of(
     study: Study | None,
     patients: int | None,
-    batch: int | None = None,
-    steps: int | None = None,
-    delta: float | None = None,
+    batch: int | None,
+    steps: int | None,
+    delta: float | None,
 ) -> Work:
     """The work of a whole study at a site; what is given goes before the study's.
 

@@ -325,8 +325,8 @@ def simulate_seed(
     how: Machine,
     compare: bool,
     say: Say,
-    leave_one_out: bool = False,
-    weights: Path | None = None,
+    leave_one_out: bool,
+    weights: Path | None,
 ) -> Comparison:
     """Federated, then the rest side by side, then each model scored on each site's test patients."""
     listed = jobs(study, nodes, compare) + (left_out_jobs(study, nodes) if leave_one_out else [])

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from shared_models.cli import guarded, print_json
 from shared_models.errors import StudyInvalid
+from simulations.options import Layout
 
 if TYPE_CHECKING:
     from fedclient.training.explaining import Trained
@@ -20,7 +21,6 @@ RunFolderAt = Annotated[Path, typer.Argument(help="Folder of `fedsim run`, or of
 DataOfSites = Annotated[
     list[Path] | None, typer.Option(help="Data of sites, as for `fedsim run`; without it, what it was trained on.")
 ]
-Layout = Annotated[str, typer.Option(help="How data is laid out; auto finds it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 

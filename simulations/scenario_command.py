@@ -8,6 +8,7 @@ from rich.console import Console
 
 from shared_models.cli import guarded, print_json
 from shared_models.files import write_json
+from simulations.options import DeviceInTurn, JsonTo, RunsAtOnce, Seeds, ThreadsOfEach
 
 console = Console(stderr=True)
 
@@ -34,16 +35,12 @@ def scenario(
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE changes the study, NAME:KEY=VALUE a setting.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, from the study's seed on.")] = 1,
+    seeds: Seeds = 1,
     out: Annotated[Path | None, typer.Option(help="Folder for results; what is done there is not done again.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Runs at once; 0 is this process alone. Default: cores, or 2 a GPU.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="PyTorch threads of each (1).")] = None,
-    device: Annotated[str, typer.Option(help="auto (each GPU in turn), cpu or cuda:N.")] = "auto",
-    json_to: Annotated[
-        Path | None, typer.Option("--json", help="Write the table as JSON; - is standard output.")
-    ] = None,
+    workers: RunsAtOnce = None,
+    threads: ThreadsOfEach = None,
+    device: DeviceInTurn = "auto",
+    json_to: JsonTo = None,
 ) -> None:
     """Trains a benchmark pooled, at each site alone and federated; prints its table and the published figures."""
     from simulations import scenarios as of  # imports the data readers

@@ -16,8 +16,9 @@ from fedclient.secagg import Advertised, Confirmed, Held, Masked, Member, Random
 from fedclient.sums import masked
 from fedserver.secagg import SecureSum, SecureTotal
 from shared_models.identity import identity_public_key
+from shared_models.parse import parse_json
 from shared_models.protect.context import Context, least_threshold
-from shared_models.protect.messages import read, write
+from shared_models.protect.messages import write
 from shared_models.protect.prg import derive
 from shared_models.protect.ring import Layout, bytes_of, encoding
 from shared_models.roster import Roster
@@ -82,7 +83,7 @@ class Federation:
         """`message` as it arrives: by way of its bytes, and through whoever tampers with it."""
         if step in self.tamper:
             message = self.tamper[step](site, message)
-        return read(type(message), write(message), step)
+        return parse_json(type(message), write(message), step)
 
     def run(self) -> SecureTotal:
         """The whole protocol; raises what a site or the coordinator refuses."""

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from fedclient.worth import FrocScores, difference, measure
 from shared_models.class_counts import BINS
 from shared_models.detection_counts import (
-    NO_DETECTION,
     RATES,
     DetectionCounts,
     ScanMarks,
@@ -156,7 +155,7 @@ def test_cpm_of_many_scans_in_bins_is_near_that_of_their_scores():
 
 
 def test_nothing_added_changes_nothing():
-    assert merge(NO_DETECTION, detection_counts(worked())) == detection_counts(worked())
+    assert merge(DetectionCounts(), detection_counts(worked())) == detection_counts(worked())
 
 
 def test_a_site_that_withholds_its_histograms_leaves_the_curve_of_the_others():

@@ -41,7 +41,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from fedclient.data.dicom import read_enhanced, read_series
+from fedclient.data.dicom import read_series
 from fedclient.data.images import read_image, read_labels
 from fedclient.data.volume import FRONTAL_RAS
 from tests.dicoms import (
@@ -352,7 +352,7 @@ def test_an_enhanced_image_reads_as_highdicom_reads_it(syntax: UID | None, tmp_p
     theirs = highdicom.imread(path).get_volume(apply_real_world_transform=False, dtype=np.float64)
     if syntax is not None:
         recode(path, syntax)
-    volume = read_enhanced(path)
+    volume = read_series([path])
     affine_ras = np.diag([-1, -1, 1, 1]) @ theirs.affine
     assert_same_grid(volume, theirs.array, affine_ras, atol=1e-2)  # 4095 * 6 in float32
     assert (read_image(path).voxels == volume.voxels).all()
@@ -368,7 +368,7 @@ def test_a_lone_frame_is_as_thick_as_it_says_itself_or_for_all_frames(by_frame: 
     if by_frame:
         frame.PixelMeasuresSequence = shared.PixelMeasuresSequence
         del shared.PixelMeasuresSequence
-    volume = read_enhanced(write(tmp_path / "lone.dcm", data))
+    volume = read_series([write(tmp_path / "lone.dcm", data)])
     assert volume.spacing_mm == pytest.approx((0.8, 0.7, STEP_MM))
     assert volume.provenance.slice_thickness_mm == 3
 

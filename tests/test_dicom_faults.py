@@ -29,7 +29,7 @@ from pydicom.uid import (
 )
 
 from fedclient.data import dicom_header, dicom_pixels
-from fedclient.data.dicom import find_series, read_enhanced, read_series
+from fedclient.data.dicom import find_series, read_series
 from fedclient.data.images import read_image
 from fedclient.data.stack import TILT_DEG, Plane, plane, stack
 from shared_models.errors import ImageUnreadable
@@ -459,7 +459,7 @@ def test_frames_at_one_place_in_an_enhanced_image_are_refused(tmp_path: Path) ->
         frame.PlanePositionSequence = item(ImagePositionPatient=where)
 
     path = write(tmp_path / "x", enhanced(edit=twice))
-    assert "time points" in refusal(lambda: read_enhanced(path), "SERIES_DUPLICATE")
+    assert "time points" in refusal(lambda: read_series([path]), "SERIES_DUPLICATE")
 
 
 def test_a_part_of_an_enhanced_image_or_one_without_places_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The fixtures: exact, the same bytes each time, and each fault met by the reader's own word for it."""
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from fedclient.data.lidc import read_lidc
 from fedclient.data.lidc_consensus import lesions, lidc_labels, stored_series
 from fedclient.data.luna16 import mark_indices, read_annotations, spheres
 from fedclient.data.polygons import enclosed
-from fedclient.data.tables import read_brats_survival, read_classes, read_survival
+from fedclient.data.tables import read_table
 from fedclient.data.volume import Volume
 from shared_models.errors import ImageUnreadable
 from simulations.fixtures import (
@@ -44,7 +43,6 @@ from simulations.fixtures import (
     write_pictures,
     write_rtstruct,
     write_seg,
-    write_survival,
 )  # fmt: skip
 from simulations.fixtures.outlines import loops
 
@@ -78,7 +76,6 @@ def everything(root: Path, person: Chest, head: Brain) -> None:
     write_nnunet(root, "Dataset006_Lung", [example], ["lung"])
     write_brats(root / "brats", "2020", [head])
     write_pictures(root / "png", [Picture("a", np.eye(4, dtype=np.uint8), "none", {"patient_id": "p1"})])
-    write_survival(root / "survival.csv", [("p1", 3.5, 1)])
 
 
 def test_the_same_call_writes_the_same_bytes(tmp_path: Path, person: Chest, head: Brain) -> None:
@@ -245,7 +242,8 @@ def test_each_year_of_brats_has_its_own_folders_and_labels(
     tables = {p.name for p in tmp_path.rglob("*.csv")}
     if year in ("2018", "2019", "2020"):
         (path,) = tmp_path.rglob("survival_*.csv")
-        assert [(s.time_days, s.event) for s in read_brats_survival(path)] == [(361, True), (361, False)]
+        days = "Survival_days" if year == "2020" else "Survival"
+        assert [line.values[days] for line in read_table(path, path.name, [days])] == ["361", "ALIVE (361 days later)"]
         assert ("name_mapping.csv" in tables) == (year == "2020")
     else:
         assert not tables
@@ -289,20 +287,11 @@ def test_pictures_keep_their_depth_and_their_rows(tmp_path: Path) -> None:
     flat = np.arange(12, dtype=np.uint8).reshape(3, 4)
     who = {"patient_id": "p1", "split": "train"}
     write_pictures(tmp_path, [Picture("a", deep, "mass|effusion", who), Picture("b", flat, "none", who)])
-    rows = read_classes(tmp_path / "labels.csv", ["effusion", "mass"])
-    assert [row.labels for row in rows] == [(1, 1), (0, 0)]
-    assert rows[0].others == who
+    rows = [line.values for line in read_table(tmp_path / "labels.csv", "labels.csv", ["image"])]
+    assert [row["label"] for row in rows] == ["mass|effusion", "none"]
+    assert rows[0].items() >= who.items()
     for row, pixels in zip(rows, (deep, flat), strict=True):
-        assert (read_image(tmp_path / row.image).voxels[0, :, :, 0] == pixels).all()
-
-
-def test_survival_tables_read_back(tmp_path: Path) -> None:
-    path = write_survival(tmp_path / "s.csv", [("p1", 3.5, 1), ("p2", 12.0, 0)], covariates=["age", "stage"])
-    found = read_survival(path, "days")
-    assert [(s.time_days, s.event) for s in found] == [(3.5, True), (12.0, False)]
-    assert sorted(found[0].covariates) == ["age", "stage"]
-    with path.open(newline="") as file:
-        assert next(csv.reader(file)) == ["case_id", "time", "event", "age", "stage"]
+        assert (read_image(tmp_path / row["image"]).voxels[0, :, :, 0] == pixels).all()
 
 
 @pytest.mark.parametrize(

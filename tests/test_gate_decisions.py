@@ -119,7 +119,7 @@ def test_another_mask_of_the_same_size_and_time_is_another_state_and_a_folder_th
 
 def facts(pixels: str, bands: list[str]) -> Facts:
     return Facts(
-        None, None, None, None, None, False, True, (1.0, 1.0, 1.0), (64, 64, 1), 0, 0, 1, pixels, tuple(bands), (), ()
+        None, None, None, None, None, False, True, (1.0, 1.0, 1.0), (64, 64, 1), 0, 1, pixels, tuple(bands), (), ()
     )
 
 

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedclient.data.boxes import Box, box_indices, read_boxes, read_voc
-from fedclient.data.labels import Structure, choose, indices, meanings, numbered, on_grid, paint, place, renumber
+from fedclient.data.boxes import EDGES, Box, box_indices
+from fedclient.data.labels import Labels, Structure, choose, indices, meanings, numbered, paint, place, renumber
+from fedclient.data.luna16 import read_annotations
+from fedclient.data.manifest import boxes_of
 from fedclient.data.polygons import enclosed
-from fedclient.data.tables import read_brats_survival, read_classes, read_survival
+from fedclient.data.tables import read_table
 from fedclient.data.volume import FRONTAL_RAS, PICTURE_PIXELS, Volume
 from shared_models.errors import ImageUnreadable, ManifestInvalid, StudyInvalid
 
@@ -34,6 +36,13 @@ def volume(shape: tuple[int, int, int], affine_ras: NDArray[np.float64] | None =
 def table(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+def on_grid(labels: Labels, affine_ras: NDArray[np.float64], like: Volume) -> Labels:
+    """A label map on its image's grid."""
+    moved = np.zeros(like.voxels.shape[1:], np.uint8)
+    place(labels, np.asarray(np.linalg.solve(like.affine_ras, affine_ras), np.float64), moved)
+    return moved
 
 
 def test_structures_are_chosen_by_name_number_or_code() -> None:
@@ -190,25 +199,11 @@ def test_outlines_within_outlines_are_holes_and_shared_edges_count_once() -> Non
     assert not (enclosed([left], (6, 6)) & enclosed([right], (6, 6))).any()
 
 
-def test_classes_are_read_from_one_column_or_from_one_column_each(tmp_path: Path) -> None:
-    one = table(tmp_path / "a.csv", "image,label,age\na.png,mass|effusion,61\nb.png,none,40\n")
-    first, second = read_classes(one, ["effusion", "mass"])
-    assert (first.labels, first.others) == ((1, 1), {"age": "61"})
-    assert second.labels == (0, 0)
-    each = table(tmp_path / "b.csv", "image,mass,effusion\nJANE_DOE.png,1,0\n")
-    (row,) = read_classes(each, ["effusion", "mass"])
-    assert row.labels == (0, 1)
-    assert "JANE_DOE" not in repr(row)
-
-
 @pytest.mark.parametrize(
     ("text", "code", "words"),
     [
-        ("image,label\nDOE.png,\n", "LABEL_VALUES", "row 2: `label` is empty"),
-        ("image,label\nDOE.png,mass|DOE\n", "LABEL_VALUES", "row 2: `label` holds 1"),
-        ("image,label\nDOE.png,mass\nDOE.png,mass\n", "LABEL_VALUES", "rows 2 and 3"),
-        ("image,effusion,mass\nDOE.png,yes,1\n", "LABEL_VALUES", "`effusion` is neither"),
-        ("image,mass\nDOE.png,1\n", "LABEL_UNREADABLE", "neither `label`"),
+        ("picture,label\nDOE.png,mass\n", "LABEL_UNREADABLE", "lacks the columns image. Add them"),
+        ("image,label,image\nDOE.png,mass,b.png\n", "LABEL_UNREADABLE", "a column twice"),
         ("image;label\nDOE.png;mass\n", "LABEL_UNREADABLE", "commas"),
         ("image,label\nDOE.png,mass,more\n", "LABEL_UNREADABLE", "row 2 has 3 fields"),
         ("image,label\n", "LABEL_EMPTY", "no rows"),
@@ -216,76 +211,21 @@ def test_classes_are_read_from_one_column_or_from_one_column_each(tmp_path: Path
         ('image,label,n\na.png,mass,"l\nDOE.png,mass,r"\n', "LABEL_UNREADABLE", "row 2 is not CSV"),
     ],
 )
-def test_class_tables_are_refused_by_row_and_without_names(tmp_path: Path, text: str, code: str, words: str) -> None:
-    message = refusal(code, read_classes, table(tmp_path / "DOE.csv", text), ["effusion", "mass"])
+def test_tables_are_refused_by_row_and_without_names(tmp_path: Path, text: str, code: str, words: str) -> None:
+    message = refusal(code, read_table, table(tmp_path / "DOE.csv", text), "class table", ["image", "label"])
     assert words in message
-    assert "DOE" not in message
-
-
-def test_survival_times_are_days_and_events_happened_or_not(tmp_path: Path) -> None:
-    path = table(tmp_path / "s.csv", "case_id,time,event,age\nJANE_DOE,2,1,61\nb,0.5,0,70\n")
-    first, second = read_survival(path, "years")
-    assert (first.time_days, first.event, first.covariates) == (730.5, True, {"age": "61"})
-    assert (second.time_days, second.event) == (182.625, False)
-    assert "JANE_DOE" not in repr(first)
-    named = table(tmp_path / "n.csv", "pid,T,E\na,12,1.0\n")
-    assert read_survival(named, "months", case_id="pid", time="T", event="E")[0].time_days == pytest.approx(365.25)
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ("DOE,nan,1", "row 2: `time` is not finite"),
-        ("DOE,-3,1", "row 2: `time` is not above 0"),
-        ("DOE,0,1", "not above 0"),
-        ("DOE,inf,1", "not finite"),
-        ("DOE,,1", "`time` is empty"),
-        ("DOE,DOE,1", "`time` is no number"),
-        ("DOE,5,2", "`event` is neither 0 nor 1"),
-        ("DOE,5,", "`event` is empty"),
-        ("DOE,5,nan", "`event` is not finite"),
-        (",5,1", "`case_id` is empty"),
-    ],
-)
-def test_impossible_survival_is_refused_by_row(tmp_path: Path, row: str, words: str) -> None:
-    path = table(tmp_path / "s.csv", f"case_id,time,event\n{row}\nb,5,1\n")
-    message = refusal("LABEL_VALUES", read_survival, path, "days")
-    assert words in message
-    assert "1 of 2 rows" in message
     assert "DOE" not in message
 
 
 def test_many_bad_rows_make_one_short_complaint(tmp_path: Path) -> None:
-    path = table(tmp_path / "s.csv", "case_id,time,event\n" + "".join(f"c{n},-1,1\n" for n in range(40)))
-    message = refusal("LABEL_VALUES", read_survival, path, "days")
+    rows = "".join(f"1.2.{n},0,0,0,-1\n" for n in range(40))
+    path = table(tmp_path / "a.csv", f"seriesuid,coordX,coordY,coordZ,diameter_mm\n{rows}")
+    message = refusal("LABEL_VALUES", read_annotations, path)
     assert "40 of 40 rows" in message
     assert "and 35 more" in message
 
 
-@pytest.mark.parametrize("heading", ["Brats18ID,Age,Survival", "BraTS19ID,Age,Survival", "Brats20ID,Age,Survival_days"])
-def test_brats_patients_alive_are_censored_when_last_seen(tmp_path: Path, heading: str) -> None:
-    text = f"{heading},Extent_of_Resection\na,60.5,289,GTR\nb,52,ALIVE (361 days later),STR\n"
-    dead, alive = read_brats_survival(table(tmp_path / "s.csv", text))
-    assert (dead.time_days, dead.event) == (289, True)
-    assert (alive.time_days, alive.event) == (361, False)
-    assert alive.covariates == {"Age": "52", "Extent_of_Resection": "STR"}
-
-
-@pytest.mark.parametrize("time", ["NA", "", "-4", "ALIVE", "ALIVE (0 days later)"])
-def test_brats_survival_without_a_time_is_refused(tmp_path: Path, time: str) -> None:
-    path = table(tmp_path / "s.csv", f"Brats20ID,Age,Survival_days\na,60,{time}\n")
-    assert "row 2" in refusal("LABEL_VALUES", read_brats_survival, path)
-
-
 BOXES = "image,x_min,y_min,x_max,y_max,label\n"
-
-
-def test_boxes_are_grouped_by_image_and_an_empty_row_is_an_image_without_any(tmp_path: Path) -> None:
-    path = table(tmp_path / "b.csv", BOXES + "a.png,1,2,30.5,40,mass\na.png,5,5,9,9,mass|cyst\nb.png,,,,,\n")
-    first, second = read_boxes(path, ["mass", "cyst"])
-    assert first.boxes == (Box(2, ("mass",), 1, 2, 30.5, 40), Box(3, ("mass", "cyst"), 5, 5, 9, 9))
-    assert second.boxes == ()
-    assert "a.png" not in repr(first)
 
 
 @pytest.mark.parametrize(
@@ -297,12 +237,12 @@ def test_boxes_are_grouped_by_image_and_an_empty_row_is_an_image_without_any(tmp
         ("DOE,1,2,3,nan,mass", "`y_max` is not finite"),
         ("DOE,1,2,3,4,", "`label` is empty"),
         ("DOE,1,2,,4,mass", "`x_max` is empty"),
-        ("DOE,1,2,3,4,DOE", "`label` is none"),
-        ("DOE,1,2,3,4,mass\nDOE,,,,,", "row 3 says"),
+        ("DOE,1,2,3,4,mass\nDOE,,,,,", "with boxes and without"),
     ],
 )
 def test_boxes_that_are_none_are_refused_by_row(tmp_path: Path, rows: str, words: str) -> None:
-    message = refusal("LABEL_VALUES", read_boxes, table(tmp_path / "b.csv", f"{BOXES}{rows}\n"), ["mass"])
+    lines = read_table(table(tmp_path / "b.csv", f"{BOXES}{rows}\n"), "labels.csv", ["image", *EDGES, "label"])
+    message = refusal("LABEL_VALUES", boxes_of, lines)
     assert words in message
     assert "DOE" not in message
 
@@ -320,17 +260,6 @@ def test_boxes_lie_on_the_pixels_that_they_name_and_not_beyond() -> None:
     (box,) = box_indices([Box(2, ("mass",), 4, 7, 5, 9)], scan, slice_number=2)
     assert box.tolist() == [[24.5, 30.5, 1.5], [25.5, 32.5, 2.5]]  # column 4 is I = 25, rows 7 and 8 are J = 32, 31
     refusal("LABEL_GEOMETRY_MISMATCH", box_indices, [], volume((3, 3, 3)))
-
-
-VOC = "<annotation><object><name>{}</name><bndbox><xmin>{}</xmin><ymin>2</ymin><xmax>9</xmax><ymax>8</ymax></bndbox></object></annotation>"  # noqa: E501
-
-
-def test_boxes_in_xml_are_read_and_doubted(tmp_path: Path) -> None:
-    assert read_voc(table(tmp_path / "a.xml", VOC.format("A", 1)), ["A"]) == (Box(1, ("A",), 1, 2, 9, 8),)
-    for name, edge in (("DOE", "1"), ("A", "9"), ("A", "nan"), ("A", "-1"), ("A", "")):
-        path = table(tmp_path / "a.xml", VOC.format(name, edge))
-        assert "DOE" not in refusal("LABEL_VALUES", read_voc, path, ["A"])
-    refusal("LABEL_UNREADABLE", read_voc, table(tmp_path / "a.xml", "<html/>"), ["A"])
 
 
 def test_two_names_of_one_structure_may_say_the_same_and_nothing_else() -> None:

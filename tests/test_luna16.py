@@ -15,9 +15,7 @@ from fedclient.data.luna16 import (
     Mark,
     lungs,
     mark_indices,
-    of_series,
     read_annotations,
-    read_candidates,
     read_excluded,
     spheres,
 )  # fmt: skip
@@ -107,11 +105,7 @@ def test_tables_are_read_with_their_kinds(tmp_path: Path) -> None:
     assert (found.centre_lps_mm, found.diameter_mm) == ((-128.69942, -175.31927, -298.3875), 5.6514706)
     path.write_text(f"{HEAD}diameter_mm\n1.2.3,1,2,3,-1\n1.2.4,1,2,3,4.5\n")
     assert [m.diameter_mm for m in read_excluded(path)] == [None, 4.5]
-    path.write_text(f"{HEAD}class\n1.2.3,1,2,3,0\n1.2.4,1,2,3,1\n")
-    marks = read_candidates(path)
-    assert [m.nodule for m in marks] == [False, True]
-    assert [m.row for m in of_series(marks, "1.2.4")] == [3]
-    assert "1.2.4" not in repr(marks)
+    assert "1.2.4" not in repr(read_excluded(path))
 
 
 @pytest.mark.parametrize(
@@ -124,13 +118,6 @@ def test_impossible_annotations_are_refused_by_row(tmp_path: Path, row: str) -> 
         read_annotations(path)
     assert e.value.code == "LABEL_VALUES"
     assert "1.2.3" not in str(e.value)
-
-
-def test_candidates_of_another_class_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "t.csv"
-    path.write_text(f"{HEAD}class\n1.2.3,1,2,3,2\n")
-    with pytest.raises(ManifestInvalid, match="`class`"):
-        read_candidates(path)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -149,7 +136,6 @@ def test_the_fixture_reads_back_with_its_nodules_in_place(tmp_path: Path, turned
     assert image.affine_ras == pytest.approx(affine)
     (nodule,) = read_annotations(root / "annotations.csv")
     assert mark_indices([nodule], image)[0] == pytest.approx((12, 6, 9))
-    assert [m.nodule for m in read_candidates(root / "candidates_V2.csv")] == [True, False]
     assert read_excluded(root / "evaluationScript" / "annotations" / "annotations_excluded.csv")[0].diameter_mm is None
     stored = read_labels(root / "seg-lungs-LUNA16" / "1.2.3.mhd", like=image)
     assert (stored == airways).all()

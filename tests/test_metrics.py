@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_models.errors import StudyInvalid
-from shared_models.metrics import BINS, MICRO, NO_DICE, DiceCounts, as_row, counts, dice, merge, total
+from shared_models.metrics import BINS, MICRO, DiceCounts, as_row, counts, dice, merge
 from shared_models.parse import parse_json
+from shared_models.scores import total
 
 scores = st.lists(st.none() | st.floats(0, 1), max_size=30)
-sites = st.lists(st.tuples(scores, st.sampled_from([1, 11])), max_size=5)
+sites = st.lists(st.tuples(scores, st.sampled_from([1, 11])), min_size=1, max_size=5)
 pixels = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=40)
 
 
@@ -29,8 +30,8 @@ def test_merge_is_associative_and_commutative_with_a_zero(a, b, c, smallest_coun
     one, two, three = (counts(cases, smallest_count) for cases in (a, b, c))
     assert merge(one, merge(two, three)) == merge(merge(one, two), three)
     assert merge(one, two) == merge(two, one)
-    assert merge(one, NO_DICE) == merge(NO_DICE, one) == one
-    assert total([]) == NO_DICE
+    nothing = DiceCounts()
+    assert merge(one, nothing) == merge(nothing, one) == one
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=50))

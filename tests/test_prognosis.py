@@ -19,7 +19,6 @@ from shared_models.errors import ImageUnreadable, ManifestInvalid, StudyInvalid
 from shared_models.parse import parse_json
 from shared_models.study import Model, Study, Task, load_study
 from shared_models.survival_counts import (
-    NO_SURVIVAL,
     SurvivalCounts,
     as_row,
     followed_weights,
@@ -108,7 +107,7 @@ def test_pairs_of_sites_add_up_exactly_and_merging_has_a_zero(seed):
     counted = [slow_pairs(-site[0].sum(axis=1), site[1], site[2]) for site in sites]
     assert (whole.wins, whole.pairs) == (sum(w for w, _ in counted), sum(p for _, p in counted))
     assert whole == merge(one, merge(two, three)) == merge(merge(three, two), one)
-    assert merge(one, NO_SURVIVAL) == merge(NO_SURVIVAL, one) == one
+    assert merge(one, SurvivalCounts()) == merge(SurvivalCounts(), one) == one
     assert whole.cases == 5 + 9 + 13
 
 
@@ -151,8 +150,8 @@ def test_curves_of_few_cases_are_withheld_and_pairs_are_not():
     found = survival_counts(*drawn(1, 10), ENDS, 11)
     assert (found.at_risk, found.came, found.predicted_micro) == ((), (), ())
     assert (found.pairs > 0, found.told_cases) == (True, 0)
-    assert math.isnan(NO_SURVIVAL.value)
-    assert as_row(NO_SURVIVAL)["c_index"] is None
+    assert math.isnan(SurvivalCounts().value)
+    assert as_row(SurvivalCounts())["c_index"] is None
 
 
 def test_the_interval_of_one_patients_event_or_going_does_not_leave():

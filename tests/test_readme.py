@@ -16,16 +16,18 @@ COMMANDS = {"fedserver": fedserver.cli.app, "fedclient": fedclient.cli.app, "fed
 
 
 def test_the_tree_names_every_file_and_no_other():
-    packages = ("shared_models", "fedclient", "fedserver", "simulations", "tests")
+    tree = README.partition("\n## Files\n")[2].partition("\n## ")[0]
+    folders = ("shared_models", "fedclient", "fedserver", "simulations", "tests", "deploy")
     there = {
         p.relative_to(ROOT).as_posix()
-        for package in packages
-        for p in (ROOT / package).rglob("*")
-        if p.suffix in (".py", ".toml", ".html") and p.name != "__init__.py"
+        for folder in folders
+        for p in (ROOT / folder).rglob("*")
+        if p.is_file() and p.name != "__init__.py" and "__pycache__" not in p.parts
     }
-    named = set(re.findall(r"^((?:shared_models|fedclient|fedserver|simulations|tests)/\S+)", README, re.MULTILINE))
+    named = set(re.findall(rf"^((?:{'|'.join(folders)})/\S+)", tree, re.MULTILINE))
     assert named - there == set(), "named and not there"
     assert there - named == set(), "there and not named"
+    assert [name for name in there if name.endswith("README.md")] == [], "there is one README"
 
 
 def test_every_command_and_option_in_it_exists():

@@ -12,7 +12,6 @@ from shared_models.class_counts import BINS, CELLS, ClassCounts
 from shared_models.detection_counts import DetectionCounts
 from shared_models.errors import StudyInvalid
 from shared_models.metrics import DiceCounts, counts
-from shared_models.metrics import total as dice_together
 from shared_models.parse import parse
 from shared_models.plan import fingerprint_of
 from shared_models.plan import total as planned_together
@@ -121,7 +120,7 @@ def test_dice_of_the_sites_adds_up_to_what_their_counts_merge_to(sites, smallest
     each = [counts(scores, smallest) for scores in sites]
     parts = [counts_of(SECURE, True, True, (0.5,), {"lung": one}, {}) for one in each]
     told = told_in(SECURE, True, True, summed(SECURE, parts))
-    whole = dice_together(each)
+    whole = together(each)
     assert told.scores == ({"lung": whole} if whole != DiceCounts() else {})
     assert told.loss == 0.5
 

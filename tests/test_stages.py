@@ -18,14 +18,13 @@ from shared_models.protect.stages import (
     SCALE,
     VALUES,
     clipped,
-    dense_of,
     incoming,
     on_the_wire,
     outgoing,
     towards_zero,
 )
 from shared_models.study import Evaluate, Rounds, Strategy, Study, Train
-from shared_models.weights import InMemory, load, schema_of, size_bytes
+from shared_models.weights import InMemory, load, one, schema_of, size_bytes
 from simulations.engine import run_local
 from tests.toys import WEIGHTS, ToyLearner, new_run, nodes, toy_app
 
@@ -35,6 +34,12 @@ DELTAS = st.fixed_dictionaries(
 )
 PRIVATELY = Train(local_steps=3, precision="float32")
 COMPRESSED = [Protect(compression="fp16"), Protect(compression="int8"), Protect(compression="top_k", top_k=0.4)]
+
+
+def dense_of(protect, sent, schema):
+    """All of an update that `outgoing` gave, as the coordinator reads it."""
+    tensors = incoming(protect, InMemory(sent), schema, "update")
+    return {name: one(tensors, name) for name in schema}
 
 
 def length(delta) -> float:

@@ -71,12 +71,6 @@ def read_series(files: Sequence[Path]) -> Volume:
         return _slices(data)
 
 
-def read_enhanced(file: Path) -> Volume:
-    """The volume of the frames in one file, enhanced or classic; refuses as `read_series` does."""
-    with unbroken():
-        return _frames(load(file))
-
-
 def _slices(data: list[Dataset]) -> Volume:
     if not data:
         raise ImageUnreadable("DICOM: a series without files.", code="DICOM_UNREADABLE")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclient.data.images import IGNORE
-from fedclient.data.volume import LPS_TO_RAS, ON_GRID, Volume
+from fedclient.data.volume import LPS_TO_RAS, ON_GRID
 from shared_models.errors import ImageUnreadable, StudyInvalid
 
 Labels = NDArray[np.uint8]
@@ -184,26 +184,17 @@ def indices(points_lps_mm: NDArray[np.float64], affine_ras: NDArray[np.float64])
     return np.linalg.solve(affine_ras, LPS_TO_RAS @ homogeneous.T).T[:, :3]
 
 
-def on_grid(labels: Labels, affine_ras: NDArray[np.float64], like: Volume) -> Labels:
-    """A label map [A, B, C] on its image's grid; what lies outside the image is cut off if it is background.
-
-    Raises:
-        ImageUnreadable: LABEL_GEOMETRY_MISMATCH, grids that do not coincide, or a label outside the image.
-    """
-    moved = np.zeros(like.voxels.shape[1:], np.uint8)
-    place(labels, np.asarray(np.linalg.solve(like.affine_ras, affine_ras), np.float64), moved)
-    return moved
-
-
 def place(block: NDArray[Any], to_index: NDArray[np.float64], into: NDArray[Any]) -> None:
     """Adds a block of labels or marks to a map on another grid; the larger value stays where both have one.
+
+    What lies outside the map is cut off if it is background.
 
     Args:
         block: bool or uint8[A, B, C].
         to_index: float64[4, 4]; index in `block` -> index in `into`, a turn by whole axes up to a tenth of a voxel.
 
     Raises:
-        ImageUnreadable: LABEL_GEOMETRY_MISMATCH, see `on_grid`.
+        ImageUnreadable: LABEL_GEOMETRY_MISMATCH, grids that do not coincide, or something outside the map.
     """
     begins, ends = _extent(block)
     if begins is None or ends is None:

@@ -161,9 +161,9 @@ def _cut(table: Table, plane: int, geometry: Geometry) -> NDArray[Any]:
     return np.asarray(cut[met])
 
 
-def padded(rows: Sequence[NDArray[Any]], dims: int, least: int = 1) -> Table:
+def padded(rows: Sequence[NDArray[Any]], dims: int) -> Table:
     """float32[B, M, 1 + 2 D]: tables of one length, rows of 0 where one has fewer."""
-    most = max([least, *(len(of) for of in rows)])
+    most = max([1, *(len(of) for of in rows)])
     whole = np.zeros((len(rows), most, 1 + 2 * dims), np.float32)
     for n, of in enumerate(rows):
         whole[n, : len(of)] = of

@@ -1,4 +1,4 @@
-"""Four readers into one label: whose outlines mean the same nodule, where most see it, and how much they differ.
+"""Four readers into one label: whose outlines mean the same nodule, and where half of them see it.
 
 Everything happens on the stored slices, in columns and rows as the readers' workstation showed them; only the last
 step turns the result onto the image's grid.
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
-from fedclient.data.images import IGNORE
 from fedclient.data.labels import Labels, place, refused
 from fedclient.data.lidc import READERS, WHAT, Nodule, Outline, Reads
 from fedclient.data.polygons import enclosed
@@ -64,11 +63,6 @@ class Lesion:
     scores: tuple[dict[str, int], ...]
 
     @property
-    def agreement(self) -> float:
-        """Share of the readers present who drew it."""
-        return self.marked / self.present
-
-    @property
     def malignancy(self) -> float | None:
         """Median of the readers' scores, 1 (surely benign) to 5; None if nobody gave one."""
         given = [scores["malignancy"] for scores in self.scores if "malignancy" in scores]
@@ -81,9 +75,10 @@ class Lesion:
             return "unrated"
         return "indeterminate" if score == INDETERMINATE else "malignant" if score > INDETERMINATE else "benign"
 
-    def agreed(self, share: float) -> NDArray[np.bool_]:
-        """Voxels that at least this share of the readers present counts in."""
-        return (self.votes > 0) & (self.votes >= share * self.present)
+    @property
+    def agreed(self) -> NDArray[np.bool_]:
+        """Voxels that at least half of the readers present count in."""
+        return (self.votes > 0) & (self.votes >= 0.5 * self.present)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,39 +127,19 @@ def lidc_labels(
     like: Volume,
     *,
     values: Mapping[Verdict, int] = ALL_NODULES,
-    share: float = 0.5,
-    disputed: Literal["background", "ignore"] = "background",
 ) -> Labels:
-    """uint8[I, J, K]: the voxels on which at least this share of the readers present agrees.
+    """uint8[I, J, K]: the voxels on which at least half of the readers present agree.
 
     Args:
         values: label of each verdict on malignancy; 127 leaves those nodules out of loss and metrics, 0 forgets them.
-        disputed: what the voxels become that some readers count in, but too few.
 
     Raises:
-        ImageUnreadable: LABEL_GEOMETRY_MISMATCH, see `on_grid`.
+        ImageUnreadable: LABEL_GEOMETRY_MISMATCH, see `labels.place`.
     """
     labels = np.zeros(like.voxels.shape[1:], np.uint8)
-    agreed = np.zeros(like.voxels.shape[1:], np.uint8)
     for lesion in found:
-        way = _way(lesion, series, like)
-        if disputed == "ignore":
-            place((lesion.votes > 0) * np.uint8(IGNORE), way, labels)
-        place(lesion.agreed(share) * np.uint8(values[lesion.verdict]), way, agreed)
-    return np.where(agreed > 0, agreed, labels)
-
-
-def lidc_agreement(found: Sequence[Lesion], series: StoredSeries, like: Volume) -> NDArray[np.float32]:
-    """float32[I, J, K], 0 to 1: the share of the readers present who count a voxel in; a soft label.
-
-    Raises:
-        ImageUnreadable: LABEL_GEOMETRY_MISMATCH, see `on_grid`.
-    """
-    votes = np.zeros(like.voxels.shape[1:], np.uint8)
-    for lesion in found:
-        place(lesion.votes, _way(lesion, series, like), votes)
-    present = max((lesion.present for lesion in found), default=1)
-    return (votes / np.float32(present)).astype(np.float32)
+        place(lesion.agreed * np.uint8(values[lesion.verdict]), _way(lesion, series, like), labels)
+    return labels
 
 
 def _way(lesion: Lesion, series: StoredSeries, like: Volume) -> NDArray[np.float64]:

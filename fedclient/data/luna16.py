@@ -1,7 +1,8 @@
 """LUNA16's tables: where nodules are, in LPS mm, and what they become on an image's grid.
 
-annotations.csv holds the nodules of 3 mm and more that at least three of four readers accepted, candidates_V2.csv
-where detectors found something, annotations_excluded.csv what counts neither way: smaller, doubtful, or no nodule.
+annotations.csv holds the nodules of 3 mm and more that at least three of four readers accepted,
+annotations_excluded.csv what counts neither way: smaller, doubtful, or no nodule. candidates_V2.csv, where detectors
+found something, is not read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +28,7 @@ class Mark:
 
     Attributes:
         centre_lps_mm: x to the patient's left, y to the back, z to the head.
-        diameter_mm: None for candidates, and for what nobody measured (negative in the file).
-        nodule: of a candidate, whether it is one; None elsewhere.
+        diameter_mm: None for what nobody measured (negative in the file).
         label: what it is called where a table says so.
     """
 
@@ -36,7 +36,6 @@ class Mark:
     series_uid: str = field(repr=False)
     centre_lps_mm: tuple[float, float, float]
     diameter_mm: float | None = None
-    nodule: bool | None = None
     label: str = "nodule"
 
 
@@ -68,25 +67,6 @@ def read_excluded(path: Path) -> tuple[Mark, ...]:
         return Mark(line.number, line.text("seriesuid"), _centre(line), diameter_mm if diameter_mm > 0 else None)
 
     return each_row(read_table(path, "annotations_excluded.csv", ["seriesuid", *PLACE, "diameter_mm"]), parse)
-
-
-def read_candidates(path: Path) -> tuple[Mark, ...]:
-    """candidates_V2.csv: `seriesuid,coordX,coordY,coordZ,class`; several rows may lie in one nodule.
-
-    Raises:
-        ManifestInvalid: see `read_table`; LABEL_VALUES, a place that cannot be, or a class that is neither 0 nor 1.
-    """
-
-    def parse(line: Line) -> Mark:
-        if line.text("class") not in ("0", "1"):
-            raise line.wrong("class", "is neither 0 nor 1")
-        return Mark(line.number, line.text("seriesuid"), _centre(line), nodule=line.text("class") == "1")
-
-    return each_row(read_table(path, "candidates_V2.csv", ["seriesuid", *PLACE, "class"]), parse)
-
-
-def of_series(marks: Sequence[Mark], series_uid: str) -> tuple[Mark, ...]:
-    return tuple(mark for mark in marks if mark.series_uid == series_uid)
 
 
 def mark_indices(marks: Sequence[Mark], like: Volume) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar, cast, get_args
 from fedclient.data.boxes import EDGES, box_of
 from fedclient.data.cases import Boxes, Case, Channel, Label, Marks, Mask, Shown, Split
 from fedclient.data.marked import read_marked
-from fedclient.data.tables import Line, by_column, csv_rows
+from fedclient.data.tables import Line, csv_rows, lacks, rows_below
 from fedclient.data.where import inside
 from shared_models.errors import ImageUnreadable, ManifestInvalid
 
@@ -161,27 +161,18 @@ def _rows(folder: Path) -> list[_Row]:
         if path.stat().st_size > MAX_BYTES:
             raise ManifestInvalid(f"{path}: it has more than {MAX_BYTES} bytes. Split it.")
         table = csv_rows(path.read_bytes())
+        columns = [name.strip() for name in table[0]] if table else []
+        missing = [name for name in ("patient_id", "image", "mask") if name not in columns]
+        if "patient_id" in missing or (missing and not {*columns} - OWN):
+            raise ManifestInvalid(f"{path}: {lacks(columns, missing)}")
+        doubled = [name for name, times in Counter(columns).items() if name and times > 1]
+        if doubled:
+            raise ManifestInvalid(f"{path}: row 1 has the columns {', '.join(doubled)} twice. Remove one.")
+        rows = [_Row(number, values) for number, values in rows_below(columns, table)]
     except OSError as e:
         raise ManifestInvalid(f"{path}: it cannot be read ({type(e).__name__}). Mend its rights.") from None
     except csv.Error as e:
         raise ManifestInvalid(f"{path}: {e}") from None
-    columns = [name.strip() for name in table[0]] if table else []
-    missing = [name for name in ("patient_id", "image", "mask") if name not in columns]
-    if "patient_id" in missing or (missing and not {*columns} - OWN):
-        mend = "The columns must be separated by commas" if len(columns) < 2 else "Add them"
-        raise ManifestInvalid(f"{path}: row 1 lacks the columns {', '.join(missing)}. {mend}.")
-    doubled = [name for name, times in Counter(columns).items() if name and times > 1]
-    if doubled:
-        raise ManifestInvalid(f"{path}: row 1 has the columns {', '.join(doubled)} twice. Remove one.")
-    rows: list[_Row] = []
-    for number, values in enumerate(table[1:], start=2):
-        if not any(value.strip() for value in values):
-            continue
-        if len(values) != len(columns):
-            raise ManifestInvalid(
-                f"{path}: row {number} has {len(values)} fields, the heading {len(columns)}. Quote fields with commas."
-            )
-        rows.append(_Row(number, by_column(columns, values)))
     if not rows:
         raise ManifestInvalid(f"{path}: it has a heading and no rows. Add a row for each image.")
     return rows

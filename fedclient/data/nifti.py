@@ -67,13 +67,13 @@ def nifti_values(path: Path, part: int | None = None) -> tuple[NDArray[Any], NDA
         ) from None  # their messages hold the path
 
 
-def stored_grid(path: Path, part: int | None = None) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+def stored_grid(path: Path) -> tuple[tuple[int, ...], NDArray[np.float64]]:
     """Shape (three axes) and affine in mm of a NIfTI image as it lies in the file, before it is turned."""
     try:
         with _opened(path) as (file, version, pixdim):
             kind: Any = nibabel.Nifti2Header if version == 2 else nibabel.Nifti1Header
             header = kind.from_fileobj(file)
-            return _shape(header, part), _affine(header, pixdim)
+            return _shape(header, None), _affine(header, pixdim)
     except BROKEN as e:
         raise ImageUnreadable(
             f"NIfTI: the file is broken or cut short ({type(e).__name__}). Copy or export it again."

@@ -24,7 +24,6 @@ class Referenced:
     """What ties an object to its image; identifiers, so not for logs. Empty where the object does not say."""
 
     series_uid: str = field(repr=False)
-    frame_of_reference_uid: str = field(repr=False)
     slice_uids: frozenset[str] = field(repr=False, default=frozenset())
 
 
@@ -82,22 +81,20 @@ def opened(path: Path, what: str, classes: Collection[str]) -> Iterator[Dataset]
 
 
 def references(data: Dataset) -> Referenced:
-    """The series, its slices and the frame of reference that a SEG or an RTSTRUCT names. For use inside `opened`."""
-    frame = data.get("FrameOfReferenceUID") or ""
+    """The series that a SEG or an RTSTRUCT names, and its slices. For use inside `opened`."""
     series = ""
     slices: set[str] = set()
     for item in data.get("ReferencedSeriesSequence") or ():  # SEG
         series = series or item.get("SeriesInstanceUID") or ""
         slices |= _instances(item, "ReferencedInstanceSequence")
     for item in data.get("ReferencedFrameOfReferenceSequence") or ():  # RTSTRUCT
-        frame = frame or item.get("FrameOfReferenceUID") or ""
         for study in item.get("RTReferencedStudySequence") or ():
             for each in study.get("RTReferencedSeriesSequence") or ():
                 series = series or each.get("SeriesInstanceUID") or ""
                 slices |= _instances(each, "ContourImageSequence")
     if not slices:
         slices = _of_parts(data)
-    return Referenced(str(series), str(frame), frozenset(slices))
+    return Referenced(str(series), frozenset(slices))
 
 
 def _of_parts(data: Dataset) -> set[str]:

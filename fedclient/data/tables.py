@@ -1,4 +1,4 @@
-"""Labels that are tables: classes of images, and how long patients were followed until what happened.
+"""Tables: the rows of a CSV file, doubted one by one.
 
 No message holds a value of an identifying column, only rows (the heading is row 1) and columns.
 """
@@ -12,52 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar
 
 from fedclient.data.labels import Code
 from shared_models.errors import ManifestInvalid
 
 SHOWN = 5  # complaints in one message
 MAX_BYTES = 256 * 1024**2
-Unit = Literal["days", "weeks", "months", "years"]
-DAYS: dict[Unit, float] = {"days": 1.0, "weeks": 7.0, "months": 365.25 / 12, "years": 365.25}
-UNITS: tuple[Unit, ...] = get_args(Unit)
-ALIVE = re.compile(r"ALIVE \((\d+) days later\)", re.IGNORECASE)  # BraTS 2018 to 2020: censored then
-BRATS_ID = re.compile(r"brats(1[789]|20)id", re.IGNORECASE)  # spelt a little differently each year
 Row = TypeVar("Row")
-
-
-@dataclass(frozen=True, slots=True)
-class Classes:
-    """What one image shows.
-
-    Attributes:
-        image: as the table names it, relative to its folder.
-        labels: 1 for each of the study's classes that it shows, else 0, in the study's order.
-        others: the other columns (patient_id, split, site, age, sex, ...).
-    """
-
-    row: int
-    image: str = field(repr=False)
-    labels: tuple[int, ...]
-    others: dict[str, str] = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Survival:
-    """How long a patient was followed.
-
-    Attributes:
-        time_days: until the event, or until the patient was last seen.
-        event: whether it happened; False is censored.
-        covariates: the other columns, as they stand there.
-    """
-
-    row: int
-    case_id: str = field(repr=False)
-    time_days: float
-    event: bool
-    covariates: dict[str, str] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +45,6 @@ class Line:
             raise self.wrong(column, "is not finite")
         return value
 
-    def others(self, *named: str) -> dict[str, str]:
-        return {column: value for column, value in self.values.items() if column not in named}
-
     def wrong(self, column: str, why: str) -> ManifestInvalid:
         return ManifestInvalid(f"row {self.number}: `{column}` {why}", code="LABEL_VALUES")
 
@@ -110,6 +69,30 @@ def csv_rows(content: bytes) -> list[list[str]]:
             f'row {len(rows) + 1} is not CSV: {e}. Take a stray `"` or line break out of it, write a `"` that is meant '
             f"as two in a quoted field, and save it as `CSV UTF-8`."
         ) from None
+    return rows
+
+
+def lacks(heading: Sequence[str], missing: Sequence[str]) -> str:
+    """The complaint about a heading without the columns `missing`."""
+    mend = "The columns must be separated by commas" if len(heading) < 2 else "Add them"
+    return f"row 1 lacks the columns {', '.join(missing)}. {mend}."
+
+
+def rows_below(heading: Sequence[str], table: Sequence[Sequence[str]]) -> list[tuple[int, dict[str, str]]]:
+    """Number and values of each row below the heading that is not blank.
+
+    Raises:
+        csv.Error: with the row, one that is longer or shorter than the heading.
+    """
+    rows: list[tuple[int, dict[str, str]]] = []
+    for number, values in enumerate(table[1:], start=2):
+        if not any(value.strip() for value in values):
+            continue
+        if len(values) != len(heading):
+            raise csv.Error(
+                f"row {number} has {len(values)} fields, the heading {len(heading)}. Quote fields with commas."
+            )
+        rows.append((number, by_column(heading, values)))
     return rows
 
 
@@ -141,26 +124,17 @@ def read_table(path: Path, what: str, columns: Sequence[str]) -> list[Line]:
         if len(content) > MAX_BYTES:
             raise _broken(what, f"it has more than {MAX_BYTES} bytes. Split it.")
         table = csv_rows(content)
+        heading = [name.strip() for name in table[0]] if table else []
+        missing = [name for name in columns if name not in heading]
+        if missing:
+            raise _broken(what, lacks(heading, missing))
+        if any(times > 1 for name, times in Counter(heading).items() if name):
+            raise _broken(what, "row 1 has a column twice. Remove one.")
+        lines = [Line(what, number, values) for number, values in rows_below(heading, table)]
     except OSError as e:
         raise _broken(what, f"it cannot be read ({type(e).__name__}). Put it there, or mend its rights.") from None
     except csv.Error as e:
         raise _broken(what, str(e)) from None
-    heading = [name.strip() for name in table[0]] if table else []
-    missing = [name for name in columns if name not in heading]
-    if missing:
-        mend = "The columns must be separated by commas" if len(heading) < 2 else "Add them"
-        raise _broken(what, f"row 1 lacks the columns {', '.join(missing)}. {mend}.")
-    if any(times > 1 for name, times in Counter(heading).items() if name):
-        raise _broken(what, "row 1 has a column twice. Remove one.")
-    lines: list[Line] = []
-    for number, values in enumerate(table[1:], start=2):
-        if not any(value.strip() for value in values):
-            continue
-        if len(values) != len(heading):
-            raise _broken(
-                what, f"row {number} has {len(values)} fields, the heading {len(heading)}. Quote fields with commas."
-            )
-        lines.append(Line(what, number, by_column(heading, values)))
     if not lines:
         raise ManifestInvalid(f"{what}: it has a heading and no rows. Add a row for each case.", code="LABEL_EMPTY")
     return lines
@@ -184,110 +158,6 @@ def each_row(lines: Sequence[Line], parse: Callable[[Line], Row]) -> tuple[Row, 
             code="LABEL_VALUES",
         )
     return tuple(parsed)
-
-
-def once(lines: Sequence[Line], column: str) -> None:
-    """Refuses a table that names something twice."""
-    first: dict[str, int] = {}
-    for line in lines:
-        row = first.setdefault(line.values[column], line.number)
-        if row != line.number:
-            raise ManifestInvalid(
-                f"{line.what}: rows {row} and {line.number} have the same `{column}`. Keep one of them.",
-                code="LABEL_VALUES",
-            )
-
-
-def read_classes(path: Path, classes: Sequence[str], none: str = "none") -> tuple[Classes, ...]:
-    """`image,label` with labels as `a` or `a|b`, or `image` and a column of 0 and 1 for each class.
-
-    Args:
-        classes: the study's; a label that is none of them is refused.
-        none: what stands in `label` where an image shows none of them; an empty cell is refused, because it may as
-            well mean that nobody looked.
-
-    Raises:
-        ManifestInvalid: see `read_table`; LABEL_VALUES, an unknown label, or an image listed twice.
-    """
-    lines = read_table(path, "class table", ["image"])
-    columns = lines[0].values
-    if "label" not in columns and not all(name in columns for name in classes):
-        raise _broken("class table", f"row 1 has neither `label` nor a column for each of {', '.join(classes)}.")
-    once(lines, "image")
-
-    def parse(line: Line) -> Classes:
-        if "label" in columns:
-            shown = {part.strip() for part in line.text("label").split("|")} - {none}
-            strange = len(shown - set(classes))
-            if strange:
-                raise line.wrong("label", f"holds {strange} that the study does not know ({', '.join(classes)})")
-            labels = tuple(int(name in shown) for name in classes)
-            return Classes(line.number, line.text("image"), labels, line.others("image", "label"))
-        for name in classes:
-            if line.text(name) not in ("0", "1"):
-                raise line.wrong(name, "is neither 0 nor 1")
-        labels = tuple(int(line.text(name)) for name in classes)
-        return Classes(line.number, line.text("image"), labels, line.others("image", *classes))
-
-    return each_row(lines, parse)
-
-
-def read_survival(
-    path: Path, unit: Unit, *, case_id: str = "case_id", time: str = "time", event: str = "event"
-) -> tuple[Survival, ...]:
-    """`case_id,time,event[,covariates]`; an event of 1 happened at `time`, of 0 had not happened until then.
-
-    Args:
-        unit: of `time` in the table.
-        case_id, time, event: what the table calls these columns.
-
-    Raises:
-        ManifestInvalid: see `read_table`; LABEL_VALUES, a time that is not above 0, an event that is neither 0 nor 1,
-            or a case listed twice.
-    """
-    lines = read_table(path, "survival table", [case_id, time, event])
-    once(lines, case_id)
-
-    def parse(line: Line) -> Survival:
-        happened = line.number_of(event)
-        if happened not in (0, 1):
-            raise line.wrong(event, "is neither 0 nor 1")
-        days = _positive(line, time) * DAYS[unit]
-        return Survival(line.number, line.text(case_id), days, happened == 1, line.others(case_id, time, event))
-
-    return each_row(lines, parse)
-
-
-def read_brats_survival(path: Path) -> tuple[Survival, ...]:
-    """`survival_info.csv` (2020) or `survival_data.csv` (2018, 2019): days until death, or `ALIVE (361 days later)`.
-
-    Raises:
-        ManifestInvalid: as `read_survival`.
-    """
-    what = "BraTS survival table"
-    lines = read_table(path, what, [])
-    heading = lines[0].values
-    case_id = next((name for name in heading if BRATS_ID.fullmatch(name)), None)
-    time = next((name for name in ("Survival_days", "Survival") if name in heading), None)
-    if case_id is None or time is None:
-        raise _broken(what, "row 1 lacks Brats20ID (or BraTS19ID, BraTS18ID) or Survival_days. Copy the file again.")
-    once(lines, case_id)
-
-    def parse(line: Line) -> Survival:
-        alive = ALIVE.fullmatch(line.text(time))
-        days = float(alive.group(1)) if alive else _positive(line, time)
-        if days <= 0:
-            raise line.wrong(time, "is not above 0")
-        return Survival(line.number, line.text(case_id), days, alive is None, line.others(case_id, time))
-
-    return each_row(lines, parse)
-
-
-def _positive(line: Line, column: str) -> float:
-    value = line.number_of(column)
-    if value <= 0:
-        raise line.wrong(column, "is not above 0")
-    return value
 
 
 def _broken(what: str, why: str) -> ManifestInvalid:

@@ -103,7 +103,7 @@ class Facts:
 
     Attributes:
         axes: voxels along I, J, K.
-        level_1, level_50, level_99: percentiles of its grey values.
+        level_1, level_99: percentiles of its grey values.
         pixels: HMAC of its grid and all its voxels.
         bands: HMACs of the parts of a perceptual hash; None for a part without contrast.
         axial, coronal: 16 x 16 grey values of its projections, for telling which way it lies.
@@ -123,7 +123,6 @@ class Facts:
     spacing_mm: tuple[float, float, float]
     axes: tuple[int, int, int]
     level_1: float
-    level_50: float
     level_99: float
     pixels: str
     bands: tuple[str | None, ...]

@@ -79,7 +79,7 @@ def _looked(case: Case, root: Path, needs: Needs, secret: str, state: str, said:
     if not any(each.code == "PHI_PIXEL" for each in found) and (count := letters(volume)):
         what = f"{count} small bright shapes of one height stand in a line, as letters do: a name, a date or a time?"
         found.append(finding("PHI_PIXEL", what, case=case.key, row=case.row, severity="warn"))
-    levels = np.percentile(sample(volume.voxels[0]), (1, 50, 99)).tolist()
+    levels = np.percentile(sample(volume.voxels[0]), (1, 99)).tolist()
     found += _of_levels(case, volume, needs, ct)
     labels: NDArray[np.uint8] | None = None
     drawn: dict[str, Drawn] = {}
@@ -112,8 +112,7 @@ def _looked(case: Case, root: Path, needs: Needs, secret: str, state: str, said:
         spacing_mm=(spacing[0], spacing[1], spacing[2]),
         axes=(volume.voxels.shape[1], volume.voxels.shape[2], volume.voxels.shape[3]),
         level_1=round(levels[0], 2),
-        level_50=round(levels[1], 2),
-        level_99=round(levels[2], 2),
+        level_99=round(levels[1], 2),
         pixels=pixel_seal(volume, secret),
         bands=bands(grey, secret),
         axial=axial,
@@ -142,7 +141,7 @@ def _row(case: Case, needs: Needs, secret: str, state: str) -> Looked:
         found.append(_without_labels(case, needs))
     facts = Facts(
         modality=None, manufacturer=None, body_part=None, slice_thickness_mm=None, tube_kv=None, lossy=False,
-        picture=True, spacing_mm=(1.0, 1.0, 1.0), axes=(1, 1, 1), level_1=0.0, level_50=0.0, level_99=0.0,
+        picture=True, spacing_mm=(1.0, 1.0, 1.0), axes=(1, 1, 1), level_1=0.0, level_99=0.0,
         pixels=sealed(secret, "row", case.key.encode()), bands=(), axial=(), coronal=(), shown=shown,
     )  # fmt: skip
     return Looked(state, facts, tuple(found))
@@ -159,11 +158,11 @@ def _bag(case: Case, root: Path, needs: Needs, secret: str, state: str) -> Looke
         shown = _shown(case, None, needs.task)
     elif needs.wants_labels:
         found.append(_without_labels(case, needs))
-    levels = [round(float(level), 2) for level in np.percentile(bag.astype(np.float32), (1, 50, 99))]
+    levels = [round(float(level), 2) for level in np.percentile(bag.astype(np.float32), (1, 99))]
     facts = Facts(
         modality=None, manufacturer=None, body_part=None, slice_thickness_mm=None, tube_kv=None, lossy=False,
         picture=True, spacing_mm=(1.0, 1.0, 1.0), axes=(bag.shape[0], bag.shape[1], 1),
-        level_1=levels[0], level_50=levels[1], level_99=levels[2],
+        level_1=levels[0], level_99=levels[1],
         pixels=sealed(secret, "bag", bag.tobytes()), bands=(), axial=(), coronal=(), shown=shown,
     )  # fmt: skip
     return Looked(state, facts, tuple(found))

@@ -12,7 +12,7 @@ from fedclient.data.provenance import MEASURED
 from fedclient.data.volume import LPS_TO_RAS
 from fedclient.predict.case import Prediction
 from fedclient.predict.headers import Headers
-from fedclient.predict.maker import NOTICE, SOFTWARE, made_by
+from fedclient.predict.maker import MAKER, NOTICE, made_by
 from shared_models.errors import ImageUnreadable
 
 SERIES = 9103
@@ -22,7 +22,7 @@ TOWARDS = (("L", "R"), ("P", "A"), ("H", "F"))  # growing and falling along x, y
 
 def capture(prediction: Prediction, headers: Headers, picture: NDArray[np.uint8]) -> Dataset:
     """From uint8[rows, columns, 3]; it refers to the slice that it shows."""
-    with made_by(prediction):
+    with made_by():
         made: Dataset = SCImage.from_ref_dataset(
             ref_dataset=headers.first,
             pixel_array=picture,
@@ -34,11 +34,9 @@ def capture(prediction: Prediction, headers: Headers, picture: NDArray[np.uint8]
             series_number=SERIES,
             sop_instance_uid=hd.UID(),
             instance_number=1,
-            manufacturer="fedimaging",
-            manufacturer_model_name="fedclient predict",
-            software_versions=SOFTWARE,
             series_description=f"AI result, {NOTICE}",
             transfer_syntax_uid=ExplicitVRLittleEndian,
+            **MAKER,
         )
         made.PatientOrientation = list(orientation(prediction, headers))
         if known := burnt_in(headers):

@@ -117,7 +117,7 @@ def _piece(
     orientation, positions = places or (None, None)
     sources = list(slices)
     sources[0] = _filled(slices[0], headers)
-    with made_by(prediction):
+    with made_by():
         _measure(sources[0], prediction.grid)
         return Segmentation(
             source_images=sources,
@@ -133,6 +133,7 @@ def _piece(
             plane_orientation=orientation,
             plane_positions=positions,
             **uids,
+            device_serial_number="0",
             **MAKER,
         )
 

@@ -25,7 +25,7 @@ from pydicom.sr.coding import Code
 from fedclient.predict.case import Answer, Prediction
 from fedclient.predict.codes import finding_of
 from fedclient.predict.headers import Headers
-from fedclient.predict.maker import NOTICE, SOFTWARE, made_by
+from fedclient.predict.maker import MAKER, NOTICE, made_by
 from fedclient.predict.segments import Segment
 
 SERIES = 9102
@@ -58,7 +58,7 @@ def report(
             uid=hd.UID(), name="fedclient predict", manufacturer_name="fedimaging", model_name=model.stamp[:64]
         ),
     )
-    with made_by(prediction):
+    with made_by():
         groups = _groups(prediction, headers, segments, segmentation, made)
         content = MeasurementReport(
             observation_context=ObservationContext(observer_device_context=observer),
@@ -73,10 +73,8 @@ def report(
             series_number=SERIES,
             sop_instance_uid=hd.UID(),
             instance_number=1,
-            manufacturer="fedimaging",
-            manufacturer_model_name="fedclient predict",
-            software_versions=SOFTWARE,
             series_description=f"AI measurements, {NOTICE}",
+            **MAKER,
         )
     return made_report
 

@@ -9,17 +9,14 @@ from typing import Any
 import highdicom as hd
 from pydicom.sr.codedict import codes
 
-from fedclient.predict.case import Prediction
 from fedclient.predict.model import Model
 from shared_models.errors import ImageUnreadable
 
 NOTICE = "not for diagnosis"
-SOFTWARE = version("fedimaging")
 MAKER: dict[str, Any] = {
     "manufacturer": "fedimaging",
     "manufacturer_model_name": "fedclient predict",
-    "software_versions": SOFTWARE,
-    "device_serial_number": "0",
+    "software_versions": version("fedimaging"),
 }
 
 
@@ -34,7 +31,7 @@ def algorithm(model: Model) -> hd.AlgorithmIdentificationSequence:
 
 
 @contextmanager
-def made_by(prediction: Prediction) -> Iterator[None]:
+def made_by() -> Iterator[None]:
     """What highdicom finds wanting in the source's header, as one of our errors: it quotes values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

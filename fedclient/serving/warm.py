@@ -31,8 +31,8 @@ class Warm:
         restarts: how often another child took the place of one that died, hung or had grown.
     """
 
-    def __init__(self, command: Sequence[str], time_limit_s: float, grown_bytes: int = GROWN_BYTES) -> None:
-        self.command, self.time_limit_s, self.grown_bytes = command, time_limit_s, grown_bytes
+    def __init__(self, command: Sequence[str], time_limit_s: float) -> None:
+        self.command, self.time_limit_s = command, time_limit_s
         self.model: Mapping[str, Any] = {}
         self.restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -82,7 +82,7 @@ class Warm:
         said = self._line(self.time_limit_s, "took too long over this case and was stopped")
         now = int(said.get("rss_bytes", 0))
         self._first_bytes = self._first_bytes or now
-        if now > self._first_bytes + self.grown_bytes:
+        if now > self._first_bytes + GROWN_BYTES:
             log.info("the predicting process has grown to %d MiB and is replaced", now >> 20)
             self.stop()
         return said

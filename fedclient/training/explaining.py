@@ -156,7 +156,7 @@ def read_pictured(files: Sequence[Path], study: Study) -> Pictured:
 
 
 def explain_all(
-    model: Trained, pictured: Sequence[Pictured], wanted: Wanted, out: Path, device: str = "cpu", rounds: int = 1
+    model: Trained, pictured: Sequence[Pictured], wanted: Wanted, out: Path, device: str, rounds: int
 ) -> dict[str, Any]:
     """Draws the maps of each image into `out`, and writes and returns what is on them.
 

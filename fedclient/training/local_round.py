@@ -75,8 +75,8 @@ def train_round(
     start: Start,
     batches: Iterable[Batch],
     loss_of: Loss,
-    further: Sequence[Pull] = (),
-    watches: Sequence[Watch] = (),
+    further: Sequence[Pull],
+    watches: Sequence[Watch],
 ) -> Trained:
     """Trains `start.net` in place on every batch, once, in all the ways that the study combines.
 

@@ -19,7 +19,7 @@ from shared_models.tasks.segmentation import predicted_of
 
 
 def site_profile(
-    net: nn.Module, cases: Sequence[Case], study: Study, device: torch.device, progress: Progress | None = None
+    net: nn.Module, cases: Sequence[Case], study: Study, device: torch.device, progress: Progress | None
 ) -> Profile:
     """The profile of some cases, each read anew from its files, as a release does.
 

@@ -38,7 +38,7 @@ def write_bundle(
     folder: Path,
     version_name: str,
     words: Mapping[str, Any],
-    temperatures: NDArray[np.float32] | None = None,
+    temperatures: NDArray[np.float32] | None,
 ) -> None:
     """Writes `folder`/bundle; model.ts of the release is there already.
 
@@ -152,7 +152,7 @@ def output_names(study: Study) -> list[str]:
     return [*background, *task.answers]
 
 
-def inference(study: Study, temperatures: NDArray[np.float32] | None = None) -> dict[str, Any]:
+def inference(study: Study, temperatures: NDArray[np.float32] | None) -> dict[str, Any]:
     """inference.json: NIfTI in DATASET_DIR (CASE.nii.gz, or CASE/CHANNEL.nii.gz), answers in OUTPUT_DIR."""
     return {
         "imports": ["$import glob", "$import os", "$import torch"],

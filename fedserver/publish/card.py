@@ -82,7 +82,7 @@ def card(
         "performance": performance,
         "calibration": calibration,
         "subgroups": words.subgroups or UNKNOWN,
-        "privacy": privacy_in_words(study, privacy),
+        "privacy": privacy_in_words(privacy),
         "authors": words.authors or UNKNOWN,
         "contact": words.contact or UNKNOWN,
         "licence": words.licence.strip().splitlines()[0] if words.licence.strip() else UNKNOWN,
@@ -201,7 +201,7 @@ def merged_facets(cards: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int
     return sums
 
 
-def privacy_in_words(study: Study, privacy: Mapping[str, Any] | None) -> str:
+def privacy_in_words(privacy: Mapping[str, Any] | None) -> str:
     if privacy is not None:
         return str(privacy["words"])
     return (

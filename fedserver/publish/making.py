@@ -148,7 +148,7 @@ def prove(
     study: Study,
     network: Runner,
     forms: Mapping[str, Runner],
-    temperatures: NDArray[np.float32] | None = None,
+    temperatures: NDArray[np.float32] | None,
 ) -> None:
     """Writes parity.safetensors and parity.json; raises ReleaseInvalid for the first form that answers otherwise."""
     cases = parity.made_up_cases(study)

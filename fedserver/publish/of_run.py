@@ -59,8 +59,8 @@ def recipe_of(
 
     Raises:
         ReleaseInvalid: a version that none can be called.
-        StateInvalid: no round is finished, weights that are not as they were written, or a study whose sites keep
-            layers to themselves, so that the federation has no whole model.
+        StateInvalid: no round is finished, weights that are not as they were written, a study of which there are no
+            releases, or a data card of no site of the run.
     """
     check_version(version)
     state, cards = read_state(run), data_cards or {}
@@ -70,20 +70,7 @@ def recipe_of(
             f"run {run.id!r}: has finished {state.round} rounds; there are no weights of round {number}."
         )
     study = trained_study(run)
-    if study.personal.keep:
-        raise StateInvalid(
-            f"run {run.id!r}: its sites keep their {' and '.join(study.personal.keep)} layers, so what the federation "
-            "has is no whole model. Each site's own is at that site."
-        )
-    if study.task.kind not in RELEASED:
-        raise StateInvalid(
-            f"run {run.id!r}: a {study.task.kind} is not released yet; releases answer {', '.join(RELEASED)}."
-        )
-    if study.of_bags:
-        raise StateInvalid(
-            f"run {run.id!r}: its network answers for bags of features, and `fedclient predict` reads images. Releases "
-            f"are of networks that see images or tables."
-        )
+    _check_released(run, study)
     check_weights(run, state)
     found = facts(run)
     if number != state.round:  # what was tested is the last model, and no other
@@ -96,14 +83,7 @@ def recipe_of(
         raise StateInvalid(
             f"data card of {sorted(set(cards) - set(found['sites']))[0]!r}: is no site of run {run.id!r}."
         )
-    software, plan = environment(), run.plan.read_bytes() if state.plan_sha256 is not None else None
-    members: dict[str, bytes] = {
-        APPROVED: (run.path / "study.json").read_bytes(),
-        ENVIRONMENT: software,
-        **({PLAN: plan} if plan is not None else {}),
-        **{f"{CARDS}/{site}.json": canonical_json(dict(one)) for site, one in cards.items()},
-        **by.evidence,
-    }
+    members = {**_members(run, state.plan_sha256 is not None, cards), **by.evidence}
     if number == state.round and (run.path / REFERENCE).exists():
         members[FINGERPRINT] = (run.path / REFERENCE).read_bytes()
     if (calibration := carried(study, found["calibration"])) is not None:
@@ -124,7 +104,7 @@ def recipe_of(
         data_cards={site: sha256_of(members[f"{CARDS}/{site}.json"]) for site in cards},
         package=package(),
         code_sha256=code_sha256(),
-        environment_sha256=sha256_of(software),
+        environment_sha256=sha256_of(members[ENVIRONMENT]),
     )
     told = card(study, version, found, words, found["privacy"], cards, origin.kind)
     return Recipe(
@@ -142,6 +122,32 @@ def recipe_of(
         approvals=by.approvals,
         approvers=by.approvers,
     )
+
+
+def _check_released(run: RunFolder, study: Study) -> None:
+    """Refuses a study of which there are no releases; where sites keep layers, the federation has no whole model."""
+    if study.personal.keep:
+        raise StateInvalid(
+            f"run {run.id!r}: its sites keep their {' and '.join(study.personal.keep)} layers, so what the federation "
+            "has is no whole model. Each site's own is at that site."
+        )
+    if study.task.kind not in RELEASED:
+        raise StateInvalid(
+            f"run {run.id!r}: a {study.task.kind} is not released yet; releases answer {', '.join(RELEASED)}."
+        )
+    if study.of_bags:
+        raise StateInvalid(
+            f"run {run.id!r}: its network answers for bags of features, and `fedclient predict` reads images. Releases "
+            f"are of networks that see images or tables."
+        )
+
+
+def _members(run: RunFolder, planned: bool, cards: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
+    """What lies beside the weights, by its name in the release: study, software, plan and data cards."""
+    members = {APPROVED: (run.path / "study.json").read_bytes(), ENVIRONMENT: environment()}
+    if planned:
+        members[PLAN] = run.plan.read_bytes()
+    return members | {f"{CARDS}/{site}.json": canonical_json(dict(one)) for site, one in cards.items()}
 
 
 def _parents(run: RunFolder, study: Study) -> list[Parent]:

@@ -12,13 +12,12 @@ revealed      site ->         shares of the survivors' own masks, and of the key
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from pydantic import Field
 
-from shared_models.errors import UpdateRejected
 from shared_models.files import canonical_json
-from shared_models.parse import STRICT, Sha256, SiteName, parse_json, plain
+from shared_models.parse import STRICT, Sha256, SiteName, plain
 from shared_models.protect.prg import framed
 from shared_models.protect.ring import MOST_SITES
 from shared_models.roster import Key32, Signature
@@ -27,7 +26,6 @@ Share = Annotated[str, Field(pattern=r"^[0-9a-f]{66}$")]
 Box = Annotated[str, Field(pattern=r"^[0-9a-f]{188}$")]  # nonce 12, two shares of 33, tag 16
 Dealt = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]  # digests of a share of each of the two secrets
 Sites = Annotated[tuple[SiteName, ...], Field(max_length=MOST_SITES)]
-T = TypeVar("T")
 ADVERT, SURVIVORS = "secure sum advert", "secure sum survivors"  # purposes of an identity's signatures
 
 
@@ -125,11 +123,6 @@ class Revealed:
     pair_keys: Mapping[SiteName, Share]
 
 
-def read(kind: type[T], content: bytes, where: str) -> T:
-    """One of the above from JSON; raises UpdateRejected with `MESSAGE_INVALID`'s words."""
-    return parse_json(kind, content, where, _Invalid)
-
-
 def write(message: object) -> bytes:
     """Canonical JSON of one of the above."""
     return canonical_json(plain(message))
@@ -144,10 +137,3 @@ def advert_statement(advert: Advert) -> bytes:
 def survivors_statement(survivors: Survivors) -> bytes:
     """What the identity of a site signs in the consistency round (Bonawitz et al. 2017, figure 4, round 3)."""
     return framed(b"sfl-secagg/1 survivors", survivors.context.encode(), *(site.encode() for site in survivors.sites))
-
-
-class _Invalid(UpdateRejected):
-    """`parse_json` makes its error of a message alone."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("MESSAGE_INVALID", message)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from shared_models.errors import UpdateRejected
-from shared_models.weights import BLOCK, Array, Arrays, InMemory, Schema, Spec, Tensors, difference, one
+from shared_models.weights import BLOCK, Array, Arrays, Schema, Spec, Tensors, difference, one
 
 if TYPE_CHECKING:
     from shared_models.protect.privacy import Protect
@@ -207,9 +207,3 @@ class Dense:
             low, high = np.searchsorted(places, [at, at + block.size])
             block[places[low:high] - at] = values[low:high]
             yield block
-
-
-def dense_of(protect: "Protect", sent: Arrays, schema: Schema) -> dict[str, Array]:
-    """All of an update that `outgoing` gave, dense."""
-    tensors = incoming(protect, InMemory(sent), schema, "update")
-    return {name: one(tensors, name) for name in schema}

@@ -82,7 +82,7 @@ def delta_of(
 
 
 def inverted(
-    net: nn.Module, delta: Arrays, labels: Sequence[int], iterations: int, seed: int, tick: Tick = lambda: None
+    net: nn.Module, delta: Arrays, labels: Sequence[int], iterations: int, seed: int, tick: Tick
 ) -> NDArray[np.float32]:
     """float32[B, rows, columns]: pictures whose step would give `delta`; the best of the whole search."""
     named = list(net.named_parameters())

@@ -122,7 +122,7 @@ def confidences(
     members: Bools,
     study: Study,
     learn: Callable[[nn.Module, DataSet, int], object],
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[], None],
 ) -> Floats:
     """float64[networks, patients]: how sure each network is of each patient's label (logit of its probability)."""
     cases = [stored(n, patient, int(labels[n])) for n, patient in enumerate(people)]

@@ -63,17 +63,15 @@ def read_elements(elements: NDArray[np.uint32], context: Context, layout: Layout
 def secure_sum(
     deltas: Mapping[str, Arrays],
     clip: float,
-    weights: Mapping[str, int] | None = None,
     counts: Mapping[str, Mapping[str, int]] | None = None,
     table: SecureAggregation | None = None,
 ) -> Transcript:
-    """Carries out the whole protocol for `deltas`, by site; all weigh the same unless `weights` says otherwise.
+    """Carries out the whole protocol for `deltas`, by site; all weigh the same.
 
     Args:
         table: of the study, whose ring and threshold are those of the sum; left out, the defaults.
     """
     sites = tuple(sorted(deltas))
-    shares = weights or dict.fromkeys(sites, 1)
     told = counts or {site: {} for site in sites}
     keys = {site: new_site_keys().identity for site in sites}
     roster = Roster("attack", 1, {site: identity_public_key(key).hex() for site, key in keys.items()})
@@ -83,7 +81,7 @@ def secure_sum(
     context = Context(
         run="attack", round=1, attempt=1, cohort=sites, threshold=threshold_of(asked, len(sites)), least_cohort=3,
         roster_sha256=roster.sha256, model_sha256=NOWHERE, schema_sha256=layout.sha256, policy_sha256=NOWHERE,
-        whole=sum(shares.values()), clip=how.clip, scale=how.scale, ring_bits=asked.ring_bits,
+        whole=len(sites), clip=how.clip, scale=how.scale, ring_bits=asked.ring_bits,
     )  # fmt: skip
     members = {site: Member(site, keys[site], roster) for site in sites}
     held, server = Held(NOWHERE, layout.sha256, NOWHERE), SecureSum(context, roster, layout)
@@ -100,7 +98,7 @@ def secure_sum(
     inboxes, vectors, masks = server.close_sealed(), dict[str, NDArray[np.uint8]](), dict[str, secagg.Masked]()
     for site in sites:
         masks[site], keystreams = secagg.mask(shared[site][0], members[site], inboxes[site])
-        blocks = masked(InMemory(deltas[site]), shares[site], told[site], layout, context, keystreams)
+        blocks = masked(InMemory(deltas[site]), 1, told[site], layout, context, keystreams)
         vectors[site] = np.concatenate([block.copy() for block in blocks])
         server.take_vector(site, bytes_of(layout, context.ring_bits), [vectors[site]])
     survivors = server.close_vectors()

@@ -253,7 +253,7 @@ def await_that(what: str, done: Callable[[], Any], timeout_s: float = 120.0) -> 
     raise FellShort(f"after {timeout_s:.0f} s still not: {what}")
 
 
-def await_finished(run: RunFolder, number: int, timeout_s: float = 120.0) -> None:
+def await_finished(run: RunFolder, number: int, timeout_s: float) -> None:
     """Waits until a round is finished."""
     await_that(f"round {number} of {run.id} is finished", lambda: round_of(run) >= number, timeout_s)
 
