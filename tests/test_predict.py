@@ -319,6 +319,25 @@ def test_rows_of_a_table_get_their_risks_and_one_without_a_number_fails_alone(tm
     assert not any(NAME in path.read_text() for path in (tmp_path / "out").iterdir())
 
 
+def test_a_number_below_another_column_is_not_predicted_on(tmp_path):
+    """As in training, spaces around the name of a column are none of it; 12,5 without quotes is two fields."""
+    task = Task(kind="prognosis", labels=("death",), loss="hazard", intervals_days=(100.0, 200.0),
+                covariates=(Covariate("age", 50.0, 10.0),))  # fmt: skip
+    study = Study(name="t", task=task, model=Model("mlp", features=(), norm="none"))
+    twice = model(study, lambda table: np.repeat(table, 2, axis=1).astype(np.float32))
+    path = tmp_path / "people.csv"
+    path.write_text("score, age ,stage\n1,60,2\n12,5,60,2\n,,\n")
+    done, failed = predict_table(twice, [path], tmp_path / "out", ("csv",))
+    assert isinstance(done, Done)
+    assert float(done.rows[0]["chance"]) == pytest.approx(1 - (1 - sigmoid(1)) ** 2, abs=1e-5)
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.why.partition(".")[0]) == ("LABEL_UNREADABLE", "it has 4 fields, the heading 3")
+    path.write_text("age,stage,age\n60,2,61\n")
+    (failed,) = predict_table(twice, [path], tmp_path / "again", ("csv",))
+    assert isinstance(failed, Failed)
+    assert "'age' twice" in failed.why
+
+
 def test_a_stray_quote_in_a_table_takes_no_row_for_text(tmp_path):
     task = Task(kind="prognosis", labels=("death",), loss="hazard", intervals_days=(100.0, 200.0),
                 covariates=(Covariate("age", 50.0, 10.0),))  # fmt: skip

@@ -41,7 +41,7 @@ def risks(model: Model, table: Path) -> Iterator[Risk | tuple[str, int, ImageUnr
         lines = csv_rows(table.read_bytes())
     except csv.Error as e:
         raise ImageUnreadable(f"the table: {e}", "IMAGE_UNREADABLE") from None
-    heading = lines[0] if lines else []
+    heading = [column.strip() for column in lines[0]] if lines else []
     wanted = [covariate.column for covariate in task.covariates]
     lacking = [column for column in wanted if column not in heading]
     if lacking:
@@ -49,10 +49,16 @@ def risks(model: Model, table: Path) -> Iterator[Risk | tuple[str, int, ImageUnr
             f"the table has no column {lacking[0]!r}, which the network sees. It wants: {', '.join(wanted)}.",
             "LABEL_MISSING",
         )
+    if twice := [column for column in wanted if heading.count(column) > 1]:
+        raise ImageUnreadable(f"the table has the column {twice[0]!r} twice. Remove one.", "LABEL_UNREADABLE")
     for row, values in enumerate(lines[1:], start=2):
-        if not values:
+        if not any(value.strip() for value in values):
             continue
         name, line = f"row-{named}-{row}", dict(zip(heading, values, strict=False))
+        if len(values) != len(heading):  # its numbers may stand below other columns
+            what = f"it has {len(values)} fields, the heading {len(heading)}. Quote fields with commas."
+            yield name, row, ImageUnreadable(what, "LABEL_UNREADABLE")
+            continue
         facts = {column: line[column] for column in wanted if line.get(column)}
         case = replace(Case(name, "", (), None, "test"), facts=facts, row=row)
         try:
