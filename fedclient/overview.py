@@ -16,6 +16,7 @@ from fedclient.renewal import certificate_of, check_keys, expiry_warning, read_r
 from fedclient.site import SiteFile, read_site_file
 from fedclient.welcome import refused_words
 from shared_models.alarms import alarms_in
+from shared_models.dates import date_text
 from shared_models.errors import FederationError
 from shared_models.files import read_json
 from shared_models.supervise import read_status, troubles
@@ -72,17 +73,30 @@ def connection(folder: Path, running: Mapping[str, Any], now: float) -> dict[str
     """Whether the coordinator was heard of lately: its state, words for a person, and when (null: never)."""
     contact = NodeFiles(folder).contact
     at = contact.stat().st_mtime if contact.exists() else None
-    why = refused_words(folder)
+    why, heard = refused_words(folder), at is not None and abs(now - at) < QUIET_S
+    if at is None:
+        since = "never"
+    elif at - now >= QUIET_S:
+        since = f"at {date_text(at)}, which is yet to come: the clock of this machine was set back"
+    else:
+        since = f"not for {now - at:.0f} s"
     if running.get("supervisor") is None:
         state, words = "stopped", "the node does not run; `fedclient start` starts it"
     elif why is not None:
         state, words = "refused", why
     elif NodeFiles(folder).order.exists():
-        state, words = "working", "connected, and at work on an order"
-    elif at is not None and now - at < QUIET_S:
+        # a node that works asks for nothing: whether the coordinator is still there shows when the answer is sent
+        still = (
+            "connected, and at work on an order"
+            if heard
+            else (
+                "at work on an order, or its answer waits to be sent; meanwhile the coordinator was heard of " + since
+            )
+        )
+        state, words = "working", still
+    elif heard:
         state, words = "connected", "connected, and waiting for orders"
     else:
-        since = "never" if at is None else f"not for {now - at:.0f} s"
         state, words = "away", f"the coordinator was heard of {since}; `fedclient doctor` looks for the cause"
     return {"state": state, "words": words, "heard_at": at}
 

@@ -25,6 +25,7 @@ from fedserver.state import (
     list_sites,
 )
 from shared_models.alarms import alarm_words, last_turned_down
+from shared_models.dates import date_text
 from shared_models.errors import FederationError
 from shared_models.identity import fingerprint_words
 from shared_models.parse import STRICT, schema_of
@@ -184,13 +185,15 @@ def overview(federation: Federation) -> dict[str, Any]:
 
 
 def _site(state: Path, site: Site, now: float) -> dict[str, Any]:
-    online = site.state == "active" and site.seen_at is not None and now - site.seen_at < ONLINE_S
+    online = site.state == "active" and site.seen_at is not None and abs(now - site.seen_at) < ONLINE_S
     if site.state == "revoked":
         reason = f"{revoked_words(site)}: {site.revoked_reason}"
     elif site.state != "active" or online:
         reason = ""
     elif site.seen_at is None:
         reason = "has joined and never connected; is `fedclient start` running there?"
+    elif site.seen_at > now:
+        reason = f"last heard of at {date_text(site.seen_at)}, which is yet to come: this machine's clock was set back"
     else:
         reason = f"last heard of {now - site.seen_at:.0f} s ago"
     fingerprint = site.certificate_fingerprint
