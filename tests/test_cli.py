@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,30 @@ def test_a_bare_command_shows_its_help_and_an_unknown_one_is_no_success(command)
     assert "Usage" in "".join(call(command)[1:])
     assert call(command, "frobnicate")[0] == 2
     assert call(command, SUBCOMMANDS[command][0], "--frobnicate")[0] == 2
+
+
+def test_every_argument_has_help_and_it_is_shown():
+    def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if hasattr(command, "commands"):
+            for name, inner in command.commands.items():
+                yield from commands(inner, f"{path} {name}")
+        else:
+            yield path, command
+
+    told = {
+        f"{path} {each.name}": each.help
+        for name, app in COMMANDS.items()
+        for path, command in commands(typer.main.get_command(app), name)
+        for each in command.params
+        if each.param_type_name == "argument"
+    }
+    assert "fedclient join invite" in told
+    assert [argument for argument, words in told.items() if not words] == []
+    assert "Only of: node, executor, page." in call("fedclient", "logs", "--help")[1]
+
+
+def test_a_mistyped_command_gets_one_hint():
+    assert call("fedclient", "aprove")[2].count("Did you mean") == 1
 
 
 # One clear message
