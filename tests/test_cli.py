@@ -195,7 +195,22 @@ def test_joining_with_a_missing_data_folder_is_told_before_the_invite_is_spent(f
     Path("data").mkdir()
     told = refused("fedclient", "join", line, "--data", "data", "--layout", "brats-2022")
     assert "layout 'brats-2022' is not known. Known: auto, manifest, table, luna16, lidc-idri, brats-2018" in told
+    Path("data/notes.txt").touch()
+    told = refused("fedclient", "join", line, "--data", "data")
+    assert "data: it is no data set in a known layout" in told
+    assert "Looked for were: manifest.csv, images and labels.csv, LUNA16" in told
     assert not Path("site").exists()
+
+
+def test_a_folder_of_no_known_layout_is_told_with_those_that_are_looked_for(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/notes.txt").touch()
+    file = SiteFile("north", "127.0.0.1:9", "Test", Data(str(tmp_path / "data")))
+    write_atomic(Path("site/site.toml"), site_toml(file).encode())
+    told = call("fedclient", "check")[1]
+    assert "a folder or table that does not describe the data" in told
+    assert "Looked for were: manifest.csv, images and labels.csv, LUNA16" in told
+    assert "rows it names" not in told
 
 
 def test_a_coordinator_that_is_not_there_is_told(federation):
