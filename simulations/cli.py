@@ -328,7 +328,10 @@ def phantom(
         str, typer.Option(help="What manifest.csv gives test patients for a mask: the site's, or the truth.")
     ] = "site",
     layout: Annotated[
-        str, typer.Option(help="manifest, or as pacs, lidc-idri, luna16, brats-2021, decathlon, nnunet, table have it.")
+        str,
+        typer.Option(
+            help="manifest, table, luna16, lidc-idri, brats-2018 to 2021, -2023, -2024, decathlon, nnunet or pacs."
+        ),
     ] = "manifest",
 ) -> None:
     """Writes made-up patients of several hospitals: lung CT, or brain MR for BraTS, in any layout that is read."""

@@ -422,7 +422,8 @@ def test_a_phantom_of_any_layout_is_found_again_by_check_and_by_run(tmp_path):
     assert parsed("fedclient", "check", "--json")["layout"] == "nnU-Net raw data, 3 training cases"
     assert "Data: nnU-Net raw data, 3 training cases" in call("fedclient", "check")[1]
     assert "is not empty" in refused("fedsim", "phantom", tmp_path / "p", "--layout", "nnunet", *words)
-    assert "allowed are table" in refused("fedsim", "phantom", tmp_path / "q", "--layout", "dicom", *words)
+    told = refused("fedsim", "phantom", tmp_path / "q", "--layout", "dicom", *words)
+    assert "allowed are manifest, table, luna16" in told
     told = refused(
         "fedsim", "run", "lung-ct", "--data", tmp_path / "p" / "north", "--data", tmp_path / "p", "--sites", 3
     )
