@@ -66,14 +66,15 @@ def run(
     ] = None,
 ) -> None:
     """Runs a study: federated, pooled and each site alone, every model scored on every site's test patients."""
+    from shared_models.supervise import only_one
     from simulations import run as simulation  # imports the data readers
-    from simulations.show import results_table, watching
+    from simulations.show import IN_USE, results_table, watching
     from simulations.site_options import SiteOptions, sites_of
 
     loaded = load_study(study)
     folder = out or Path("runs") / loaded.name
     how = simulation.machine(engine, workers, threads, device)
-    with watching(console, folder, loaded.rounds.count) as say:
+    with only_one(folder, IN_USE), watching(console, folder, loaded.rounds.count) as say:
         options = SiteOptions(data or [], layout, sites, partition, shift, test_labels, labelled)
         nodes = sites_of(loaded, folder, options, how, CACHE / "phantom", say)
         try:
@@ -138,8 +139,9 @@ def compare(
     ] = None,
 ) -> None:
     """Compares settings of a study over seeds: tables, figures, and whether it was worth it for each site."""
+    from shared_models.supervise import only_one
     from simulations import compare_run  # imports the data readers
-    from simulations.show import counting
+    from simulations.show import IN_USE, counting
     from simulations.site_options import SiteOptions
 
     asked = compare_run.Request(
@@ -155,7 +157,7 @@ def compare(
         out=out,
     )
     how = compare_run.machine_of(workers, threads, device)
-    with counting(console) as (say, rounds):
+    with only_one(out, IN_USE), counting(console) as (say, rounds):
         try:
             results = compare_run.carry_out_request(asked, how, CACHE / "phantom", say, rounds)
         except KeyboardInterrupt:

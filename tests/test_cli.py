@@ -361,10 +361,31 @@ def test_the_invite_is_one_line_and_nothing_else(federation):
     assert out.count("\n") == 1
 
 
+def test_an_invite_for_a_site_that_has_joined_says_what_it_does(tmp_path, data):
+    with running_edge(tmp_path / "served") as edge:
+        invited = ["fedserver", "invite", "north", "--federation", edge.federation.folder]
+        first = call(*invited)[1].strip()
+        assert call("fedclient", "join", first, "--data", data, "--manifest-site", "north")[0] == 0
+        code, line, told = call(*invited)
+        assert (code, line.count("\n")) == (0, 1)
+        assert "north has joined already, and stays in with its keys of now" in told
+        assert call("fedclient", "rejoin", line.strip())[0] == 0
+
+
+def test_a_results_folder_that_is_in_use_is_told():
+    Path("tiny.toml").write_text(TINY)
+    with only_one(Path("out")):
+        told = refused("fedsim", "run", "tiny.toml", "--out", "out")
+        assert f"out: is in use already by process {os.getpid()}. Wait until that one has ended, or" in told
+        assert "is in use already" in refused("fedsim", "compare", "tiny.toml", "--out", "out")
+        assert "is in use already" in refused("fedsim", "scenario", "fed-ixi", "--out", "out")
+
+
 def test_a_queued_run_is_shown_and_stopped_and_goes_on(federation):
     Path("tiny.toml").write_text(TINY)
     code, out, _ = call("fedserver", "run", "tiny.toml")
     assert code == 0
+    assert out.startswith("Run tiny-1 of tiny is made, which takes some seconds.\n")
     assert "Nothing serves this federation yet" in out
     assert "tiny-1" in call("fedserver", "status")[1]
     assert call("fedserver", "stop", "tiny-1") == (0, "tiny-1 is stopped.\n", "")
