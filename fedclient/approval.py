@@ -23,6 +23,7 @@ Folder = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Its name, or the beginning of its digest.")]
 Reason = Annotated[str, typer.Option(help="Why; kept here, not told to anybody.")]
+UNDECIDED = ("pending", "expired")
 HEADINGS = {
     "trains": "What it trains",
     "sees": "What it sees",
@@ -46,6 +47,18 @@ def awaiting(site: Path) -> str:
 
     count = len(undecided(site))
     return f"{count} {'study' if count == 1 else 'studies'}" if count else ""
+
+
+def waiting_words(site: Path) -> list[str]:
+    """A line for each study that waits for a decision here."""
+    from fedclient.consent import all_asked
+
+    return [
+        f"Study {asked.study.name} waits for a decision here: `fedclient show {asked.sha256[:12]}`, then "
+        f"`fedclient approve {asked.sha256[:12]}`, or `refuse`."
+        for asked in all_asked(_here(site))[0]
+        if asked.state in UNDECIDED
+    ]
 
 
 @guarded
@@ -142,7 +155,7 @@ def studies(site: Folder = Path("site"), as_json: AsJson = False) -> None:
             f"`fedclient withdraw {digest[:12]}` ends it.",
             highlight=False,
         )
-    if any(a.state in ("pending", "expired") for a in listed):
+    if any(a.state in UNDECIDED for a in listed):
         console.print("Read one with `fedclient show STUDY`; then `fedclient approve STUDY`, or `refuse`.")
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedclient.approval import approve, audit, partners, policy, refuse, sent, show, studies, withdraw
+from fedclient.approval import approve, audit, partners, policy, refuse, sent, show, studies, waiting_words, withdraw
 from fedclient.explain_command import explain, worklist
 from fedclient.gate.commands import card, check, waive
 from fedclient.operate import doctor, logs, page, status
@@ -189,6 +189,7 @@ def start(
     check_data(site, file.data.folder)
     check_keys(site)
     words = f"[bold]{file.name}[/]: node of {file.federation}, coordinator {file.coordinator}. Logs: {kept}"
+    words += "".join(f"\n{escape(each)}" for each in waiting_words(site))
     stop = stop_on_signals()
     supervise(site, stop, page=page, begun=lambda: console.print(words), say=lambda it: print(it, flush=True))
 

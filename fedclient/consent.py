@@ -8,6 +8,7 @@ study that reads the same as another one, where one of them has secure sums, no 
 """
 
 import getpass
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -183,7 +184,7 @@ def decide(
         before = read_decision(site.folder, digest)
         if verdict == "refused" and before is not None and before.verdict != "refused":
             verdict = "withdrawn"
-        decision = Decision(verdict, getpass.getuser(), round(now_s, 3), until, reason)
+        decision = Decision(verdict, _person(), round(now_s, 3), until, reason)
         if study is not None and not also_alike:
             whys = [other.why for other in alike_here(site, digest, study)]
             whys += [
@@ -200,6 +201,15 @@ def decide(
         for kept in (site.folder / "runs").glob(f"*/*-{digest[:16]}*"):  # so ended an older version's names
             kept.unlink(missing_ok=True)
     return decision
+
+
+def _person() -> str:
+    """The login of who decides, or the number of one without a name; never the word that stands for the policy."""
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError):  # the latter until Python 3.12
+        name = str(os.getuid())
+    return f"login {name}" if name == POLICY else name
 
 
 def _write(site: Site, digest: str, decision: Decision) -> None:

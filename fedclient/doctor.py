@@ -34,6 +34,7 @@ from shared_models.doctor import (
     failed,
     flower_names,
     gib,
+    meaning,
     memory,
     secrets,
     versions,
@@ -163,7 +164,7 @@ def _dns(address: str) -> Iterator[Line]:
         else:
             yield Line("dns", "ok", f"{words} The proxy looks it up.")
         return
-    yield Line("dns", "ok", f"{host} is {', '.join(sorted(found))}.")
+    yield Line("dns", "ok", f"{meaning(host, sorted(found))}.")
 
 
 def _reach(host: str, port: int, mend: str) -> None:

@@ -325,7 +325,7 @@ def _connection(
 def _note_contact(files: NodeFiles) -> None:
     """The coordinator has answered; noted for the status page and the metrics, and not at each of its answers."""
     with suppress(OSError):  # a full disk
-        if not files.contact.exists() or time.time() - files.contact.stat().st_mtime > NOTED_S:
+        if not files.contact.exists() or abs(time.time() - files.contact.stat().st_mtime) > NOTED_S:
             files.contact.touch(0o600)
 
 

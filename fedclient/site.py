@@ -21,7 +21,7 @@ from fedclient.serving.settings import Serve
 from shared_models.errors import StateInvalid
 from shared_models.files import read_json, write_atomic
 from shared_models.identity import load_secret
-from shared_models.parse import STRICT, parse, plain, read_toml
+from shared_models.parse import ESCAPES, STRICT, parse, plain, read_toml
 
 if TYPE_CHECKING:
     from fedclient.data.cases import Listing, Split  # with the image readers, which half of the commands need not
@@ -211,8 +211,10 @@ def read_data_file(folder: Path) -> DataFile:
 def check_data(site: Path, folder: str) -> None:
     """Raises StateInvalid where the data folder of site.toml has gone since the site joined."""
     if not Path(folder).is_dir():
+        escaped = "" if folder.isprintable() else ESCAPES
         raise StateInvalid(
             f"{folder}: the data folder is not there. Mount it, or set `folder` under [data] in {site / 'site.toml'}."
+            f"{escaped}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,8 +133,16 @@ def invite(
     """Prints one line for one hospital: good for one enrolment within 72 hours."""
     from fedserver.enrol import invite as make
     from fedserver.enrol import open_federation
+    from fedserver.state import find_site
 
-    line = make(open_federation(federation), site)
+    opened = open_federation(federation)
+    line, before = make(opened, site), find_site(opened.state, site)
+    if before is not None and before.state == "active" and not as_json:
+        words = (
+            f"{site} has joined already, and stays in with its keys of now. This invite gives it new ones: "
+            f"`fedclient rejoin INVITE` there."
+        )
+        Console(stderr=True, soft_wrap=True).print(words, highlight=False, markup=False)
     if as_json:
         print_json({"site": site, "invite": line})
     else:
@@ -198,7 +207,8 @@ def run(
     from shared_models.supervise import read_status
 
     opened = open_federation(federation)
-    submitted = submit(opened, load_study(study), name, new, weights)
+    loaded, say = load_study(study), partial(console.print, markup=False)
+    submitted = submit(opened, loaded, name, new, weights, (lambda _: None) if as_json else say)
     for words in submitted.told if not as_json else ():
         console.print(words, markup=False)
     served = read_status(federation).get("supervisor") is not None

@@ -13,7 +13,18 @@ from fedserver.lifecycle import warnings
 from fedserver.state import list_runs, list_sites
 from shared_models.alarms import alarm_words
 from shared_models.dates import date_text, span_text
-from shared_models.doctor import Check, Line, clock_moved_back, disk, examined, failed, flower_names, memory, versions
+from shared_models.doctor import (
+    Check,
+    Line,
+    clock_moved_back,
+    disk,
+    examined,
+    failed,
+    flower_names,
+    meaning,
+    memory,
+    versions,
+)
 from shared_models.errors import FederationError
 from shared_models.files import read_lines
 from shared_models.identity import is_for, load_credential, read_certificate, split_address
@@ -84,9 +95,9 @@ def dialled(federation: Federation) -> Line:
     except OSError as error:
         return Line("address", "warn", f"{host} has no address here ({error.strerror or error}).", mend)
     if all(_stays_here(each) for each in found):
-        words = f"{host} is {', '.join(found)}, by which nobody but this machine reaches it."
+        words = f"{meaning(host, found)}, by which nobody but this machine reaches it."
         return Line("address", "warn", words, mend)
-    return Line("address", "ok", f"{host} is {', '.join(found)}.")
+    return Line("address", "ok", f"{meaning(host, found)}.")
 
 
 def _stays_here(address: str) -> bool:

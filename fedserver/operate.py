@@ -89,11 +89,22 @@ def logs(
 ) -> None:
     """Shows what the coordinator's processes have said, in order of time."""
     from fedserver.enrol import open_federation
+    from fedserver.state import find_run
     from shared_models import logs as books
+    from shared_models.errors import StateInvalid
 
     if run_id is not None and process is not None:
         raise typer.BadParameter("give a run or --process, not both.")
-    folder = open_federation(federation).logs
+    opened = open_federation(federation)
+    folder = opened.logs
+    if run_id is not None and not (folder / f"run-{run_id}.log").exists():
+        found = find_run(opened.state, run_id)
+        if found is None:
+            raise StateInvalid(f"run {run_id!r}: is not known here. `fedserver status` lists the runs.")
+        raise StateInvalid(
+            f"run {run_id!r}: is {found.state} and has no log in {folder}: it has not begun yet, or its log was the "
+            f"oldest of more than {books.MOST_RUN_LOGS} and is gone."
+        )
     books.show(folder, f"run-{run_id}" if run_id is not None else process, last, follow, as_json)
 
 

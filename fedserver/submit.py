@@ -39,9 +39,16 @@ class Submitted:
     told: tuple[str, ...] = field(default=(), compare=False)  # what a person should know before it starts
 
 
-def submit(federation: Federation, study: Study, name: str | None, new: bool, weights: Path | None = None) -> Submitted:
+def submit(
+    federation: Federation,
+    study: Study,
+    name: str | None,
+    new: bool,
+    weights: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Submitted:
     """Queues a run of `study`: an unfinished one of the same study goes on, unless `new`. `weights` is the file
-    that the study begins from, where it names one.
+    that the study begins from, where it names one. `say` hears of a run that is new before it is made.
 
     Raises:
         StateInvalid: a name that is taken by a finished run or by another study.
@@ -60,6 +67,7 @@ def submit(federation: Federation, study: Study, name: str | None, new: bool, we
             change_run(federation.state, going_on.id, now, "queued")
         return Submitted(going_on.id, RunFolder(federation.runs / going_on.id), study.rounds.count)
     run_id = checked_name(name) if name else _numbered(federation, study)
+    say(f"Run {run_id} of {study.name} is made, which takes some seconds.")
     from shared_models.pretrained import first_weights  # imports torch
 
     folder, told = RunFolder(federation.runs / run_id), tuple[str, ...]()

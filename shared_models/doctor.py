@@ -45,6 +45,11 @@ class Line:
     mend: str = ""
 
 
+def meaning(host: str, found: Sequence[str]) -> str:
+    """What a host is, for the beginning of a sentence: its addresses, or that it is one."""
+    return f"{host} is an address" if list(found) == [host] else f"{host} is {', '.join(found)}"
+
+
 Check: TypeAlias = Callable[[], Iterable[Line]]
 
 

@@ -201,8 +201,11 @@ def show(logs: Path, process: str | None, last: int, on: bool, as_json: bool) ->
         print(json.dumps({"process": entry.process, **entry.facts}, ensure_ascii=False) if as_json else in_words(entry),
               flush=True)  # fmt: skip
 
-    for entry in read(logs, process, last):
+    told = read(logs, process, last)
+    for entry in told:
         put(entry)
+    if not told and not as_json:
+        print(f"Nothing has been said in {logs} yet.")
     if on:
         for entry in follow(logs, process, lambda: False):
             put(entry)

@@ -6,6 +6,7 @@ does not know, and every complaint names the place, the key, what was found and 
 
 import difflib
 import json
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ Counts = Annotated[tuple[int, ...], Field(fail_fast=True)]
 # A character of text that people write and others read: no control or direction mark, line break or invisible one, but
 # for those that Persian, Indic scripts and emoji are spelled with (zero-width joiners, variation selector)
 SHOWN = r"(?:[^\p{C}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]|[\x{200C}\x{200D}\x{FE0F}])"
+ESCAPES = r""" Within "..." a \ begins an escape: write paths with /, or within '...'."""
 Line = Annotated[str, Field(max_length=200, pattern=f"^{SHOWN}*$")]
 
 
@@ -90,18 +92,27 @@ def schema_of(kind: Any) -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file; a missing or broken file is a StudyInvalid that names the line."""
+    text = ""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text)
     except FileNotFoundError:
         raise StudyInvalid(
             f"{path}: there is no such file. Check the path, or use the name of a ready study."
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise StudyInvalid(f"{path}: not TOML: {e}. Mend that line.") from None
+        raise StudyInvalid(f"{path}: not TOML: {e}. Mend that line.{_escape_hint(text, str(e))}") from None
     except (OSError, ValueError) as e:  # ValueError: a path that no system can have
         raise StudyInvalid(
             f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}). Give the path of a file that you may read."
         ) from None
+
+
+def _escape_hint(text: str, error: str) -> str:
+    """How a path of Windows is written, where the line that is no TOML has a backslash."""
+    number = re.search(r"at line (\d+)", error)
+    line = text.split("\n")[int(number[1]) - 1] if number else ""
+    return ESCAPES if "\\" in line else ""
 
 
 def _complaint(kind: type[object], found: Mapping[str, Any], where: str) -> str:

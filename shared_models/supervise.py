@@ -261,7 +261,7 @@ def rotate(log: Path, limit_bytes: int = LOG_LIMIT_BYTES) -> None:
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def only_one(folder: Path, mend: str = "Stop that one first; `status` shows its processes.") -> Iterator[None]:
     """Holds the folder for this process.
 
     Raises:
@@ -272,8 +272,7 @@ def only_one(folder: Path) -> Iterator[None]:
     try:
         if not _lock(lock):
             raise ProcessFailed(
-                f"{folder}: is being served already by process {os.pread(lock, 20, 0).decode() or 'unknown'}. "
-                "Stop that one first; `status` shows its processes."
+                f"{folder}: is in use already by process {os.pread(lock, 20, 0).decode() or 'unknown'}. {mend}"
             )
         os.truncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)

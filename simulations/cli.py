@@ -72,14 +72,15 @@ def run(
     json_to: JsonTo = None,
 ) -> None:
     """Runs a study: federated, pooled and each site alone, every model scored on every site's test patients."""
+    from shared_models.supervise import only_one
     from simulations import run as simulation  # imports the data readers
-    from simulations.show import results_table, watching
+    from simulations.show import IN_USE, results_table, watching
     from simulations.site_options import SiteOptions, sites_of
 
     loaded = load_study(study)
     folder = out or Path("runs") / loaded.name
     how = simulation.machine(engine, workers, threads, device)
-    with watching(console, folder, loaded.rounds.count) as say:
+    with only_one(folder, IN_USE), watching(console, folder, loaded.rounds.count) as say:
         options = SiteOptions(data or [], layout, sites, partition, shift, test_labels, labelled)
         nodes = sites_of(loaded, folder, options, how, CACHE / "phantom", say)
         try:
@@ -136,8 +137,9 @@ def compare(
     json_to: JsonTo = None,
 ) -> None:
     """Compares settings of a study over seeds: tables, figures, and whether it was worth it for each site."""
+    from shared_models.supervise import only_one
     from simulations import compare_run  # imports the data readers
-    from simulations.show import counting
+    from simulations.show import IN_USE, counting
     from simulations.site_options import SiteOptions
 
     asked = compare_run.Request(
@@ -153,7 +155,7 @@ def compare(
         out=out,
     )
     how = compare_run.machine_of(workers, threads, device)
-    with counting(console) as (say, rounds):
+    with only_one(out, IN_USE), counting(console) as (say, rounds):
         try:
             results = compare_run.carry_out_request(asked, how, CACHE / "phantom", say, rounds)
         except KeyboardInterrupt:
@@ -326,7 +328,10 @@ def phantom(
         str, typer.Option(help="What manifest.csv gives test patients for a mask: the site's, or the truth.")
     ] = "site",
     layout: Annotated[
-        str, typer.Option(help="manifest, or as pacs, lidc-idri, luna16, brats-2021, decathlon, nnunet, table have it.")
+        str,
+        typer.Option(
+            help="manifest, table, luna16, lidc-idri, brats-2018 to 2021, -2023, -2024, decathlon, nnunet or pacs."
+        ),
     ] = "manifest",
 ) -> None:
     """Writes made-up patients of several hospitals: lung CT, or brain MR for BraTS, in any layout that is read."""

@@ -43,14 +43,15 @@ def scenario(
     json_to: JsonTo = None,
 ) -> None:
     """Trains a benchmark pooled, at each site alone and federated; prints its table and the published figures."""
+    from shared_models.supervise import only_one
     from simulations import scenarios as of  # imports the data readers
     from simulations.compare_run import machine_of
-    from simulations.show import counting
+    from simulations.show import IN_USE, counting
 
     folder = out or Path("runs") / name
     chosen = [each.strip() for each in strategies.split(",") if each.strip()]
     how = machine_of(workers, threads, device)
-    with counting(console) as (say, rounds):
+    with only_one(folder, IN_USE), counting(console) as (say, rounds):
         try:
             told = of.carry_out(name, data or [], chosen, sets or [], seeds, folder, how, say, rounds)
         except KeyboardInterrupt:

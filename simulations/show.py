@@ -23,6 +23,7 @@ from fedserver.comparison import PARTIAL
 from shared_models.figure_text import value_text
 
 Say = Callable[[str], None]
+IN_USE = "Wait until that one has ended, or give another --out."  # a folder of results
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,30 @@ def test_a_bare_command_shows_its_help_and_an_unknown_one_is_no_success(command)
     assert call(command, SUBCOMMANDS[command][0], "--frobnicate")[0] == 2
 
 
+def test_every_argument_has_help_and_it_is_shown():
+    def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if hasattr(command, "commands"):
+            for name, inner in command.commands.items():
+                yield from commands(inner, f"{path} {name}")
+        else:
+            yield path, command
+
+    told = {
+        f"{path} {each.name}": each.help
+        for name, app in COMMANDS.items()
+        for path, command in commands(typer.main.get_command(app), name)
+        for each in command.params
+        if each.param_type_name == "argument"
+    }
+    assert "fedclient join invite" in told
+    assert [argument for argument, words in told.items() if not words] == []
+    assert "Only of: node, executor, page." in call("fedclient", "logs", "--help")[1]
+
+
+def test_a_mistyped_command_gets_one_hint():
+    assert call("fedclient", "aprove")[2].count("Did you mean") == 1
+
+
 # One clear message
 
 
@@ -170,7 +195,22 @@ def test_joining_with_a_missing_data_folder_is_told_before_the_invite_is_spent(f
     Path("data").mkdir()
     told = refused("fedclient", "join", line, "--data", "data", "--layout", "brats-2022")
     assert "layout 'brats-2022' is not known. Known: auto, manifest, table, luna16, lidc-idri, brats-2018" in told
+    Path("data/notes.txt").touch()
+    told = refused("fedclient", "join", line, "--data", "data")
+    assert "data: it is no data set in a known layout" in told
+    assert "Looked for were: manifest.csv, images and labels.csv, LUNA16" in told
     assert not Path("site").exists()
+
+
+def test_a_folder_of_no_known_layout_is_told_with_those_that_are_looked_for(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/notes.txt").touch()
+    file = SiteFile("north", "127.0.0.1:9", "Test", Data(str(tmp_path / "data")))
+    write_atomic(Path("site/site.toml"), site_toml(file).encode())
+    told = call("fedclient", "check")[1]
+    assert "a folder or table that does not describe the data" in told
+    assert "Looked for were: manifest.csv, images and labels.csv, LUNA16" in told
+    assert "rows it names" not in told
 
 
 def test_a_coordinator_that_is_not_there_is_told(federation):
@@ -321,10 +361,31 @@ def test_the_invite_is_one_line_and_nothing_else(federation):
     assert out.count("\n") == 1
 
 
+def test_an_invite_for_a_site_that_has_joined_says_what_it_does(tmp_path, data):
+    with running_edge(tmp_path / "served") as edge:
+        invited = ["fedserver", "invite", "north", "--federation", edge.federation.folder]
+        first = call(*invited)[1].strip()
+        assert call("fedclient", "join", first, "--data", data, "--manifest-site", "north")[0] == 0
+        code, line, told = call(*invited)
+        assert (code, line.count("\n")) == (0, 1)
+        assert "north has joined already, and stays in with its keys of now" in told
+        assert call("fedclient", "rejoin", line.strip())[0] == 0
+
+
+def test_a_results_folder_that_is_in_use_is_told():
+    Path("tiny.toml").write_text(TINY)
+    with only_one(Path("out")):
+        told = refused("fedsim", "run", "tiny.toml", "--out", "out")
+        assert f"out: is in use already by process {os.getpid()}. Wait until that one has ended, or" in told
+        assert "is in use already" in refused("fedsim", "compare", "tiny.toml", "--out", "out")
+        assert "is in use already" in refused("fedsim", "scenario", "fed-ixi", "--out", "out")
+
+
 def test_a_queued_run_is_shown_and_stopped_and_goes_on(federation):
     Path("tiny.toml").write_text(TINY)
     code, out, _ = call("fedserver", "run", "tiny.toml")
     assert code == 0
+    assert out.startswith("Run tiny-1 of tiny is made, which takes some seconds.\n")
     assert "Nothing serves this federation yet" in out
     assert "tiny-1" in call("fedserver", "status")[1]
     assert call("fedserver", "stop", "tiny-1") == (0, "tiny-1 is stopped.\n", "")
@@ -382,7 +443,8 @@ def test_a_phantom_of_any_layout_is_found_again_by_check_and_by_run(tmp_path):
     assert parsed("fedclient", "check", "--json")["layout"] == "nnU-Net raw data, 3 training cases"
     assert "Data: nnU-Net raw data, 3 training cases" in call("fedclient", "check")[1]
     assert "is not empty" in refused("fedsim", "phantom", tmp_path / "p", "--layout", "nnunet", *words)
-    assert "allowed are table" in refused("fedsim", "phantom", tmp_path / "q", "--layout", "dicom", *words)
+    told = refused("fedsim", "phantom", tmp_path / "q", "--layout", "dicom", *words)
+    assert "allowed are manifest, table, luna16" in told
     told = refused(
         "fedsim", "run", "lung-ct", "--data", tmp_path / "p" / "north", "--data", tmp_path / "p", "--sites", 3
     )

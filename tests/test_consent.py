@@ -9,7 +9,10 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+from typer.testing import CliRunner
 
+import fedclient.cli
+from fedclient.approval import waiting_words
 from fedclient.client import client_app
 from fedclient.consent import (
     Decision,
@@ -252,6 +255,17 @@ def test_a_study_waits_until_somebody_approves_it(edge, hospitals):
     assert find_asked(site, "toy").state == "approved"
 
 
+def test_a_study_that_waits_is_named_with_the_command_that_decides(edge, hospitals):
+    folder = hospitals.join("north", ASK)
+    assert waiting_words(folder) == []
+    refused(order(edge), hospitals.site("north"))
+    (told,) = waiting_words(folder)
+    assert told.startswith(f"Study toy waits for a decision here: `fedclient show {sha256(STUDY)[:12]}`")
+    begun = CliRunner().invoke(fedclient.cli.app, ["approve", sha256(STUDY)[:12], "--site", str(folder)])
+    assert begun.exit_code == 0
+    assert waiting_words(folder) == []
+
+
 def test_any_change_of_a_study_asks_anew(edge, hospitals):
     hospitals.join("north")
     site = hospitals.site("north")
@@ -405,6 +419,23 @@ def test_a_decision_that_was_spoilt_approves_nothing(edge, hospitals):
     (site.folder / "studies" / sha256(STUDY) / "decision.json").write_text('{"verdict":"approved"}')
     with pytest.raises(StateInvalid, match="`by` is missing"):
         admitted(order(edge), site)
+
+
+def test_no_person_decides_under_the_name_that_stands_for_the_policy(edge, hospitals, monkeypatch):
+    hospitals.join("north", INSIDE)
+    site = hospitals.site("north")
+    admitted(order(edge), site)
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(variable, "policy")
+    decide(site, sha256(STUDY), "approved")
+    decision = read_decision(site.folder, sha256(STUDY))
+    assert decision is not None
+    assert decision.by == "login policy"
+    admitted(order(edge), replace(site, policy=ASK))
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)  # as in a container with a user of no name
+    assert decide(site, sha256(STUDY), "withdrawn").by == str(2**31 - 7)
 
 
 def test_decisions_stand_in_the_sites_log_with_their_reason(edge, hospitals):

@@ -406,6 +406,7 @@ def test_an_address_that_nobody_else_can_dial_is_told_and_changed_as_it_says(tmp
     assert at_the_coordinator(settings.parent)["address"].state == "warn"
     settings.write_text(settings.read_text().replace("localhost", "192.0.2.7"))
     lines = at_the_coordinator(settings.parent)
+    assert lines["address"].words == "192.0.2.7 is an address."
     assert (lines["address"].state, lines["address, certificate"].state) == ("ok", "fail")
     assert CliRunner().invoke(fedserver.cli.app, ["renew", "--federation", str(settings.parent)]).exit_code == 0
     assert "address, certificate" not in at_the_coordinator(settings.parent)

@@ -78,7 +78,10 @@ def test_a_folder_of_no_layout_is_told_what_could_be_one(sets: Path, tmp_path: P
 def test_who_has_just_named_a_folder_is_told_its_layout_or_what_is_wrong(sets: Path, tmp_path: Path) -> None:
     assert described(sets / "luna16", "auto") == "LUNA16"
     assert described(sets / "luna16", "pacs") == "PACS export of DICOM"
-    assert "Make a manifest.csv" in described(tmp_path, "auto")
+    assert described(tmp_path, "auto") == "none yet; the folder is empty"
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ManifestInvalid, match=r"Make a manifest\.csv"):
+        described(tmp_path, "auto")
     with pytest.raises(ManifestInvalid, match="not known"):
         described(tmp_path, "luna")
 

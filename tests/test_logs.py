@@ -15,6 +15,7 @@ import fedclient.cli
 import fedserver.cli
 from fedclient.site import Data, SiteFile, site_toml
 from fedserver.enrol import init_federation
+from fedserver.state import Run, add_run
 from shared_models import logs
 from shared_models.errors import ManifestInvalid, StateInvalid
 from shared_models.files import write_atomic
@@ -209,5 +210,10 @@ def test_both_commands_show_their_logs(folder, tmp_path):
     assert "round 1" in run(fedserver.cli.app, ["logs", "lung-1", *here]).stdout
     assert "up" in run(fedserver.cli.app, ["logs", "--process", "gateway", *here]).stdout
     assert len(run(fedserver.cli.app, ["logs", *here]).stdout.splitlines()) == 2
-    assert run(fedserver.cli.app, ["logs", "nowhere", *here]).exit_code == 1
+    assert "run 'nowhere': is not known here" in run(fedserver.cli.app, ["logs", "nowhere", *here]).stderr
+    add_run(made.state, Run("lung-2", "lung", "0" * 64, "queued", None, 1.0, 1.0, ""))
+    assert "run 'lung-2': is queued and has no log" in run(fedserver.cli.app, ["logs", "lung-2", *here]).stderr
+    (made.logs / "run-lung-3.log").touch()
+    assert "Nothing has been said" in run(fedserver.cli.app, ["logs", "lung-3", *here]).stdout
+    assert run(fedserver.cli.app, ["logs", "lung-3", "--json", *here]).stdout == ""
     assert logs.files_of(made.logs, None)

@@ -1,8 +1,10 @@
 """How both ends stand: a layout that is written down and kept, and figures for Prometheus."""
 
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +17,16 @@ from typer.testing import CliRunner
 import fedclient.cli
 import fedserver.cli
 from fedclient import gauges as site_gauges
+from fedclient import node, start
 from fedclient import overview as site_overview
-from fedclient import start
 from fedclient.book import Book
 from fedclient.ledger import Reservation, open_ledger
+from fedclient.node import NodeFiles
 from fedclient.policy import Policy
 from fedserver import gauges, serve
 from fedserver.enrol import Federation, init_federation, invite
-from fedserver.overview import Overview, overview, schema
-from fedserver.state import Run, add_run, change_run
+from fedserver.overview import Overview, _site, overview, schema
+from fedserver.state import Run, add_run, change_run, list_sites
 from fedserver.submit import submit
 from shared_models.alarms import alarm_words
 from shared_models.errors import StateInvalid
@@ -248,6 +251,15 @@ def test_the_connection_is_told_by_what_the_node_has_noted(played, tmp_path):
     assert words(now + 100).endswith("was heard of not for 100 s")
     write_json(site / "node/refused.json", {"refused": "was revoked", "at": 1.0})
     assert state(now + 10) == "refused"
+
+
+def test_a_site_that_was_heard_of_in_the_future_is_not_shown_online(played):
+    (north,) = [site for site in list_sites(played.federation.state) if site.name == "north"]
+    assert north.seen_at is not None
+    shown = [_site(played.federation.state, north, north.seen_at + after) for after in (5.0, 100.0, -3600.0)]
+    assert [one["online"] for one in shown] == [True, False, False]
+    assert shown[1]["reason"] == "last heard of 100 s ago"
+    assert "this machine's clock was set back" in shown[2]["reason"]
 
 
 def read_on(folder: Path) -> Book:

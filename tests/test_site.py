@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from fedclient.limits import Limits
 from fedclient.policy import Policy
 from fedclient.release_policy import Releases
-from fedclient.site import UNIT, Cache, Compute, Data, SiteFile, open_site, read_site_file, secret, site_toml
+from fedclient.site import (
+    UNIT,
+    Cache,
+    Compute,
+    Data,
+    SiteFile,
+    check_data,
+    open_site,
+    read_site_file,
+    secret,
+    site_toml,
+)
 from shared_models.errors import StateInvalid, StudyInvalid
 from shared_models.files import write_atomic
 
@@ -120,6 +131,19 @@ def test_a_wrong_setting_is_told_with_file_key_and_what_is_allowed(tmp_path, tab
     with pytest.raises(StudyInvalid, match=words) as refused:
         read_site_file(tmp_path)
     assert str(refused.value).startswith(f"{path}: ")
+
+
+def test_a_path_with_backslashes_is_told_with_how_it_is_written(tmp_path):
+    path = tmp_path / "site.toml"
+    path.write_text('name = "n"\ncoordinator = "h:1"\nfederation = "f"\n[data]\nfolder = "C:\\Users\\x"\n')
+    with pytest.raises(StudyInvalid, match=r"write paths with /, or within '...'"):
+        read_site_file(tmp_path)
+    path.write_text("name = n\n")
+    with pytest.raises(StudyInvalid, match=r"Mend that line\.$"):
+        read_site_file(tmp_path)
+    path.write_text('name = "n"\ncoordinator = "h:1"\nfederation = "f"\n[data]\nfolder = "C:\\temp"\n')
+    with pytest.raises(StateInvalid, match=r"write paths with /, or within '...'"):
+        check_data(tmp_path, read_site_file(tmp_path).data.folder)
 
 
 def test_a_missing_setting_is_told(tmp_path):

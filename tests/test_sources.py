@@ -153,7 +153,7 @@ def test_what_is_written_for_several_sites_is_read_as_several_sites(tmp_path: Pa
     assert len(list_cases(found["south"], "salt").cases) == 3
     with pytest.raises(StateInvalid, match="is not empty"):
         write_sites(tmp_path / "out", "pacs", plan, lambda done, of: None)
-    with pytest.raises(StudyInvalid, match="--layout 'nothing': allowed are table, luna16"):
+    with pytest.raises(StudyInvalid, match="--layout 'nothing': allowed are manifest, table, luna16"):
         write_sites(tmp_path / "new", "nothing", plan, lambda done, of: None)
 
 

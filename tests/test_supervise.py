@@ -221,7 +221,7 @@ def test_no_child_outlives_a_killed_supervisor(tmp_path: Path) -> None:
 
 def test_a_folder_is_served_once_and_the_refusal_names_the_process(tmp_path: Path) -> None:
     with only_one(tmp_path):
-        with pytest.raises(ProcessFailed, match=f"served already by process {os.getpid()}"), only_one(tmp_path):
+        with pytest.raises(ProcessFailed, match=f"in use already by process {os.getpid()}"), only_one(tmp_path):
             pass
         assert read_status(tmp_path) == {"supervisor": None, "children": {}}  # no status yet
     with only_one(tmp_path):

@@ -36,7 +36,7 @@ CATALOGUE: dict[str, Kind] = {
         "block", "a file that the data set names and does not hold", "Copy it again, or take its entry out."
     ),
     "SERIES_LEFT_OUT": Kind("note", "images that no study learns from", "Nothing, if they may stay out."),
-    "MANIFEST_INVALID": Kind("block", "a table that does not describe the data", "Mend the rows it names."),
+    "MANIFEST_INVALID": Kind("block", "a folder or table that does not describe the data", "Mend what it names."),
     "DATASET_CHANGED": Kind("block", "files that changed while a run was using them", "Restore them, or run anew."),
     # geometry
     "SERIES_GAP": Kind("block", "a series with missing slices", "Export the whole series again."),

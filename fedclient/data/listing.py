@@ -128,27 +128,29 @@ def layout_of(where: Where) -> str:
     else:
         hint = (
             "Make a manifest.csv with the columns patient_id, image, mask; a row for each image. "
-            f"Known layouts: {', '.join(LAYOUTS)}."
+            f"Looked for were: {', '.join(layout.title for layout in LAYOUTS.values())}."
         )
     raise ManifestInvalid(f"{where.folder}: it is no data set in a known layout. {hint}")
 
 
 def described(folder: Path, layout: str, site: str | None = None) -> str:
-    """The layout of a folder in words, for who has just named it; what is wrong, if it has none or several.
+    """The layout of a folder in words, for who has just named it; an empty one may be filled later.
 
     Args:
         site: of those that a table of the folder names.
 
     Raises:
-        ManifestInvalid: a layout that is not known, a table that is broken or leads out of the folder, a site that is
-            not in it, or several of which none was chosen. No image is opened.
+        ManifestInvalid: a layout that is not known, none that fits or several, a table that is broken or leads out of
+            the folder, a site that is not in it, or several of which none was chosen. No image is opened.
     """
     if layout not in ("auto", *LAYOUTS):
         raise _unknown(layout)
     try:
         name = layout_of(Where(folder, layout=layout))
-    except ManifestInvalid as e:
-        return str(e)
+    except ManifestInvalid:
+        if any(folder.iterdir()):
+            raise
+        return "none yet; the folder is empty"
     if LAYOUTS[name].sites is not _no_sites or site is not None:
         list_cases(Where(folder, (site,) if site is not None else (), name), salt="")
     return LAYOUTS[name].title
