@@ -16,7 +16,6 @@ from fedclient.renewal import certificate_of, check_keys, expiry_warning, read_r
 from fedclient.site import SiteFile, read_site_file
 from fedclient.welcome import refused_words
 from shared_models.alarms import alarms_in
-from shared_models.dates import date_text
 from shared_models.errors import FederationError
 from shared_models.files import read_json
 from shared_models.supervise import read_status, troubles

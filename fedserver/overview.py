@@ -25,7 +25,6 @@ from fedserver.state import (
     list_sites,
 )
 from shared_models.alarms import alarm_words, last_turned_down
-from shared_models.dates import date_text
 from shared_models.errors import FederationError
 from shared_models.identity import fingerprint_words
 from shared_models.parse import STRICT, schema_of

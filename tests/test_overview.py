@@ -1,10 +1,8 @@
 """How both ends stand: a layout that is written down and kept, and figures for Prometheus."""
 
 import json
-import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,10 @@ from typer.testing import CliRunner
 import fedclient.cli
 import fedserver.cli
 from fedclient import gauges as site_gauges
-from fedclient import node, start
 from fedclient import overview as site_overview
+from fedclient import start
 from fedclient.book import Book
 from fedclient.ledger import Reservation, open_ledger
-from fedclient.node import NodeFiles
 from fedclient.policy import Policy
 from fedserver import gauges, serve
 from fedserver.enrol import Federation, init_federation, invite
