@@ -123,6 +123,29 @@ def test_slices_that_lie_in_turn_are_one_series_however_their_acquisitions_are_c
     assert read_series(series.files).spacing_mm[2] == pytest.approx(STEP_MM)
 
 
+@pytest.mark.parametrize("lost", [3, 6])
+def test_acquisitions_in_turn_that_lack_a_slice_are_refused_and_no_half_is_taken_for_the_whole(
+    lost: int, tmp_path: Path
+) -> None:
+    def turns(k: int, data: Dataset) -> None:
+        data.AcquisitionNumber, data.SliceThickness = 1 + k % 2, STEP_MM
+
+    files = write_series(tmp_path, 12, edit=turns)
+    files[lost].unlink()
+    (series,) = find_series(tmp_path).series
+    with pytest.raises(ImageUnreadable):
+        read_series(series.files)
+
+
+def test_a_slice_that_is_repeated_leaves_a_series_of_which_each_slice_was_counted_whole(tmp_path: Path) -> None:
+    write_series(tmp_path / "a", 8, edit=lambda k, data: setattr(data, "AcquisitionNumber", k))
+    write_series(tmp_path / "b", 1, edit=moving(3 * STEP_MM, 9))
+    (series,) = find_series(tmp_path).series
+    assert len(series.files) == 9
+    with pytest.raises(ImageUnreadable):
+        read_series(series.files)
+
+
 def test_slices_that_fill_the_holes_of_others_are_of_one_series_also_where_they_overlap(tmp_path: Path) -> None:
     """As reconstructions of CT do: 3 mm every 2.5 mm."""
     write_series(tmp_path, 12, edit=lambda k, data: setattr(data, "AcquisitionNumber", 2 if k in (4, 8, 9) else 1))

@@ -13,6 +13,8 @@ import pytest
 from highdicom.sr import srread
 from pydicom import Dataset, dcmread
 from pydicom.config import disable_value_validation
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian
 from pydicom.valuerep import PersonName
 
@@ -452,6 +454,26 @@ def assert_valid(folder: Path) -> None:
 def test_a_validator_finds_no_error(planes, tmp_path):
     folder, _ = written(tmp_path, chest_hu((40, 36, planes)))
     assert_valid(folder)
+
+
+def test_odd_headers_of_a_source_make_no_invalid_results(tmp_path):
+    def odd(k: int, data: Any) -> None:
+        half, nothing = Dataset(), Dataset()
+        half.ReferencedSOPClassUID = "1.2.840.10008.3.1.2.1.1"
+        data.ReferencedPatientSequence, data.ProcedureCodeSequence = [half], [nothing]
+        data.PatientAge, data.PatientIdentityRemoved, data.StudyDescription = "45", "YES", "thorax " * 12
+        data.add(RawDataElement(Tag("PatientWeight"), "DS", 4, b"80,5", 0, False, True))
+        data.ClinicalTrialSponsorName, data.ClinicalTrialProtocolID = "sponsor", "P-1"
+        data.ClinicalTrialSubjectID = "S-1"
+
+    write_series(tmp_path / "ct", edit=odd)
+    _, missing = write_case(predict_case(model(LUNG), tmp_path / "ct"), "case", tmp_path, ("seg", "sr", "sc"))
+    assert not missing, missing
+    for name in ("segmentation.dcm", "report.dcm", "overlay.dcm"):
+        made = dcmread(tmp_path / "case" / name)
+        assert not {"ReferencedPatientSequence", "ProcedureCodeSequence", "PatientAge", "PatientWeight"} & {*made.dir()}
+        assert len(made.get("StudyDescription", "")) <= 64
+    assert_valid(tmp_path / "case")
 
 
 @pytest.mark.parametrize(

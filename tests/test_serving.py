@@ -1458,6 +1458,16 @@ def test_what_turns_out_partial_while_it_waits_is_not_sent(tmp_path):
     assert jobs.find(job).returned == "withheld"
 
 
+def test_what_turns_out_partial_while_it_is_sent_is_warned_of(tmp_path, caplog):
+    with queue(tmp_path, Told(), done=lambda _: None) as (jobs, _):
+        job = put(jobs)
+        until(lambda: jobs.find(job).returned == "waiting")
+        jobs.mark_partial(job, "SERIES_SPLIT", "more came.")
+        assert "were returned" not in caplog.text
+        jobs.mark_returned(job, "sent")
+    assert caplog.text.count("its results were returned, and are not of the whole series") == 1
+
+
 def test_results_are_found_and_retrieved_by_their_uids(tmp_path):
     def say(folder):
         (folder / "out" / "image-1").mkdir(parents=True)

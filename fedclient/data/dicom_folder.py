@@ -210,7 +210,8 @@ def _woven(stacks: Sequence[Sequence[_Head]]) -> list[_Head] | None:
     Whole acquisitions may lie in turn by chance, such as phases of a contrast medium, or thin slices far apart in and
     out of breath: each is at equal distances on its own, and together they overlap or leave gaps still. So where each
     is, those are joined that are as far apart as they are thick, or as they state. Where most slices lie alone, each
-    was counted as an acquisition.
+    was counted as an acquisition. Where few slices are lost, the rest is joined all the same, so that its reader
+    refuses it, rather than half of it passing for a whole image.
     """
     heads = [head for stack in stacks for head in stack]
     planes = [head.slice.where for head in heads if head.slice.where is not None]
@@ -221,11 +222,18 @@ def _woven(stacks: Sequence[Sequence[_Head]]) -> list[_Head] | None:
     once = [{(next(at), each.slice.sop_uid or str(each.slice.path)) for each in stack} for stack in stacks]  # no copies
     own = [sorted(height for height, _ in stack) for stack in once]
     apart_mm = np.diff(sorted(height for each in own for height in each))
-    if len(apart_mm) == 0 or apart_mm.min() < TOLERANCE_MM or not even(apart_mm):
-        return None
     alone = sum(len(each) == 1 for each in own)
     counted = alone >= 3 and 2 * alone > sum(map(len, own))
-    if not counted and all(len(each) == 1 or even(np.diff(each)) for each in own):
+    if counted and 2 * (apart_mm >= TOLERANCE_MM).sum() > len(apart_mm):  # what is repeated or lost, the reader refuses
+        return [heads[n] for n in np.argsort(heights, kind="stable")]
+    if len(apart_mm) == 0 or apart_mm.min() < TOLERANCE_MM:
+        return None
+    steps = np.rint(apart_mm / np.median(apart_mm))
+    lost = int(steps.sum()) - len(steps)
+    whole = even(apart_mm)
+    if not whole and not (0 < lost <= max(1, len(steps) // 10) and steps.min() > 0 and even(apart_mm / steps)):
+        return None
+    if not whole or all(len(each) == 1 or even(np.diff(each)) for each in own):
         usual_mm, hole_mm = np.median(apart_mm), max(np.diff(each).max(initial=0) for each in own)
         thickness_mm = max(head.thickness_mm for head in heads)
         stated_mm = max(head.stated_mm for head in heads)

@@ -5,6 +5,7 @@ Headers of real scanners bend the standard where no result depends on it; highdi
 is put right here.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.filereader import dcmread
 from pydicom.valuerep import DA, TM
 
-from fedclient.data.dicom_header import BROKEN, load_head, number, unbroken
+from fedclient.data.dicom_header import BROKEN, load_head, number, text, unbroken
 from fedclient.predict.inputs import Source
 from shared_models.errors import ImageUnreadable
 
@@ -30,7 +31,17 @@ EMPTY = (  # type 2: what results repeat must be there, and may be empty
 )  # fmt: skip
 UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")  # type 1
 WHEN: Mapping[str, Callable[[Any], object]] = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
+DECIMAL = r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*"
 SEXES = ("M", "F", "O")
+REFERENCE = ("ReferencedSOPClassUID", "ReferencedSOPInstanceUID")
+CODE = ("CodeValue", "CodingSchemeDesignator", "CodeMeaning")
+WHOLE: Mapping[str, Sequence[str]] = {  # what results repeat of sequences, and what of each item is type 1
+    "ReferencedStudySequence": REFERENCE, "ReferencedPatientSequence": REFERENCE, "ProcedureCodeSequence": CODE,
+}  # fmt: skip
+FORMS = {"PatientAge": r"\d{3}[DWMY]", "PatientWeight": DECIMAL, "PatientSize": DECIMAL}
+TRIAL = ("ClinicalTrialSponsorName", "ClinicalTrialProtocolID")  # type 1 of its module, as is one of the subject's
+TRIAL_EMPTY = ("ClinicalTrialProtocolName", "ClinicalTrialSiteID", "ClinicalTrialSiteName")  # type 2
+MOST_LO = 64
 SHARED = ("PlaneOrientationSequence", "PixelMeasuresSequence")
 GROUPS = 0x5200  # functional groups, of whose text results repeat nothing
 UTF_8 = "ISO_IR 192"
@@ -62,11 +73,6 @@ class Headers:
         return (number(self.first, "NumberOfFrames") or 1) == 1 or "SharedFunctionalGroupsSequence" in self.first
 
 
-def _studies(first: Dataset) -> Sequence[Dataset]:
-    found: Sequence[Dataset] = first.get("ReferencedStudySequence", ())
-    return found
-
-
 def read_headers(source: Source) -> Headers:
     """
     Raises:
@@ -77,11 +83,12 @@ def read_headers(source: Source) -> Headers:
         for keyword in EMPTY:
             if keyword not in first:
                 setattr(first, keyword, "")
-        if not all({"ReferencedSOPClassUID", "ReferencedSOPInstanceUID"} <= {*item.dir()} for item in _studies(first)):
-            del first.ReferencedStudySequence  # results repeat it, and half a reference is none
+        _leave_out_what_is_half(first)
         _empty_what_is_malformed(first)
         _leave_out_empty_uids(first)
+        _complete_trial(first)
         _say_in_utf8(first)
+        _shorten(first)
         if len(source.files) == 1:  # of many frames, or of one whose place stands in functional groups
             _share(first)
             return Headers(first, (first,))
@@ -115,6 +122,42 @@ def _empty_what_is_malformed(first: Dataset) -> None:
             setattr(first, keyword, "")
     if first.PatientSex not in SEXES:
         first.PatientSex = ""
+
+
+def _leave_out_what_is_half(first: Dataset) -> None:
+    """Optional elements that results repeat, and that are not valid in the source."""
+    for keyword, needed in WHOLE.items():
+        if not all(all(item.get(each) for each in needed) for item in first.get(keyword) or ()):
+            delattr(first, keyword)
+    for keyword, form in FORMS.items():
+        stored = first.get_item(keyword) if keyword in first else None
+        value = stored.value if stored is not None else None
+        said = value.decode("latin-1").strip("\0 ") if isinstance(value, bytes) else str(value or "")
+        if said and not re.fullmatch(form, said):
+            delattr(first, keyword)
+    method = first.get("DeidentificationMethod") or first.get("DeidentificationMethodCodeSequence")
+    if text(first, "PatientIdentityRemoved") == "YES" and not method:
+        del first.PatientIdentityRemoved
+
+
+def _complete_trial(first: Dataset) -> None:
+    """What of a clinical trial is type 2 may be empty; without what is type 1, nothing is said of one."""
+    said = [element.keyword for element in first.group_dataset(0x0012) if element.keyword.startswith("ClinicalTrial")]
+    if not said:
+        return
+    subject = first.get("ClinicalTrialSubjectID") or first.get("ClinicalTrialSubjectReadingID")
+    if not subject or not all(first.get(keyword) for keyword in TRIAL):
+        for keyword in said:
+            delattr(first, keyword)
+        return
+    for keyword in TRIAL_EMPTY:
+        if keyword not in first:
+            setattr(first, keyword, "")
+
+
+def _shorten(first: Dataset) -> None:
+    if len(description := text(first, "StudyDescription")) > MOST_LO:
+        first.StudyDescription = description[:MOST_LO]
 
 
 def _say_in_utf8(data: Dataset) -> None:

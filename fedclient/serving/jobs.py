@@ -249,9 +249,7 @@ class Jobs:
             if job is None or job.partial == (code, why):
                 return
             if (job.returned == "sent" or job.taken) and job.partial is None:
-                log.warning(
-                    "job %s: its results were returned, and are not of the whole series as it is now", job_id[:8]
-                )
+                _warn_returned(job_id)
             job = replace(job, partial=(code, why))
             if job.returned == "waiting":
                 job = replace(job, returned="withheld")
@@ -261,8 +259,11 @@ class Jobs:
     def mark_returned(self, job_id: str, returned: Literal["sent", "failed"]) -> None:
         with self._change:
             if job_id in self._known:
+                job = self._known[job_id]
                 given_up_s = self.clock() if returned == "failed" else 0.0
-                self._set(replace(self._known[job_id], returned=returned, given_up_s=given_up_s))
+                if returned == "sent" and job.partial is not None and not job.taken:  # marked while they were sent
+                    _warn_returned(job_id)
+                self._set(replace(job, returned=returned, given_up_s=given_up_s))
 
     def mark_taken(self, job_id: str, files: Sequence[str]) -> None:
         with self._change:
@@ -425,6 +426,10 @@ class Jobs:
                 job = replace(job, returned="failed", given_up_s=self.clock())
             self._set(job)
         self.room.count()
+
+
+def _warn_returned(job_id: str) -> None:
+    log.warning("job %s: its results were returned, and are not of the whole series as it is now", job_id[:8])
 
 
 def _answered(job: Job, answer: Mapping[str, Any]) -> Job:
