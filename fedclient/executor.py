@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from fedclient.device_errors import is_out_of_memory
 from fedclient.egress import release_code
 from fedclient.node import EXECUTOR_LOST, NodeFiles, pause
 from fedclient.overdue import GRACE_S, TRAIN_TIMEOUT, is_over, longest_at
@@ -246,7 +247,7 @@ def code_of(error: Exception) -> str:
         return error.code
     if isinstance(error, FederationError):
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).upper()
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's
+    if is_out_of_memory(error):
         return "OUT_OF_MEMORY"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "DISK_FULL"

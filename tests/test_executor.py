@@ -76,6 +76,8 @@ def test_an_exception_leaves_as_a_code_and_stays_in_the_log(caplog: pytest.LogCa
         (FederationError("x"), "FEDERATION_ERROR"),
         (MemoryError(), "OUT_OF_MEMORY"),
         (torch.OutOfMemoryError("CUDA out of memory"), "OUT_OF_MEMORY"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "OUT_OF_MEMORY"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "OUT_OF_MEMORY"),
         (OSError(errno.ENOSPC, "/data"), "DISK_FULL"),
         (OSError(errno.EACCES, "/data"), "APP_FAILED"),
         (ZeroDivisionError("division by zero"), "APP_FAILED"),

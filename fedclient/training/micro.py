@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedclient.training.device import free_memory, is_out_of_memory
+from fedclient.device_errors import first_words, is_out_of_memory
+from fedclient.training.device import free_memory
 from fedclient.training.drift import Part, Pull
 from shared_models.errors import OrderRefused
 from shared_models.tasks.functions import Loss
@@ -52,10 +53,14 @@ class Room:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                said = first_words(error)
             # not in the handler: the error holds the frames of the attempt, and they hold its tensors
             forget()
             free_memory()
-            remedy = "End other programs, raise memory_gib or gpu_memory_share under [limits] in site.toml, or ask for"
+            remedy = (
+                f"The error was: {said}. End other programs, raise memory_gib or gpu_memory_share under [limits] in "
+                "site.toml, or ask for"
+            )
             if self.parts >= size:
                 raise OrderRefused(
                     "OUT_OF_MEMORY",

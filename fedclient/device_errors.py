@@ -1,0 +1,28 @@
+"""What the errors of a GPU mean: less work at once helps, or its process is of no more use; told without PyTorch."""
+
+# what PyTorch raises, mostly as a bare RuntimeError, when an allocator or a library of NVIDIA's gets no memory
+WANT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",  # of the driver, where PyTorch's own allocator has no part in it
+    "_ALLOC_FAILED",  # cuDNN 8, cuBLAS, cuSOLVER, cuFFT
+    "ALLOCATION_FAILED",  # cuDNN 9
+    "CUDNN_STATUS_NOT_SUPPORTED",  # also of too many elements at once
+    "unable to find an engine to execute",  # none of cuDNN's has room to work in, or knows so old a GPU
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less work at once may help."""
+    if isinstance(error, MemoryError) or _is_a(error, "OutOfMemoryError"):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in WANT_OF_MEMORY)
+
+
+def first_words(error: BaseException) -> str:
+    """What it says, without the lines that PyTorch adds for its own debugging."""
+    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _is_a(error: BaseException, name: str) -> bool:
+    return any(kind.__name__ == name for kind in type(error).__mro__)
