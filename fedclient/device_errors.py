@@ -10,6 +10,8 @@ WANT_OF_MEMORY = (
     "CUDNN_STATUS_NOT_SUPPORTED",  # also of too many elements at once
     "unable to find an engine to execute",  # none of cuDNN's has room to work in, or knows so old a GPU
 )
+DEVICE_FAILED = "DEVICE_FAILED"
+OF_A_DEVICE = ("CUDA error", "CUDA driver error", "cuDNN error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "HIP error")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -17,6 +19,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or _is_a(error, "OutOfMemoryError"):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in WANT_OF_MEMORY)
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether a GPU has failed otherwise; after most such faults it computes nothing more for this process."""
+    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+        return False
+    return _is_a(error, "AcceleratorError") or any(words in str(error) for words in OF_A_DEVICE)
 
 
 def first_words(error: BaseException) -> str:
