@@ -253,6 +253,18 @@ def answer(work: Work, message: "Message", context: "Context", archive: bytes) -
         log.exception("the app failed; the coordinator is told %s", reason)
         release_code(work.kept.parent.parent, reason)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message), reason
+    finally:  # the error is gone by now, and with it the frames that hold tensors
+        _leave_gpu()
+
+
+def _leave_gpu() -> None:
+    """Leaves to others, until the next order, the memory of a GPU that PyTorch would keep."""
+    if "torch" not in sys.modules:
+        return
+    from fedclient.training.device import free_memory
+
+    with suppress(RuntimeError):  # of a GPU that has failed, as its order says
+        free_memory()
 
 
 def code_of(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The device that trains: what may be taken of it, and whether it works."""
 
+import gc
 import resource
 from dataclasses import dataclass
 
@@ -22,8 +23,9 @@ class Gpu:
 
 
 def free_memory() -> None:
-    """Gives back what PyTorch keeps of a GPU's memory for later."""
-    if torch.cuda.is_available():
+    """Gives back what PyTorch keeps of a GPU's memory for later, where this process has used one."""
+    if torch.cuda.is_initialized():
+        gc.collect()  # 0.3 s; an optimizer's first step in a process leaves it and its tensors in a cycle
         torch.cuda.empty_cache()
 
 
