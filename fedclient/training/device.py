@@ -24,7 +24,7 @@ class Gpu:
 
 def free_memory() -> None:
     """Gives back what PyTorch keeps of a GPU's memory for later, where this process has used one."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         gc.collect()  # 0.3 s; an optimizer's first step in a process leaves it and its tensors in a cycle
         torch.cuda.empty_cache()
 
