@@ -258,8 +258,7 @@ def _disk(folder: Path, file: SiteFile) -> Line:
 
 def device(wanted: str, limits: Limits) -> Iterator[Line]:
     """The device of site.toml: whether it is there and computes, and a GPU that nobody uses."""
-    from fedclient.training.device import build, try_gpu
-    from fedclient.training.learner import gpus
+    from fedclient.training.device import build, gpus, try_gpu
 
     seen, there = nvidia(), gpus()
     if wanted == "cpu" or (wanted == "auto" and not there):

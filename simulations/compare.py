@@ -180,7 +180,7 @@ def devices_of(how: Machine) -> list[str]:
     """What runs are dealt out to: each GPU in turn where nobody chose one."""
     if how.device != "auto":
         return [how.device]
-    from fedclient.training.learner import gpus  # torch: seconds, and only here needed before there are workers
+    from fedclient.training.device import gpus  # torch: seconds, and only here needed before there are workers
 
     return [f"cuda:{n}" for n in range(gpus())] or ["auto"]
 

@@ -40,7 +40,7 @@ def machine_of(workers: int | None, threads: int | None, device: str) -> Machine
     """Runs at once: as many as cores, or two for each GPU where there are some, unless told otherwise."""
     how = machine("local", workers, threads, device)
     if workers is None and device != "cpu":
-        from fedclient.training.learner import gpus  # torch: seconds
+        from fedclient.training.device import gpus  # torch: seconds
 
         there = gpus() if device == "auto" else 1
         return replace(how, workers=there * RUNS_PER_GPU) if there else how

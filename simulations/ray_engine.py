@@ -31,9 +31,7 @@ from simulations.roster import roster_of
 INSTALLED = "fedclient.app:app"
 
 
-def run_ray(
-    folder: Path, nodes: Mapping[str, NodeConfig], workers: int, gpus: float = 0.0, app: str = INSTALLED
-) -> State:
+def run_ray(folder: Path, nodes: Mapping[str, NodeConfig], workers: int, gpus: float, app: str = INSTALLED) -> State:
     """Carries out the run in `folder` with one Ray actor for each of `workers` orders at a time.
 
     Args:

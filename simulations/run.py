@@ -83,6 +83,8 @@ def machine(engine: str, workers: int | None, threads: int | None, device: str) 
         raise StudyInvalid(
             "--engine ray: Ray is not installed. Install the package with its extra `ray`, or use local."
         )
+    if engine == "ray" and device not in ("auto", "cpu"):
+        raise StudyInvalid(f"--device {device}: Ray deals out the GPUs itself. Leave it out, or say cpu.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(cast(Engine, engine), cores if workers is None else workers, threads or 1, device)
 
@@ -217,10 +219,17 @@ def carry_out(job: Job, folder: Path, how: Machine, stop: threading.Event | None
     if how.engine == "ray":
         from simulations.ray_engine import run_ray  # imports Ray
 
-        run_ray(run.path, job.nodes, how.workers)
+        run_ray(run.path, job.nodes, how.workers, gpu_share(how))
     else:
         run_local(run.path, job.nodes, workers=how.workers, stop=stop)
     return run
+
+
+def gpu_share(how: Machine) -> float:
+    """What each of Ray's orders has of a GPU: without a share Ray hides all of them from it."""
+    from fedclient.training.device import gpus  # torch
+
+    return 0.0 if how.device == "cpu" else min(1.0, gpus() / max(1, how.workers))
 
 
 def nodes_of(run: RunFolder) -> Mapping[str, NodeConfig]:

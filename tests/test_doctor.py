@@ -302,7 +302,7 @@ def driver(tmp_path, monkeypatch):
 
 
 def test_a_gpu_that_is_missing_and_one_that_stands_idle_are_told(driver, monkeypatch):
-    monkeypatch.setattr("fedclient.training.learner.gpus", lambda: 0)
+    monkeypatch.setattr("fedclient.training.device.gpus", lambda: 0)
     (line,) = doctor.device("cuda:1", Limits())
     assert (line.state, "site.toml asks for cuda:1" in line.words) == ("fail", True)
     (line,) = doctor.device("auto", Limits())
@@ -317,7 +317,7 @@ def test_a_gpu_that_is_seen_and_cannot_compute_is_a_failure(driver, monkeypatch)
 
     if torch.cuda.is_available():
         pytest.skip("this machine's GPU computes")
-    monkeypatch.setattr("fedclient.training.learner.gpus", lambda: 1)
+    monkeypatch.setattr("fedclient.training.device.gpus", lambda: 1)
     with pytest.raises(StateInvalid, match="cannot compute on it"):
         list(doctor.device("cuda:0", Limits()))
 

@@ -129,7 +129,7 @@ def test_the_ray_engine_gives_the_same_weights_bit_for_bit(sequential, data, tmp
     run = started(tmp_path)
     code = (
         "import sys, json, pathlib\nfrom simulations.ray_engine import run_ray\n"
-        "run_ray(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), workers=2)"
+        "run_ray(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), workers=2, gpus=0.0)"
     )
     words = [sys.executable, "-c", code, str(run.path), json.dumps(configs(data, tmp_path))]
     subprocess.run(words, check=True, timeout=300, capture_output=True)

@@ -414,8 +414,9 @@ def test_a_join_that_is_stopped_while_the_coordinator_thinks_is_run_again(
             redeem_invite(*words)  # type: ignore[arg-type]
 
         monkeypatch.setattr(coordinator, "redeem_invite", slow)
+        heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also where `&` has begun us
         code = f"from fedclient.enrol import join; from pathlib import Path; join({word!r}, Path({str(home)!r}))"
-        first = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        first = subprocess.Popen([sys.executable, "-c", f"{heard}; {code}"], stderr=subprocess.DEVNULL)
         assert asked.wait(30)
         first.send_signal(stop)
         first.wait(30)

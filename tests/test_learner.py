@@ -333,6 +333,7 @@ def test_a_site_that_the_manifest_does_not_list_is_told_so(data, work, weights):
 @pytest.mark.parametrize(("device", "there"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1), ("cuda:99999999999", 8)])
 def test_a_gpu_that_is_not_there_is_missed_by_name(north, weights, monkeypatch, device, there):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
     site = replace(north, device=device)
     for call in (lambda: LEARNER.learn(site, STUDY, 1, weights), lambda: scored(site, STUDY, weights, "val")):
         with pytest.raises(OrderRefused, match=f"asks for {device}, PyTorch sees {there} GPU") as refused:
@@ -343,10 +344,20 @@ def test_a_gpu_that_is_not_there_is_missed_by_name(north, weights, monkeypatch, 
 def test_the_device_is_the_gpu_if_there_is_one_and_nothing_else_is_asked_for(north, monkeypatch):
     for there, auto in ((0, "cpu"), (2, "cuda:0")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there > 0)
         assert device_of(replace(north, device="auto")) == torch.device(auto)
         assert device_of(replace(north, device="cpu")).type == "cpu"
     assert device_of(replace(north, device="cuda")) == torch.device("cuda:0")  # a bound on memory asks for the number
     assert device_of(replace(north, device="cuda:1")) == torch.device("cuda:1")
+
+
+def test_a_gpu_that_the_driver_shows_and_that_cannot_be_used_leaves_the_training_to_the_cpu(north, monkeypatch):
+    """As with a driver that is too old for this PyTorch, or one that waits for the machine to be started anew."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of(replace(north, device="auto")) == torch.device("cpu")
+    with pytest.raises(OrderRefused, match="asks for cuda, PyTorch sees 0 GPUs"):
+        device_of(replace(north, device="cuda"))
 
 
 def test_a_data_set_counts_slices(north):

@@ -17,6 +17,7 @@ from fedclient.data.cache import open_case, write_case
 from fedclient.data.cases import Case, Channel
 from fedclient.memory import keep_final
 from fedclient.overlay import NOT_FOR_DIAGNOSIS, Panel, displayed, drawn
+from fedclient.training.device import gpus
 from fedclient.training.explaining import Trained, example_of, model_at, read_pictured
 from fedclient.training.maps import RegionScore, cam_layer, explain
 from fedclient.training.sanity import (
@@ -371,6 +372,15 @@ def test_a_hospital_draws_maps_that_name_no_file_and_are_its_owner_s_alone(tmp_p
     pictures = sorted(path.name for path in out.glob("*.png"))
     assert pictures == ([line["file"]] if line["file"] else [])
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in out.iterdir())
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "gpu", "cuda:", "cuda:-1"])
+def test_a_device_that_is_not_there_is_told_in_words(device, tmp_path, image, run):
+    words = ["explain", str(run), str(image), "-o", str(tmp_path / "out"), "--device", device]
+    done = CliRunner().invoke(fedclient.cli.app, words)
+    assert done.exit_code == 1
+    assert f"--device {device}: PyTorch sees {gpus()} GPUs here. Give cpu or cuda:N." in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_picture_in_colour_is_explained_as_it_is_trained_on(tmp_path):

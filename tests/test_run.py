@@ -11,7 +11,7 @@ from shared_models.files import read_json
 from shared_models.study import Model, Personal, Preprocess, Rounds, Strategy, Study, Train, load_study
 from simulations.engine import NodeConfig
 from simulations.phantoms import PhantomPlan, phantom
-from simulations.run import Machine, jobs, left_out_jobs, node_configs, simulate
+from simulations.run import Machine, gpu_share, jobs, left_out_jobs, machine, node_configs, simulate
 from simulations.show import results_table
 from tests.toys import nodes
 
@@ -91,3 +91,12 @@ def test_both_models_of_a_site_and_the_federation_without_it_are_in_every_table(
         "each site's own",
         "the others alone",
     ]
+
+
+def test_ray_deals_the_gpus_out_to_as_many_orders_as_are_carried_out_at_once(monkeypatch):
+    monkeypatch.setattr("fedclient.training.device.gpus", lambda: 2)
+    shares = {workers: gpu_share(Machine("ray", workers=workers, threads=1, device="auto")) for workers in (0, 1, 2, 8)}
+    assert shares == {0: 1.0, 1: 1.0, 2: 1.0, 8: 0.25}
+    assert gpu_share(Machine("ray", workers=8, threads=1, device="cpu")) == 0.0
+    with pytest.raises(StudyInvalid, match="--device cuda:1: Ray deals out the GPUs itself"):
+        machine("ray", 2, 1, "cuda:1")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from fedclient.data.dataset import Batch
 from fedclient.training.drift import proximal
-from fedclient.training.trainer import Fitted, autocast, fit, scheduled, slanted
+from fedclient.training.trainer import Fitted, autocast, fit, scheduled, slanted, stepper
+from shared_models import nets
+from shared_models.errors import OrderRefused
 from shared_models.nets import arrays_of, network
 from shared_models.study import Model, Preprocess, Study, Train
 from shared_models.tasks.segmentation import bce, dice_bce
@@ -233,13 +236,37 @@ def test_on_a_cpu_every_precision_is_float32():
             assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_a_gpu_that_only_emulates_bf16_computes_in_float32(native, monkeypatch):
+def test_a_gpu_that_only_emulates_bf16_computes_in_float32(monkeypatch):
     """As one of before 2020 does: PyTorch calls bf16 supported there, and it is slower than float32."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    turing, hopper = SimpleNamespace(major=7), SimpleNamespace(major=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: (turing, hopper)[device.index])
     monkeypatch.setattr(torch, "autocast", lambda device, dtype: nullcontext(dtype))
-    with autocast(PLAIN, torch.device("cuda")) as dtype:
-        assert dtype == (torch.bfloat16 if native else None)
+    for number, wanted in enumerate((None, torch.bfloat16)):
+        with autocast(PLAIN, torch.device("cuda", number)) as dtype:
+            assert dtype == wanted
+
+
+@pytest.mark.parametrize(
+    ("model", "part"),
+    [
+        (Model(), None),
+        (Model(spatial_dims=3), "MaxPool3d"),
+        (Model(name="residual-unet", features=(8, 16, 16), norm="instance", spatial_dims=3), None),
+        (Model(name="resnet18"), None),
+        (Model(name="vgg11"), None),
+        (Model(name="vgg11", head="full"), "AdaptiveAvgPool2d"),
+        (Model(name="densenet121", spatial_dims=3), "MaxPool3d"),
+    ],
+)
+def test_a_deterministic_study_is_refused_where_a_gpu_cannot_carry_it_out(model, part):
+    net, equal_bits = nets.MAKERS[model.name](model, 1, 2), replace(PLAIN, deterministic=True)
+    stepper(net, bce, equal_bits, CPU)
+    stepper(net, bce, PLAIN, torch.device("cuda:0"))
+    if part is None:
+        stepper(net, bce, equal_bits, torch.device("cuda:0"))
+    else:
+        with pytest.raises(OrderRefused, match=f"{part} of this network has no deterministic gradient on a GPU"):
+            stepper(net, bce, equal_bits, torch.device("cuda:0"))
 
 
 def test_the_batches_that_are_given_are_left_as_they_are():

@@ -1,16 +1,22 @@
 """The device that trains: what may be taken of it, and whether it works."""
 
 import gc
+import os
+import re
 import resource
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from fedclient.device_errors import first_words
 from fedclient.limits import Limits
 from shared_models.errors import StateInvalid
 
 GIB = 2**30
+# what has no deterministic gradient on a GPU; the pools among them that go down to one voxel are means, which have
+UNDETERMINED = (nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.FractionalMaxPool3d)
+ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,40 @@ def limit(limits: Limits, device: torch.device) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(limits.gpu_memory_share, device)
+
+
+def gpus() -> int:
+    """How many GPUs PyTorch can compute on: none where the driver is too old or may not be used, though one is seen.
+
+    They are numbered as NVIDIA's own tool numbers them, by their place on the bus, not by their speed.
+    """
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # before CUDA is asked for the first time
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def device_named(name: str) -> torch.device | None:
+    """`auto` is the first GPU, or the CPU where there is none; `cpu`, `cuda`, `cuda:N`. None where that is not there.
+
+    A GPU has its number, without which PyTorch bounds no memory.
+    """
+    there = gpus()
+    if name == "cpu" or (name == "auto" and not there):
+        return torch.device("cpu")
+    number = 0 if name == "auto" else int(found[1] or 0) if (found := re.fullmatch(r"cuda(?::(\d+))?", name)) else there
+    return torch.device("cuda", number) if number < there else None
+
+
+def undetermined(net: nn.Module) -> str | None:
+    """The first module that has no deterministic gradient on a GPU (PyTorch's `use_deterministic_algorithms`)."""
+    for module in net.modules():
+        if isinstance(module, UNDETERMINED) or (isinstance(module, ADAPTIVE) and not _is_mean(module)):
+            return type(module).__name__
+    return None
+
+
+def _is_mean(module: nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d) -> bool:
+    size = module.output_size
+    return set(size if isinstance(size, tuple) else (size,)) == {1}
 
 
 def build() -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedclient.data.cases import Case, Channel, read_case
 from fedclient.memory import FINAL, FINAL_STUDY, final_study
 from fedclient.overlay import Panel, displayed, drawn
+from fedclient.training.device import device_named, gpus
 from fedclient.training.maps import Explained, Method, channel_of, explain
 from fedclient.training.sanity import LIMITS
 from fedclient.training.uncertainty import Spread, augmented, ensemble
@@ -164,14 +165,16 @@ def explain_all(
         rounds: how many of the last rounds say how sure an answer is; with 1 changed copies of the image do.
 
     Raises:
-        ExplanationFailed: as `explain`; fewer rounds than asked for.
+        ExplanationFailed: as `explain`; fewer rounds than asked for; a device that is not there.
     """
+    on = device_named(device)
+    if on is None:
+        raise ExplanationFailed(f"--device {device}: PyTorch sees {gpus()} GPUs here. Give cpu or cuda:N.")
     if rounds > len(model.files):
         raise ExplanationFailed(f"{rounds} rounds were asked for, weights of {len(model.files)} are there.")
     study = model.study
     answer = wanted.answer or study.task.answers[0]
     channel_of(study, answer)
-    on = torch.device(device)
     (net,) = model.nets(on, 1)
     told: list[dict[str, Any]] = []
     for number, picture in zip(count(1), pictured):

@@ -18,7 +18,7 @@ from fedclient.gate.run import usable_cases
 from fedclient.policy import least_cases
 from fedclient.site import Site
 from fedclient.training.depth import rates_of
-from fedclient.training.device import limit
+from fedclient.training.device import device_named, gpus, limit
 from fedclient.training.evaluate import evaluate
 from fedclient.training.local_round import Start, train_round
 from fedclient.training.moments import Moments
@@ -172,26 +172,18 @@ def drawn(
         yield batch if hiding is None else Batch(*hidden(batch.images, study.task, hiding))
 
 
-def gpus() -> int:
-    """How many GPUs PyTorch sees."""
-    return torch.cuda.device_count()
-
-
 def device_of(site: Site) -> torch.device:
-    """The device that the site's file names; a GPU by its number, as PyTorch wants it where memory is bounded.
+    """The device that the site's file names.
 
     Raises:
         OrderRefused: a GPU that is not there.
     """
-    kind, _, number = site.device.partition(":")
-    there = gpus()
-    if kind == "cpu" or (kind == "auto" and not there):
-        return torch.device("cpu")
-    if int(number or 0) >= there:
+    found = device_named(site.device)
+    if found is None:
         raise OrderRefused(
-            "DEVICE_MISSING", f'site.toml asks for {site.device}, PyTorch sees {there} GPUs. Set device = "cpu".'
+            "DEVICE_MISSING", f'site.toml asks for {site.device}, PyTorch sees {gpus()} GPUs. Set device = "cpu".'
         )
-    return torch.device("cuda", int(number or 0))
+    return found
 
 
 def settle(site: Site, study: Study, seed: int) -> None:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fedclient.data.dataset import Batch
+from fedclient.training.device import undetermined
 from fedclient.training.drift import Correction, Pull, proximal
 from fedclient.training.micro import Room, gradients, splits
 from fedclient.training.moments import Moments
+from shared_models.errors import OrderRefused
 from shared_models.study import Train
 from shared_models.tasks.functions import Loss
 
@@ -91,7 +93,16 @@ def stepper(
         rates: share of the learning rate of each parameter, 0 for what is frozen; left out, all learn alike.
         moments: what the optimizer begins with, and leaves; left out, it begins anew.
         course: of the learning rate over the steps; left out, it stays.
+
+    Raises:
+        OrderRefused: `NOT_DETERMINISTIC`: the study wants equal bits, and a part of `net` cannot have them on a GPU.
     """
+    if train.deterministic and device.type == "cuda" and (part := undetermined(net)) is not None:
+        raise OrderRefused(
+            "NOT_DETERMINISTIC",
+            f"train.deterministic: {part} of this network has no deterministic gradient on a GPU. Leave it out of the "
+            f'study, or set device = "cpu" in site.toml.',
+        )
     net.train()
     freeze(net, rates)
     named = {name: p for name, p in net.named_parameters() if only is None or name in only}
@@ -169,10 +180,13 @@ def scheduled(train: Train, round_number: int, rounds: int) -> Train:
 
 
 def autocast(train: Train, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 where the study allows and the GPU computes in it; float32 elsewhere."""
+    """bf16 where the study allows and the GPU computes in it; float32 elsewhere.
+
+    NVIDIA's do since Ampere; PyTorch's own question is answered for the first GPU, and calls emulation support.
+    """
     if train.precision == "float32" or device.type != "cuda":
         return nullcontext()
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
+    if torch.version.hip is None and torch.cuda.get_device_properties(device).major < 8:
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
 

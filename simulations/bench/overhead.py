@@ -115,7 +115,7 @@ def ray(study: Study, initial: Arrays, sites: int, app: str) -> None:
         nodes: dict[str, NodeConfig] = {
             f"s{i}": {"site": f"s{i}", "data": folder, "work": folder} for i in range(sites)
         }
-        run_ray(run.path, nodes, workers=2, app=f"simulations.bench.overhead:{app}")
+        run_ray(run.path, nodes, workers=2, gpus=0.0, app=f"simulations.bench.overhead:{app}")
 
 
 UNET_APP, TENSOR_APP = client_app(BenchLearner(train_unet)), client_app(BenchLearner(train_tensor))
