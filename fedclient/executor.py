@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from fedclient.device_errors import DEVICE_FAILED, is_device_fault, is_out_of_memory
 from fedclient.egress import release_code
 from fedclient.node import EXECUTOR_LOST, NodeFiles, pause
 from fedclient.overdue import GRACE_S, TRAIN_TIMEOUT, is_over, longest_at
@@ -86,7 +87,11 @@ def main() -> None:
 
 
 def run_executor(files: NodeFiles, port: int, app_name: str) -> None:
-    """Takes and carries out tasks until SIGTERM."""
+    """Takes and carries out tasks until SIGTERM.
+
+    Raises:
+        ProcessFailed: the node cannot be asked for tasks, or a GPU has failed, which another process may use again.
+    """
     os.umask(0o077)
     os.environ.update(quiet_flower(files.site / "node/flower", os.environ))
     start_log(files.data_folders())
@@ -104,7 +109,11 @@ def run_executor(files: NodeFiles, port: int, app_name: str) -> None:
             if token is None:
                 ended.wait(pause(last_task, SHORTEST_POLL_S, LONGEST_POLL_S))
                 continue
-            carry_out(work, token)
+            if carry_out(work, token) == DEVICE_FAILED:
+                raise ProcessFailed(
+                    f"the GPU failed over an order, which is answered as {DEVICE_FAILED}; this process ends, for it "
+                    "could compute nothing more. Another takes its place; if that fails too, look for Xid in `dmesg`."
+                )
             last_task = time.monotonic()
 
 
@@ -171,11 +180,16 @@ def _acquire(client: "RuntimeHttpClient") -> str | None:
     return answer.token if answer.HasField("task") and answer.token else None
 
 
-def carry_out(work: Work, token: str) -> None:
-    """Takes one task to its end; whatever happens, the node gets a reply or an end of the task, if it is there."""
+def carry_out(work: Work, token: str) -> str:
+    """Takes one task to its end; whatever happens, the node gets a reply or an end of the task, if it is there.
+
+    Returns:
+        The code of the order's failure, "" where it did not fail.
+    """
     from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
     flower = flower_module("flwr.supernode.runtime.run_clientapp")
+    failed = ""
     _note(work.kept, {"token": token})
     with _client(work.address, token=token) as client:
         try:
@@ -194,6 +208,7 @@ def carry_out(work: Work, token: str) -> None:
                 "a task could not be handed over (%s): its run ended or the node was restarted", type(error).__name__
             )
     work.kept.unlink(missing_ok=True)
+    return failed
 
 
 @contextmanager
@@ -238,6 +253,18 @@ def answer(work: Work, message: "Message", context: "Context", archive: bytes) -
         log.exception("the app failed; the coordinator is told %s", reason)
         release_code(work.kept.parent.parent, reason)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message), reason
+    finally:  # the error is gone by now, and with it the frames that hold tensors
+        _leave_gpu()
+
+
+def _leave_gpu() -> None:
+    """Leaves to others, until the next order, the memory of a GPU that PyTorch would keep."""
+    if "torch" not in sys.modules:
+        return
+    from fedclient.training.device import free_memory
+
+    with suppress(RuntimeError):  # of a GPU that has failed, as its order says
+        free_memory()
 
 
 def code_of(error: Exception) -> str:
@@ -246,8 +273,10 @@ def code_of(error: Exception) -> str:
         return error.code
     if isinstance(error, FederationError):
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).upper()
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's
+    if is_out_of_memory(error):
         return "OUT_OF_MEMORY"
+    if is_device_fault(error):
+        return DEVICE_FAILED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "DISK_FULL"
     return "APP_FAILED"

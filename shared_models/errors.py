@@ -16,6 +16,7 @@
   - StateInvalid          a federation, site or run folder that is not what it should be
   - ReleaseInvalid        a release that is not whole, not as it was signed, or of nobody who is trusted here
   - ExplanationFailed     an answer of a network that cannot be explained
+  - DeviceFailed          a GPU that computes nothing more for this process
 """
 
 
@@ -143,3 +144,7 @@ class ReleaseRetired(ReleaseInvalid):
 
 class ExplanationFailed(FederationError):
     """An answer of a network that cannot be explained."""
+
+
+class DeviceFailed(FederationError):
+    """A GPU that computes nothing more for this process."""

@@ -2,6 +2,7 @@
 
 import errno
 import time
+import weakref
 from pathlib import Path
 from typing import cast
 
@@ -67,6 +68,43 @@ def test_an_exception_leaves_as_a_code_and_stays_in_the_log(caplog: pytest.LogCa
     assert "/data/4711.nii.gz" in caplog.text
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_between_orders_a_gpu_is_left_to_others(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    class Activations:
+        """What an order computes; an error's frames would hold it, and so does a cycle."""
+
+        def __init__(self) -> None:
+            self.own = self
+
+    made: list[weakref.ref[Activations]] = []
+    held: list[bool] = []
+
+    def app(message: Message, context: Context) -> Message:
+        activations = Activations()
+        made.append(weakref.ref(activations))
+        if fails:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        return echo(message, context)
+
+    monkeypatch.setattr("fedclient.executor.log.exception", lambda *_: None)  # pytest keeps what is logged
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: held.append(made[0]() is not None))
+    _, failed = answer(work(app), order(), CONTEXT, app_archive())
+    assert (bool(failed), held) == (fails, [False])
+
+
+def test_an_order_is_answered_where_a_gpu_that_has_failed_takes_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    def broken(*_: object) -> Message:
+        raise fault
+
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.empty_cache", broken)
+    reply, failed = answer(work(broken), order(), CONTEXT, app_archive())
+    assert (reply.error.reason, failed) == ("DEVICE_FAILED", "DEVICE_FAILED")
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -76,6 +114,11 @@ def test_an_exception_leaves_as_a_code_and_stays_in_the_log(caplog: pytest.LogCa
         (FederationError("x"), "FEDERATION_ERROR"),
         (MemoryError(), "OUT_OF_MEMORY"),
         (torch.OutOfMemoryError("CUDA out of memory"), "OUT_OF_MEMORY"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "OUT_OF_MEMORY"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "OUT_OF_MEMORY"),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "DEVICE_FAILED"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"), "DEVICE_FAILED"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "APP_FAILED"),
         (OSError(errno.ENOSPC, "/data"), "DISK_FULL"),
         (OSError(errno.EACCES, "/data"), "APP_FAILED"),
         (ZeroDivisionError("division by zero"), "APP_FAILED"),

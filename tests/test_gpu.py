@@ -4,6 +4,7 @@ import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,7 +151,7 @@ def test_memory_of_the_gpu_that_runs_out_is_met_by_parts_of_the_batch():
     again = nets.network(STUDY).to(GPU)
     made = Room.__init__
 
-    def seen(self: Room, **given: bool) -> None:
+    def seen(self: Room, **given: Any) -> None:
         made(self, **given)
         rooms.append(self)
 

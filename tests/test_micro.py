@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedclient.device_errors import is_out_of_memory
 from fedclient.limits import Limits
-from fedclient.training.device import GIB, is_out_of_memory, limit
+from fedclient.training.device import GIB, limit
 from fedclient.training.micro import Room, gradients
 from fedclient.training.trainer import autocast, fit
 from fedclient.training.windows import logits
@@ -119,7 +120,7 @@ def test_whole_images_are_scored_in_parts_with_the_same_answer(caplog):
 
 
 def test_a_single_example_that_does_not_fit_is_refused_with_the_keys_to_raise():
-    with pytest.raises(OrderRefused, match=r"\[limits\] in site\.toml") as refused:
+    with pytest.raises(OrderRefused, match=r"CUDA out of memory.*\[limits\] in site\.toml") as refused:
         after(0)
     assert refused.value.code == "OUT_OF_MEMORY"
 
@@ -141,6 +142,11 @@ def test_a_batch_with_batch_norm_is_not_cut_for_its_parts_would_be_normalised_by
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: 8 GB"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in ..."), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     ],
 )

@@ -12,17 +12,23 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from fedclient import verify
 from fedclient.cli import app
 from fedclient.data.volume import Volume
 from fedclient.predict.case import predict_case
-from fedclient.predict.model import load_model
-from shared_models.errors import ReleaseInvalid, WeightsInvalid
+from fedclient.predict.explained import explainer_of
+from fedclient.predict.inputs import list_inputs
+from fedclient.predict.model import Model, load_model
+from fedclient.predict.run import Failed, predict_all
+from shared_models.errors import DeviceFailed, ReleaseInvalid, WeightsInvalid
 from shared_models.preprocess import preprocess, restore
 from shared_models.release import Release, open_release
-from shared_models.study import Evaluate
+from shared_models.runtimes import network_from
+from shared_models.study import Evaluate, Study
 from shared_models.tasks.decide import chances_of
 from tests.dicoms import NAME, write_series
 from tests.marking import chest_hu
@@ -62,6 +68,66 @@ def test_both_engines_mark_the_same_voxels(release):
     ours, theirs = (predict_case(replace(m, study=study), Volume(hu, AFFINE, "CT")).mask for m in engines)
     assert 0.01 < ours.mean() < 0.99
     assert np.array_equal(ours, theirs)
+
+
+class Device(nn.Module):
+    """A network on a device that holds `most` examples at once, and raises `error` over more."""
+
+    def __init__(self, net: nn.Module, most: int, error: Exception) -> None:
+        super().__init__()
+        self.net, self.most, self.error, self.seen = net, most, error, list[int]()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(len(images))
+        if len(images) > self.most:
+            raise self.error
+        answer: Tensor = self.net(images)
+        return answer
+
+
+def on_a_device(release: Release, monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -> tuple[Model, Device]:
+    """The release in PyTorch on such a device, with as many planes at once as on a GPU."""
+    made: list[Device] = []
+
+    def network(study: Study, weights: bytes) -> Device:
+        made.append(Device(network_from(study, weights), most, error))
+        return made[0]
+
+    monkeypatch.setattr("fedclient.predict.torch_network.network_from", network)
+    return replace(load_model(release, threads=1, engine="torch"), planes=16), made[0]
+
+
+def test_where_memory_of_the_gpu_runs_out_fewer_planes_go_together_and_are_answered_alike(release, monkeypatch):
+    images = preprocess(chest_hu((50, 44, 7)), (0.8, 0.7, 2.5), release.study.preprocess).images
+    whole = load_model(release, threads=1, engine="torch").through(images)
+    model, device = on_a_device(release, monkeypatch, 2, torch.OutOfMemoryError("CUDA out of memory."))
+    for _ in range(2):
+        np.testing.assert_allclose(model.through(images), whole, atol=1e-5)
+    assert device.seen == [7, 4, 2, 2, 2, 1, 2, 2, 2, 1], "found once"
+
+
+def test_a_gpu_without_memory_for_one_plane_is_not_called_an_unreadable_image(release, monkeypatch, tmp_path):
+    model, _ = on_a_device(
+        release, monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    )
+    found = list_inputs([nifti(tmp_path / f"{n}.nii", chest_hu()[0]) for n in "ab"], release.study)
+    outcomes = list(predict_all(model, found, tmp_path / "out", ("json",)))
+    assert [each.code for each in outcomes if isinstance(each, Failed)] == ["OUT_OF_MEMORY"] * 2
+    words = str(outcomes[0])
+    assert "Tried to allocate 2 GiB" in words
+    assert "--device cpu" in words
+    assert "site.toml" not in words, "its limits are of training"
+
+
+@pytest.mark.parametrize("explained", [False, True])
+def test_a_gpu_that_fails_ends_the_run_for_no_other_case_would_fare_better(release, monkeypatch, tmp_path, explained):
+    fault = torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for `cudaErrorLaunchFailure' in ...")
+    model, device = on_a_device(release, monkeypatch, 99 if explained else 0, fault)
+    explain = replace(explainer_of(release, model, "cpu", ["grad-cam"]), net=Device(device.net, 0, fault))
+    found = list_inputs([nifti(tmp_path / f"{n}.nii", chest_hu()[0]) for n in "ab"], release.study)
+    with pytest.raises(DeviceFailed, match=r"the GPU failed \(CUDA error: unspecified launch failure\)"):
+        list(predict_all(model, found, tmp_path / "out", ("json",), explain=explain))
+    assert not (tmp_path / "out/results.csv").exists()
 
 
 @pytest.mark.parametrize(("engine", "name"), [("onnxruntime", "model.onnx"), ("torch", "model.safetensors")])

@@ -8,6 +8,7 @@ import shutil
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -19,6 +20,8 @@ from typing import Any
 from unittest.mock import Mock
 
 import httpx
+import nibabel
+import numpy as np
 import pydicom
 import pytest
 from pydicom.uid import UID, CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, SegmentationStorage
@@ -47,6 +50,7 @@ from shared_models.parse import parse
 from shared_models.supervise import kept_token
 from simulations.fixtures.dicom import write_dicom_series
 from simulations.fixtures.sown import person
+from tests.marking import chest_hu
 
 SEG_FILE = Path(pydicom.__file__).parent / "data" / "test_files" / "liver_1frame.dcm"
 
@@ -1184,6 +1188,45 @@ def test_a_process_that_dies_hangs_or_grows_is_replaced(tmp_path):
     assert warm.restarts == 2  # the one that has grown is replaced when there is another case
     assert warm.ask(Path("well"), False)["rss_bytes"] == 10
     assert warm.restarts == 3
+    warm.stop()
+
+
+WITH_A_GPU = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from fedclient.device_errors import predicting
+from fedclient.serving import worker
+from tests.marking import dark, model
+
+site = Path(sys.argv[1])
+broken = not (site / "broke").exists()  # only the first process meets the fault, and never gets over it
+(site / "broke").touch()
+
+def through(images):
+    with predicting():
+        if broken:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\\nSearch for ...")
+        return dark(images)
+
+print('{"model": {"name": "m"}}', flush=True)
+worker.serve(model(through=through), site, SimpleNamespace(warnings=list), sys.stdin, sys.stdout)
+"""
+
+
+def test_a_process_whose_gpu_has_failed_says_so_of_one_case_and_another_takes_its_place(tmp_path):
+    (tmp_path / "in").mkdir()
+    image: Any = nibabel.Nifti1Image(chest_hu()[0].astype(np.int16), None)
+    image.set_sform(np.eye(4), code="scanner")
+    nibabel.save(image, tmp_path / "in/a.nii")
+    warm = Warm([sys.executable, "-c", WITH_A_GPU, str(tmp_path)], time_limit_s=60.0)
+    said = warm.ask(tmp_path, False, count=False)
+    assert (said["images"], said["unread"][0]["code"]) == ([], "DEVICE_FAILED")
+    assert "the GPU failed (CUDA error: unspecified launch failure)" in said["unread"][0]["why"]
+    said = warm.ask(tmp_path, False, count=False)
+    assert ([each["name"] for each in said["images"]], said["unread"]) == (["image-1"], [])
+    assert warm.restarts == 1
     warm.stop()
 
 

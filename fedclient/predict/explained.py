@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedclient.device_errors import predicting
 from fedclient.predict.blocks import opened
 from fedclient.predict.case import Prediction
 from fedclient.predict.model import Model, Released
@@ -50,12 +51,14 @@ class Explainer:
 
         Raises:
             ImageUnreadable: the image, which is read again, has gone or changed.
+            OrderRefused, DeviceFailed: as `predicting` has it.
         """
         wanted = _wanted(prediction)
         seen = dict(_seen(prediction, {prediction.places[n] for n in wanted}))
         if missing := {prediction.places[n] for n in wanted} - seen.keys():
             raise ImageUnreadable(f"{len(missing)} planes of it are not there any more.", "FILE_MISSING")
-        return [self._one(prediction, n, seen, method) for n in wanted for method in self.methods]
+        with predicting():
+            return [self._one(prediction, n, seen, method) for n in wanted for method in self.methods]
 
     def _one(
         self, prediction: Prediction, n: int, seen: Mapping[int, tuple[NDArray[np.float32], int]], method: Method
@@ -103,7 +106,8 @@ def explainer_of(release: Released, model: Model, device: str, methods: Sequence
     if model.study.table_only:
         raise ExplanationFailed(f"{model.name}: its network sees a table and no image, so there is nothing to draw on.")
     channel_of(model.study, model.study.task.answers[0])
-    net = network_from(model.study, release.content(release.weights.name)).to(torch.device(device))
+    with predicting():
+        net = network_from(model.study, release.content(release.weights.name)).to(torch.device(device))
     return Explainer(model, net, torch.device(device), tuple(methods))
 
 

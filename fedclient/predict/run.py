@@ -13,7 +13,7 @@ from fedclient.predict.inputs import Inputs, Source, Unread
 from fedclient.predict.model import Model
 from fedclient.predict.outputs import Explanation, write_case
 from fedclient.predict.table import Risk, risks
-from shared_models.errors import ImageUnreadable, StateInvalid, WeightsInvalid
+from shared_models.errors import DeviceFailed, ImageUnreadable, OrderRefused, StateInvalid, WeightsInvalid
 from shared_models.files import replacing, write_json
 
 RESULTS, INPUTS = "results.csv", "inputs.csv"  # the second says which file a case was, and stays here as they do
@@ -68,6 +68,7 @@ def predict_all(
     Raises:
         StateInvalid: `out` holds results already, and `overwrite` is not said.
         WeightsInvalid: the network itself cannot be run.
+        DeviceFailed: the GPU computes nothing more.
     """
     check_free(out, overwrite)
     if "csv" in formats:
@@ -138,13 +139,13 @@ def _one(
         explained = explain(found) if explain is not None else ()
         _, missing = write_case(found, source.name, out, formats, overwrite=overwrite, explained=explained)
         return _done(found, source, missing)
-    except ImageUnreadable as e:
+    except (ImageUnreadable, OrderRefused) as e:
         return Failed(source.name, source.given, e.code, str(e))
     except StateInvalid as e:
         return Failed(source.name, source.given, "EXISTS", str(e))
     except MemoryError:
         return Failed(source.name, source.given, "INPUT_TOO_LARGE", "there is not enough memory to read it.")
-    except (WeightsInvalid, OSError):  # the network, or the disk that results go to: no other case would fare better
+    except (WeightsInvalid, DeviceFailed, OSError):  # the network, its GPU, the disk: no other case would fare better
         raise
     except Exception as e:  # a gap in a reader's doubt; its words may hold a name
         return Failed(source.name, source.given, "IMAGE_UNREADABLE", f"its reader failed on it ({type(e).__name__}).")

@@ -6,7 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedclient.device_errors import LESS, predicting
 from fedclient.predict.model import Through
+from fedclient.training.micro import Room
+from fedclient.training.windows import through
 from shared_models.errors import WeightsInvalid
 from shared_models.runtimes import network_from
 from shared_models.study import Study
@@ -20,6 +23,7 @@ def network_on(study: Study, weights: bytes, device: str, threads: int) -> tuple
 
     Raises:
         WeightsInvalid: other weights than the study's, or a device that PyTorch does not see.
+        OrderRefused, DeviceFailed: as `predicting` has it; so does the network.
     """
     where = torch.device(device)
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
@@ -27,12 +31,14 @@ def network_on(study: Study, weights: bytes, device: str, threads: int) -> tuple
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    net = network_from(study, weights).to(where)
+    with predicting():
+        net = network_from(study, weights).to(where)
+    answered = through(net, where, Room(remedy=LESS))
 
-    def through(images: NDArray[Any]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            found: torch.Tensor = net(torch.from_numpy(np.ascontiguousarray(images)).to(where).float())
-            return found.float().cpu().numpy()
+    def guarded(images: NDArray[Any]) -> NDArray[np.float32]:
+        """In parts where memory runs out; what a GPU's errors mean is told."""
+        with predicting(), torch.inference_mode():
+            return answered(images)
 
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {threads} threads"
-    return through, f"PyTorch {torch.__version__}, {name}"
+    return guarded, f"PyTorch {torch.__version__}, {name}"

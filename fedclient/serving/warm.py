@@ -1,6 +1,6 @@
 """The process that predicts, kept warm: what it is given may end it, and then another one takes its place.
 
-One line of JSON in, one out. It is killed when a case takes too long, and replaced when it has grown.
+One line of JSON in, one out. It is killed when a case takes too long, and replaced when it has grown or lost its GPU.
 """
 
 import json
@@ -28,7 +28,7 @@ class Warm:
 
     Attributes:
         model: what the child said of the model as it started.
-        restarts: how often another child took the place of one that died, hung or had grown.
+        restarts: how often another child took the place of one that died, hung, had grown or lost its GPU.
     """
 
     def __init__(self, command: Sequence[str], time_limit_s: float) -> None:
@@ -84,6 +84,8 @@ class Warm:
         self._first_bytes = self._first_bytes or now
         if now > self._first_bytes + GROWN_BYTES:
             log.info("the predicting process has grown to %d MiB and is replaced", now >> 20)
+            self.stop()
+        if said.get("ends"):  # it is not waited for: the next case might still be written to it
             self.stop()
         return said
 

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from fedclient.device_errors import DEVICE_FAILED
 from fedclient.drift import note
 from fedclient.predict.case import Prediction, predict_case
 from fedclient.predict.heap import give_back
@@ -25,7 +26,7 @@ from fedclient.predict.outputs import write_case
 from fedclient.serving.logs import own_lines_only, where
 from fedclient.serving.view import colours, write_view
 from fedclient.trust import Watch, groups_of, trust_in
-from shared_models.errors import FederationError, ImageUnreadable, ReleaseInvalid, ReleaseRetired
+from shared_models.errors import DeviceFailed, FederationError, ImageUnreadable, ReleaseInvalid, ReleaseRetired
 from shared_models.release import open_release
 
 FORMATS = ("seg", "sr", "sc", "nifti", "json")
@@ -41,6 +42,9 @@ def answered(model: Model, folder: Path, site: Path, view: bool, count: bool) ->
     Args:
         view: a person looks at it on the page; else it is a series from PACS, withheld where a part cannot be read.
         count: what was seen counts for drift, unless it is withheld.
+
+    Raises:
+        DeviceFailed: no other case would fare better in this process.
     """
     images: list[dict[str, Any]] = []
     unread: list[dict[str, str]] = []
@@ -55,6 +59,8 @@ def answered(model: Model, folder: Path, site: Path, view: bool, count: bool) ->
             continue
         try:
             images.append(_one(model, each, f"image-{n + 1}", folder / "out", view))
+        except DeviceFailed:
+            raise
         except FederationError as error:
             unread.append({"code": getattr(error, "code", "CASE_UNREADABLE"), "why": str(error)})
             continue
@@ -101,9 +107,10 @@ def rss_bytes() -> int:
 
 
 def serve(model: Model, site: Path, watch: Watch, orders: TextIO, answers: TextIO) -> None:
-    """Answers orders until there are no more, none once the release is retired: a list may be handed in meanwhile.
-    What a list gives cause to say is logged once."""
+    """Answers orders until there are no more or the GPU has failed, none once the release is retired: a list may be
+    handed in meanwhile. What a list gives cause to say is logged once."""
     told: list[str] = []
+    ends = False
     for line in orders:
         order = json.loads(line)
         try:
@@ -116,11 +123,16 @@ def serve(model: Model, site: Path, watch: Watch, orders: TextIO, answers: TextI
             log.error("the release is not used any more: %s", error)
             code = "RELEASE_RETIRED" if isinstance(error, ReleaseRetired) else "RELEASE_NOT_CLEARED"
             said = {"images": [], "unread": [{"code": code, "why": str(error)}]}
+        except DeviceFailed as error:
+            log.error("the predicting process ends: %s", error)
+            ends, said = True, {"images": [], "unread": [{"code": DEVICE_FAILED, "why": str(error)}]}
         except Exception as error:  # a fault of ours, or of a library over a hostile file: the next case may be sound
             log.error("a case failed: %s", where(error))
             said = {"images": [], "unread": [{"code": "INTERNAL", "why": f"a fault over this case ({where(error)})."}]}
-        answers.write(json.dumps(said | {"rss_bytes": rss_bytes()}) + "\n")
+        answers.write(json.dumps(said | {"rss_bytes": rss_bytes(), "ends": ends}) + "\n")
         answers.flush()
+        if ends:
+            return
 
 
 def main(arguments: list[str] | None = None) -> None:

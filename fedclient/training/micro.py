@@ -16,12 +16,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedclient.training.device import free_memory, is_out_of_memory
+from fedclient.device_errors import first_words, is_out_of_memory
+from fedclient.training.device import free_memory
 from fedclient.training.drift import Part, Pull
 from shared_models.errors import OrderRefused
 from shared_models.tasks.functions import Loss
 
 log = logging.getLogger("fedclient")
+LIMITS = (
+    "End other programs, raise memory_gib or gpu_memory_share under [limits] in site.toml, or ask for a study with "
+    "smaller patches or batches."
+)
 Cast: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
 
@@ -31,10 +36,12 @@ class Room:
 
     Attributes:
         splits: whether it may be cut; see `splits`.
+        remedy: what helps where it cannot be cut any more.
     """
 
     parts: int = 1
     splits: bool = True
+    remedy: str = LIMITS
 
     def within(self, size: int, attempt: Callable[[int], Tensor], forget: Callable[[], None]) -> Tensor:
         """The answer of `attempt` for as few parts as memory allows.
@@ -52,20 +59,17 @@ class Room:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                said = first_words(error)
             # not in the handler: the error holds the frames of the attempt, and they hold its tensors
             forget()
             free_memory()
-            remedy = "End other programs, raise memory_gib or gpu_memory_share under [limits] in site.toml, or ask for"
             if self.parts >= size:
-                raise OrderRefused(
-                    "OUT_OF_MEMORY",
-                    f"memory ran out over a single example. {remedy} a study with smaller patches.",
-                )
+                raise OrderRefused("OUT_OF_MEMORY", f"memory ran out over a single example ({said}). {self.remedy}")
             if not self.splits:
                 raise OrderRefused(
                     "OUT_OF_MEMORY",
                     f'memory ran out over a batch of {size}, and with norm = "batch" it cannot be cut into parts: each '
-                    f"would be normalised by itself. {remedy} a study with smaller batches, or another norm.",
+                    f"would be normalised by itself ({said}). {self.remedy} Another norm helps too.",
                 )
             self.parts = min(size, 2 * self.parts)
             log.warning("memory ran out; a batch of %d goes on in %d parts, with the same result", size, self.parts)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedclient.training.micro import Room
-from fedclient.windows import moved
+from fedclient.windows import Through, moved
 from shared_models.study import Study
 
 
@@ -17,14 +17,17 @@ def logits(net: nn.Module, images: NDArray[Any], study: Study, device: torch.dev
 
     Windows are added up in the CPU's memory, so that a whole volume's answers need no room on a GPU.
     """
+    return torch.from_numpy(moved(through(net, device, Room()), images, study))
 
-    room = Room()  # smaller parts where memory runs out
 
-    def through(part: NDArray[Any]) -> NDArray[np.float32]:
+def through(net: nn.Module, device: torch.device, room: Room) -> Through:
+    """Examples through a network on a device, in smaller parts where memory runs out."""
+
+    def answered(images: NDArray[Any]) -> NDArray[np.float32]:
         def attempt(parts: int) -> Tensor:
-            pieces = torch.from_numpy(np.ascontiguousarray(part)).tensor_split(parts)
+            pieces = torch.from_numpy(np.ascontiguousarray(images)).tensor_split(parts)
             return torch.cat([net(piece.to(device).float()).float() for piece in pieces])
 
-        return room.within(len(part), attempt, lambda: None).cpu().numpy()
+        return room.within(len(images), attempt, lambda: None).cpu().numpy()
 
-    return torch.from_numpy(moved(through, images, study))
+    return answered

@@ -281,6 +281,18 @@ def test_a_run_whose_process_dies_at_once_fails_with_a_word(deployment: Deployme
     assert "5 times in 120 s after round 0; see logs/run-no-plan.log" in deployment.run("no-plan").message
 
 
+def test_an_executor_whose_gpu_has_failed_says_so_and_is_replaced(deployment: Deployment) -> None:
+    write_json(deployment.folder / "runs/gpu/state.json", {"round": 96})  # the toy's GPU breaks in round 97
+    before = {name: deployment.pid(site, "executor") for name, site in deployment.sites.items()}
+    deployment.queue("gpu", rounds=98)
+    deployment.finish("gpu")
+    errors = [line["errors"] for line in deployment.lines("gpu")]
+    assert errors == [["2 DEVICE_FAILED"] * len(SITES), []]
+    for name, site in deployment.sites.items():
+        assert deployment.pid(site, "executor") != before[name]
+        assert b"launch failure" not in (site / "logs/executor.log").read_bytes()
+
+
 def test_an_error_of_the_app_is_a_code_at_the_coordinator_and_its_text_stands_in_no_file(
     deployment: Deployment,
 ) -> None:
