@@ -20,8 +20,9 @@ from fedclient.serving.commands import drift, serve_model
 from fedclient.verify import verify
 from fedclient.worth_command import worth
 from shared_models.cli import guarded, print_json
-from shared_models.errors import EnrolmentFailed
+from shared_models.errors import EnrolmentFailed, FederationError
 from shared_models.files import write_atomic
+from shared_models.parse import printable
 
 app = typer.Typer(
     help="A hospital's node: it trains on images that never leave, and runs only what is installed here.",
@@ -189,9 +190,18 @@ def start(
     check_data(site, file.data.folder)
     check_keys(site)
     words = f"[bold]{file.name}[/]: node of {file.federation}, coordinator {file.coordinator}. Logs: {kept}"
-    words += "".join(f"\n{escape(each)}" for each in waiting_words(site))
     stop = stop_on_signals()
-    supervise(site, stop, page=page, begun=lambda: console.print(words), say=lambda it: print(it, flush=True))
+
+    def begun() -> None:
+        console.print(words)
+        try:
+            told = waiting_words(site)
+        except FederationError as error:  # a damaged decision stops its study, and not the node
+            told = [str(error)]
+        for each in told:
+            print(printable(each), flush=True)
+
+    supervise(site, stop, page=page, begun=begun, say=lambda it: print(it, flush=True))
 
 
 for operation in (doctor, status, logs, page):

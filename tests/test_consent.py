@@ -12,7 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 import fedclient.cli
-from fedclient.approval import waiting_words
 from fedclient.client import client_app
 from fedclient.consent import (
     Decision,
@@ -255,15 +254,31 @@ def test_a_study_waits_until_somebody_approves_it(edge, hospitals):
     assert find_asked(site, "toy").state == "approved"
 
 
-def test_a_study_that_waits_is_named_with_the_command_that_decides(edge, hospitals):
+def test_who_starts_the_node_is_told_which_studies_wait_and_how_to_decide(edge, hospitals, monkeypatch):
+    def held(site: Path, stop: object, begun: Callable[[], None], **_: object) -> None:
+        begun()
+
+    monkeypatch.setattr("fedclient.start.start", held)
+    monkeypatch.setattr("shared_models.supervise.stop_on_signals", lambda: None)  # else it is pytest's own signals
     folder = hospitals.join("north", ASK)
-    assert waiting_words(folder) == []
+
+    def told() -> list[str]:
+        done = CliRunner().invoke(fedclient.cli.app, ["start", "--site", str(folder)])
+        assert done.exit_code == 0, done.output
+        return done.stdout.splitlines()[1:]
+
+    assert told() == []
+    digest = sha256(STUDY)[:12]
     refused(order(edge), hospitals.site("north"))
-    (told,) = waiting_words(folder)
-    assert told.startswith(f"Study toy waits for a decision here: `fedclient show {sha256(STUDY)[:12]}`")
-    begun = CliRunner().invoke(fedclient.cli.app, ["approve", sha256(STUDY)[:12], "--site", str(folder)])
-    assert begun.exit_code == 0
-    assert waiting_words(folder) == []
+    assert told() == [
+        f"Study toy waits for a decision here: `fedclient show {digest}`, then `fedclient approve {digest}`, or "
+        f"`refuse`."
+    ]
+    assert CliRunner().invoke(fedclient.cli.app, ["approve", digest, "--site", str(folder)]).exit_code == 0
+    assert told() == []
+    (folder / "studies" / sha256(STUDY) / "decision.json").write_text("{}")
+    (damaged,) = told()  # it stops its study, and not the node
+    assert "decision.json: `verdict` is missing" in damaged
 
 
 def test_any_change_of_a_study_asks_anew(edge, hospitals):

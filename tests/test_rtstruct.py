@@ -116,11 +116,12 @@ def test_contours_may_stand_across_any_axis_of_the_image(tmp_path: Path, series:
         ([circle(30, 28, 9, 9)], "outside"),
         ([circle(60, 28, 3, 9)], "outside"),
         ([circle(30, 28, 3, 9) + (0, 0, 1) * np.linspace(0, 1, 90)[:, None]], "askew"),
-        ([circle(30, 28, k, 9) for k in (1, 3, 5, 7)], "one of 2 planes"),
-        ([circle(30, 28, k, 9) for k in (0, 2, 4, 7)], "one of 2 planes"),
-        ([circle(30, 28, k, 9) for k in (0, 2, 3, 5, 7)], "one of 2 planes"),
-        ([circle(10 + 7 * k, 28, k, 4) for k in (0, 2, 4)], "one of 2 planes"),
-        ([circle(30 + k, 28, k, 4) for k in (0, 4, 7)], "one of 3 planes"),
+        ([circle(30, 28, k, 9) for k in (1, 3, 5, 7)], "3 of the 3 steps"),
+        ([circle(30, 28, k, 9) for k in (0, 2, 4, 7)], "leave out planes, 1 at least"),
+        ([circle(30, 28, k, 9) for k in (0, 2, 3, 5, 7)], "3 of the 4 steps"),
+        ([circle(30, 28, k, 9) for k in (0, 1, 3, 4, 6, 7)], "2 of the 5 steps"),
+        ([circle(10 + 7 * k, 28, k, 4) for k in (0, 2, 4)], "2 of the 2 steps"),
+        ([circle(30 + k, 28, k, 4) for k in (0, 4, 7)], "leave out planes, 2 at least"),
     ],
 )
 def test_contours_off_the_planes_are_refused(

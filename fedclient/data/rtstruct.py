@@ -93,11 +93,11 @@ def _filled(contours: Sequence[NDArray[np.float64]], shape: tuple[int, ...]) -> 
     stack = np.moveaxis(mask, across, 0)
     for plane, outlines in planes.items():
         stack[plane] = enclosed(outlines, (stack.shape[1], stack.shape[2]))
-    skipped = _skipped(stack, sorted(planes))
-    if len(skipped) > max(1, (len(planes) - 1) / 2):
+    skipped, steps = _skipped(stack, sorted(planes)), len(planes) - 1
+    if len(skipped) > max(1, steps / 5):  # one may lie between two islands, and a few between several
         raise _off(
-            f"contours on one of {min(skipped)} planes at most, so those between would count as background until they "
-            f"are drawn or interpolated"
+            f"{len(skipped)} of the {steps} steps between contours leave out planes, {min(skipped) - 1} at least; these "
+            f"would count as background until they are drawn or interpolated"
         )
     return mask
 
