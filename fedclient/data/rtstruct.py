@@ -96,7 +96,7 @@ def _filled(contours: Sequence[NDArray[np.float64]], shape: tuple[int, ...]) -> 
     skipped, steps = _skipped(stack, sorted(planes)), len(planes) - 1
     if len(skipped) > max(1, steps / 5):  # one may lie between two islands, and a few between several
         raise _off(
-            f"{len(skipped)} of the {steps} steps between contours leave out planes, {min(skipped) - 1} at least; these "
+            f"{len(skipped)} of the {steps} steps between contours leave out planes, {min(skipped) - 1} at least; they "
             f"would count as background until they are drawn or interpolated"
         )
     return mask
