@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from fedclient.device_errors import LESS, predicting
 from fedclient.predict.model import Through
+from fedclient.training.device import device_named, gpus
 from fedclient.training.micro import Room
 from fedclient.training.windows import through
 from shared_models.errors import WeightsInvalid
@@ -25,9 +26,9 @@ def network_on(study: Study, weights: bytes, device: str, threads: int) -> tuple
         WeightsInvalid: other weights than the study's, or a device that PyTorch does not see.
         OrderRefused, DeviceFailed: as `predicting` has it; so does the network.
     """
-    where = torch.device(device)
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise WeightsInvalid(f"{device}: PyTorch sees {torch.cuda.device_count()} GPUs here. Use --device cpu.")
+    where = device_named(device)
+    if where is None:
+        raise WeightsInvalid(f"{device}: PyTorch sees {gpus()} GPUs here. Use --device cpu.")
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
