@@ -318,11 +318,11 @@ def demo(
 @guarded
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write the data set into.")],
-    sites: Annotated[int, typer.Option(min=1)] = 3,
+    sites: Annotated[int, typer.Option(min=1, help="How many hospitals.")] = 3,
     patients: Annotated[int, typer.Option(min=3, help="Of each site; manifest.csv splits them 60/10/30.")] = 30,
-    slices: Annotated[int, typer.Option(min=1)] = 6,
+    slices: Annotated[int, typer.Option(min=1, help="Of each image.")] = 6,
     size: Annotated[int, typer.Option(min=16, max=1024, help="Pixels along an edge.")] = 128,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another one makes other patients.")] = 0,
     shift: Annotated[str, typer.Option(help="What sites differ in: both, image or label.")] = "both",
     test_labels: Annotated[
         str, typer.Option(help="What manifest.csv gives test patients for a mask: the site's, or the truth.")
