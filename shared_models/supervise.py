@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared_models.errors import ProcessFailed, StateInvalid
-from shared_models.files import read_json, write_atomic, write_json
+from shared_models.files import private_folder, read_json, write_atomic, write_json
 from shared_models.identity import load_secret
 from shared_models.logs import parsed
 
@@ -267,7 +267,7 @@ def only_one(folder: Path, mend: str = "Stop that one first; `status` shows its 
     Raises:
         ProcessFailed: another one holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(folder)
     lock = os.open(folder / "supervisor.lock", os.O_CREAT | os.O_RDWR, 0o600)
     try:
         if not _lock(lock):

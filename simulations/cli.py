@@ -256,15 +256,18 @@ def attack(
     Exits with 1 where an attack fails that nothing protects from, so that nothing is shown, or where one gets more
     than a protection allows.
     """
+    from shared_models.supervise import only_one
     from simulations import run as simulation  # imports the data readers
     from simulations.attacks import report
     from simulations.attacks.run import FULL, QUICK, carry_out, chosen
+    from simulations.show import IN_USE
     from simulations.site_options import SiteOptions, sites_of
 
     loaded, names = load_study(study), chosen(attacks)
     folder = out or Path("runs") / f"{loaded.name}-attacks"
     how = simulation.machine("local", 0, 1, "cpu")
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with only_one(folder, IN_USE), shown as bars:
         running = {name: bars.add_task(name, total=None) for name in names}
         nodes = sites_of(
             loaded, folder, SiteOptions(data or [], layout, sites), how, CACHE / "phantom", bars.console.print

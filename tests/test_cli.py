@@ -373,11 +373,13 @@ def test_an_invite_for_a_site_that_has_joined_says_what_it_does(tmp_path, data):
 
 def test_a_results_folder_that_is_in_use_is_told():
     Path("tiny.toml").write_text(TINY)
-    with only_one(Path("out")):
-        told = refused("fedsim", "run", "tiny.toml", "--out", "out")
+    with only_one(Path("deep/out")):
+        told = refused("fedsim", "run", "tiny.toml", "--out", "deep/out")
         assert f"out: is in use already by process {os.getpid()}. Wait until that one has ended, or" in told
-        assert "is in use already" in refused("fedsim", "compare", "tiny.toml", "--out", "out")
-        assert "is in use already" in refused("fedsim", "scenario", "fed-ixi", "--out", "out")
+        for words in (["compare", "tiny.toml"], ["attack", "tiny.toml"], ["scenario", "fed-ixi"]):
+            assert "is in use already" in refused("fedsim", *words, "--out", "deep/out")
+    assert "is not known" in refused("fedsim", "scenario", "fed-ixy")
+    assert {path.name: path.stat().st_mode & 0o777 for path in Path().iterdir() if path.is_dir()} == {"deep": 0o700}
 
 
 def test_a_queued_run_is_shown_and_stopped_and_goes_on(federation):
