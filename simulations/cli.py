@@ -256,15 +256,18 @@ def attack(
     Exits with 1 where an attack fails that nothing protects from, so that nothing is shown, or where one gets more
     than a protection allows.
     """
+    from shared_models.supervise import only_one
     from simulations import run as simulation  # imports the data readers
     from simulations.attacks import report
     from simulations.attacks.run import FULL, QUICK, carry_out, chosen
+    from simulations.show import IN_USE
     from simulations.site_options import SiteOptions, sites_of
 
     loaded, names = load_study(study), chosen(attacks)
     folder = out or Path("runs") / f"{loaded.name}-attacks"
     how = simulation.machine("local", 0, 1, "cpu")
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with only_one(folder, IN_USE), shown as bars:
         running = {name: bars.add_task(name, total=None) for name in names}
         nodes = sites_of(
             loaded, folder, SiteOptions(data or [], layout, sites), how, CACHE / "phantom", bars.console.print
@@ -318,11 +321,11 @@ def demo(
 @guarded
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write the data set into.")],
-    sites: Annotated[int, typer.Option(min=1)] = 3,
+    sites: Annotated[int, typer.Option(min=1, help="How many hospitals.")] = 3,
     patients: Annotated[int, typer.Option(min=3, help="Of each site; manifest.csv splits them 60/10/30.")] = 30,
-    slices: Annotated[int, typer.Option(min=1)] = 6,
+    slices: Annotated[int, typer.Option(min=1, help="Of each image.")] = 6,
     size: Annotated[int, typer.Option(min=16, max=1024, help="Pixels along an edge.")] = 128,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another one makes other patients.")] = 0,
     shift: Annotated[str, typer.Option(help="What sites differ in: both, image or label.")] = "both",
     test_labels: Annotated[
         str, typer.Option(help="What manifest.csv gives test patients for a mask: the site's, or the truth.")

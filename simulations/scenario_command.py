@@ -50,6 +50,7 @@ def scenario(
 
     folder = out or Path("runs") / name
     chosen = [each.strip() for each in strategies.split(",") if each.strip()]
+    of.named(name)  # before a folder is made for it
     how = machine_of(workers, threads, device)
     with only_one(folder, IN_USE), counting(console) as (say, rounds):
         try:

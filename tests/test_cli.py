@@ -124,7 +124,7 @@ def test_a_bare_command_shows_its_help_and_an_unknown_one_is_no_success(command)
     assert call(command, SUBCOMMANDS[command][0], "--frobnicate")[0] == 2
 
 
-def test_every_argument_has_help_and_it_is_shown():
+def test_every_argument_and_option_has_help_and_it_is_shown():
     def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
         if hasattr(command, "commands"):
             for name, inner in command.commands.items():
@@ -137,10 +137,9 @@ def test_every_argument_has_help_and_it_is_shown():
         for name, app in COMMANDS.items()
         for path, command in commands(typer.main.get_command(app), name)
         for each in command.params
-        if each.param_type_name == "argument"
     }
     assert "fedclient join invite" in told
-    assert [argument for argument, words in told.items() if not words] == []
+    assert [parameter for parameter, words in told.items() if not words] == []
     assert "Only of: node, executor, page." in call("fedclient", "logs", "--help")[1]
 
 
@@ -374,11 +373,13 @@ def test_an_invite_for_a_site_that_has_joined_says_what_it_does(tmp_path, data):
 
 def test_a_results_folder_that_is_in_use_is_told():
     Path("tiny.toml").write_text(TINY)
-    with only_one(Path("out")):
-        told = refused("fedsim", "run", "tiny.toml", "--out", "out")
+    with only_one(Path("deep/out")):
+        told = refused("fedsim", "run", "tiny.toml", "--out", "deep/out")
         assert f"out: is in use already by process {os.getpid()}. Wait until that one has ended, or" in told
-        assert "is in use already" in refused("fedsim", "compare", "tiny.toml", "--out", "out")
-        assert "is in use already" in refused("fedsim", "scenario", "fed-ixi", "--out", "out")
+        for words in (["compare", "tiny.toml"], ["attack", "tiny.toml"], ["scenario", "fed-ixi"]):
+            assert "is in use already" in refused("fedsim", *words, "--out", "deep/out")
+    assert "is not known" in refused("fedsim", "scenario", "fed-ixy")
+    assert {path.name: path.stat().st_mode & 0o777 for path in Path().iterdir() if path.is_dir()} == {"deep": 0o700}
 
 
 def test_a_queued_run_is_shown_and_stopped_and_goes_on(federation):

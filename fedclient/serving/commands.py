@@ -47,7 +47,7 @@ def serve_model(
     release: ReleasePath,
     site: Folder = Path("site"),
     host: Annotated[str | None, typer.Option(help="Of pages, REST and DICOMweb; beyond 127.0.0.1 with TLS.")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Of the pages; 0 takes a free one.")] = None,
     public_origin: Annotated[
         str | None, typer.Option(help="https://NAME under which a proxy of the hospital's own shows the pages.")
     ] = None,
@@ -56,7 +56,9 @@ def serve_model(
         typer.Option("--token/--no-token", help="Ask for a token; off, every user of this machine reads all results."),
     ] = None,
     dicom_host: Annotated[str | None, typer.Option(help="Of the DICOM receiver.")] = None,
-    dicom_port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
+    dicom_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Of the DICOM receiver; 0 takes a free one.")
+    ] = None,
     ae_title: Annotated[str | None, typer.Option(help="Of the receiver.")] = None,
     allow: Annotated[
         list[str] | None, typer.Option(help="Who may send: AE, or AE@IP-ADDRESS; repeated. Nobody: no receiver.")
