@@ -139,8 +139,8 @@ def invite(
     line, before = make(opened, site), find_site(opened.state, site)
     if before is not None and before.state == "active" and not as_json:
         words = (
-            f"{site} has joined already, and stays in with its keys of now. This invite gives it new ones: "
-            f"`fedclient rejoin INVITE` there."
+            f"{site} has joined already, and stays in with its keys of now until somebody joins with this invite, who "
+            f"then takes its place: `fedclient rejoin INVITE` there."
         )
         Console(stderr=True, soft_wrap=True).print(words, highlight=False, markup=False)
     if as_json:
