@@ -129,6 +129,34 @@ def test_slices_that_fill_the_holes_of_others_are_of_one_series_also_where_they_
     assert [(len(series.files), series.siblings) for series in find_series(tmp_path).series] == [(12, 0)]
 
 
+@pytest.mark.parametrize("thickness_mm", [STEP_MM, 3.0, None])
+@pytest.mark.parametrize("lost", [1, 5, 6])
+def test_acquisitions_in_turn_of_which_a_slice_is_lost_are_not_half_a_patient(
+    lost: int, thickness_mm: float | None, tmp_path: Path
+) -> None:
+    def edit(k: int, data: Dataset) -> None:
+        data.AcquisitionNumber, data.SliceThickness = 1 + k % 2, thickness_mm
+
+    write_series(tmp_path, 12, edit=edit)[lost].unlink()
+    (series,) = find_series(tmp_path).series
+    with pytest.raises(ImageUnreadable) as refused:
+        read_series(series.files)
+    assert refused.value.code == "SERIES_GAP"
+
+
+@pytest.mark.parametrize("number", [4, 99])
+def test_a_slice_that_was_repeated_does_not_make_an_image_of_each_counted_slice(number: int, tmp_path: Path) -> None:
+    write_series(tmp_path / "all", edit=lambda k, data: setattr(data, "AcquisitionNumber", k + 1))
+    again = slice_of(3)
+    again.AcquisitionNumber = number
+    again.SOPInstanceUID = again.file_meta.MediaStorageSOPInstanceUID = "1.2.99"
+    write(tmp_path / "again.dcm", again)
+    (series,) = find_series(tmp_path).series
+    with pytest.raises(ImageUnreadable) as refused:
+        read_series(series.files)
+    assert refused.value.code == "SERIES_DUPLICATE"
+
+
 def test_time_points_whose_acquisitions_lie_in_turn_are_a_series_each(tmp_path: Path) -> None:
     def at(time: int) -> Edit:
         def edit(k: int, data: Dataset) -> None:
