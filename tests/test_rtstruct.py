@@ -119,6 +119,8 @@ def test_contours_may_stand_across_any_axis_of_the_image(tmp_path: Path, series:
         ([circle(30, 28, k, 9) for k in (1, 3, 5, 7)], "one of 2 planes"),
         ([circle(30, 28, k, 9) for k in (0, 2, 4, 7)], "one of 2 planes"),
         ([circle(30, 28, k, 9) for k in (0, 2, 3, 5, 7)], "one of 2 planes"),
+        ([circle(30, 28, k, 9) for k in (0, 1, 3, 4, 6, 7)], "one of 2 planes"),
+        ([circle(30, 28, k, 9) for k in (0, 1, 4, 5, 7)], "over 2 stretches"),
         ([circle(10 + 7 * k, 28, k, 4) for k in (0, 2, 4)], "one of 2 planes"),
         ([circle(30 + k, 28, k, 4) for k in (0, 4, 7)], "one of 3 planes"),
     ],

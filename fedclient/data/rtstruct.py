@@ -94,10 +94,11 @@ def _filled(contours: Sequence[NDArray[np.float64]], shape: tuple[int, ...]) -> 
     for plane, outlines in planes.items():
         stack[plane] = enclosed(outlines, (stack.shape[1], stack.shape[2]))
     skipped = _skipped(stack, sorted(planes))
-    if len(skipped) > max(1, (len(planes) - 1) / 2):
+    if len(skipped) > 1:  # one may lie between two bodies, one above the other
         raise _off(
-            f"contours on one of {min(skipped)} planes at most, so those between would count as background until they "
-            f"are drawn or interpolated"
+            f"over {len(skipped)} stretches there are contours on one of {min(skipped)} planes at most, so those "
+            f"between would count as background until they are drawn or interpolated, or each body is a region of its "
+            f"own"
         )
     return mask
 
