@@ -149,7 +149,7 @@ def test_a_slice_that_was_repeated_does_not_make_an_image_of_each_counted_slice(
     write_series(tmp_path / "all", edit=lambda k, data: setattr(data, "AcquisitionNumber", k + 1))
     again = slice_of(3)
     again.AcquisitionNumber = number
-    again.SOPInstanceUID = again.file_meta.MediaStorageSOPInstanceUID = "1.2.99"
+    again.SOPInstanceUID = again.file_meta.MediaStorageSOPInstanceUID = UID("1.2.99")
     write(tmp_path / "again.dcm", again)
     (series,) = find_series(tmp_path).series
     with pytest.raises(ImageUnreadable) as refused:
@@ -197,6 +197,7 @@ def test_takes_of_which_each_slice_has_an_acquisition_number_of_its_own_are_a_se
         (moving(0, 1), moving(0.9, 2)),  # phases of contrast medium, each whole
         (moving(0, 1), moving(STEP_MM / 2, 2)),
         (moving(0, 1), moving(STEP_MM * 2.5, 2)),
+        (moving(0, 1, SliceThickness=None), moving(STEP_MM * 2.5, 2, SliceThickness=None)),
         half_and_half(SliceThickness=None),
         half_and_half(SliceThickness=2),  # of MR, with a gap in each
         half_and_half(SliceThickness=2, SpacingBetweenSlices=STEP_MM),

@@ -230,14 +230,18 @@ def _woven(stacks: Sequence[Sequence[_Head]]) -> list[_Head] | None:
         usual_mm, hole_mm = float(np.median(apart_mm)), max(np.diff(each).max(initial=0) for each in own)
         if apart_mm.min() < TOLERANCE_MM:
             return None
-        lost = not even(apart_mm)
-        if lost and not even(apart_mm - usual_mm * (np.rint(apart_mm / usual_mm) - 1)):
+        lost = np.rint(apart_mm / usual_mm) - 1
+        if not even(apart_mm - usual_mm * lost):
             return None
-        if lost or all(len(each) == 1 or even(np.diff(each)) for each in own):
+        whole = all(len(each) == 1 or even(np.diff(each)) for each in own)
+        if whole and lost.sum() > 1:  # two that reach beyond each other
+            return None
+        holed = bool(lost.any())
+        if holed or whole:
             thickness_mm = max(head.thickness_mm for head in heads)
             stated_mm = max(head.stated_mm for head in heads)
             full = any(0.9 * mm <= usual_mm <= 1.1 * mm for mm in (thickness_mm, stated_mm))
-            full = full or (lost and (usual_mm <= 1.1 * thickness_mm or not (thickness_mm or stated_mm)))
+            full = full or (holed and (usual_mm <= 1.1 * thickness_mm or not (thickness_mm or stated_mm)))
             if not full or hole_mm < max(1.5 * usual_mm, 1.1 * thickness_mm):
                 return None
     return [heads[n] for n in np.argsort(heights, kind="stable")]
