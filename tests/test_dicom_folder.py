@@ -123,33 +123,38 @@ def test_slices_that_lie_in_turn_are_one_series_however_their_acquisitions_are_c
     assert read_series(series.files).spacing_mm[2] == pytest.approx(STEP_MM)
 
 
-@pytest.mark.parametrize("lost", [3, 6])
-def test_acquisitions_in_turn_that_lack_a_slice_are_refused_and_no_half_is_taken_for_the_whole(
-    lost: int, tmp_path: Path
-) -> None:
-    def turns(k: int, data: Dataset) -> None:
-        data.AcquisitionNumber, data.SliceThickness = 1 + k % 2, STEP_MM
-
-    files = write_series(tmp_path, 12, edit=turns)
-    files[lost].unlink()
-    (series,) = find_series(tmp_path).series
-    with pytest.raises(ImageUnreadable):
-        read_series(series.files)
-
-
-def test_a_slice_that_is_repeated_leaves_a_series_of_which_each_slice_was_counted_whole(tmp_path: Path) -> None:
-    write_series(tmp_path / "a", 8, edit=lambda k, data: setattr(data, "AcquisitionNumber", k))
-    write_series(tmp_path / "b", 1, edit=moving(3 * STEP_MM, 9))
-    (series,) = find_series(tmp_path).series
-    assert len(series.files) == 9
-    with pytest.raises(ImageUnreadable):
-        read_series(series.files)
-
-
 def test_slices_that_fill_the_holes_of_others_are_of_one_series_also_where_they_overlap(tmp_path: Path) -> None:
     """As reconstructions of CT do: 3 mm every 2.5 mm."""
     write_series(tmp_path, 12, edit=lambda k, data: setattr(data, "AcquisitionNumber", 2 if k in (4, 8, 9) else 1))
     assert [(len(series.files), series.siblings) for series in find_series(tmp_path).series] == [(12, 0)]
+
+
+@pytest.mark.parametrize("thickness_mm", [STEP_MM, 3.0, None])
+@pytest.mark.parametrize("lost", [1, 5, 6])
+def test_acquisitions_in_turn_of_which_a_slice_is_lost_are_not_half_a_patient(
+    lost: int, thickness_mm: float | None, tmp_path: Path
+) -> None:
+    def edit(k: int, data: Dataset) -> None:
+        data.AcquisitionNumber, data.SliceThickness = 1 + k % 2, thickness_mm
+
+    write_series(tmp_path, 12, edit=edit)[lost].unlink()
+    (series,) = find_series(tmp_path).series
+    with pytest.raises(ImageUnreadable) as refused:
+        read_series(series.files)
+    assert refused.value.code == "SERIES_GAP"
+
+
+@pytest.mark.parametrize("number", [4, 99])
+def test_a_slice_that_was_repeated_does_not_make_an_image_of_each_counted_slice(number: int, tmp_path: Path) -> None:
+    write_series(tmp_path / "all", edit=lambda k, data: setattr(data, "AcquisitionNumber", k + 1))
+    again = slice_of(3)
+    again.AcquisitionNumber = number
+    again.SOPInstanceUID = again.file_meta.MediaStorageSOPInstanceUID = UID("1.2.99")
+    write(tmp_path / "again.dcm", again)
+    (series,) = find_series(tmp_path).series
+    with pytest.raises(ImageUnreadable) as refused:
+        read_series(series.files)
+    assert refused.value.code == "SERIES_DUPLICATE"
 
 
 def test_time_points_whose_acquisitions_lie_in_turn_are_a_series_each(tmp_path: Path) -> None:
@@ -192,6 +197,7 @@ def test_takes_of_which_each_slice_has_an_acquisition_number_of_its_own_are_a_se
         (moving(0, 1), moving(0.9, 2)),  # phases of contrast medium, each whole
         (moving(0, 1), moving(STEP_MM / 2, 2)),
         (moving(0, 1), moving(STEP_MM * 2.5, 2)),
+        (moving(0, 1, SliceThickness=None), moving(STEP_MM * 2.5, 2, SliceThickness=None)),
         half_and_half(SliceThickness=None),
         half_and_half(SliceThickness=2),  # of MR, with a gap in each
         half_and_half(SliceThickness=2, SpacingBetweenSlices=STEP_MM),

@@ -13,8 +13,6 @@ import pytest
 from highdicom.sr import srread
 from pydicom import Dataset, dcmread
 from pydicom.config import disable_value_validation
-from pydicom.dataelem import RawDataElement
-from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian
 from pydicom.valuerep import PersonName
 
@@ -456,24 +454,68 @@ def test_a_validator_finds_no_error(planes, tmp_path):
     assert_valid(folder)
 
 
-def test_odd_headers_of_a_source_make_no_invalid_results(tmp_path):
-    def odd(k: int, data: Any) -> None:
-        half, nothing = Dataset(), Dataset()
-        half.ReferencedSOPClassUID = "1.2.840.10008.3.1.2.1.1"
-        data.ReferencedPatientSequence, data.ProcedureCodeSequence = [half], [nothing]
-        data.PatientAge, data.PatientIdentityRemoved, data.StudyDescription = "45", "YES", "thorax " * 12
-        data.add(RawDataElement(Tag("PatientWeight"), "DS", 4, b"80,5", 0, False, True))
-        data.ClinicalTrialSponsorName, data.ClinicalTrialProtocolID = "sponsor", "P-1"
-        data.ClinicalTrialSubjectID = "S-1"
+def item(**elements: str) -> list[Dataset]:
+    made = Dataset()
+    for keyword, value in elements.items():
+        setattr(made, keyword, value)
+    return [made]
 
-    write_series(tmp_path / "ct", edit=odd)
-    _, missing = write_case(predict_case(model(LUNG), tmp_path / "ct"), "case", tmp_path, ("seg", "sr", "sc"))
-    assert not missing, missing
+
+@pytest.mark.parametrize(
+    ("stated", "gone"),
+    [
+        ({"ReferencedPatientSequence": item(ReferencedSOPInstanceUID="1.2.3")}, "ReferencedPatientSequence"),
+        ({"ProcedureCodeSequence": item(CodeMeaning="CT of the chest")}, "ProcedureCodeSequence"),
+        ({"ProcedureCodeSequence": item(CodeValue="", CodingSchemeDesignator="99X")}, "ProcedureCodeSequence"),
+        ({"PatientAge": "45"}, "PatientAge"),
+        ({"PatientWeight": "80.5"}, "PatientWeight"),  # with a comma in the file
+        ({"PatientIdentityRemoved": "YES"}, "PatientIdentityRemoved"),
+        ({"StudyDescription": "x" * 65}, "StudyDescription"),
+        ({"ClinicalTrialSponsorName": "ACME"}, "ClinicalTrialSponsorName"),
+    ],
+)
+def test_what_is_broken_in_a_source_and_may_be_left_out_is_not_repeated(stated, gone, tmp_path):
+    def odd(k: int, data: Dataset) -> None:
+        with disable_value_validation():
+            for keyword, value in stated.items():
+                setattr(data, keyword, value)
+
+    for path in write_series(tmp_path / "ct", edit=odd):
+        path.write_bytes(path.read_bytes().replace(b"DS\4\0" + b"80.5", b"DS\4\0" + b"80,5"))
+    write_case(predict_case(model(LUNG), tmp_path / "ct"), "case", tmp_path, DICOM)
+    assert_valid(tmp_path / "case")
     for name in ("segmentation.dcm", "report.dcm", "overlay.dcm"):
         made = dcmread(tmp_path / "case" / name)
-        assert not {"ReferencedPatientSequence", "ProcedureCodeSequence", "PatientAge", "PatientWeight"} & {*made.dir()}
-        assert len(made.get("StudyDescription", "")) <= 64
+        assert gone not in made
+        assert (made.PatientName, made.PatientID) == (NAME, "MRN4711")
+
+
+def test_what_is_sound_in_a_source_is_repeated_and_a_trial_gets_its_empty_elements(tmp_path):
+    stated = {
+        "ReferencedPatientSequence": item(ReferencedSOPClassUID="1.2.4", ReferencedSOPInstanceUID="1.2.3"),
+        "ProcedureCodeSequence": item(CodeValue="1", CodingSchemeDesignator="99X", CodeMeaning="CT of the chest"),
+        "PatientAge": "045Y",
+        "PatientWeight": "80.5",
+        "PatientIdentityRemoved": "YES",
+        "DeidentificationMethod": "by hand",
+        "StudyDescription": "Müller-Thorax",
+        "ClinicalTrialSponsorName": "ACME",
+        "ClinicalTrialProtocolID": "P1",
+        "ClinicalTrialSubjectID": "S3",
+    }
+
+    def told(k: int, data: Dataset) -> None:
+        data.SpecificCharacterSet = "ISO_IR 100"
+        for keyword, value in stated.items():
+            setattr(data, keyword, value)
+
+    write_series(tmp_path / "ct", edit=told)
+    write_case(predict_case(model(LUNG), tmp_path / "ct"), "case", tmp_path, ("seg", "sr"))
     assert_valid(tmp_path / "case")
+    for name in ("segmentation.dcm", "report.dcm"):
+        made = dcmread(tmp_path / "case" / name)
+        assert {keyword: made[keyword].value for keyword in stated} == stated
+        assert made.ClinicalTrialSiteName == ""
 
 
 @pytest.mark.parametrize(

@@ -1485,6 +1485,25 @@ def test_a_partial_result_is_told_as_such_and_no_dicomweb_search_finds_it(tmp_pa
         assert ask("GET", "/api/health").json()["partial"] == 0
 
 
+@pytest.mark.parametrize("end", ["all", "some", "none"])
+def test_what_turns_out_partial_while_it_is_sent_is_told_where_any_of_it_arrived(end, tmp_path, caplog):
+    def send(to, files, title):
+        jobs.mark_partial(job, "SERIES_SPLIT", "more came.")
+        if end != "all":
+            out = jobs.place(job) / "out"
+            raise NotTaken("PACS: full", [out / "image-1" / "seg.dcm"] if end == "some" else [])
+
+    back = Back(destination("PACS@h:1"), lambda: jobs, "US", send)
+    with queue(tmp_path, Told(), done=lambda job: None) as (jobs, _):
+        job = put(jobs)
+        until(lambda: jobs.find(job).returned == "waiting")
+        jobs.return_s = 0.0  # given up at once
+        back.add(jobs.find(job))
+        back._one(job)
+    assert jobs.find(job).returned == ("sent" if end == "all" else "withheld")
+    assert ("not of the whole series" in caplog.text) == (end != "none")
+
+
 def test_what_turns_out_partial_while_it_waits_is_not_sent(tmp_path):
     sent = []
     back = Back(destination("PACS@h:1"), lambda: jobs, "US", lambda to, files, title: sent.append(len(files)))
@@ -1499,16 +1518,6 @@ def test_what_turns_out_partial_while_it_waits_is_not_sent(tmp_path):
         back.stop()
     assert sent == [0]
     assert jobs.find(job).returned == "withheld"
-
-
-def test_what_turns_out_partial_while_it_is_sent_is_warned_of(tmp_path, caplog):
-    with queue(tmp_path, Told(), done=lambda _: None) as (jobs, _):
-        job = put(jobs)
-        until(lambda: jobs.find(job).returned == "waiting")
-        jobs.mark_partial(job, "SERIES_SPLIT", "more came.")
-        assert "were returned" not in caplog.text
-        jobs.mark_returned(job, "sent")
-    assert caplog.text.count("its results were returned, and are not of the whole series") == 1
 
 
 def test_results_are_found_and_retrieved_by_their_uids(tmp_path):

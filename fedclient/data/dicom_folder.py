@@ -206,12 +206,12 @@ def _takes(heads: Sequence[_Head]) -> list[Sequence[_Head]]:
 
 def _woven(stacks: Sequence[Sequence[_Head]]) -> list[_Head] | None:
     """All slices of stacks that lie in turn: no two at one place, all at equal distances, and one alone has holes.
+    Whoever reads them refuses those of which a slice is lost or, where each was counted, is there twice.
 
     Whole acquisitions may lie in turn by chance, such as phases of a contrast medium, or thin slices far apart in and
     out of breath: each is at equal distances on its own, and together they overlap or leave gaps still. So where each
-    is, those are joined that are as far apart as they are thick, or as they state. Where most slices lie alone, each
-    was counted as an acquisition. Where few slices are lost, the rest is joined all the same, so that its reader
-    refuses it, rather than half of it passing for a whole image.
+    is, those are joined that are as far apart as they are thick, or as they state; likewise where slices are lost, also
+    those that overlap, or say nothing of it. Where most slices lie alone, each was counted as an acquisition.
     """
     heads = [head for stack in stacks for head in stack]
     planes = [head.slice.where for head in heads if head.slice.where is not None]
@@ -222,24 +222,28 @@ def _woven(stacks: Sequence[Sequence[_Head]]) -> list[_Head] | None:
     once = [{(next(at), each.slice.sop_uid or str(each.slice.path)) for each in stack} for stack in stacks]  # no copies
     own = [sorted(height for height, _ in stack) for stack in once]
     apart_mm = np.diff(sorted(height for each in own for height in each))
+    if len(apart_mm) == 0:
+        return None
     alone = sum(len(each) == 1 for each in own)
     counted = alone >= 3 and 2 * alone > sum(map(len, own))
-    if counted and 2 * (apart_mm >= TOLERANCE_MM).sum() > len(apart_mm):  # what is repeated or lost, the reader refuses
-        return [heads[n] for n in np.argsort(heights, kind="stable")]
-    if len(apart_mm) == 0 or apart_mm.min() < TOLERANCE_MM:
-        return None
-    steps = np.rint(apart_mm / np.median(apart_mm))
-    lost = int(steps.sum()) - len(steps)
-    whole = even(apart_mm)
-    if not whole and not (0 < lost <= max(1, len(steps) // 10) and steps.min() > 0 and even(apart_mm / steps)):
-        return None
-    if not whole or all(len(each) == 1 or even(np.diff(each)) for each in own):
-        usual_mm, hole_mm = np.median(apart_mm), max(np.diff(each).max(initial=0) for each in own)
-        thickness_mm = max(head.thickness_mm for head in heads)
-        stated_mm = max(head.stated_mm for head in heads)
-        full = any(0.9 * mm <= usual_mm <= 1.1 * mm for mm in (thickness_mm, stated_mm))
-        if not full or hole_mm < max(1.5 * usual_mm, 1.1 * thickness_mm):
+    if not (counted and 2 * (apart_mm < TOLERANCE_MM).sum() < len(apart_mm)):
+        usual_mm, hole_mm = float(np.median(apart_mm)), max(np.diff(each).max(initial=0) for each in own)
+        if apart_mm.min() < TOLERANCE_MM:
             return None
+        lost = np.rint(apart_mm / usual_mm) - 1
+        if not even(apart_mm - usual_mm * lost):
+            return None
+        whole = all(len(each) == 1 or even(np.diff(each)) for each in own)
+        if whole and lost.sum() > 1:  # two that reach beyond each other
+            return None
+        holed = bool(lost.any())
+        if holed or whole:
+            thickness_mm = max(head.thickness_mm for head in heads)
+            stated_mm = max(head.stated_mm for head in heads)
+            full = any(0.9 * mm <= usual_mm <= 1.1 * mm for mm in (thickness_mm, stated_mm))
+            full = full or (holed and (usual_mm <= 1.1 * thickness_mm or not (thickness_mm or stated_mm)))
+            if not full or hole_mm < max(1.5 * usual_mm, 1.1 * thickness_mm):
+                return None
     return [heads[n] for n in np.argsort(heights, kind="stable")]
 
 

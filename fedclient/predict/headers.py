@@ -5,18 +5,19 @@ Headers of real scanners bend the standard where no result depends on it; highdi
 is put right here.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydicom import Dataset
 from pydicom.charset import decode_element
+from pydicom.config import RAISE
 from pydicom.datadict import tag_for_keyword
 from pydicom.filereader import dcmread
-from pydicom.valuerep import DA, TM
+from pydicom.tag import BaseTag
+from pydicom.valuerep import DA, TM, validate_value
 
-from fedclient.data.dicom_header import BROKEN, load_head, number, text, unbroken
+from fedclient.data.dicom_header import BROKEN, load_head, number, unbroken
 from fedclient.predict.inputs import Source
 from shared_models.errors import ImageUnreadable
 
@@ -31,17 +32,27 @@ EMPTY = (  # type 2: what results repeat must be there, and may be empty
 )  # fmt: skip
 UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")  # type 1
 WHEN: Mapping[str, Callable[[Any], object]] = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
-DECIMAL = r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*"
 SEXES = ("M", "F", "O")
-REFERENCE = ("ReferencedSOPClassUID", "ReferencedSOPInstanceUID")
-CODE = ("CodeValue", "CodingSchemeDesignator", "CodeMeaning")
-WHOLE: Mapping[str, Sequence[str]] = {  # what results repeat of sequences, and what of each item is type 1
-    "ReferencedStudySequence": REFERENCE, "ReferencedPatientSequence": REFERENCE, "ProcedureCodeSequence": CODE,
-}  # fmt: skip
-FORMS = {"PatientAge": r"\d{3}[DWMY]", "PatientWeight": DECIMAL, "PatientSize": DECIMAL}
-TRIAL = ("ClinicalTrialSponsorName", "ClinicalTrialProtocolID")  # type 1 of its module, as is one of the subject's
-TRIAL_EMPTY = ("ClinicalTrialProtocolName", "ClinicalTrialSiteID", "ClinicalTrialSiteName")  # type 2
-MOST_LO = 64
+REFERENCES = ("ReferencedStudySequence", "ReferencedPatientSequence")
+PATIENT = (0x0010, 0x0012)  # groups of patient and clinical trial
+STUDY = (
+    "IssuerOfAccessionNumberSequence", "ReferringPhysicianIdentificationSequence", "ConsultingPhysicianName",
+    "ConsultingPhysicianIdentificationSequence", "StudyDescription", "ProcedureCodeSequence", "PhysiciansOfRecord",
+    "PhysiciansOfRecordIdentificationSequence", "NameOfPhysiciansReadingStudy",
+    "PhysiciansReadingStudyIdentificationSequence", "AdmittingDiagnosesDescription", "AdmittingDiagnosesCodeSequence",
+    "RequestingService", "RequestingServiceCodeSequence", "ReasonForVisit", "ReasonForVisitCodeSequence",
+    "AdmissionID", "IssuerOfAdmissionIDSequence", "ServiceEpisodeID", "ServiceEpisodeDescription",
+    "IssuerOfServiceEpisodeIDSequence", "PatientState", "ReasonForPerformedProcedureCodeSequence", *REFERENCES,
+)  # fmt: skip
+CHECKED = frozenset(("AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "SH", "ST", "TM", "UI", "UT"))
+CODES = ("CodeValue", "LongCodeValue", "URNCodeValue")
+TRIAL = (
+    ("ClinicalTrialSponsorName",),
+    ("ClinicalTrialProtocolID",),
+    ("ClinicalTrialSubjectID", "ClinicalTrialSubjectReadingID"),
+)  # one of each, or the module is none
+TRIAL_EMPTY = ("ClinicalTrialProtocolName", "ClinicalTrialSiteID", "ClinicalTrialSiteName")  # type 2 in it
+TRIAL_MORE = ("ClinicalTrialProtocolEthicsCommitteeName", "ClinicalTrialProtocolEthicsCommitteeApprovalNumber")
 SHARED = ("PlaneOrientationSequence", "PixelMeasuresSequence")
 GROUPS = 0x5200  # functional groups, of whose text results repeat nothing
 UTF_8 = "ISO_IR 192"
@@ -83,12 +94,10 @@ def read_headers(source: Source) -> Headers:
         for keyword in EMPTY:
             if keyword not in first:
                 setattr(first, keyword, "")
-        _leave_out_what_is_half(first)
         _empty_what_is_malformed(first)
         _leave_out_empty_uids(first)
-        _complete_trial(first)
         _say_in_utf8(first)
-        _shorten(first)
+        _leave_out_what_is_broken(first)
         if len(source.files) == 1:  # of many frames, or of one whose place stands in functional groups
             _share(first)
             return Headers(first, (first,))
@@ -124,40 +133,53 @@ def _empty_what_is_malformed(first: Dataset) -> None:
         first.PatientSex = ""
 
 
-def _leave_out_what_is_half(first: Dataset) -> None:
-    """Optional elements that results repeat, and that are not valid in the source."""
-    for keyword, needed in WHOLE.items():
-        if not all(all(item.get(each) for each in needed) for item in first.get(keyword) or ()):
-            delattr(first, keyword)
-    for keyword, form in FORMS.items():
-        stored = first.get_item(keyword) if keyword in first else None
-        value = stored.value if stored is not None else None
-        said = value.decode("latin-1").strip("\0 ") if isinstance(value, bytes) else str(value or "")
-        if said and not re.fullmatch(form, said):
-            delattr(first, keyword)
-    method = first.get("DeidentificationMethod") or first.get("DeidentificationMethodCodeSequence")
-    if text(first, "PatientIdentityRemoved") == "YES" and not method:
+def _leave_out_what_is_broken(first: Dataset) -> None:
+    """What results repeat of patient and study but may do without, where it is not as the standard has it."""
+    study = {tag_for_keyword(keyword) for keyword in STUDY}
+    needed = {tag_for_keyword(keyword) for keyword in EMPTY}
+    for tag in list(first.keys()):
+        if (tag.group in PATIENT or tag in study) and tag not in needed and not _sound(first, tag):
+            del first[tag]
+    if first.get("PatientIdentityRemoved") == "YES" and not (
+        first.get("DeidentificationMethod") or first.get("DeidentificationMethodCodeSequence")
+    ):
         del first.PatientIdentityRemoved
-
-
-def _complete_trial(first: Dataset) -> None:
-    """What of a clinical trial is type 2 may be empty; without what is type 1, nothing is said of one."""
-    said = [element.keyword for element in first.group_dataset(0x0012) if element.keyword.startswith("ClinicalTrial")]
-    if not said:
-        return
-    subject = first.get("ClinicalTrialSubjectID") or first.get("ClinicalTrialSubjectReadingID")
-    if not subject or not all(first.get(keyword) for keyword in TRIAL):
-        for keyword in said:
+    trial = [*(keyword for either in TRIAL for keyword in either), *TRIAL_EMPTY, *TRIAL_MORE]
+    whole = all(any(first.get(keyword) for keyword in either) for either in TRIAL)
+    for keyword in trial:
+        if keyword in first and not whole:
             delattr(first, keyword)
-        return
-    for keyword in TRIAL_EMPTY:
-        if keyword not in first:
+        elif keyword in TRIAL_EMPTY and keyword not in first and whole:
             setattr(first, keyword, "")
+        elif keyword in first and keyword not in TRIAL_EMPTY and not first.get(keyword):
+            delattr(first, keyword)
 
 
-def _shorten(first: Dataset) -> None:
-    if len(description := text(first, "StudyDescription")) > MOST_LO:
-        first.StudyDescription = description[:MOST_LO]
+def _sound(data: Dataset, tag: BaseTag) -> bool:
+    """Whether values are as their kind (VR) has them, codes have value, scheme and meaning, and references both UIDs;
+    in the items of a sequence too."""
+    try:
+        element = data[tag]
+        if element.VR == "SQ":
+            return all(_whole(element.keyword, item) for item in element.value)
+        if element.VR in CHECKED and not element.is_empty:
+            for value in element.value if element.VM > 1 else [element.value]:
+                validate_value(element.VR, str(value), RAISE)
+    except BROKEN:
+        return False
+    return True
+
+
+def _whole(keyword: str, item: Dataset) -> bool:
+    if not all(_sound(item, tag) for tag in list(item.keys())):
+        return False
+    if keyword in REFERENCES:
+        return bool(item.get("ReferencedSOPClassUID") and item.get("ReferencedSOPInstanceUID"))
+    if keyword.endswith("CodeSequence"):
+        coded = any(item.get(each) for each in CODES)
+        schemed = bool(item.get("CodingSchemeDesignator") or item.get("URNCodeValue"))
+        return coded and schemed and bool(item.get("CodeMeaning"))
+    return True
 
 
 def _say_in_utf8(data: Dataset) -> None:

@@ -249,7 +249,7 @@ class Jobs:
             if job is None or job.partial == (code, why):
                 return
             if (job.returned == "sent" or job.taken) and job.partial is None:
-                _warn_returned(job_id)
+                _warn_of_part(job)
             job = replace(job, partial=(code, why))
             if job.returned == "waiting":
                 job = replace(job, returned="withheld")
@@ -257,18 +257,21 @@ class Jobs:
             self._mark_results(job)
 
     def mark_returned(self, job_id: str, returned: Literal["sent", "failed"]) -> None:
+        """What came of a job that was sent; it may have turned out partial meanwhile."""
         with self._change:
-            if job_id in self._known:
-                job = self._known[job_id]
-                given_up_s = self.clock() if returned == "failed" else 0.0
-                if returned == "sent" and job.partial is not None and not job.taken:  # marked while they were sent
-                    _warn_returned(job_id)
-                self._set(replace(job, returned=returned, given_up_s=given_up_s))
+            job = self._known.get(job_id)
+            if job is None or (returned == "failed" and job.returned == "withheld"):
+                return
+            if returned == "sent" and job.partial is not None and not job.taken:
+                _warn_of_part(job)
+            self._set(replace(job, returned=returned, given_up_s=self.clock() if returned == "failed" else 0.0))
 
     def mark_taken(self, job_id: str, files: Sequence[str]) -> None:
         with self._change:
             if job_id in self._known:
                 job = self._known[job_id]
+                if files and job.partial is not None and not job.taken:
+                    _warn_of_part(job)
                 self._set(replace(job, taken=(*job.taken, *files)))
 
     # ---- the thread ----
@@ -428,8 +431,8 @@ class Jobs:
         self.room.count()
 
 
-def _warn_returned(job_id: str) -> None:
-    log.warning("job %s: its results were returned, and are not of the whole series as it is now", job_id[:8])
+def _warn_of_part(job: Job) -> None:
+    log.warning("job %s: its results were returned, and are not of the whole series as it is now", job.id[:8])
 
 
 def _answered(job: Job, answer: Mapping[str, Any]) -> Job:
