@@ -226,25 +226,26 @@ def _woven(stacks: Sequence[Sequence[_Head]]) -> list[_Head] | None:
         return None
     alone = sum(len(each) == 1 for each in own)
     counted = alone >= 3 and 2 * alone > sum(map(len, own))
-    if not (counted and 2 * (apart_mm < TOLERANCE_MM).sum() < len(apart_mm)):
-        usual_mm, hole_mm = float(np.median(apart_mm)), max(np.diff(each).max(initial=0) for each in own)
-        if apart_mm.min() < TOLERANCE_MM:
-            return None
-        lost = np.rint(apart_mm / usual_mm) - 1
-        if not even(apart_mm - usual_mm * lost):
-            return None
-        whole = all(len(each) == 1 or even(np.diff(each)) for each in own)
-        if whole and lost.sum() > 1:  # two that reach beyond each other
-            return None
-        holed = bool(lost.any())
-        if holed or whole:
-            thickness_mm = max(head.thickness_mm for head in heads)
-            stated_mm = max(head.stated_mm for head in heads)
-            full = any(0.9 * mm <= usual_mm <= 1.1 * mm for mm in (thickness_mm, stated_mm))
-            full = full or (holed and (usual_mm <= 1.1 * thickness_mm or not (thickness_mm or stated_mm)))
-            if not full or hole_mm < max(1.5 * usual_mm, 1.1 * thickness_mm):
-                return None
-    return [heads[n] for n in np.argsort(heights, kind="stable")]
+    joined = [heads[n] for n in np.argsort(heights, kind="stable")]
+    if counted and 2 * (apart_mm < TOLERANCE_MM).sum() < len(apart_mm):
+        return joined
+    if apart_mm.min() < TOLERANCE_MM:
+        return None
+    usual_mm = float(np.median(apart_mm))
+    lost = np.rint(apart_mm / usual_mm) - 1
+    if not even(apart_mm - usual_mm * lost):
+        return None
+    whole, holed = all(len(each) == 1 or even(np.diff(each)) for each in own), bool(lost.any())
+    if whole and lost.sum() > 1:  # two that reach beyond each other
+        return None
+    if not (whole or holed):
+        return joined
+    thickness_mm = max(head.thickness_mm for head in heads)
+    stated_mm = max(head.stated_mm for head in heads)
+    full = any(0.9 * mm <= usual_mm <= 1.1 * mm for mm in (thickness_mm, stated_mm))
+    full = full or (holed and (usual_mm <= 1.1 * thickness_mm or not (thickness_mm or stated_mm)))
+    hole_mm = max(np.diff(each).max(initial=0) for each in own)
+    return joined if full and hole_mm >= max(1.5 * usual_mm, 1.1 * thickness_mm) else None
 
 
 def _series(heads: Sequence[_Head], siblings: int) -> Series:

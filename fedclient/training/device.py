@@ -66,10 +66,14 @@ def device_named(name: str) -> torch.device | None:
     A GPU has its number, without which PyTorch bounds no memory.
     """
     there = gpus()
-    if name == "cpu" or (name == "auto" and not there):
+    if name == "auto":
+        name = "cuda" if there else "cpu"
+    if name == "cpu":
         return torch.device("cpu")
-    number = 0 if name == "auto" else int(found[1] or 0) if (found := re.fullmatch(r"cuda(?::(\d+))?", name)) else there
-    return torch.device("cuda", number) if number < there else None
+    found = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if found is None or int(found[1] or 0) >= there:
+        return None
+    return torch.device("cuda", int(found[1] or 0))
 
 
 def undetermined(net: nn.Module) -> str | None:

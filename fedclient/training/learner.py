@@ -123,8 +123,8 @@ class ImageLearner:
         settle(site, study, 0)
         net = nets.network(study)
         nets.load_arrays(net, weights)
-        task, cases = functions_of(study.task, site.labelled), data_set(site, study, split)
-        return evaluate(net.to(device), cases, study, task, device, least_told(site, study, split), site.go_on)
+        task, (cases, least) = functions_of(study.task, site.labelled), to_score(site, study, split)
+        return evaluate(net.to(device), cases, study, task, device, least, site.go_on)
 
     def profile(self, site: Site, study: Study, weights: Arrays) -> Profile | None:
         kept = [case for case in _cases(site) if case.split != "train"]
@@ -204,17 +204,17 @@ def data_set(site: Site, study: Study, split: str) -> DataSet:
     Raises:
         OrderRefused: the site has none for training, or they do not fit into its cache.
     """
+    return to_score(site, study, split)[0]
+
+
+def to_score(site: Site, study: Study, split: str) -> tuple[DataSet, int]:
+    """As `data_set`, and of how many such cases a distribution may leave: `policy.smallest_count` is of patients."""
     labelled, unlabelled = sorted_by_label(site, study)
     cases = [case for case in labelled if split in (case.split, ALL)]
     if not cases and split == "train":
         raise OrderRefused("NO_CASES", f"{site.data}: no case with a label for training. Run `fedclient check`.")
-    return _prepared(site, study, cases, split, len(labelled) + len(unlabelled))
-
-
-def least_told(site: Site, study: Study, split: str) -> int:
-    """Of so many cases of a split a distribution may leave: `policy.smallest_count` counts patients."""
-    labelled, _ = sorted_by_label(site, study)
-    return least_cases(site.smallest_count, (case.patient for case in labelled if split in (case.split, ALL)))
+    prepared = _prepared(site, study, cases, split, len(labelled) + len(unlabelled))
+    return prepared, least_cases(site.smallest_count, (case.patient for case in cases))
 
 
 def to_train_on(site: Site, study: Study) -> tuple[DataSet, DataSet]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from fedclient.site import Site
 from fedclient.training.case_scores import scored
 from fedclient.training.evaluate import answers
-from fedclient.training.learner import data_set, device_of, least_told, settle
+from fedclient.training.learner import device_of, settle, to_score
 from fedclient.worth import AnyScores
 from shared_models import nets
 from shared_models.scores import Score
@@ -22,8 +22,7 @@ def score_cases(
     settle(site, study, 0)
     net = nets.network(study)
     nets.load_arrays(net, weights)
-    task, cases = functions_of(study.task, site.labelled), data_set(site, study, split)
+    task, (cases, least) = functions_of(study.task, site.labelled), to_score(site, study, split)
     given = answers(net.to(device), cases, study, task, device, site.go_on)
-    least = least_told(site, study, split)
     counts, of_cases = scored(study.task, task, given, study.evaluate.threshold, least)
     return counts, of_cases, [case.key for case in cases.cases]
